@@ -1,0 +1,132 @@
+"""The one sampling loop: a scan over the rows of a plan. It knows no solver's name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from diffusion_jax.core.guidance import as_pytree
+from diffusion_jax.core.process import NoiseLevel, Prediction
+from diffusion_jax.core.solvers import HISTORY, Plan
+
+Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]
+
+
+class State(NamedTuple):
+    """Between rows: the state x (B, ...), the last predictions of x0, and the past d, newest first, (HISTORY, B, ...)."""
+
+    x: Array
+    x0: Array
+    past: Array
+
+
+class Rows(NamedTuple):
+    """A chunk of a plan on the device: the rows, their number in the whole plan, and whether they are more than padding."""
+
+    plan: Plan
+    index: Array
+    active: Array
+
+
+def initial_noise(
+    keys: Key[Array, "batch"], shape: tuple[int, ...], level: NoiseLevel
+) -> Float[Array, "batch *shape"]:
+    """Noise to start a plan from: (B, *shape), as wide as x_t is when the data has unit variance.
+
+    keys: one for each image. level: where it will be used, `plan.start`.
+    """
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+    return noise * jnp.sqrt(jnp.square(level.alpha) + jnp.square(level.sigma))
+
+
+@jax.jit
+def advance(denoise: Denoise, rows: Rows, state: State, keys: Key[Array, "batch"], cond: PyTree) -> State:
+    """Run a chunk of rows. `denoise` must be a pytree (see `guidance.as_pytree`), so nothing in it is recompiled for."""
+
+    def fresh_noise(index: Array) -> Array:
+        # 0 made the initial noise
+        draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + index), state.x.shape[1:]))
+        return draw(keys).astype(state.x.dtype)
+
+    def run(row: Rows, state: State) -> State:
+        plan = row.plan
+        x0, eps = denoise(state.x, plan.level, cond)
+        x = plan.x0 * x0 + plan.eps * eps + jnp.tensordot(plan.past, state.past, 1)
+        x = jax.lax.cond(plan.noise != 0, lambda: x + plan.noise * fresh_noise(row.index), lambda: x)
+        remembered = plan.memory[0] * x0 + plan.memory[1] * eps
+        return State(x, x0, jnp.concatenate([remembered[None], state.past[:-1]]))
+
+    def body(state: State, row: Rows) -> tuple[State, None]:
+        return jax.lax.cond(row.active, run, lambda _, state: state, row, state), None
+
+    return jax.lax.scan(body, state, rows)[0]
+
+
+def sample(
+    denoise: Denoise,
+    plan: Plan,
+    x: Float[Array, "batch *shape"],
+    keys: Key[Array, "batch"],
+    cond: PyTree = None,
+    *,
+    chunk: int | None = 10,
+    callback: Callable[[int, Array], bool | None] | None = None,
+) -> Float[Array, "batch *shape"]:
+    """Carry x from the plan's first level to its last.
+
+    denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial` (as `denoiser`
+      and the functions of `guidance` do) and new values of them do not recompile.
+    plan: from `solvers`. x: (B, ...) at the plan's first level, see `initial_noise`. keys: (B,), one for each image: an
+      image does not depend on the batch it was made in. cond: pytree handed to `denoise`, leaves (B, ...).
+    chunk: rows run by one call of the compiled program, padded with rows that skip the network, so any number of steps
+      reuses it; None runs all rows in one call, the form to use inside your own `jax.jit`.
+    callback: after each chunk called with (rows done, prediction of x0); returning True stops there.
+    Returns x (B, ...) at the plan's last level, float32 as x is.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 row or None for all rows, got {chunk}")
+    total = plan.num_rows
+    size = total if chunk is None else chunk
+    state = State(x, x, jnp.zeros((HISTORY, *x.shape), x.dtype))
+    for start in range(0, total, size):
+        state = advance(as_pytree(denoise), _rows(plan, start, size), state, keys, cond)
+        done = min(start + size, total)
+        if callback is not None and callback(done, state.x0):
+            break
+    return state.x
+
+
+def _rows(plan: Plan, start: int, size: int) -> Rows:
+    """Rows start..start+size of the plan in float32; past its end the last row again, not active."""
+    index = np.arange(start, start + size)
+    taken = np.minimum(index, plan.num_rows - 1)
+    return Rows(jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan), index, index < plan.num_rows)
+
+
+def denoiser(
+    apply: Callable[[PyTree, Array, Array, PyTree], Array],
+    params: PyTree,
+    convert: Callable[[Array, Array, NoiseLevel], Prediction],
+) -> Denoise:
+    """A denoiser from a network.
+
+    apply: (params, x (B, ...), t (B,), cond) -> output (B, ...). convert: what the output means, `process.from_eps`,
+    `from_x0` or `from_v`. Keep both the same objects between calls: they are what the compiled program is looked up by.
+    """
+    return jax.tree_util.Partial(_Network(apply, convert), params)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """`apply` and `convert` joined; equal when both are equal, so that a new denoiser finds the old compiled program."""
+
+    apply: Callable[[PyTree, Array, Array, PyTree], Array]
+    convert: Callable[[Array, Array, NoiseLevel], Prediction]
+
+    def __call__(self, params: PyTree, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:
+        out = self.apply(params, x, jnp.broadcast_to(level.t, x.shape[:1]), cond)
+        return self.convert(x, out.astype(x.dtype), level)
