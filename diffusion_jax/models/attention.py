@@ -1,0 +1,185 @@
+"""Attention over sequences and over the pixels of an image."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from diffusion_jax.models.layers import GroupNorm, conv, dense, kernel_init, zeros_init
+
+BLOCK = 512  # queries at a time in "blocks": their scores then stay in the processor's cache
+IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
+
+
+def attention(q: Float[Array, "batch queries heads width"], k: Float[Array, "batch keys heads width"],
+              v: Float[Array, "batch keys heads width"], mask: Bool[Array, "batch keys"] | None = None,
+              implementation: str = "auto") -> Float[Array, "batch queries heads width"]:
+    """softmax(q·kᵀ / sqrt(width))·v, the softmax in float32 (Vaswani et al. 2017, eq. 1).
+
+    mask: True at the keys that may be seen; all of them without it.
+    implementation: "xla" one softmax over the whole score matrix; "blocks" the same for 512 queries at a time, the scores
+    recomputed in the backward pass, so that memory grows with queries and not with their square; "cudnn" the fused
+    kernel; "auto" blocks on CPU, cudnn on GPU where it can, xla elsewhere. Raises ValueError for another name.
+    """
+    if implementation == "auto":
+        implementation = _best_implementation(q)
+    if implementation == "xla" or (implementation == "blocks" and q.shape[1] <= BLOCK):
+        return _softmax_attention(q, k, v, mask)
+    if implementation == "blocks":
+        return _in_blocks(q, k, v, mask)
+    if implementation == "cudnn":
+        mask = None if mask is None else mask[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    raise ValueError(f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+
+
+def _best_implementation(q) -> str:
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "blocks"
+    fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return "cudnn" if backend == "gpu" and fused else "xla"
+
+
+def _softmax_attention(q, k, v, mask):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores).astype(v.dtype), v)
+
+
+def _in_blocks(q, k, v, mask):
+    b, queries, heads, width = q.shape
+    padded = jnp.pad(q, [(0, 0), (0, -queries % BLOCK), (0, 0), (0, 0)])
+    blocks = padded.reshape(b, -1, BLOCK, heads, width).swapaxes(0, 1)
+    attend = jax.checkpoint(lambda block: _softmax_attention(block, k, v, mask))
+    return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(padded.shape)[:, :queries]
+
+
+def _multi_head(x, context, mask, *, heads, width, bias, out_init, dtype, implementation):
+    """Projects, attends and projects back; called inside a compact module, which then owns to_q, to_k, to_v, to_out_0."""
+    project = functools.partial(dense, heads * width, bias=bias, dtype=dtype)
+    split = lambda h: h.reshape(*h.shape[:2], heads, width)
+    q, k, v = (split(project(name=f"to_{n}")(s)) for n, s in (("q", x), ("k", context), ("v", context)))
+    h = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], heads * width)
+    return dense(x.shape[-1], name="to_out_0", dtype=dtype, init=out_init)(h)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to itself or to a context, without biases before the softmax."""
+
+    heads: int
+    dtype: DTypeLike = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch queries channels"], context: Float[Array, "batch keys _"] | None = None,
+                 mask: Bool[Array, "batch keys"] | None = None) -> Float[Array, "batch queries channels"]:
+        return _multi_head(x, x if context is None else context, mask, heads=self.heads,
+                           width=x.shape[-1] // self.heads, bias=False, out_init=kernel_init, dtype=self.dtype,
+                           implementation=self.implementation)
+
+
+class AttentionBlock2D(nn.Module):
+    """Residual self-attention over all pixels (DDPM, Ho et al. 2020; the autoencoder of Rombach et al. 2022).
+
+    head_width: channels of a head; None is one head of all channels. groups, eps: of the norm; no norm when groups is None.
+    """
+
+    head_width: int | None
+    groups: int | None
+    eps: float
+    dtype: DTypeLike = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+        b, h, w, channels = x.shape
+        width = self.head_width or channels
+        if channels % width:
+            raise ValueError(f"attention_head_dim: {channels} channels cannot be split into heads of {width}")
+        normed = x if self.groups is None else GroupNorm(self.groups, self.eps, name="group_norm")(x)
+        pixels = normed.reshape(b, h * w, channels)
+        out = _multi_head(pixels, pixels, None, heads=channels // width, width=width, bias=True, out_init=zeros_init,
+                          dtype=self.dtype, implementation=self.implementation)
+        return x + out.reshape(x.shape)
+
+
+class GEGLU(nn.Module):
+    """x -> a·gelu(b), where [a, b] is a linear map of x (Shazeer 2020)."""
+
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length _"]) -> Float[Array, "batch length width"]:
+        value, gate = jnp.split(dense(2 * self.width, name="proj", dtype=self.dtype)(x), 2, axis=-1)
+        return value * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """A GEGLU four times as wide as its input, and a linear map back."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
+        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return dense(x.shape[-1], name="net_2", dtype=self.dtype)(h)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention to the context, feed-forward, each with its residual.
+
+    only_cross_attention: the first attention looks at the context too.
+    """
+
+    heads: int
+    only_cross_attention: bool = False
+    dtype: DTypeLike = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length channels"], context: Float[Array, "batch keys _"] | None = None,
+                 mask: Bool[Array, "batch keys"] | None = None) -> Float[Array, "batch length channels"]:
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32)
+        attend = functools.partial(Attention, self.heads, self.dtype, self.implementation)
+        seen = (context, mask) if self.only_cross_attention else (None, None)
+        x = x + attend(name="attn1")(norm(name="norm1")(x), *seen)
+        x = x + attend(name="attn2")(norm(name="norm2")(x), context, mask)
+        return x + FeedForward(self.dtype, name="ff")(norm(name="norm3")(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the pixels of an image that attend to a text (Rombach et al. 2022, section 3.3).
+
+    heads: of every attention. layers: how many blocks. groups: of the norm before them.
+    linear_projection: whether the maps into and out of the blocks are stored as linear maps or as 1x1 convolutions.
+    """
+
+    heads: int
+    layers: int = 1
+    groups: int = 32
+    linear_projection: bool = False
+    only_cross_attention: bool = False
+    dtype: DTypeLike = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"], context: Float[Array, "batch keys _"],
+                 mask: Bool[Array, "batch keys"] | None = None) -> Float[Array, "batch height width channels"]:
+        b, height, width, channels = x.shape
+        if channels % self.heads:
+            raise ValueError(f"attention heads: {channels} channels cannot be split into {self.heads} heads")
+        project = dense if self.linear_projection else functools.partial(conv, size=1)
+        h = GroupNorm(self.groups, 1e-6, name="norm")(x)
+        h = project(channels, name="proj_in", dtype=self.dtype)(h).reshape(b, height * width, channels)
+        for i in range(self.layers):
+            h = BasicTransformerBlock(self.heads, self.only_cross_attention, self.dtype, self.implementation,
+                                      name=f"transformer_blocks_{i}")(h, context, mask)
+        h = h.reshape(x.shape)
+        return x + project(channels, name="proj_out", dtype=self.dtype, init=zeros_init)(h)

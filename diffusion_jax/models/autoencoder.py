@@ -1,0 +1,159 @@
+"""The image autoencoder of latent diffusion (Rombach et al. 2022, section 3.1)."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from diffusion_jax.models.attention import AttentionBlock2D
+from diffusion_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv, kernel_init
+from diffusion_jax.models.unet import DownBlock, MidBlock
+
+
+class Encoder(nn.Module):
+    """Image -> features; each level but the last halves height and width.
+
+    channels: of each level. layers: residual blocks of a level. out_channels: of the result.
+    resnet, attention, norm: what makes these submodules from their name; attention may be None.
+    """
+
+    channels: tuple[int, ...]
+    layers: int
+    out_channels: int
+    resnet: Callable
+    attention: Callable | None
+    norm: Callable
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x):
+        x = conv(self.channels[0], name="conv_in", dtype=self.dtype)(x)
+        for i, width in enumerate(self.channels):
+            downsample = functools.partial(Downsample2D, width, 0, self.dtype) if i < len(self.channels) - 1 else None
+            x, _ = DownBlock(self.layers, functools.partial(self.resnet, width), None, downsample,
+                             name=f"down_blocks_{i}")(x, None)
+        x = MidBlock(functools.partial(self.resnet, self.channels[-1]), self.attention, name="mid_block")(x, None)
+        x = nn.silu(self.norm(name="conv_norm_out")(x))
+        return conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
+
+
+class UpDecoderBlock(nn.Module):
+    """Residual blocks, then an upsampling if there is one."""
+
+    layers: int
+    resnet: Callable
+    upsample: Callable | None
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.layers):
+            x = self.resnet(name=f"resnets_{i}")(x)
+        return self.upsample(name="upsamplers_0")(x) if self.upsample else x
+
+
+class Decoder(nn.Module):
+    """The mirror of `Encoder`: each level but the last doubles height and width. `channels` are given coarsest first."""
+
+    channels: tuple[int, ...]
+    layers: int
+    out_channels: int
+    resnet: Callable
+    attention: Callable | None
+    norm: Callable
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, z):
+        x = conv(self.channels[0], name="conv_in", dtype=self.dtype)(z)
+        x = MidBlock(functools.partial(self.resnet, self.channels[0]), self.attention, name="mid_block")(x, None)
+        for i, width in enumerate(self.channels):
+            upsample = functools.partial(Upsample2D, width, self.dtype) if i < len(self.channels) - 1 else None
+            x = UpDecoderBlock(self.layers, functools.partial(self.resnet, width), upsample, name=f"up_blocks_{i}")(x)
+        x = nn.silu(self.norm(name="conv_norm_out")(x))
+        return conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Encodes images as Gaussian moments of latents and decodes latents; the fields are those of the peer's `config.json`.
+
+    block_out_channels: channels of each level, finest first; the latent is 2^(levels - 1) times smaller than the image.
+    layers_per_block: residual blocks of a level (one more on the way up). latent_channels: C.
+    scaling_factor, shift_factor: a diffusion model sees (z - shift_factor)·scaling_factor; kept here as data, not applied.
+    dtype, remat, attention_implementation: as in `UNet`; parameters, moments and images are float32.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    attention_implementation: str = "auto"
+
+    def setup(self):
+        groups, eps = self.norm_num_groups, 1e-6
+        shared = dict(
+            resnet=functools.partial(nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D, groups=groups, eps=eps,
+                                     dtype=self.dtype),
+            attention=functools.partial(AttentionBlock2D, None, groups, eps, self.dtype,
+                                        self.attention_implementation) if self.mid_block_add_attention else None,
+            norm=functools.partial(GroupNorm, groups, eps), dtype=self.dtype)
+        self.encoder = Encoder(self.block_out_channels, self.layers_per_block, 2 * self.latent_channels, **shared)
+        self.decoder = Decoder(self.block_out_channels[::-1], self.layers_per_block + 1, self.out_channels, **shared)
+        pointwise = functools.partial(nn.Conv, kernel_size=(1, 1), kernel_init=kernel_init)
+        if self.use_quant_conv:
+            self.quant_conv = pointwise(2 * self.latent_channels)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = pointwise(self.latent_channels)
+
+    def encode(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w moments"]:
+        """Image in [-1, 1] -> mean and log variance of its latent, joined on the last axis; the latter within [-30, 20].
+
+        Raises ValueError when height or width is no multiple of the factor between image and latent.
+        """
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        if x.shape[1] % factor or x.shape[2] % factor or x.shape[3] != self.in_channels:
+            raise ValueError(f"AutoencoderKL.encode: expected (batch, height, width, {self.in_channels}) with height and "
+                             f"width multiples of {factor}, got {x.shape}; resize or pad the images")
+        moments = self.encoder(x)
+        if self.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1)
+
+    def decode(self, z: Float[Array, "batch h w latent"]) -> Float[Array, "batch height width channels"]:
+        """Latent -> image, about [-1, 1] and not clipped. Raises ValueError for a wrong number of channels."""
+        if z.shape[-1] != self.latent_channels:
+            raise ValueError(f"AutoencoderKL.decode: expected {self.latent_channels} latent channels (last axis), "
+                             f"got shape {z.shape}")
+        return self.decoder(self.post_quant_conv(z) if self.use_post_quant_conv else z)
+
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+        """The reconstruction of x from the mean of its latent; touches every parameter, so `init` calls it."""
+        return self.decode(mode(self.encode(x)))
+
+
+def mode(moments: Float[Array, "batch h w moments"]) -> Float[Array, "batch h w latent"]:
+    """The mean of the latent's distribution."""
+    return jnp.split(moments, 2, axis=-1)[0]
+
+
+def sample_moments(moments: Float[Array, "batch h w moments"],
+                   keys: Key[Array, " batch"]) -> Float[Array, "batch h w latent"]:
+    """A draw z = mean + exp(logvar / 2)·noise, with a key for each image."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
+    return mean + jnp.exp(0.5 * logvar) * noise

@@ -1,0 +1,157 @@
+"""Layers that the U-Net and the autoencoder share: time embedding, group norm, residual block, resampling.
+
+Images are (batch, height, width, channels). Parameters are float32; `dtype` is the type of the large multiplications.
+Initialisation is that of DDPM (Ho et al. 2020): fan-average uniform kernels, and zeros for the last convolution of each
+residual branch, so that a fresh network starts as the identity along its residual stream.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+zeros_init = nn.initializers.zeros_init()
+
+
+def conv(features: int, size: int = 3, stride: int = 1, *, name: str, dtype: DTypeLike, init=kernel_init,
+         padding: int | Sequence[tuple[int, int]] | None = None) -> nn.Conv:
+    """A square convolution that keeps height and width when stride is 1; `padding` overrides that."""
+    padding = size // 2 if padding is None else padding
+    return nn.Conv(features, (size, size), stride, padding, kernel_init=init, dtype=dtype, name=name)
+
+
+def dense(features: int, *, name: str, dtype: DTypeLike, bias: bool = True, init=kernel_init) -> nn.Dense:
+    """A linear map of the last axis."""
+    return nn.Dense(features, use_bias=bias, kernel_init=init, dtype=dtype, name=name)
+
+
+def sinusoidal_embedding(t: Num[Array, " batch"], width: int, flip_sin_to_cos: bool = True,
+                         freq_shift: float = 0.0) -> Float[Array, "batch width"]:
+    """Sines and cosines of t at geometric frequencies (Vaswani et al. 2017, section 3.5).
+
+        w_i = 10000^(-i / (width/2 - freq_shift)),   embedding = [sin(t·w), cos(t·w)], flipped: [cos(t·w), sin(t·w)]
+
+    t: times in the network's own unit (steps, fractions allowed). width: size of the result; an odd one ends with a zero.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    waves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(waves, axis=-1), [(0, 0), (0, width % 2)])
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear maps with a SiLU between, in float32: small, and every residual block depends on them."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch _"]) -> Float[Array, "batch width"]:
+        x = dense(self.width, name="linear_1", dtype=jnp.float32)(x)
+        return dense(self.width, name="linear_2", dtype=jnp.float32)(nn.silu(x))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018), computed in float32 and returned as float32.
+
+        y = (x - mean) / sqrt(var + eps) · scale + bias,   mean and var over the pixels and the channels of a group
+
+    The sums run over pixels first and join the channels of a group afterwards, on (batch, channels) arrays, so no large
+    array is reshaped. Raises ValueError when groups does not divide the channels.
+    """
+
+    groups: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Num[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(f"GroupNorm: {channels} channels cannot be split into {self.groups} groups; "
+                             "choose norm_num_groups that divides every entry of block_out_channels")
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - self._group_mean(x)
+        variance = self._group_mean(jnp.square(centred))
+        return centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias
+
+    def _group_mean(self, x):
+        """(B, H, W, C) -> (B, 1, 1, C), the mean of each channel's group."""
+        by_channel = x.mean(axis=(1, 2))
+        by_group = by_channel.reshape(len(x), self.groups, -1).mean(axis=-1)
+        return jnp.repeat(by_group, x.shape[-1] // self.groups, axis=-1)[:, None, None, :]
+
+
+class ResnetBlock2D(nn.Module):
+    """Residual block of DDPM / ADM: norm, SiLU, conv, time, norm, SiLU, dropout, conv, plus the input.
+
+    out_channels: channels of the result; the input passes a 1x1 convolution when it has another number.
+    groups, eps: of the norms. dropout: rate, 0 when sampling.
+    time_scale_shift: "default" adds the projected time embedding after the first convolution (DDPM), "scale_shift" lets
+    it modulate the second norm (ADM, Dhariwal & Nichol 2021). Without `temb` there is no time projection.
+    """
+
+    out_channels: int
+    groups: int = 32
+    eps: float = 1e-5
+    dropout: float = 0.0
+    time_scale_shift: str = "default"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width _"],
+                 temb: Float[Array, "batch width"] | None = None) -> Float[Array, "batch height width out"]:
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
+        h = conv(self.out_channels, name="conv1", dtype=self.dtype)(h)
+
+        scale, shift = 0.0, 0.0
+        if temb is not None:
+            modulates = self.time_scale_shift == "scale_shift"
+            width = self.out_channels * (2 if modulates else 1)
+            temb = dense(width, name="time_emb_proj", dtype=jnp.float32)(nn.silu(temb))[:, None, None, :]
+            if modulates:
+                scale, shift = jnp.split(temb, 2, axis=-1)
+            else:
+                h = h + temb.astype(h.dtype)
+
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(h) * (1 + scale) + shift)
+        h = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)(h)
+        h = conv(self.out_channels, name="conv2", dtype=self.dtype, init=zeros_init)(h)
+
+        if x.shape[-1] != self.out_channels:
+            x = conv(self.out_channels, 1, name="conv_shortcut", dtype=self.dtype)(x)
+        return x + h
+
+
+class Downsample2D(nn.Module):
+    """A 3x3 convolution with stride 2. padding 0 pads right and below alone, as DDPM's TensorFlow "SAME" did."""
+
+    out_channels: int
+    padding: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width _"]) -> Float[Array, "batch h w out"]:
+        padding = [(self.padding, max(self.padding, 1))] * 2
+        return conv(self.out_channels, stride=2, padding=padding, name="conv", dtype=self.dtype)(x)
+
+
+class Upsample2D(nn.Module):
+    """Doubles height and width by repeating pixels, crops to `size` where the skip connection is odd, then convolves."""
+
+    out_channels: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width _"],
+                 size: tuple[int, int] | None = None) -> Float[Array, "batch h w out"]:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        if size is not None:
+            x = x[:, :size[0], :size[1]]
+        return conv(self.out_channels, name="conv", dtype=self.dtype)(x)
