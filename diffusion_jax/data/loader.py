@@ -1,0 +1,101 @@
+"""From a source to batches, by Grain: shuffled, sharded, prefetched by threads and resumable to the exact record."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import BadRecord, Record, Transform
+
+NAMED = 10  # bad records that get a warning line of their own
+
+
+class Reader:
+    """(index, rng) -> the transformed record, or None after a warning that names a bad one.
+
+    Warnings: one line for each of the first ten bad records, and their total when the whole source has been read.
+    Raises ValueError if all records are bad. Safe to call from many threads.
+    """
+
+    def __init__(self, source: Source, transform: Transform | None):
+        self.source, self.transform = source, transform
+        self.seen, self.bad = np.zeros((2, len(source)), bool)
+        self.lock = threading.Lock()
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Record | None:
+        try:
+            record = self.source[index]
+            record = self.transform(record, rng) if self.transform else record
+        except BadRecord as error:
+            self._note(index, error)
+            return None
+        self._note(index)
+        return record
+
+    def _note(self, index: int, error: BadRecord | None = None) -> None:
+        with self.lock:
+            if self.seen[index]:
+                return
+            self.seen[index] = True
+            if error:
+                self.bad[index] = True
+                if self.bad.sum() <= NAMED:
+                    logging.warning("skipped %s: %s", self.source.label(index), error)
+            if self.seen.all() and self.bad.any():
+                logging.warning(
+                    "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name
+                )
+                if self.bad.all():
+                    raise ValueError(f"none of the {len(self.source)} records of {self.source.name} can be used")
+
+
+def stack(records: Sequence[Any]) -> Any:
+    """A batch: dicts by key, numbers and arrays along a new first axis, anything else (text) in an array of objects."""
+    first = records[0]
+    if isinstance(first, dict):
+        return {key: stack([record[key] for record in records]) for key in first}
+    if isinstance(first, int):
+        return np.array(records, np.int32)
+    if isinstance(first, np.ndarray | np.number):
+        return np.stack(records)
+    batch = np.empty(len(records), object)
+    batch[:] = records
+    return batch
+
+
+def loader(
+    source: Source,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    transform: Transform | None = None,
+    shuffle: bool = True,
+    repeat: bool = True,
+) -> grain.DatasetIterator:
+    """An iterator of batches, the same for the same seed, with get_state() and set_state() to resume exactly.
+
+    source: records. batch_size: records in a batch of this process. process_index, process_count: this process takes every
+    process_count-th record of the common order. transform: (record, numpy generator) -> record. shuffle: a new order each epoch.
+    repeat: epochs without end, batches reach over their borders; without it, what does not fill a batch is dropped.
+    Bad records are skipped with a warning.
+
+    Raises ValueError if the source is empty, gives no whole batch, or has no good record.
+    """
+    records = len(source) // process_count
+    if records == 0 or (records < batch_size and not repeat):
+        raise ValueError(
+            f"{source.name} has {len(source)} records: not enough for a batch of {batch_size} on {process_count} process(es)"
+        )
+    indices = grain.MapDataset.range(len(source)).seed(seed)
+    indices = indices.shuffle() if shuffle else indices
+    # Before sharding, so that an image is cropped the same however many processes there are.
+    dataset = indices.random_map(Reader(source, transform))
+    dataset = dataset.repeat() if repeat else dataset[: records * process_count]
+    dataset = dataset[process_index::process_count]
+    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=2 * batch_size)
+    return iter(dataset.to_iter_dataset(ahead).batch(batch_size, drop_remainder=True, batch_fn=stack))

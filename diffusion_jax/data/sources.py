@@ -1,0 +1,126 @@
+"""Sources: named random-access sets of records {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits
+
+from diffusion_jax.data.openmoji import OpenMoji
+from diffusion_jax.data.transforms import BadRecord, Record, decode
+
+
+@dataclass(frozen=True)
+class Source:
+    """A random-access set of records.
+
+    name: identifies the content, used in cache keys. size: number of records. read: index -> record, which raises
+    BadRecord if it cannot. num_classes: number of labels, 0 without. captions: the caption of each record, empty without.
+    files: the file of each record, empty if records are not files.
+    """
+
+    name: str
+    size: int
+    read: Callable[[int], Record]
+    num_classes: int = 0
+    captions: Sequence[str] = ()
+    files: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(range(self.size)[index])
+
+    def label(self, index: int) -> str:
+        """What to call a record in a message."""
+        return self.files[index] if self.files else f"record {index} of {self.name}"
+
+
+@dataclass(frozen=True)
+class Captions(Sequence):
+    """The captions of a TFDS data source, read when asked for."""
+
+    records: Sequence[dict]
+    key: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.records[range(len(self))[index]][self.key].decode()
+
+
+def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
+    """OpenMoji drawings with their names, built on first use (seconds).
+
+    size: pixels, a multiple of 8 up to 1024. split: "train" or "validation" (5 %). data_dir: where TFDS keeps data sets.
+    Records also hold "aliases", a list of other names.
+    """
+    if f"{size}px" not in OpenMoji.builder_configs:
+        raise ValueError(f"OpenMoji is drawn at a multiple of 8 pixels, from 8 to 1024; got {size}")
+    builder = OpenMoji(config=f"{size}px", data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return _from_builder(builder, split)
+
+
+def digits(split: str = "train") -> Source:
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 grey as RGB, ten classes. Every tenth is for validation."""
+    if split not in ("train", "validation"):
+        raise ValueError(f'digits has the splits "train" and "validation", got "{split}"')
+    data = load_digits()
+    held_out = np.arange(len(data.target)) % 10 == 9
+    chosen = held_out if split == "validation" else ~held_out
+    images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
+    images = np.repeat(images[..., None], 3, axis=-1)
+    labels = data.target[chosen]
+    return Source(
+        name=f"digits-{split}",
+        size=len(labels),
+        read=lambda i: {"image": images[i], "label": int(labels[i])},
+        num_classes=10,
+    )
+
+
+def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
+    """The source of one split of a prepared TFDS builder: its first image, its "caption" or other text, its label."""
+    if split not in builder.info.splits:
+        raise ValueError(f'{builder.name} has the splits {sorted(builder.info.splits)}, got "{split}"')
+    features = builder.info.features
+    image = _first(features, tfds.features.Image)
+    if image is None:
+        raise ValueError(f"{builder.name} has no images: its features are {sorted(features)}")
+    text, label = _first(features, tfds.features.Text), _first(features, tfds.features.ClassLabel)
+    # Pictures stay encoded: one decoder for every source, no OpenCV, and captions can be read without pictures.
+    records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+
+    def read(index: int) -> Record:
+        raw = records[index]
+        record: dict[str, Any] = {"image": decode(raw[image])}
+        if text:
+            record["caption"] = raw[text].decode()
+        if "aliases" in raw:
+            record["aliases"] = [alias.decode() for alias in raw["aliases"]]
+        if label:
+            record["label"] = int(raw[label])
+        return record
+
+    return Source(
+        name=f"{builder.info.full_name}/{split}",
+        size=len(records),
+        read=read,
+        num_classes=features[label].num_classes if label else 0,
+        captions=Captions(records, text) if text else (),
+    )
+
+
+def _first(features: tfds.features.FeaturesDict, kind: type) -> str | None:
+    """The name of the feature of a kind; of several, the one with the plainest name."""
+    plain = ("image", "caption", "text", "label")
+    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    return min(names, key=lambda name: (name not in plain, names.index(name)), default=None)

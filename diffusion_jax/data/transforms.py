@@ -1,0 +1,73 @@
+"""From a picture of any kind and size to a square of uint8 RGB, and from there to what networks take."""
+
+import io
+from collections.abc import Callable
+from os import PathLike
+
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image, ImageOps
+
+Record = dict
+Transform = Callable[[Record, np.random.Generator], Record]
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used. The message says why; readers skip the record and name it."""
+
+
+def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """Read a picture from its file or its encoded bytes: upright by its EXIF tag, transparency on white, 8-bit RGB.
+
+    Raises BadRecord if it is truncated or no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadRecord(f"not a readable picture ({' '.join(str(error).split())})") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to its low byte
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(size: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:
+    """A transform that makes record["image"] size x size: short side resized to `size`, then cropped.
+
+    size: height and width in pixels. random_crop: crop anywhere, else from the centre. flip: mirror half of the images.
+    upscale: enlarge images that are smaller than `size`, else they are bad records.
+    """
+
+    def transform(record: Record, rng: np.random.Generator) -> Record:
+        height, width, _ = record["image"].shape
+        short = min(height, width)
+        if short < size and not upscale:
+            raise BadRecord(f"{width}x{height} pixels, smaller than the {size}x{size} crop")
+        image = record["image"]
+        if short != size:
+            resized = (max(size, round(width * size / short)), max(size, round(height * size / short)))
+            image = np.asarray(Image.fromarray(image).resize(resized, Image.Resampling.LANCZOS))
+        spare = np.array(image.shape[:2]) - size
+        top, left = rng.integers(0, spare + 1) if random_crop else spare // 2
+        image = image[top : top + size, left : left + size]
+        if flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        return record | {"image": np.ascontiguousarray(image)}
+
+    return transform
+
+
+def to_float(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """0..255 -> [-1, 1], float32. Takes numpy and JAX arrays, traced ones too."""
+    return images.astype("float32") / 127.5 - 1
+
+
+def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """[-1, 1] -> 0..255, rounded, values outside clipped. Takes numpy and JAX arrays, traced ones too."""
+    return ((images + 1) * 127.5).round().clip(0, 255).astype("uint8")
