@@ -141,6 +141,11 @@ class AutoencoderKL(nn.Module):
                              f"got shape {z.shape}")
         return self.decoder(self.post_quant_conv(z) if self.use_post_quant_conv else z)
 
+    def example_image(self) -> Float[Array, "1 height width channels"]:
+        """The smallest zeros that `init` takes."""
+        size = 2 ** (len(self.block_out_channels) - 1)
+        return jnp.zeros((1, size, size, self.in_channels))
+
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """The reconstruction of x from the mean of its latent; touches every parameter, so `init` calls it."""
         return self.decode(mode(self.encode(x)))

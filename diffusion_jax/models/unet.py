@@ -86,7 +86,7 @@ class UNet(nn.Module):
 
     block_out_channels: channels of each level, finest first. layers_per_block: residual blocks of a level.
     attention_head_dim: in `Attn…` blocks the channels of a head (None: one head of all channels); in `CrossAttn…` blocks,
-        by a historical slip that every published config relies on, the number of heads, unless num_attention_heads is set.
+        by a historical slip that every published config relies on, the number of heads.
     attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D; None means norm_num_groups, or no norm
         under resnet_time_scale_shift="scale_shift".
     num_class_embeds: size of the table of class embeddings; None for a network that knows no classes.
@@ -116,7 +116,6 @@ class UNet(nn.Module):
     num_class_embeds: int | None = None
     add_attention: bool = True
     attention_head_dim: int | tuple[int, ...] | None = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
     attn_norm_num_groups: int | None = None
     cross_attention_dim: int | None = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
@@ -173,6 +172,14 @@ class UNet(nn.Module):
         x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, name="conv_norm_out")(x))
         return conv(self.out_channels, name="conv_out", dtype=jnp.float32, init=zeros_init)(x)
 
+    def example_inputs(self) -> tuple:
+        """The smallest zeros that this network takes, for `init` and for tracing its shapes."""
+        size = 2 ** (len(self.block_out_channels) - 1)
+        uses_text = any(BLOCK_TYPES.get(name) == "cross" for name in self._used_blocks())
+        text = jnp.zeros((1, 1, self.cross_attention_dim)) if uses_text else None
+        labels = None if self.num_class_embeds is None else jnp.zeros((1,), jnp.int32)
+        return jnp.zeros((1, size, size, self.in_channels)), jnp.zeros((1,)), text, None, labels
+
     def _time_embedding(self, t, class_labels):
         width = self.time_embedding_dim or 4 * self.block_out_channels[0]
         waves = sinusoidal_embedding(t, self.block_out_channels[0], self.flip_sin_to_cos, self.freq_shift)
@@ -190,9 +197,8 @@ class UNet(nn.Module):
         if kind == "cross":
             make = functools.partial(
                 nn.remat(Transformer2DModel) if self.remat else Transformer2DModel,
-                heads=self._per_level("num_attention_heads")[level] or heads,
-                layers=self._per_level("transformer_layers_per_block")[level], groups=self.norm_num_groups,
-                linear_projection=self.use_linear_projection,
+                heads=heads, layers=self._per_level("transformer_layers_per_block")[level],
+                groups=self.norm_num_groups, linear_projection=self.use_linear_projection,
                 only_cross_attention=self._per_level("only_cross_attention")[level], **shared)
             return make, (text, mask)
         groups = self.norm_num_groups
@@ -208,16 +214,19 @@ class UNet(nn.Module):
         value = getattr(self, field)
         return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(self.block_out_channels)
 
+    def _used_blocks(self) -> tuple[str, ...]:
+        mid = () if self.mid_block_type is None else (self.mid_block_type,)
+        return (*self.down_block_types, *mid, *self.up_block_types)
+
     def _check(self, x, text, class_labels):
         levels = len(self.block_out_channels)
         for field in ("down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-                      "num_attention_heads", "transformer_layers_per_block", "only_cross_attention"):
+                      "transformer_layers_per_block", "only_cross_attention"):
             value = getattr(self, field)
             if isinstance(value, (tuple, list)) and len(value) != levels:
                 raise ValueError(f"UNet: {field} has {len(value)} entries, block_out_channels has {levels}; "
                                  "give one entry for each level")
-        used = (*self.down_block_types, *self.up_block_types, *([self.mid_block_type] if self.mid_block_type else []))
-        for name in used:
+        for name in self._used_blocks():
             if name not in BLOCK_TYPES:
                 raise ValueError(f"UNet: unknown block type {name!r}; known are {', '.join(BLOCK_TYPES)}")
         if self.resnet_time_scale_shift not in ("default", "scale_shift"):
@@ -225,7 +234,7 @@ class UNet(nn.Module):
                              f"got {self.resnet_time_scale_shift!r}")
         if x.shape[-1] != self.in_channels:
             raise ValueError(f"UNet: expected {self.in_channels} input channels (last axis), got shape {x.shape}")
-        cross = any(BLOCK_TYPES[name] == "cross" for name in used)
+        cross = any(BLOCK_TYPES[name] == "cross" for name in self._used_blocks())
         if cross and (text is None or text.shape[-1] != self.cross_attention_dim):
             got = "none" if text is None else f"shape {text.shape}"
             raise ValueError(f"UNet: expected encoder_hidden_states of width {self.cross_attention_dim}, got {got}")

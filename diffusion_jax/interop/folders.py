@@ -1,0 +1,131 @@
+"""Models in the folder format of diffusers: `config.json` beside `diffusion_pytorch_model.safetensors`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from safetensors.numpy import load_file, save_file
+
+from diffusion_jax.interop.names import from_torch, to_torch
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.unet import BLOCK_TYPES, UNet
+
+WEIGHTS = "diffusion_pytorch_model"
+OURS = {"parent", "name", "dtype", "remat", "attention_implementation"}  # fields that say how to run, not what
+
+# What the peer's classes assume for a field that their config.json leaves out, where ours assumes something else.
+DEFAULTS = {
+    "UNet2DConditionModel": {},
+    "UNet2DModel": dict(
+        in_channels=3, out_channels=3, block_out_channels=(224, 448, 672, 896), mid_block_type="UNetMidBlock2D",
+        down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
+        up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",)),
+    "AutoencoderKL": dict(block_out_channels=(64,), layers_per_block=1, sample_size=32),
+}
+# Fields of one class that mean nothing to the other, left out when saving.
+FOREIGN = {
+    "UNet2DConditionModel": {"add_attention", "attn_norm_num_groups"},
+    "UNet2DModel": {"cross_attention_dim", "transformer_layers_per_block", "only_cross_attention",
+                    "use_linear_projection"},
+    "AutoencoderKL": set(),
+}
+# Fields of the peer that our networks lack because they have them at one value, or that change nothing here.
+FIXED = {
+    "act_fn": ("silu", "swish"), "attention_type": ("default",), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    "downsample_type": ("conv",), "upsample_type": ("conv",), "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1,), "time_embedding_type": ("positional",),
+}
+NO_EFFECT = {"addition_embed_type_num_heads", "force_upcast", "num_train_timesteps", "upcast_attention"}
+
+
+def load_unet(folder: str | Path) -> tuple[UNet, PyTree]:
+    """The U-Net of a folder and its variables, so that `unet.apply(variables, x, t, …)` runs it.
+
+    For another compute type or remat, `unet.clone(dtype=jnp.bfloat16, remat=True)` shares the variables.
+    Raises FileNotFoundError for a missing file and ValueError for a config or weights that cannot be honoured.
+    """
+    config, path = read_config(folder)
+    if config.get("_class_name") not in ("UNet2DConditionModel", "UNet2DModel"):
+        raise ValueError(f"{path}: expected a UNet2DConditionModel or UNet2DModel, got {config.get('_class_name')}")
+    if config["_class_name"] == "UNet2DConditionModel" and config.get("mid_block_type") == "UNetMidBlock2D":
+        raise ValueError(f"{path}: mid_block_type 'UNetMidBlock2D' is supported in UNet2DModel alone")
+    unet = UNet(**_fields(UNet, config, path))
+    like = jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())
+    return unet, from_torch(*read_tensors(folder, WEIGHTS), like)
+
+
+def load_autoencoder(folder: str | Path) -> tuple[AutoencoderKL, PyTree]:
+    """The autoencoder of a folder and its variables; everything else as `load_unet`."""
+    config, path = read_config(folder)
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"{path}: expected an AutoencoderKL, got {config.get('_class_name')}")
+    levels = len(config.get("block_out_channels", (64,)))
+    for field, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if tuple(config.pop(field, (known,) * levels)) != (known,) * levels:
+            raise ValueError(f"{path}: {field} must be {levels} times {known!r}, one for each of block_out_channels")
+    autoencoder = AutoencoderKL(**_fields(AutoencoderKL, config, path))
+    like = jax.eval_shape(autoencoder.init, jax.random.key(0), autoencoder.example_image())
+    return autoencoder, from_torch(*read_tensors(folder, WEIGHTS), like)
+
+
+def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: jnp.dtype = jnp.float32) -> None:
+    """Write a folder that `load_unet` and the peer read. dtype: of the stored tensors."""
+    cross = any(BLOCK_TYPES[name] == "cross" for name in (*unet.down_block_types, *unet.up_block_types)) or (
+        unet.mid_block_type == "UNetMidBlock2DCrossAttn")
+    _save("UNet2DConditionModel" if cross else "UNet2DModel", unet, {}, variables, folder, dtype)
+
+
+def save_autoencoder(autoencoder: AutoencoderKL, variables: PyTree, folder: str | Path,
+                     dtype: jnp.dtype = jnp.float32) -> None:
+    """Write a folder that `load_autoencoder` and the peer read. dtype: of the stored tensors."""
+    levels = len(autoencoder.block_out_channels)
+    types = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
+    _save("AutoencoderKL", autoencoder, types, variables, folder, dtype)
+
+
+def read_config(folder: str | Path) -> tuple[dict, Path]:
+    """The content of a folder's config.json and its path."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the folder of one model, such as unet/ of a pipeline")
+    return json.loads(path.read_text()), path
+
+
+def read_tensors(folder: str | Path, stem: str) -> tuple[dict[str, np.ndarray], str]:
+    """All tensors of a folder, from one file, from its shards or from the half-precision variant; and the file's name."""
+    folder = Path(folder)
+    index = folder / f"{stem}.safetensors.index.json"
+    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
+        if path.is_file():
+            return load_file(path), str(path)
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}, str(index)
+    raise FileNotFoundError(f"{folder / stem}.safetensors: no such file; weights in .bin or .ckpt form must be "
+                            "converted to safetensors first")
+
+
+def _fields(module: type[nn.Module], config: dict, path: Path) -> dict:
+    """Arguments of `module` from a peer's config; ValueError where the config asks for what the module has not."""
+    known = {field.name for field in dataclasses.fields(module)} - OURS
+    for name, value in config.items():
+        inert = name.startswith("_") or name in known | NO_EFFECT or value in (None, False, *FIXED.get(name, ()))
+        if not inert:
+            raise ValueError(f"{path}: {name}={value!r} is not supported")
+    values = DEFAULTS[config["_class_name"]] | {name: value for name, value in config.items() if name in known}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _save(class_name, module, extra, variables, folder, dtype):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {field.name for field in dataclasses.fields(module)} - OURS - FOREIGN[class_name]
+    config = {"_class_name": class_name, **{name: getattr(module, name) for name in sorted(names)}, **extra}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: array.astype(dtype) for name, array in to_torch(variables).items()}
+    save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})

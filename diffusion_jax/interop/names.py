@@ -1,0 +1,85 @@
+"""The one rule between Flax parameters and the tensors of a torch state dict.
+
+    down_blocks_0 / resnets_1 / conv1 / kernel (H, W, in, out)   <->   down_blocks.0.resnets.1.conv1.weight (out, in, H, W)
+
+Join the path with dots; an index behind an underscore is an index behind a dot; kernels are transposed; kernel, scale and
+embedding are all called weight. Nothing here knows a model.
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+# Names in which the number is the peer's own spelling and not the index of a list.
+NUMBERED = re.compile(r"(linear|wi)_\d+")
+# The attention of the oldest autoencoder and U-Net checkpoints, as the peer renames it too.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """The state dict's name of the parameter at `path`, e.g. ("to_out_0", "kernel") -> "to_out.0.weight"."""
+    *modules, leaf = path
+    modules = [name if NUMBERED.fullmatch(name) else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
+    return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
+
+
+def to_torch(params: PyTree) -> dict[str, np.ndarray]:
+    """Flax variables {"params": ...} -> a torch state dict of numpy arrays of the same type."""
+    return {torch_name(path): _kernel_to_torch(path, np.asarray(leaf)) for path, leaf in _leaves(params)}
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree) -> PyTree:
+    """A torch state dict -> Flax variables of the structure, shapes and types of `like`.
+
+    source: the file, for the message. like: arrays or shapes, e.g. `jax.eval_shape(module.init, key, *inputs)`.
+    Raises ValueError naming the first few tensors that are missing, not known, or of another shape.
+    """
+    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
+    wanted = {torch_name(path): (path, leaf) for path, leaf in _leaves(like)}
+    shapes = {name: _shape_in_torch(path, leaf.shape) for name, (path, leaf) in wanted.items()}
+    _refuse(source, "lacks", sorted(wanted.keys() - tensors.keys()))
+    _refuse(source, "has unknown", sorted(tensors.keys() - wanted.keys()))
+    _refuse(source, "has misshapen", [f"{name} {tensors[name].shape} instead of {shape}"
+                                      for name, shape in shapes.items() if tensors[name].shape != shape])
+    leaves = [jnp.asarray(_kernel_from_torch(path, tensors[name]), leaf.dtype)
+              for name, (path, leaf) in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _leaves(params):
+    """(path below "params", leaf) in the order of jax.tree.leaves."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield tuple(key.key for key in keys[1:]), leaf
+
+
+def _kernel_to_torch(path, array):
+    if path[-1] != "kernel":
+        return array
+    return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1))
+
+
+def _kernel_from_torch(path, tensor):
+    if path[-1] != "kernel":
+        return tensor
+    return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
+
+
+def _shape_in_torch(path, shape):
+    return _kernel_to_torch(path, np.broadcast_to(np.zeros((), bool), shape)).shape
+
+
+def _modern(name):
+    head, _, leaf = name.rpartition(".")
+    parent, _, last = head.rpartition(".")
+    return f"{parent}.{OLD_NAMES[last]}.{leaf}" if last in OLD_NAMES and ".attentions." in name else name
+
+
+def _refuse(source, what, names):
+    if names:
+        first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise ValueError(f"{source} {what} {len(names)} tensor{'s' * (len(names) > 1)}: {first}; "
+                         "do its config.json and its weights belong together?")
