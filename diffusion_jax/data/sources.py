@@ -1,4 +1,4 @@
-"""Sources: named random-access sets of records {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
+"""Sources: random-access sets of records, {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,18 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
 from diffusion_jax.data.openmoji import OpenMoji
-from diffusion_jax.data.transforms import BadRecord, Record, decode
+from diffusion_jax.data.transforms import Record, decode
 
 
 @dataclass(frozen=True)
 class Source:
     """A random-access set of records.
 
-    name: identifies the content, used in cache keys. size: number of records. read: index -> record, which raises
-    BadRecord if it cannot. num_classes: number of labels, 0 without. captions: the caption of each record, empty without.
+    name: identifies the content, used in cache keys.
+    size: number of records.
+    read: index -> record; raises BadRecord for one that cannot be used.
+    num_classes: number of labels, 0 if there are none.
+    captions: the caption of each record, empty if there are none.
     files: the file of each record, empty if records are not files.
     """
 
@@ -28,6 +31,10 @@ class Source:
     num_classes: int = 0
     captions: Sequence[str] = ()
     files: Sequence[str] = ()
+
+    def __post_init__(self):
+        if self.size == 0:
+            raise ValueError(f"{self.name} is empty: it has no records")
 
     def __len__(self) -> int:
         return self.size
@@ -59,8 +66,11 @@ class Captions(Sequence):
 def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
     """OpenMoji drawings with their names, built on first use (seconds).
 
-    size: pixels, a multiple of 8 up to 1024. split: "train" or "validation" (5 %). data_dir: where TFDS keeps data sets.
-    Records also hold "aliases", a list of other names.
+    size: height and width in pixels, a multiple of 8 up to 1024.
+    split: "train" or "validation" (5 % of the drawings).
+    data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
+
+    Records also hold "aliases", a list of other names. Raises ValueError for another size or split.
     """
     if f"{size}px" not in OpenMoji.builder_configs:
         raise ValueError(f"OpenMoji is drawn at a multiple of 8 pixels, from 8 to 1024; got {size}")

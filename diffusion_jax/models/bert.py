@@ -146,9 +146,9 @@ class BertEncoder(nn.Module):
 
 
 def params_from_torch(tensors: dict[str, Array]) -> dict:
-    """The Flax params of BertEncoder from a state dict {torch name: array} of `BertModel`; what it has no use for is left.
+    """The Flax params of BertEncoder from the state dict {torch name: array} of `BertModel`, less its pooler.
 
-    "encoder.layer.0.output.dense.weight" (out, in) -> params["encoder"]["layer_0"]["output"]["dense"]["kernel"] (in, out).
+    encoder.layer.0.output.dense.weight (out, in) -> encoder / layer_0 / output / dense / kernel (in, out).
     """
     params: dict = {}
     for name, tensor in tensors.items():

@@ -35,7 +35,7 @@ class TextEncoder(NamedTuple):
 def tokenize(
     prompts: Sequence[str], tokenizer: Tokenizer, length: int
 ) -> tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]:
-    """Token ids and mask of prompts, by a tokenizer set to truncate and pad to `length`. Warns once of all that it cut."""
+    """Token ids and mask of prompts, by a tokenizer set to cut and pad to `length`. One warning for all that it cut."""
     encodings = tokenizer.encode_batch(list(prompts))
     cut = [prompt for prompt, encoding in zip(prompts, encodings, strict=True) if encoding.overflowing]
     if cut:

