@@ -143,22 +143,3 @@ class BertEncoder(nn.Module):
             self.layer_norm_eps,
             name="encoder",
         )(x, mask)
-
-
-def params_from_torch(tensors: dict[str, Array]) -> dict:
-    """The Flax params of BertEncoder from the state dict {torch name: array} of `BertModel`, less its pooler.
-
-    encoder.layer.0.output.dense.weight (out, in) -> encoder / layer_0 / output / dense / kernel (in, out).
-    """
-    params: dict = {}
-    for name, tensor in tensors.items():
-        *path, leaf = name.replace(".layer.", ".layer_").split(".")
-        if path[0] not in ("embeddings", "encoder") or leaf == "position_ids":
-            continue
-        if leaf == "weight":
-            leaf = "scale" if path[-1] == "LayerNorm" else "embedding" if path[0] == "embeddings" else "kernel"
-        node = params
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = tensor.T if leaf == "kernel" else tensor
-    return params
