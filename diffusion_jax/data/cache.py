@@ -80,7 +80,7 @@ def _batches(source: Source, batch_size: int, transform: Transform | None) -> It
     """(indices of good records, their stacked batch, filled up to batch_size), with a progress bar."""
     reader = Reader(source, transform)
     reads = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
-    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=2 * batch_size)
+    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
     indices: list[int] = []
     records: list[Record] = []
     bar = tqdm(reads.to_iter_dataset(ahead), desc=f"caching {source.name}", total=len(source), unit="records")

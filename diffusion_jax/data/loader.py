@@ -99,5 +99,5 @@ def loader(
     dataset = indices.random_map(Reader(source, transform))
     dataset = dataset.repeat() if repeat else dataset[: records * process_count]
     dataset = dataset[process_index::process_count]
-    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=2 * batch_size)
+    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
     return iter(dataset.to_iter_dataset(ahead).batch(batch_size, drop_remainder=True, batch_fn=stack))

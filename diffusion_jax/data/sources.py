@@ -1,14 +1,18 @@
 """Sources: random-access sets of records, {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
 
+import difflib
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
+from diffusion_jax.data.folders import digest, list_pictures
 from diffusion_jax.data.openmoji import OpenMoji
 from diffusion_jax.data.transforms import Record, decode
 
@@ -97,9 +101,60 @@ def digits(split: str = "train") -> Source:
     )
 
 
+def folder(path: str | PathLike) -> Source:
+    """A folder of pictures, with captions in its files or classes by subfolder; how, and what raises: `list_pictures`."""
+    root = Path(path)
+    listing = list_pictures(root)
+
+    def read(index: int) -> Record:
+        record: Record = {"image": decode(root / listing.files[index])}
+        if listing.captions:
+            record["caption"] = listing.captions[index]
+        if listing.labels:
+            record["label"] = listing.labels[index]
+        return record
+
+    return Source(
+        name=f"{root.resolve().name}-{digest(root, listing)[:16]}",
+        size=len(listing.files),
+        read=read,
+        num_classes=len(listing.classes),
+        captions=listing.captions,
+        files=[str(root / file) for file in listing.files],
+    )
+
+
+def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
+    """A data set of TFDS, downloaded and prepared on first use; its pictures with their caption or label.
+
+    name: as in `tfds.load`, e.g. "cifar10" or "openmoji/64px".
+    split: one that it has, or a slice such as "train[:90%]".
+    data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
+
+    Needs TensorFlow only to prepare a data set whose builder uses it.
+    Raises ValueError if there is no such data set or split, if it cannot be prepared, or if it has no pictures.
+    """
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name.split("/")[0].split(":")[0], known)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see tensorflow.org/datasets/catalog"
+        raise ValueError(
+            f'TFDS has no data set "{name}" and {data_dir or "its data_dir"} holds none; {hint}'
+        ) from error
+    except ModuleNotFoundError as error:
+        advice = f'install {error.name or "TensorFlow"}, or prepare it elsewhere with file_format="array_record"'
+        raise ValueError(f'TFDS cannot prepare "{name}" here: {advice}') from error
+    except Exception as error:  # whatever a builder raises: a download, a wrong config, a version
+        raise ValueError(f'TFDS cannot prepare "{name}": {textwrap.shorten(str(error), 300)}') from error
+    return _from_builder(builder, split)
+
+
 def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     """The source of one split of a prepared TFDS builder: its first image, its "caption" or other text, its label."""
-    if split not in builder.info.splits:
+    if split.split("[")[0] not in builder.info.splits:
         raise ValueError(f'{builder.name} has the splits {sorted(builder.info.splits)}, got "{split}"')
     features = builder.info.features
     image = _first(features, tfds.features.Image)

@@ -6,7 +6,7 @@ from os import PathLike
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Record = dict
 Transform = Callable[[Record, np.random.Generator], Record]
@@ -24,8 +24,10 @@ def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
+    except UnidentifiedImageError as error:
+        raise BadRecord("not a picture of a known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"not a readable picture ({' '.join(str(error).split())})") from error
+        raise BadRecord(f"not a readable picture ({error})") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

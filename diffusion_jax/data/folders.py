@@ -1,0 +1,92 @@
+"""What a folder of pictures holds, and what its files say about the pictures."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Listing(NamedTuple):
+    """The pictures of a folder, relative to it, with a caption or a label for each, or none; the classes' names."""
+
+    files: list[Path]
+    captions: list[str]
+    labels: list[int]
+    classes: list[str]
+
+
+def list_pictures(root: Path) -> Listing:
+    """The pictures below a folder with what is said about them in the first of these ways that it has.
+
+    metadata.jsonl: lines {"file_name": "cats/1.png", "text": "a cat"}, the imagefolder convention; only these pictures.
+    1.txt beside every 1.png: its caption.
+    cats/1.png: every picture is in a subfolder, its class.
+
+    Raises FileNotFoundError if there is no folder or no picture, or if a picture or a caption is missing.
+    Raises ValueError for a line of metadata.jsonl in another form.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    captions = _metadata(root)
+    if captions is None:
+        files = _find(root)
+        captions = _sidecars(root, files)
+    if captions:
+        return Listing(list(captions), list(captions.values()), [], [])
+    if any(len(file.parts) == 1 for file in files):
+        return Listing(files, [], [], [])
+    classes = sorted({file.parts[0] for file in files})
+    return Listing(files, [], [classes.index(file.parts[0]) for file in files], classes)
+
+
+def digest(root: Path, listing: Listing) -> str:
+    """A hash that changes with the captions and the pictures; with their sizes and times, as reading all takes long."""
+    stats = [(root / file).stat() for file in listing.files]
+    content = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(listing.files, stats, strict=True)]
+    return hashlib.sha256(json.dumps([content, listing.captions]).encode()).hexdigest()
+
+
+def _find(root: Path) -> list[Path]:
+    """The pictures below root in the order of their names; hidden files and folders are left out."""
+    files = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in files if not any(part.startswith(".") for part in file.parts))
+    if not files:
+        raise FileNotFoundError(f"{root} has no pictures ({' '.join(SUFFIXES)})")
+    return files
+
+
+def _metadata(root: Path) -> dict[Path, str] | None:
+    """{picture: caption} as metadata.jsonl says, None without that file."""
+    metadata = root / "metadata.jsonl"
+    if not metadata.exists():
+        return None
+    captions = {}
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            captions[Path(entry["file_name"])] = str(entry["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            form = '{"file_name": "...", "text": "..."}'
+            raise ValueError(f"{metadata} line {number}: expected {form}, got {line[:80]}") from error
+    if not captions:
+        raise ValueError(f"{metadata} is empty: write its lines or remove it")
+    missing = [file for file in captions if not (root / file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{metadata} names pictures that are missing ({len(missing)}): {_some(missing)}")
+    return captions
+
+
+def _sidecars(root: Path, files: list[Path]) -> dict[Path, str]:
+    """{picture: caption} from the text files beside the pictures, empty if there is none."""
+    without = [file for file in files if not (root / file).with_suffix(".txt").exists()]
+    if len(without) == len(files):
+        return {}
+    if without:
+        raise FileNotFoundError(f"{root} has captions, but none for {len(without)} of its pictures: {_some(without)}")
+    return {file: (root / file).with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files}
+
+
+def _some(files: list[Path]) -> str:
+    return ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
