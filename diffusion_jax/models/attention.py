@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from diffusion_jax.models.layers import GroupNorm, conv, dense, kernel_init, zeros_init
+from diffusion_jax.models.layers import GroupNorm, PointwiseConv, dense, kernel_init, zeros_init
 
 BLOCK = 512  # queries at a time in "blocks": their scores then stay in the processor's cache
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
@@ -175,7 +175,7 @@ class Transformer2DModel(nn.Module):
         b, height, width, channels = x.shape
         if channels % self.heads:
             raise ValueError(f"attention heads: {channels} channels cannot be split into {self.heads} heads")
-        project = dense if self.linear_projection else functools.partial(conv, size=1)
+        project = dense if self.linear_projection else PointwiseConv
         h = GroupNorm(self.groups, 1e-6, name="norm")(x)
         h = project(channels, name="proj_in", dtype=self.dtype)(h).reshape(b, height * width, channels)
         for i in range(self.layers):

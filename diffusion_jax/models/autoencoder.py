@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from diffusion_jax.models.attention import AttentionBlock2D
-from diffusion_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv, kernel_init
+from diffusion_jax.models.layers import Downsample2D, GroupNorm, PointwiseConv, ResnetBlock2D, Upsample2D, conv
 from diffusion_jax.models.unet import DownBlock, MidBlock
 
 
@@ -113,11 +113,10 @@ class AutoencoderKL(nn.Module):
             norm=functools.partial(GroupNorm, groups, eps), dtype=self.dtype)
         self.encoder = Encoder(self.block_out_channels, self.layers_per_block, 2 * self.latent_channels, **shared)
         self.decoder = Decoder(self.block_out_channels[::-1], self.layers_per_block + 1, self.out_channels, **shared)
-        pointwise = functools.partial(nn.Conv, kernel_size=(1, 1), kernel_init=kernel_init)
         if self.use_quant_conv:
-            self.quant_conv = pointwise(2 * self.latent_channels)
+            self.quant_conv = PointwiseConv(2 * self.latent_channels)
         if self.use_post_quant_conv:
-            self.post_quant_conv = pointwise(self.latent_channels)
+            self.post_quant_conv = PointwiseConv(self.latent_channels)
 
     def encode(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w moments"]:
         """Image in [-1, 1] -> mean and log variance of its latent, joined on the last axis; the latter within [-30, 20].

@@ -5,6 +5,7 @@ Initialisation is that of DDPM (Ho et al. 2020): fan-average uniform kernels, an
 residual branch, so that a fresh network starts as the identity along its residual stream.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -17,16 +18,30 @@ kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
 
 
-def conv(features: int, size: int = 3, stride: int = 1, *, name: str, dtype: DTypeLike, init=kernel_init,
-         padding: int | Sequence[tuple[int, int]] | None = None) -> nn.Conv:
-    """A square convolution that keeps height and width when stride is 1; `padding` overrides that."""
-    padding = size // 2 if padding is None else padding
-    return nn.Conv(features, (size, size), stride, padding, kernel_init=init, dtype=dtype, name=name)
+def conv(features: int, *, name: str, dtype: DTypeLike, stride: int = 1, padding: int | Sequence[tuple[int, int]] = 1,
+         init=kernel_init) -> nn.Conv:
+    """A 3x3 convolution."""
+    return nn.Conv(features, (3, 3), stride, padding, kernel_init=init, dtype=dtype, name=name)
 
 
 def dense(features: int, *, name: str, dtype: DTypeLike, bias: bool = True, init=kernel_init) -> nn.Dense:
     """A linear map of the last axis."""
     return nn.Dense(features, use_bias=bias, kernel_init=init, dtype=dtype, name=name)
+
+
+class PointwiseConv(nn.Module):
+    """A 1x1 convolution, written as the matrix product it is: XLA's gradients of the product are several times faster."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+    init: nn.initializers.Initializer = kernel_init
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch _"]) -> Float[Array, "*batch features"]:
+        kernel = self.param("kernel", self.init, (1, 1, x.shape[-1], self.features))
+        bias = self.param("bias", zeros_init, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel[0, 0] + bias
 
 
 def sinusoidal_embedding(t: Num[Array, " batch"], width: int, flip_sin_to_cos: bool = True,
@@ -124,7 +139,7 @@ class ResnetBlock2D(nn.Module):
         h = conv(self.out_channels, name="conv2", dtype=self.dtype, init=zeros_init)(h)
 
         if x.shape[-1] != self.out_channels:
-            x = conv(self.out_channels, 1, name="conv_shortcut", dtype=self.dtype)(x)
+            x = PointwiseConv(self.out_channels, self.dtype, name="conv_shortcut")(x)
         return x + h
 
 
@@ -141,8 +156,46 @@ class Downsample2D(nn.Module):
         return conv(self.out_channels, stride=2, padding=padding, name="conv", dtype=self.dtype)(x)
 
 
+class UpsampledConv(nn.Module):
+    """A 3x3 convolution of an image whose pixels were repeated twice in both directions.
+
+    Each output pixel sees only 2x2 different input pixels, so this is four 2x2 convolutions of the small image, one for
+    the even and the odd pixels of either axis, with sums of the kernel's taps: 16 products in place of 36.
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width _"],
+                 size: tuple[int, int] | None = None) -> Float[Array, "batch h w features"]:
+        """size: crop the repeated image to it before the convolution."""
+        b, h, w, c = x.shape
+        kernel = self.param("kernel", kernel_init, (3, 3, c, self.features))
+        bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
+        convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1),
+                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = x.astype(self.dtype)
+        if size not in (None, (2 * h, 2 * w)):  # the crop's edge cuts a repeated pixel in two
+            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :size[0], :size[1]]
+            return convolve(x, kernel.astype(self.dtype), padding=[(1, 1), (1, 1)]) + bias
+        rows = []
+        for i in range(2):
+            taps = [_repeated_taps(_repeated_taps(kernel, 0, i), 1, j).astype(self.dtype) for j in range(2)]
+            columns = [convolve(x, taps[j], padding=[(1 - i, i), (1 - j, j)]) for j in range(2)]
+            rows.append(jnp.stack(columns, axis=3))
+        return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features) + bias
+
+
+def _repeated_taps(kernel, axis, parity):
+    """Three taps over repeated pixels -> two taps over the pixels: an even output sees [x-1 | x x], an odd one [x x | x+1]."""
+    left, middle, right = jnp.split(kernel, 3, axis)
+    pair = [left, middle + right] if parity == 0 else [left + middle, right]
+    return jnp.concatenate(pair, axis)
+
+
 class Upsample2D(nn.Module):
-    """Doubles height and width by repeating pixels, crops to `size` where the skip connection is odd, then convolves."""
+    """Doubles height and width by repeating pixels, or to one less of each where `size` says so, then convolves."""
 
     out_channels: int
     dtype: DTypeLike = jnp.float32
@@ -150,8 +203,4 @@ class Upsample2D(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width _"],
                  size: tuple[int, int] | None = None) -> Float[Array, "batch h w out"]:
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        if size is not None:
-            x = x[:, :size[0], :size[1]]
-        return conv(self.out_channels, name="conv", dtype=self.dtype)(x)
+        return UpsampledConv(self.out_channels, self.dtype, name="conv")(x, size)
