@@ -1,0 +1,66 @@
+"""What the configs share: the fields every run has, at values that suit most of them."""
+
+from ml_collections import ConfigDict
+
+
+def optimizer(learning_rate: float, warmup: int, decay: str = "constant") -> ConfigDict:
+    """AdamW. warmup: steps. decay: "constant", or "cosine" down to 0 at the last step."""
+    return ConfigDict(
+        {
+            "learning_rate": learning_rate,
+            "warmup": warmup,
+            "decay": decay,
+            "b1": 0.9,
+            "b2": 0.999,
+            "weight_decay": 0.0,
+            "clip": 1.0,
+        }
+    )
+
+
+def train(steps: int, batch_size: int, ema: float, every: int) -> ConfigDict:
+    """batch_size: global. ema: decay of the average. every: steps between checkpoints and sample grids."""
+    return ConfigDict(
+        {
+            "steps": steps,
+            "batch_size": batch_size,
+            "accumulate": 1,
+            "ema": ema,
+            "log_every": 20,
+            "checkpoint_every": every,
+            "snapshot_every": every,
+            "max_bad_steps": 20,
+        }
+    )
+
+
+def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, num_images: int = 1) -> ConfigDict:
+    """num_images: for each prompt. batch_size: images drawn at once."""
+    return ConfigDict(
+        {
+            "prompts": prompts,
+            "solver": solver,
+            "steps": steps,
+            "spacing": "trailing",
+            "guidance": guidance,
+            "num_images": num_images,
+            "batch_size": 64,
+            "seed": 0,
+        }
+    )
+
+
+def data(source: str, size: int, flip: bool = False) -> ConfigDict:
+    """source: "openmoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side. data_dir: of TFDS, "" its default."""
+    return ConfigDict(
+        {
+            "source": source,
+            "path": "",
+            "data_dir": "",
+            "splits": {"train": "train", "validation": "validation"},
+            "size": size,
+            "random_crop": False,
+            "flip": flip,
+            "upscale": False,
+        }
+    )

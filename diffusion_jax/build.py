@@ -1,0 +1,200 @@
+"""Config -> objects: the only place where strings become functions. Unknown names raise with the known ones."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax.core import process, schedules, solvers
+from diffusion_jax.core.schedules import DiscreteSchedule
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.data import sources
+from diffusion_jax.data.loader import loader
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Transform, square, to_float
+from diffusion_jax.interop.text import minilm
+from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
+from diffusion_jax.models.discriminator import PatchDiscriminator
+from diffusion_jax.models.lpips import load_lpips, lpips
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.objectives.autoencoder import autoencoding
+from diffusion_jax.objectives.denoising import TARGETS
+from diffusion_jax.pipelines import conditioning as conditionings
+from diffusion_jax.pipelines.conditioning import Conditioning
+
+SCHEDULES = {
+    "linear": schedules.linear,
+    "scaled_linear": schedules.scaled_linear,
+    "cosine": schedules.cosine,
+    "sigmoid": schedules.sigmoid,
+}
+SOLVERS = {
+    "ddpm": solvers.ddpm,
+    "ddim": solvers.ddim,
+    "dpmpp_2m": solvers.dpmpp_2m,
+}
+CONVERSIONS = {"eps": process.from_eps, "x0": process.from_x0, "v": process.from_v}
+WEIGHTS = {
+    "uniform": process.uniform_weight,
+    "min_snr": process.min_snr_weight,
+    "truncated": process.truncated_snr_weight,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def choose(table: dict, name: str, what: str):
+    """table[name], or a ValueError that lists the known names."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(sorted(table))}")
+    return table[name]
+
+
+def schedule(config: ConfigDict) -> DiscreteSchedule:
+    """The noise schedule of config.schedule."""
+    return choose(SCHEDULES, config.schedule.name, "schedule")(config.schedule.T)
+
+
+def plan(config: ConfigDict) -> Plan:
+    """The solver of config.sample as a table."""
+    solver = choose(SOLVERS, config.sample.solver, "solver")
+    return solver(schedule(config), config.sample.steps, spacing=config.sample.spacing)
+
+
+def conversion(config: ConfigDict) -> Callable:
+    """What the network's output means."""
+    return choose(CONVERSIONS, config.objective.prediction, "prediction")
+
+
+def weight(config: ConfigDict) -> Callable:
+    """The loss weight; checks the prediction's name too."""
+    choose(TARGETS, config.objective.prediction, "prediction")
+    return choose(WEIGHTS, config.objective.weight, "loss weight")
+
+
+def source(config: ConfigDict, split: str) -> Source:
+    """The records of config.data; split "train" or "validation"."""
+    data = config.data
+    if data.source == "openmoji":
+        return sources.openmoji(data.size, split, data.data_dir or None)
+    if data.source == "digits":
+        return sources.digits(split)
+    if data.source == "folder":
+        return sources.folder(data.path)
+    if data.source.startswith("tfds:"):
+        return sources.tfds_source(data.source.removeprefix("tfds:"), data.splits[split], data.data_dir or None)
+    raise ValueError(f"unknown data source {data.source!r}; known: openmoji, digits, folder, tfds:NAME")
+
+
+def transform(config: ConfigDict) -> Transform:
+    """The crop and flip of config.data."""
+    data = config.data
+    return square(data.size, random_crop=data.random_crop, flip=data.flip, upscale=data.upscale)
+
+
+def batches(source: Source, train: ConfigDict, seed: int, transform: Transform | None = None):
+    """This host's share of the shuffled endless batches of a source."""
+    return loader(
+        source,
+        train.batch_size // jax.process_count(),
+        seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        transform=transform,
+    )
+
+
+def conditioning(config: ConfigDict) -> Conditioning:
+    """What the denoiser of config.condition is told."""
+    kinds = {
+        "none": conditionings.unconditional,
+        "class": lambda: conditionings.class_labels(config.condition.num_classes),
+        "text": lambda: conditionings.text(minilm(config.condition.length)),
+    }
+    return choose(kinds, config.condition.kind, "condition kind")()
+
+
+def unet(config: ConfigDict) -> UNet:
+    """The U-Net of config.model."""
+    return UNet(**_fields(config.model))
+
+
+def autoencoder(config: ConfigDict) -> AutoencoderKL:
+    """The untrained first stage of config.autoencoder."""
+    return AutoencoderKL(**_fields(config.autoencoder.model))
+
+
+def _fields(section: ConfigDict) -> dict:
+    """The section as arguments of a Flax module, its dtype by name."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+    return fields | {"dtype": choose(DTYPES, fields.get("dtype", "float32"), "dtype")}
+
+
+def unet_inputs(cond: PyTree) -> dict:
+    """A condition as the U-Net's keyword arguments."""
+    return {
+        "encoder_hidden_states": cond.get("text"),
+        "encoder_attention_mask": cond.get("mask"),
+        "class_labels": cond.get("label"),
+    }
+
+
+def network_apply(model: UNet) -> Callable:
+    """The U-Net as apply(params, x, t, cond, key=None); with a key, dropout is on. Equal for equal models."""
+    return _Apply(model)
+
+
+@dataclass(frozen=True)
+class _Apply:
+    model: UNet
+
+    def __call__(self, params: PyTree, x, t, cond: PyTree, key=None):
+        rngs = None if key is None else {"dropout": key}
+        return self.model.apply(params, x, t, **unet_inputs(cond), deterministic=key is None, rngs=rngs)
+
+
+def autoencoder_loss(config: ConfigDict, model: AutoencoderKL, seed: int) -> tuple[Callable, PyTree, PyTree]:
+    """The first stage's loss, the parameters it trains and the pytree it reads: (loss, params, frozen)."""
+    weights = config.autoencoder.loss
+    image = jnp.zeros((1, config.data.size, config.data.size, 3))
+    keys = jax.random.split(jax.random.key(seed))
+    params, frozen = {"autoencoder": jax.jit(model.init)(keys[0], image)}, {}
+    perceptual = discriminate = None
+    if weights.perceptual:
+        perceptual, frozen["perceptual"] = lpips, load_lpips(weights.perceptual_net)
+    if weights.adversarial:
+        discriminator = PatchDiscriminator()
+        discriminate, params["discriminator"] = discriminator.apply, jax.jit(discriminator.init)(keys[1], image)
+    loss = autoencoding(
+        functools.partial(model.apply, method="encode"),
+        sample_moments,
+        functools.partial(model.apply, method="decode"),
+        perceptual,
+        discriminate,
+        weights.to_dict(),
+    )
+
+    def on_pixels(params: PyTree, frozen: PyTree, batch: PyTree, keys):
+        return loss(params, frozen, {"image": to_float(batch["image"])}, keys)
+
+    return on_pixels, params, frozen
+
+
+def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW with warm-up, a constant or cosine-decayed rate, and gradients clipped by their global norm."""
+    after = {
+        "constant": lambda: optax.constant_schedule(section.learning_rate),
+        "cosine": lambda: optax.cosine_decay_schedule(section.learning_rate, max(steps - section.warmup, 1)),
+    }
+    rate = optax.join_schedules(
+        [optax.linear_schedule(0.0, section.learning_rate, section.warmup), choose(after, section.decay, "decay")()],
+        [section.warmup],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(section.clip),
+        optax.adamw(rate, b1=section.b1, b2=section.b2, weight_decay=section.weight_decay),
+    )

@@ -1,0 +1,131 @@
+"""The modes of the command line: each takes (config, workdir)."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax import build, pictures, stages
+from diffusion_jax.data.transforms import to_uint8
+from diffusion_jax.interop import load_autoencoder, load_unet
+from diffusion_jax.pipelines import Pipeline, text_to_image
+from diffusion_jax.pipelines import codec as codecs
+from diffusion_jax.pipelines.codec import Codec
+from diffusion_jax.pipelines.conditioning import Conditioning
+from diffusion_jax.training.checkpoints import Checkpoints
+
+
+class Drawn(NamedTuple):
+    """One sampled image, uint8 (H, W, 3), and what made it."""
+
+    prompt: str
+    seed: int
+    image: np.ndarray
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Train the first stage if the work directory has none, then the denoiser. A stopped run goes on where it was."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    if "model" not in config:
+        stages.train_autoencoder(config, workdir)
+        return
+    plan = build.plan(config)  # before hours of training rather than after
+    source = build.source(config, "train")
+    conditioning = build.conditioning(config)
+    conditioning.of_prompts(config.sample.prompts)
+    if stages.needs_first_stage(config, workdir):
+        stages.train_autoencoder(config, stages.first_stage_folder(workdir))
+    codec = stages.first_stage(config, workdir)
+    apply = build.network_apply(build.unet(config))
+
+    def snapshot(params: PyTree) -> np.ndarray:
+        return _sheet(config, list(_draw(config, _pipeline(config, apply, params, conditioning, codec), conditioning)))
+
+    stages.train_denoiser(config, workdir, source, conditioning, codec, snapshot)
+
+
+def sample(config: ConfigDict, workdir: Path) -> None:
+    """Draw config.sample.num_images for each of config.sample.prompts into workdir/samples."""
+    conditioning = build.conditioning(config)
+    pipeline, origin = _load_pipeline(config, workdir, conditioning)
+    logging.info("weights: %s", origin)
+    folder = workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
+    drawn = []
+    for i, one in enumerate(_draw(config, pipeline, conditioning, progress=True)):
+        pictures.save(folder / f"{i:04d}.png", one.image, _texts(config, one.prompt, one.seed, origin))
+        drawn.append(one)
+    grid = folder / "grid.png"
+    pictures.save(grid, _sheet(config, drawn), _texts(config, "; ".join(config.sample.prompts), config.sample.seed, origin))
+    logging.info("wrote %d images and %s", len(drawn), grid)
+
+
+def _draw(
+    config: ConfigDict, pipeline: Pipeline, conditioning: Conditioning, progress: bool = False
+) -> Iterator[Drawn]:
+    """Every prompt with every seed, in batches of one size, the last one filled up."""
+    section, plan = config.sample, build.plan(config)
+    jobs = [(prompt, section.seed + k) for prompt in section.prompts for k in range(section.num_images)]
+    if not jobs:
+        raise ValueError("nothing to draw: sample.prompts is empty or sample.num_images is 0")
+    size = min(section.batch_size, len(jobs))
+    size += -size % jax.device_count()
+    for start in range(0, len(jobs), size):
+        batch = jobs[start : start + size]
+        full = batch + batch[-1:] * (size - len(batch))
+        cond = conditioning.of_prompts([prompt for prompt, _ in full])
+        keys = jax.vmap(jax.random.key)(np.array([seed for _, seed in full], np.uint32))
+        images = text_to_image(pipeline, cond, keys, plan, section.guidance)
+        for (prompt, seed), image in zip(batch, np.asarray(to_uint8(images)), strict=False):
+            yield Drawn(prompt, seed, image)
+
+
+def _load_pipeline(config: ConfigDict, workdir: Path, conditioning: Conditioning) -> tuple[Pipeline, str]:
+    """The work directory's own newest checkpoint if it has one, else the weights that come with the config."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step = checkpoints.latest_step()
+    if step is not None:
+        codec = stages.first_stage(config, workdir)
+        model = build.unet(config)
+        like = jax.eval_shape(lambda: stages.init_unet(config, model, conditioning, codec))
+        params = checkpoints.restore_ema(like)
+        origin = f"{checkpoints.folder}, step {step}, averaged"
+    elif config.weights and Path(config.weights).exists():
+        codec = codecs.identity()
+        if config.autoencoder.kind == "kl":
+            codec = codecs.autoencoder_kl(*load_autoencoder(Path(config.weights) / "vae"))
+        model, params = load_unet(Path(config.weights) / "unet")
+        origin = config.weights
+    else:
+        raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
+    return _pipeline(config, build.network_apply(model), params, conditioning, codec), origin
+
+
+def _pipeline(config: ConfigDict, apply, params: PyTree, conditioning: Conditioning, codec: Codec) -> Pipeline:
+    return Pipeline(apply, params, build.conversion(config), codec, conditioning.null, config.data.size)
+
+
+def _sheet(config: ConfigDict, drawn: Sequence[Drawn]) -> np.ndarray:
+    return pictures.grid([one.image for one in drawn], config.sample.num_images, [one.prompt for one in drawn])
+
+
+def _texts(config: ConfigDict, prompt: str, seed: int, origin: str) -> dict[str, str]:
+    section = config.sample
+    return {
+        "prompt": prompt,
+        "seed": str(seed),
+        "solver": section.solver,
+        "steps": str(section.steps),
+        "guidance": str(section.guidance),
+        "weights": origin,
+        "config": config.to_json_best_effort(),
+    }

@@ -1,0 +1,48 @@
+"""Pictures on disk: PNG files that say how they were made, and labelled grids of them."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+TILE = 128  # pixels a side that small images are enlarged to in a grid
+LABEL = 30  # pixels below a tile for its label
+
+
+def save(path: str | Path, image: UInt8[np.ndarray, "height width 3"], texts: dict[str, str]) -> None:
+    """Write a PNG with `texts` in its text chunk."""
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    Image.fromarray(image).save(path, pnginfo=info)
+
+
+def grid(
+    images: Sequence[UInt8[np.ndarray, "height width 3"]], columns: int = 1, labels: Sequence[str] = ()
+) -> UInt8[np.ndarray, "height width 3"]:
+    """All images on one white sheet, small ones enlarged.
+
+    columns: images of a row; 1 lays the sheet out about square instead. labels: a line or two under each image, or none.
+    """
+    if columns == 1:
+        columns = math.ceil(math.sqrt(len(images)))
+    height, width, _ = images[0].shape
+    factor = max(1, round(TILE / height))
+    height, width = height * factor, width * factor
+    pitch = height + (LABEL if any(labels) else 0)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + 4) - 4, rows * (pitch + 4) - 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for i, image in enumerate(images):
+        left, top = i % columns * (width + 4), i // columns * (pitch + 4)
+        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        if any(labels):
+            lines = textwrap.wrap(labels[i], max(width // 6, 1), max_lines=2, placeholder="...")
+            pen.multiline_text((left + width / 2, top + height + 2), "\n".join(lines), "black", font, "ma", align="center")
+    return np.asarray(sheet)

@@ -1,0 +1,59 @@
+"""What a denoiser is told besides x_t: nothing, a class, or a text."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from diffusion_jax.data.transforms import Record
+from diffusion_jax.models.text import TextEncoder
+
+
+class Conditioning(NamedTuple):
+    """name: part of cache keys; "" when there is nothing worth caching.
+
+    of_records: stacked records -> cond, leaves (B, ...). of_prompts: prompts -> cond, leaves (B, ...).
+    null: what stands for no condition, leaves without the batch axis.
+    """
+
+    name: str
+    of_records: Callable[[Record], PyTree]
+    of_prompts: Callable[[Sequence[str]], PyTree]
+    null: PyTree
+
+
+def unconditional() -> Conditioning:
+    """Nothing; prompts only say how many images."""
+    return Conditioning("", lambda records: {}, lambda prompts: {}, {})
+
+
+def class_labels(num_classes: int) -> Conditioning:
+    """Class numbers 0..num_classes-1; prompts are these numbers; the null class is num_classes."""
+
+    def of_prompts(prompts: Sequence[str]) -> PyTree:
+        wrong = [p for p in prompts if not (p.strip().isdecimal() and int(p) < num_classes)]
+        if wrong:
+            raise ValueError(f"this model knows classes: expected a number in 0..{num_classes - 1}, got {wrong[0]!r}")
+        return {"label": np.array([int(p) for p in prompts], np.int32)}
+
+    return Conditioning(
+        "", lambda records: {"label": records["label"]}, of_prompts, {"label": np.int32(num_classes)}
+    )
+
+
+def text(encoder: TextEncoder) -> Conditioning:
+    """Captions through a text encoder: an embedding for each token and the mask of real tokens; null is the empty prompt."""
+    embed = jax.jit(encoder.apply)
+
+    def of_prompts(prompts: Sequence[str]) -> PyTree:
+        ids, mask = encoder.tokenize(prompts)
+        return {"text": np.asarray(embed(encoder.params, ids, mask)), "mask": mask}
+
+    return Conditioning(
+        name=encoder.name,
+        of_records=lambda records: of_prompts(records["caption"]),
+        of_prompts=of_prompts,
+        null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),
+    )

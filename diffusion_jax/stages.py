@@ -1,0 +1,164 @@
+"""The two stages of a latent diffusion model, from config to trained weights. In pixel space there is only the second."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax import build
+from diffusion_jax.data.cache import cached
+from diffusion_jax.data.loader import loader
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Transform, to_float
+from diffusion_jax.interop import load_autoencoder, save_autoencoder
+from diffusion_jax.models.autoencoder import AutoencoderKL, mode
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.objectives.denoising import denoising
+from diffusion_jax.pipelines import codec as codecs
+from diffusion_jax.pipelines.codec import Codec
+from diffusion_jax.pipelines.conditioning import Conditioning
+from diffusion_jax.training.loop import Task, fit
+
+ENCODE_BATCH = 64  # images that the autoencoder encodes at once
+SCALE_IMAGES = 1024  # images that the latents' standard deviation is estimated from
+
+
+def first_stage(config: ConfigDict, workdir: Path) -> Codec:
+    """The codec of config.autoencoder: pixels as they are, a checkpoint's folder, or what the work directory holds."""
+    section = config.autoencoder
+    codec_kinds = {
+        "identity": codecs.identity,
+        "kl": lambda: codecs.autoencoder_kl(*load_autoencoder(section.checkpoint or first_stage_folder(workdir))),
+    }
+    return build.choose(codec_kinds, section.kind, "autoencoder kind")()
+
+
+def first_stage_folder(workdir: Path) -> Path:
+    """Where a run keeps its first stage."""
+    return workdir / "autoencoder"
+
+
+def needs_first_stage(config: ConfigDict, workdir: Path) -> bool:
+    """Whether a first stage is still to be trained in the work directory."""
+    section = config.autoencoder
+    trained = (first_stage_folder(workdir) / "config.json").exists()
+    return section.kind == "kl" and not section.checkpoint and not trained
+
+
+def train_autoencoder(config: ConfigDict, folder: Path) -> None:
+    """The first stage. In the end `folder` holds its averaged weights in the form that `load_autoencoder` reads, with the
+    scale of its latents, and validation.json with its PSNR on held-out images."""
+    section = config.autoencoder
+    model = build.autoencoder(config)
+    source, transform = build.source(config, "train"), _images_only(build.transform(config))
+    loss, params, frozen = build.autoencoder_loss(config, model, config.seed)
+    logging.info("autoencoder: %.2fM parameters, %d images", _millions(params["autoencoder"]), len(source))
+    task = Task(
+        name="autoencoder",
+        loss=loss,
+        params=params,
+        frozen=frozen,
+        batches=build.batches(source, section.train, config.seed, transform),
+        optimizer=build.optimizer(section.optimizer, section.train.steps),
+    )
+    variables = fit(task, folder, section.train, config.seed)["autoencoder"]
+    if jax.process_index() == 0:
+        scale = 1 / _latent_std(model, variables, source, transform)
+        report = _reconstruction(model, variables, build.source(config, "validation"), transform)
+        logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"], report["images"])
+        (folder / "validation.json").write_text(json.dumps(report) + "\n")
+        save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
+
+
+def train_denoiser(
+    config: ConfigDict, workdir: Path, source: Source, conditioning: Conditioning, codec: Codec, snapshot
+) -> None:
+    """The second stage. snapshot: averaged weights -> picture, drawn now and then."""
+    model = build.unet(config)
+    params = init_unet(config, model, conditioning, codec)
+    records, transform = _training_records(config, workdir, source, conditioning, codec)
+    logging.info("U-Net: %.2fM parameters, %d training records", _millions(params), len(records))
+    task = Task(
+        name="denoiser",
+        loss=denoising(
+            build.network_apply(model),
+            codec.draw,
+            build.schedule(config),
+            config.objective.prediction,
+            build.weight(config),
+            config.objective.drop,
+        ),
+        params=params,
+        frozen={"codec": codec.stats, "null_cond": conditioning.null},
+        batches=build.batches(records, config.train, config.seed, transform),
+        optimizer=build.optimizer(config.optimizer, config.train.steps),
+        snapshot=snapshot,
+    )
+    fit(task, workdir, config.train, config.seed)
+
+
+def init_unet(config: ConfigDict, model: UNet, conditioning: Conditioning, codec: Codec) -> PyTree:
+    """Fresh variables of the denoiser."""
+    side = config.data.size // codec.factor
+    cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], conditioning.null)
+    init = jax.jit(lambda key, x, t, cond: model.init(key, x, t, **build.unet_inputs(cond)))
+    return init(jax.random.key(config.seed), jnp.zeros((1, side, side, codec.channels)), jnp.zeros(1), cond)
+
+
+def _training_records(
+    config: ConfigDict, workdir: Path, source: Source, conditioning: Conditioning, codec: Codec
+) -> tuple[Source, Transform | None]:
+    """Records {"latent", "cond"} and what is left to do to them. What frozen networks say of a record is computed once."""
+    transform = build.transform(config)
+    if codec.name or conditioning.name:
+        fields = {"latent": lambda batch: codec.encode(batch["image"]), "cond": conditioning.of_records}
+        key = {"data": config.data.to_dict(), "codec": codec.name, "conditioning": conditioning.name}
+        return cached(source, workdir / "cache", key, fields, ENCODE_BATCH, transform), None
+
+    def to_training(record: dict, rng: np.random.Generator) -> dict:
+        record = transform(record, rng)
+        return {"latent": record["image"], "cond": conditioning.of_records(record)}
+
+    return source, to_training
+
+
+def _images_only(transform: Transform) -> Transform:
+    return lambda record, rng: {"image": transform(record, rng)["image"]}
+
+
+def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform) -> float:
+    """Standard deviation of the latents' means (Rombach et al. 2022, appendix D.1, scale its inverse)."""
+    encode = jax.jit(lambda images: mode(model.apply(variables, to_float(images), method="encode")))
+    latents = [encode(images) for images in _some_images(source, transform, SCALE_IMAGES)]
+    return float(np.std(np.concatenate(latents)))
+
+
+def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform) -> dict:
+    """PSNR in dB, the mean over images, of what comes back from the mean of the latent, clipped to the pixels' range."""
+
+    @jax.jit
+    def psnr(images):
+        images = to_float(images)
+        error = jnp.clip(model.apply(variables, images), -1, 1) - images
+        return 10 * jnp.log10(4 / jnp.mean(jnp.square(error), axis=(1, 2, 3)))
+
+    values = np.concatenate([psnr(images) for images in _some_images(source, transform, len(source))])
+    return {"images": len(values), "psnr": float(np.mean(values))}
+
+
+def _some_images(source: Source, transform: Transform, count: int):
+    """Batches of uint8 images in the source's order, `count` in all or as many as there are."""
+    size = min(ENCODE_BATCH, len(source))
+    for i, batch in enumerate(loader(source, size, seed=0, transform=transform, shuffle=False, repeat=False)):
+        if i * size >= count:
+            return
+        yield batch["image"]
+
+
+def _millions(params: PyTree) -> float:
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6

@@ -1,0 +1,1 @@
+"""Training: state, one step in parallel over devices, the loop, checkpoints and logging."""

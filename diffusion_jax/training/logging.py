@@ -1,0 +1,79 @@
+"""What a run says: a progress bar, `metrics.jsonl` and TensorBoard. Process 0 alone writes."""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """The log of one run in `workdir`, from step `start` on. Use as a context manager."""
+
+    def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, name: str):
+        self.batch_size = batch_size
+        self._pending: list[dict] = []
+        self._since = time.perf_counter()
+        self._main = jax.process_index() == 0
+        self._bar = tqdm(
+            total=steps, initial=start, desc=name, unit="step", disable=not self._main, dynamic_ncols=True, smoothing=0.1
+        )
+        self._folder = workdir / "samples"
+        if self._main:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._lines = _reopen(workdir / "metrics.jsonl", start)
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+        if self._main:
+            self._lines.close()
+            self._board.close()
+
+    def step(self, metrics: dict) -> None:
+        """One more step is under way. metrics: scalars on the device; they are not waited for here."""
+        self._pending.append(metrics)
+        self._bar.update()
+
+    def write(self, step: int) -> None:
+        """Write the means over the steps since the last call, and the speed (images/s)."""
+        values = jax.device_get(self._pending)
+        now = time.perf_counter()
+        means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        means["images_per_second"] = len(values) * self.batch_size / (now - self._since)
+        means |= {name: int(values[-1][name]) for name in ("bad_steps", "bad_in_row")}
+        self._pending, self._since = [], now
+        if self._main:
+            self._lines.write(json.dumps({"step": step} | means) + "\n")
+            self._lines.flush()
+            for name, value in means.items():
+                self._board.add_scalar(name, value, step)
+            self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s")
+
+    def image(self, step: int, image: np.ndarray) -> None:
+        """Keep an (H, W, 3) uint8 picture of samples, as a file and in TensorBoard."""
+        if self._main:
+            self._folder.mkdir(exist_ok=True)
+            Image.fromarray(image).save(self._folder / f"step_{step:07d}.png")
+            self._board.add_image("samples", image, step, dataformats="HWC")
+
+
+def _reopen(path: Path, start: int):
+    """Open for appending, without the lines of steps that a killed run wrote after its last checkpoint."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:  # cut off when the run was killed
+                break
+    path.write_text("".join(kept))
+    return path.open("a")

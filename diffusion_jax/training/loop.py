@@ -1,0 +1,118 @@
+"""The training loop: the same for every objective."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from jaxtyping import PyTree
+
+from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.logging import RunLog
+from diffusion_jax.training.step import init_state, make_train_step, replicate, split_batch
+
+
+class Task(NamedTuple):
+    """What to train.
+
+    name: shown in the progress bar. loss: (params, frozen, batch, keys) -> (loss, metrics). params: initial weights.
+    frozen: pytree the loss reads and training leaves alone. batches: an iterator of numpy batches with get_state and set_state
+    (`data.loader`). optimizer: optax. snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, drawn now and then.
+    """
+
+    name: str
+    loss: Callable
+    params: PyTree
+    frozen: PyTree
+    batches: object
+    optimizer: optax.GradientTransformation
+    snapshot: Callable[[PyTree], np.ndarray] | None = None
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM) and has saved its state."""
+
+
+class Diverged(ArithmeticError):
+    """The loss was not finite for too many steps in a row."""
+
+
+def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
+    """Train, or go on training, until `train.steps`; returns the averaged weights.
+
+    workdir: holds checkpoints/, metrics.jsonl and tensorboard/. train: config section with steps, batch_size (global), ema,
+    accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM, Diverged after
+    max_bad_steps updates in a row that were not finite; the last checkpoint is good in both cases.
+    """
+    workdir = Path(workdir)
+    check_batch_size(train.batch_size, train.accumulate)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    state = replicate(init_state(task.params, task.optimizer, seed))
+    if checkpoints.latest_step() is not None:
+        state, data_state = checkpoints.restore(state)
+        task.batches.set_state(data_state)
+        logging.info("going on from step %d of %s", int(state.step), checkpoints.folder)
+    start = int(state.step)
+    if start >= train.steps:
+        return state.ema
+
+    train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate)
+    frozen = replicate(task.frozen)
+    with RunLog(workdir, start, train.steps, train.batch_size, task.name) as log, _StopSignal() as stop:
+        previous = None
+        for step in range(start + 1, train.steps + 1):
+            batch = split_batch(next(task.batches), jax.local_device_count())
+            state, metrics = train_step(state, frozen, batch)
+            log.step(metrics)
+            _check_finite(previous, train.max_bad_steps, step - 1, checkpoints)
+            previous = metrics
+            if step % train.log_every == 0 or step == train.steps:
+                log.write(step)
+            last = step == train.steps or stop.requested
+            if last:
+                _check_finite(metrics, train.max_bad_steps, step, checkpoints)
+            if last or step % train.checkpoint_every == 0:
+                checkpoints.save(state, task.batches.get_state())
+            if task.snapshot and (step % train.snapshot_every == 0 or step == train.steps):
+                log.image(step, task.snapshot(state.ema))
+            if stop.requested and step < train.steps:
+                raise Stopped(f"stopped by SIGTERM after step {step}; saved to {checkpoints.folder}; run again to go on")
+    return state.ema
+
+
+def check_batch_size(batch_size: int, accumulate: int) -> None:
+    """Raise ValueError unless the global batch divides into devices and micro-batches."""
+    parts = jax.device_count() * accumulate
+    if batch_size % parts:
+        raise ValueError(
+            f"train.batch_size={batch_size} does not divide over {jax.device_count()} devices x {accumulate} micro-batches; "
+            f"use a multiple of {parts}"
+        )
+
+
+def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
+    # called with the metrics of the step before the running one, so that the device is not kept waiting
+    if metrics is not None and int(metrics["bad_in_row"]) >= limit:
+        raise Diverged(
+            f"the loss was not finite for {limit} steps in a row, up to step {step}; the last good checkpoint is "
+            f"step {checkpoints.latest_step()} in {checkpoints.folder}; lower optimizer.learning_rate or look at the data"
+        )
+
+
+class _StopSignal:
+    """Within this context SIGTERM is noted instead of ending the process."""
+
+    def __enter__(self) -> "_StopSignal":
+        self.requested = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_) -> None:
+        self.requested = True

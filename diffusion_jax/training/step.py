@@ -1,0 +1,111 @@
+"""The training state and one data-parallel step: gradients averaged over devices, EMA, and bad updates skipped."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Key, PyTree
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes. The same on every device.
+
+    step: updates tried. ema: exponential moving average of params. key: root of all randomness, never advanced: step and
+    example number are folded in. bad_steps: updates skipped for a loss or gradient that was not finite; bad_in_row: the latest run of them.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+    key: Key[Array, ""]
+    bad_steps: Int[Array, ""]
+    bad_in_row: Int[Array, ""]
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step. params: float32 leaves."""
+    step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two share a buffer: it is donated
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(step, params, ema, optimizer.init(params), jax.random.key(seed), bad_steps, bad_in_row)
+
+
+def replicate(tree: PyTree, devices: list | None = None) -> PyTree:
+    """Place a pytree whole on every device (all of the slice by default)."""
+    mesh = Mesh(np.array(jax.devices() if devices is None else devices), ("data",))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_batch(batch: PyTree, num_devices: int) -> PyTree:
+    """Leaves (B, ...) of this host -> (num_devices, B / num_devices, ...)."""
+    return jax.tree.map(lambda a: a.reshape(num_devices, -1, *a.shape[1:]), batch)
+
+
+def make_train_step(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    accumulate: int = 1,
+    devices: list | None = None,
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
+    """The compiled step (state, frozen, batch) -> (state, metrics), over all devices by pmap; the old state is donated.
+
+    loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over its examples. batch: leaves (devices, per device, ...).
+    accumulate: micro-batches that one device's share is worked through in. metrics: loss, grad_norm, those of the loss, and
+    the counts of skipped updates. An example's randomness depends on the key, the step and its number in the global batch alone, so
+    the gradient is the same for any number of devices, to rounding.
+    """
+
+    def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
+        keys = _example_keys(state, len(jax.tree.leaves(batch)[0]))
+        grads, metrics = _gradient(loss, state.params, frozen, batch, keys, accumulate)
+        grads, metrics = jax.lax.pmean((grads, metrics), "data")
+        metrics["grad_norm"] = optax.global_norm(grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # a short memory while the average is young, so that it does not hold on to the initial weights
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, ema, opt_state),
+            (state.params, state.ema, state.opt_state),
+        )
+        bad_in_row = jnp.where(good, 0, state.bad_in_row + 1)
+        state = TrainState(state.step + 1, *kept, state.key, state.bad_steps + jnp.where(good, 0, 1), bad_in_row)
+        return state, metrics | {"bad_steps": state.bad_steps, "bad_in_row": bad_in_row}
+
+    return jax.pmap(
+        step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices
+    )
+
+
+def _example_keys(state: TrainState, count: int) -> Key[Array, "batch"]:
+    """One key for each example of this device's share of the batch."""
+    step_key = jax.random.fold_in(state.key, state.step)
+    number = jax.lax.axis_index("data") * count + jnp.arange(count)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(number)
+
+
+def _gradient(
+    loss: Callable, params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"], accumulate: int
+) -> tuple[PyTree, dict]:
+    """Gradient and metrics of a device's share, as the mean over `accumulate` micro-batches."""
+
+    def one(micro: PyTree) -> tuple[PyTree, dict]:
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, *micro)
+        return grads, metrics | {"loss": value}
+
+    if accumulate == 1:
+        return one((batch, keys))
+    micros = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), (batch, keys))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda a: a[0], micros)))
+    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zeros, micros)
+    return jax.tree.map(lambda a: a / accumulate, total)
