@@ -15,7 +15,7 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from diffusion_jax.data.loader import Reader, stack
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.sources import Captions, Source
 from diffusion_jax.data.transforms import Record, Transform
 
 Field = Callable[[Record], Any]  # a stacked batch -> array or dict of arrays, with batch_size rows
@@ -132,5 +132,5 @@ def _open(path: Path, source: Source) -> Source:
         size=len(index),
         read=read,
         num_classes=source.num_classes,
-        captions=[source.captions[i] for i in index] if source.captions else (),
+        captions=Captions(len(index), lambda row: source.captions[index[row]]) if source.captions else (),
     )

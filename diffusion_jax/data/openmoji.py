@@ -68,9 +68,9 @@ def drawings() -> list[Drawing]:
     found = []
     for svg in sorted(Path(spec.origin).parent.glob("openmoji/svg/*.svg")):
         letters = [chr(int(code, 16)) for code in svg.stem.split("-")]
-        if len(letters) > 1 and SKIN_TONES.intersection(letters):
+        if SKIN_TONES.intersection(letters):
             continue
-        description = describe(symbols.get("".join(letters).replace(VARIATION_SELECTOR, "")))
+        description = describe(symbols.get("".join(letters).replace(VARIATION_SELECTOR, ""), ""))
         if description:
             found.append(Drawing(svg, *description))
     return found

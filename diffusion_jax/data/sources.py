@@ -53,18 +53,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Captions(Sequence):
-    """The captions of a TFDS data source, read when asked for."""
+    """Captions that are read when they are asked for."""
 
-    records: Sequence[dict]
-    key: str
+    size: int
+    read: Callable[[int], str]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return self.size
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        return self.records[range(len(self))[index]][self.key].decode()
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        chosen = range(self.size)[index]
+        return self.read(chosen) if isinstance(chosen, int) else [self.read(i) for i in chosen]
 
 
 def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
@@ -102,7 +101,7 @@ def digits(split: str = "train") -> Source:
 
 
 def folder(path: str | PathLike) -> Source:
-    """A folder of pictures, with captions in its files or classes by subfolder; how, and what raises: `list_pictures`."""
+    """A folder of pictures, with captions in files or classes by subfolder: see `list_pictures`, also for errors."""
     root = Path(path)
     listing = list_pictures(root)
 
@@ -180,7 +179,7 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
         size=len(records),
         read=read,
         num_classes=features[label].num_classes if label else 0,
-        captions=Captions(records, text) if text else (),
+        captions=Captions(len(records), lambda i: records[i][text].decode()) if text else (),
     )
 
 

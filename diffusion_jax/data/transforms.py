@@ -65,11 +65,11 @@ def square(size: int, random_crop: bool = False, flip: bool = False, upscale: bo
     return transform
 
 
-def to_float(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+def to_float(images: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
     """0..255 -> [-1, 1], float32. Takes numpy and JAX arrays, traced ones too."""
     return images.astype("float32") / 127.5 - 1
 
 
-def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+def to_uint8(images: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array | np.ndarray, "*shape"]:
     """[-1, 1] -> 0..255, rounded, values outside clipped. Takes numpy and JAX arrays, traced ones too."""
     return ((images + 1) * 127.5).round().clip(0, 255).astype("uint8")
