@@ -58,7 +58,8 @@ def test_the_same_set_is_found_by_its_tfds_name(folder):
     by_name = sources.tfds_source("openmoji/8px", "validation", folder)
     assert by_name.name == direct.name
     np.testing.assert_array_equal(by_name[3]["image"], direct[3]["image"])
-    assert len(sources.tfds_source("openmoji/8px", "validation[:50%]", folder)) == len(direct) // 2
+    half = sources.tfds_source("openmoji/8px", "validation[:50%]", folder)
+    assert abs(2 * len(half) - len(direct)) <= 1
 
 
 def test_bad_arguments_are_named(folder):
