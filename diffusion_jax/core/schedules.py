@@ -4,6 +4,7 @@ A schedule is a callable `schedule(t) -> NoiseLevel` with `t_of_logsnr(l)`, `t_m
 numpy float64 (plans are built there, exactly); given jax arrays it answers in float32 and can be traced.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -68,7 +69,7 @@ class DiscreteSchedule:
         return xp.interp(logsnr, table, xp.arange(self.num_steps - 1, -1, -1.0))
 
 
-def from_betas(betas: ArrayLike) -> DiscreteSchedule:
+def from_betas(betas: Sequence | np.ndarray) -> DiscreteSchedule:
     """The schedule of a forward chain with variances `betas` (T,), each in (0, 1): alpha_bar_t = prod(1 - beta_s)."""
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):

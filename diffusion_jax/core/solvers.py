@@ -9,6 +9,7 @@ Since x = alpha x0 + sigma eps, any rule linear in the state, the predictions an
 In the formulas below a prime marks the level after the row: alpha', sigma'.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.schedules import DiscreteSchedule
 
 HISTORY = 3  # how many past d a row may use
+Spacing = str | Sequence[float] | np.ndarray
 SPACINGS = ("leading", "linspace", "trailing", "karras", "logsnr", "quadratic")
 
 
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
         return NoiseLevel(*(v[0] for v in self.level))
 
 
-def times(schedule: DiscreteSchedule, steps: int, spacing: str | ArrayLike) -> np.ndarray:
+def times(schedule: DiscreteSchedule, steps: int, spacing: Spacing) -> np.ndarray:
     """The times at which a solver of `steps` steps evaluates the network: (steps,) float64, falling.
 
     spacing: one of SPACINGS, or the times themselves, (steps,) strictly falling within [t_min, t_max].
@@ -86,7 +88,7 @@ def times(schedule: DiscreteSchedule, steps: int, spacing: str | ArrayLike) -> n
     raise ValueError(f"unknown spacing {spacing!r}: one of {', '.join(SPACINGS)}, or a list of times")
 
 
-def _path(schedule: DiscreteSchedule, steps: int, spacing: str | ArrayLike) -> tuple[NoiseLevel, NoiseLevel]:
+def _path(schedule: DiscreteSchedule, steps: int, spacing: Spacing) -> tuple[NoiseLevel, NoiseLevel]:
     """The levels of the rows and the levels after them; the last step ends on clean data, alpha = 1, sigma = 0."""
     level = schedule(times(schedule, steps, spacing))
     clean = NoiseLevel(t=schedule.t_min, alpha=1.0, sigma=0.0)
@@ -104,7 +106,7 @@ def _plan(level: NoiseLevel, next: NoiseLevel, x0, eps, noise=0.0, memory=(1.0, 
 
 
 def ddim(
-    schedule: DiscreteSchedule, steps: int, spacing: str | ArrayLike = "trailing", eta: float = 0.0
+    schedule: DiscreteSchedule, steps: int, spacing: Spacing = "trailing", eta: float = 0.0
 ) -> Plan:
     """Denoising diffusion implicit model (Song et al. 2021, eq. 12 and 16).
 
@@ -131,7 +133,7 @@ def _transition_std(level: NoiseLevel, next: NoiseLevel) -> np.ndarray:
 
 
 def ddpm(
-    schedule: DiscreteSchedule, steps: int, spacing: str | ArrayLike = "trailing", variance: str = "small"
+    schedule: DiscreteSchedule, steps: int, spacing: Spacing = "trailing", variance: str = "small"
 ) -> Plan:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), also with fewer steps than T.
 
@@ -150,7 +152,7 @@ def ddpm(
     return _plan(level, next, x0=next.alpha, eps=np.sqrt(next.sigma**2 - s**2), noise=noise)
 
 
-def dpmpp_2m(schedule: DiscreteSchedule, steps: int, spacing: str | ArrayLike = "trailing") -> Plan:
+def dpmpp_2m(schedule: DiscreteSchedule, steps: int, spacing: Spacing = "trailing") -> Plan:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), second order, one evaluation a step.
 
     lambda = log(alpha / sigma),  h_i = lambda' - lambda,  r_i = h_{i-1} / h_i
