@@ -1,0 +1,37 @@
+"""The patch discriminator of an adversarial loss."""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from diffusion_jax.models.layers import GroupNorm
+
+
+class PatchDiscriminator(nn.Module):
+    """Tells real patches from made ones: one logit for each overlapping patch of the image (Isola et al. 2017, section 3.2.2).
+
+    4x4 convolutions with leaky ReLU. Group norm stands where the paper has batch norm, so that an image's logits do not
+    depend on the other images of its batch.
+
+    channels: of the first layer, doubled by each layer up to 8 times as many. layers: how many halve the image; three
+    make a patch of 70x70 pixels.
+    """
+
+    channels: int = 64
+    layers: int = 3
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w"]:
+        conv = functools.partial(nn.Conv, kernel_size=(4, 4), padding=1, dtype=self.dtype,
+                                 kernel_init=nn.initializers.normal(0.02))
+        for i in range(self.layers + 1):
+            stride = 2 if i < self.layers else 1
+            x = conv(self.channels * min(2**i, 8), strides=stride)(x)
+            if i > 0:
+                x = GroupNorm(groups=self.channels // 4, eps=1e-5)(x)
+            x = nn.leaky_relu(x, 0.2)
+        return conv(1)(x)[..., 0].astype(jnp.float32)
