@@ -34,7 +34,7 @@ def list_pictures(root: Path) -> Listing:
         files = _find(root)
         captions = _sidecars(root, files)
     if captions:
-        return Listing(list(captions), list(captions.values()), [], [])
+        return Listing([file for file, _ in captions], [caption for _, caption in captions], [], [])
     if any(len(file.parts) == 1 for file in files):
         return Listing(files, [], [], [])
     classes = sorted({file.parts[0] for file in files})
@@ -57,35 +57,35 @@ def _find(root: Path) -> list[Path]:
     return files
 
 
-def _metadata(root: Path) -> dict[Path, str] | None:
-    """{picture: caption} as metadata.jsonl says, None without that file."""
+def _metadata(root: Path) -> list[tuple[Path, str]] | None:
+    """(picture, caption) as metadata.jsonl says, None without that file."""
     metadata = root / "metadata.jsonl"
     if not metadata.exists():
         return None
-    captions = {}
+    captions = []
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
-            captions[Path(entry["file_name"])] = str(entry["text"])
+            captions.append((Path(entry["file_name"]), str(entry["text"])))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             form = '{"file_name": "...", "text": "..."}'
             raise ValueError(f"{metadata} line {number}: expected {form}, got {line[:80]}") from error
     if not captions:
         raise ValueError(f"{metadata} is empty: write its lines or remove it")
-    missing = [file for file in captions if not (root / file).is_file()]
+    missing = [file for file, _ in captions if not (root / file).is_file()]
     if missing:
         raise FileNotFoundError(f"{metadata} names pictures that are missing ({len(missing)}): {_some(missing)}")
     return captions
 
 
-def _sidecars(root: Path, files: list[Path]) -> dict[Path, str]:
-    """{picture: caption} from the text files beside the pictures, empty if there is none."""
+def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, str]]:
+    """(picture, caption) from the text files beside the pictures, empty if there is none."""
     without = [file for file in files if not (root / file).with_suffix(".txt").exists()]
     if len(without) == len(files):
-        return {}
+        return []
     if without:
         raise FileNotFoundError(f"{root} has captions, but none for {len(without)} of its pictures: {_some(without)}")
-    return {file: (root / file).with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files}
+    return [(file, (root / file).with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
 
 
 def _some(files: list[Path]) -> str:

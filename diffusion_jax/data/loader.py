@@ -44,7 +44,7 @@ class Reader:
             if error:
                 self.bad[index] = True
                 if self.bad.sum() <= NAMED:
-                    logging.warning("skipped %s: %s", self.source.label(index), error)
+                    logging.warning("skipped %s: %s", self.source.describe(index), error)
             if self.seen.all() and self.bad.any():
                 logging.warning(
                     "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from sklearn.datasets import load_digits
 
 from diffusion_jax.data.folders import digest, list_pictures
 from diffusion_jax.data.openmoji import OpenMoji
@@ -46,7 +45,7 @@ class Source:
     def __getitem__(self, index: int) -> Record:
         return self.read(range(self.size)[index])
 
-    def label(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """What to call a record in a message."""
         return self.files[index] if self.files else f"record {index} of {self.name}"
 
@@ -84,6 +83,8 @@ def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = 
 
 def digits(split: str = "train") -> Source:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 grey as RGB, ten classes. Every tenth is for validation."""
+    from sklearn.datasets import load_digits  # here, as it takes seconds to import
+
     if split not in ("train", "validation"):
         raise ValueError(f'digits has the splits "train" and "validation", got "{split}"')
     data = load_digits()
@@ -153,8 +154,10 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
 
 def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     """The source of one split of a prepared TFDS builder: its first image, its "caption" or other text, its label."""
-    if split.split("[")[0] not in builder.info.splits:
-        raise ValueError(f'{builder.name} has the splits {sorted(builder.info.splits)}, got "{split}"')
+    try:
+        builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f'{builder.name} has the splits {sorted(builder.info.splits)}, got "{split}"') from error
     features = builder.info.features
     image = _first(features, tfds.features.Image)
     if image is None:

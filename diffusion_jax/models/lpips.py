@@ -66,7 +66,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads numpy arrays in dicts and lists; a pickle that names anything else raises UnpicklingError."""
 
     known = {
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }

@@ -60,6 +60,7 @@ def test_the_same_set_is_found_by_its_tfds_name(folder):
     np.testing.assert_array_equal(by_name[3]["image"], direct[3]["image"])
     half = sources.tfds_source("openmoji/8px", "validation[:50%]", folder)
     assert abs(2 * len(half) - len(direct)) <= 1
+    assert len(sources.tfds_source("openmoji/8px", "train+validation", folder)) == len(drawings())
 
 
 def test_bad_arguments_are_named(folder):

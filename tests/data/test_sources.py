@@ -42,6 +42,15 @@ def test_folder_with_metadata(tmp_path):
     assert source[0]["image"][0, 0, 0] == 5
 
 
+def test_a_picture_may_have_many_captions(tmp_path):
+    paint(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}\n'
+    )
+    source = sources.folder(tmp_path)
+    assert [source[i]["caption"] for i in range(2)] == ["one", "two"]
+
+
 def test_folder_with_text_files(tmp_path):
     for i, name in enumerate("ab"):
         paint(tmp_path / f"{name}.png", i)
