@@ -36,7 +36,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if "model" not in config:
         stages.train_autoencoder(config, workdir)
         return
-    plan = build.plan(config)  # before hours of training rather than after
+    build.plan(config)  # a wrong name in config.sample is found before hours of training rather than after
     source = build.source(config, "train")
     conditioning = build.conditioning(config)
     conditioning.of_prompts(config.sample.prompts)
@@ -52,7 +52,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def sample(config: ConfigDict, workdir: Path) -> None:
-    """Draw config.sample.num_images for each of config.sample.prompts into workdir/samples."""
+    """Draw config.sample.num_images for each of config.sample.prompts into workdir/samples.
+
+    A config without a denoiser draws held-out images, each above its reconstruction.
+    """
+    if "model" not in config:
+        sheet = stages.reconstruct_held_out(config, workdir)
+        (workdir / "samples").mkdir(exist_ok=True)
+        pictures.save(workdir / "samples" / "grid.png", sheet, {"weights": str(workdir)})
+        logging.info("wrote %s", workdir / "samples" / "grid.png")
+        return
     conditioning = build.conditioning(config)
     pipeline, origin = _load_pipeline(config, workdir, conditioning)
     logging.info("weights: %s", origin)

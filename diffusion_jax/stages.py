@@ -1,6 +1,7 @@
 """The two stages of a latent diffusion model, from config to trained weights. In pixel space there is only the second."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,11 +11,11 @@ from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import build
+from diffusion_jax import build, pictures
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Transform, to_float
+from diffusion_jax.data.transforms import Transform, to_float, to_uint8
 from diffusion_jax.interop import load_autoencoder, save_autoencoder
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
 from diffusion_jax.models.unet import UNet
@@ -25,6 +26,7 @@ from diffusion_jax.pipelines.conditioning import Conditioning
 from diffusion_jax.training.loop import Task, fit
 
 ENCODE_BATCH = 64  # images that the autoencoder encodes at once
+SHOWN = 8  # held-out images that the first stage is watched on
 SCALE_IMAGES = 1024  # images that the latents' standard deviation is estimated from
 
 
@@ -57,6 +59,8 @@ def train_autoencoder(config: ConfigDict, folder: Path) -> None:
     model = build.autoencoder(config)
     source, transform = build.source(config, "train"), _images_only(build.transform(config))
     loss, params, frozen = build.autoencoder_loss(config, model, config.seed)
+    held_out = build.source(config, "validation")
+    shown = next(_some_images(held_out, transform, SHOWN))[:SHOWN]
     logging.info("autoencoder: %.2fM parameters, %d images", _millions(params["autoencoder"]), len(source))
     task = Task(
         name="autoencoder",
@@ -65,14 +69,28 @@ def train_autoencoder(config: ConfigDict, folder: Path) -> None:
         frozen=frozen,
         batches=build.batches(source, section.train, config.seed, transform),
         optimizer=build.optimizer(section.optimizer, section.train.steps),
+        snapshot=lambda params: reconstructions(model, params["autoencoder"], shown),
     )
     variables = fit(task, folder, section.train, config.seed)["autoencoder"]
     if jax.process_index() == 0:
         scale = 1 / _latent_std(model, variables, source, transform)
-        report = _reconstruction(model, variables, build.source(config, "validation"), transform)
+        report = _reconstruction(model, variables, held_out, transform)
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"], report["images"])
         (folder / "validation.json").write_text(json.dumps(report) + "\n")
         save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
+
+
+def reconstruct_held_out(config: ConfigDict, folder: Path) -> np.ndarray:
+    """A sheet of held-out images and their reconstructions by the first stage in `folder`."""
+    transform = _images_only(build.transform(config))
+    images = next(_some_images(build.source(config, "validation"), transform, SHOWN))[:SHOWN]
+    return reconstructions(*load_autoencoder(folder), images)
+
+
+def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray) -> np.ndarray:
+    """A sheet of uint8 images (B, H, W, 3), each above what comes back from the mean of its latent."""
+    back = to_uint8(jax.jit(model.apply)(variables, to_float(images)))
+    return pictures.grid([*images, *np.asarray(back)], columns=len(images))
 
 
 def train_denoiser(
@@ -85,14 +103,7 @@ def train_denoiser(
     logging.info("U-Net: %.2fM parameters, %d training records", _millions(params), len(records))
     task = Task(
         name="denoiser",
-        loss=denoising(
-            build.network_apply(model),
-            codec.draw,
-            build.schedule(config),
-            config.objective.prediction,
-            build.weight(config),
-            config.objective.drop,
-        ),
+        loss=denoiser_loss(config, model, codec),
         params=params,
         frozen={"codec": codec.stats, "null_cond": conditioning.null},
         batches=build.batches(records, config.train, config.seed, transform),
@@ -100,6 +111,19 @@ def train_denoiser(
         snapshot=snapshot,
     )
     fit(task, workdir, config.train, config.seed)
+
+
+def denoiser_loss(config: ConfigDict, model: UNet, codec: Codec) -> Callable:
+    """The loss of config.objective for the second stage."""
+    objective = config.objective
+    return denoising(
+        build.network_apply(model),
+        codec.draw,
+        build.schedule(config),
+        objective.prediction,
+        build.weight(config),
+        objective.drop,
+    )
 
 
 def init_unet(config: ConfigDict, model: UNet, conditioning: Conditioning, codec: Codec) -> PyTree:

@@ -21,6 +21,7 @@ class Codec(NamedTuple):
     encode: uint8 images -> record (B, ...), what is stored of them.
     draw: (stats, record, keys (B,)) -> x0, of about unit variance. stats: the numbers that `draw` needs.
     decode: (params, x0) -> images, about [-1, 1]. params: what `decode` needs.
+    limit: x0 is known to lie within [-limit, limit]; None when nothing is known.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Codec(NamedTuple):
     params: PyTree
     factor: int
     channels: int
+    limit: float | None
 
 
 def identity() -> Codec:
@@ -44,6 +46,7 @@ def identity() -> Codec:
         params={},
         factor=1,
         channels=3,
+        limit=1.0,
     )
 
 
@@ -60,6 +63,7 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree) -> Codec:
         params=stats | {"variables": variables},
         factor=2 ** (len(model.block_out_channels) - 1),
         channels=model.latent_channels,
+        limit=None,
     )
 
 

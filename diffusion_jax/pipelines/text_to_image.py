@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from diffusion_jax.core.guidance import classifier_free
+from diffusion_jax.core.guidance import classifier_free, clip_x0
 from diffusion_jax.core.process import NoiseLevel, Prediction
 from diffusion_jax.core.sampling import denoiser, initial_noise, sample
 from diffusion_jax.core.solvers import Plan
@@ -53,6 +53,8 @@ def text_to_image(
     keys, cond = jax.device_put((keys, cond), split)
     params, codec_params, null_cond = jax.device_put((pipeline.params, codec.params, pipeline.null_cond), whole)
     denoise = classifier_free(denoiser(pipeline.apply, params, pipeline.convert), guidance, null_cond)
+    if codec.limit is not None:
+        denoise = clip_x0(denoise, codec.limit)
     noise = initial_noise(keys, (side, side, codec.channels), plan.start)
     x0 = sample(denoise, plan, noise, keys, cond, **options)
     return jax.jit(codec.decode)(codec_params, x0)

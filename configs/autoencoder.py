@@ -1,0 +1,20 @@
+"""The first stage alone: a KL autoencoder, 8x smaller each side, 4 channels.
+
+    python main.py --config=configs/autoencoder.py --mode=train
+    python main.py --config=configs/autoencoder.py --mode=sample      # held-out images above what came back
+
+Then hand it to a latent config: --config.autoencoder.checkpoint=runs/autoencoder
+"""
+
+from ml_collections import ConfigDict
+
+from configs import latent_cfg
+
+
+def get_config(preset: str = "openmoji") -> ConfigDict:
+    """preset: as in configs/latent_cfg.py, whose first stage this is."""
+    config = latent_cfg.get_config(preset)
+    del config.model
+    config.name = "autoencoder"
+    config.weights = ""
+    return config
