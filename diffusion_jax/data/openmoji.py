@@ -45,7 +45,8 @@ def describe(symbol: str) -> tuple[str, tuple[str, ...]] | None:
     aliases = {plain_words(alias) for alias in entry.get("alias", ())}
     if is_flag(symbol):
         return f"flag of {caption}", tuple(sorted({f"{caption} flag"} | {a for a in aliases if a.startswith("flag")}))
-    return caption, tuple(sorted(a for a in aliases if a.lower() != caption.lower()))
+    words = {alias for alias in aliases if not any(letter.isdigit() for letter in alias)}  # not "u7121", "clock630"
+    return caption, tuple(sorted(alias for alias in words if alias.lower() != caption.lower()))
 
 
 def is_flag(symbol: str) -> bool:
