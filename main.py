@@ -17,7 +17,7 @@ import diffusion_jax
 from diffusion_jax import modes
 from diffusion_jax.training.loop import Diverged, Stopped
 
-MODES = {"train": modes.train, "sample": modes.sample}
+MODES = {"train": modes.train, "sample": modes.sample, "export": modes.export}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train or sample, e.g. configs/latent_cfg.py.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")

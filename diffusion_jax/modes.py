@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build, pictures, stages
 from diffusion_jax.data.transforms import to_uint8
-from diffusion_jax.interop import load_autoencoder, load_unet
+from diffusion_jax.interop import load_autoencoder, load_unet, save_autoencoder, save_unet
+from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import Pipeline, text_to_image
 from diffusion_jax.pipelines import codec as codecs
 from diffusion_jax.pipelines.codec import Codec
@@ -78,6 +79,18 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     logging.info("wrote %d images and %s", len(drawn), grid)
 
 
+def export(config: ConfigDict, workdir: Path) -> None:
+    """Write the averaged weights to workdir/export/unet and vae, as float16 safetensors that diffusers reads too."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    conditioning, codec = build.conditioning(config), stages.first_stage(config, workdir)
+    model, params = _own_unet(config, checkpoints, conditioning, codec)
+    save_unet(model, params, workdir / "export" / "unet", np.float16)
+    if config.autoencoder.kind == "kl":
+        first_stage = load_autoencoder(config.autoencoder.checkpoint or stages.first_stage_folder(workdir))
+        save_autoencoder(*first_stage, workdir / "export" / "vae", np.float16)
+    logging.info("wrote step %d of %s to %s", checkpoints.latest_step(), workdir, workdir / "export")
+
+
 def _draw(
     config: ConfigDict, pipeline: Pipeline, conditioning: Conditioning, progress: bool = False
 ) -> Iterator[Drawn]:
@@ -104,9 +117,7 @@ def _load_pipeline(config: ConfigDict, workdir: Path, conditioning: Conditioning
     step = checkpoints.latest_step()
     if step is not None:
         codec = stages.first_stage(config, workdir)
-        model = build.unet(config)
-        like = jax.eval_shape(lambda: stages.init_unet(config, model, conditioning, codec))
-        params = checkpoints.restore_ema(like)
+        model, params = _own_unet(config, checkpoints, conditioning, codec)
         origin = f"{checkpoints.folder}, step {step}, averaged"
     elif config.weights and Path(config.weights).exists():
         codec = codecs.identity()
@@ -117,6 +128,15 @@ def _load_pipeline(config: ConfigDict, workdir: Path, conditioning: Conditioning
     else:
         raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
     return _pipeline(config, build.network_apply(model), params, conditioning, codec), origin
+
+
+def _own_unet(
+    config: ConfigDict, checkpoints: Checkpoints, conditioning: Conditioning, codec: Codec
+) -> tuple[UNet, PyTree]:
+    """The denoiser of config.model with the averaged weights of the newest checkpoint."""
+    model = build.unet(config)
+    like = jax.eval_shape(lambda: stages.init_unet(config, model, conditioning, codec))
+    return model, checkpoints.restore_ema(like)
 
 
 def _pipeline(config: ConfigDict, apply, params: PyTree, conditioning: Conditioning, codec: Codec) -> Pipeline:
