@@ -162,15 +162,15 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     image = _first(features, tfds.features.Image)
     if image is None:
         raise ValueError(f"{builder.name} has no images: its features are {sorted(features)}")
-    text, label = _first(features, tfds.features.Text), _first(features, tfds.features.ClassLabel)
+    caption, label = _caption(features), _first(features, tfds.features.ClassLabel)
     # Pictures stay encoded: one decoder for every source, no OpenCV, and captions can be read without pictures.
     records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
 
     def read(index: int) -> Record:
         raw = records[index]
         record: dict[str, Any] = {"image": decode(raw[image])}
-        if text:
-            record["caption"] = raw[text].decode()
+        if caption:
+            record["caption"] = caption(raw)
         if "aliases" in raw:
             record["aliases"] = [alias.decode() for alias in raw["aliases"]]
         if label:
@@ -182,8 +182,21 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
         size=len(records),
         read=read,
         num_classes=features[label].num_classes if label else 0,
-        captions=Captions(len(records), lambda i: records[i][text].decode()) if text else (),
+        captions=Captions(len(records), lambda i: caption(records[i])) if caption else (),
     )
+
+
+def _caption(features: tfds.features.FeaturesDict) -> Callable[[dict], str] | None:
+    """How to read a caption from a raw record, None without: a text, or the first of several as COCO has them."""
+    text = _first(features, tfds.features.Text)
+    if text:
+        return lambda raw: raw[text].decode()
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", None)
+        text = _first(inner, tfds.features.Text) if isinstance(inner, tfds.features.FeaturesDict) else None
+        if text:
+            return lambda raw: raw[name][text][0].decode()
+    return None
 
 
 def _first(features: tfds.features.FeaturesDict, kind: type) -> str | None:

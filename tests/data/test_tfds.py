@@ -1,0 +1,37 @@
+"""TFDS data sets that are not ours: built here, read without TensorFlow."""
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from diffusion_jax.data.sources import _from_builder
+
+
+class Captioned(tfds.core.GeneratorBasedBuilder):
+    """Two pictures with several captions each, laid out as `coco_captions` is."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        captions = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"image": tfds.features.Image(), "captions": captions})
+        )
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, name in enumerate(("black", "white")):
+            captions = [{"id": 2 * i, "text": f"a {name} square"}, {"id": 2 * i + 1, "text": f"{name}"}]
+            yield i, {"image": Image.new("RGB", (9, 7), name), "captions": captions}
+
+
+def test_the_first_of_several_captions_is_read(tmp_path):
+    builder = Captioned(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    source = _from_builder(builder, "train")
+    assert sorted(source.captions) == ["a black square", "a white square"]
+    for record in (source[0], source[1]):
+        assert record["image"].shape == (7, 9, 3)
+        assert (record["image"] == 0).all() == (record["caption"] == "a black square")
