@@ -26,6 +26,10 @@ class PatchDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w"]:
+        smallest = 3 * 2**self.layers  # each of the last two convolutions takes a pixel off
+        if min(x.shape[1:3]) < smallest:
+            raise ValueError(f"PatchDiscriminator: expected images of at least {smallest}x{smallest} pixels, got shape "
+                             f"{x.shape}; turn the adversarial loss off or use fewer layers")
         conv = functools.partial(nn.Conv, kernel_size=(4, 4), padding=1, dtype=self.dtype,
                                  kernel_init=nn.initializers.normal(0.02))
         for i in range(self.layers + 1):

@@ -91,9 +91,9 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
-        centred = x - self._group_mean(x)
-        variance = self._group_mean(jnp.square(centred))
-        return centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias
+        mean = self._group_mean(x)
+        slope = jax.lax.rsqrt(self._group_mean(jnp.square(x - mean)) + self.eps) * scale
+        return x * slope + (bias - mean * slope)
 
     def _group_mean(self, x):
         """(B, H, W, C) -> (B, 1, 1, C), the mean of each channel's group."""
