@@ -4,6 +4,7 @@
     python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
 """
 
+import functools
 import logging as std_logging
 import os
 import sys
@@ -11,28 +12,28 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 import diffusion_jax
-from diffusion_jax import modes
+from diffusion_jax import configuration, modes
 from diffusion_jax.training.loop import Diverged, Stopped
 
 MODES = {"train": modes.train, "sample": modes.sample, "export": modes.export}
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train or sample, e.g. configs/latent_cfg.py.")
+_CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:PRESET; --config.train.steps=9 changes a field.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go; runs/<config name> by default.")
-_PROMPT = flags.DEFINE_string("prompt", None, 'What to draw instead of the config\'s prompts, "a; b", or a file, "@FILE".')
+_WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, logs and samples; by default runs/<config name>.")
+_PROMPT = flags.DEFINE_string("prompt", None, 'What to draw, "a; b" or "@FILE", instead of config.sample.prompts.')
 
 
-def main(_) -> int:
+def main(arguments: list[str]) -> int:
     _quiet_libraries()
-    config = _CONFIG.value
-    if config is None:
+    overrides = configuration.overrides_of(arguments[1:])
+    if not _CONFIG.value:
         raise ValueError("--config is missing: name a file, e.g. --config=configs/latent_cfg.py")
     if _MODE.value not in MODES:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
-    if _PROMPT.value:
+    config = configuration.load(_CONFIG.value, overrides)
+    if _PROMPT.value is not None:
         config.sample.prompts = _prompts(_PROMPT.value)
     if os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):  # one process on each host of a TPU slice
         jax.distributed.initialize()
@@ -55,17 +56,21 @@ def _quiet_libraries() -> None:
 def _prompts(flag: str) -> tuple[str, ...]:
     """The prompts of --prompt: one a line of a file, or split at semicolons."""
     lines = Path(flag[1:]).read_text().splitlines() if flag.startswith("@") else flag.split(";")
-    return tuple(line.strip() for line in lines if line.strip())
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f'--prompt names no prompt: expected "a; b" or a file with one a line, "@FILE", got {flag!r}')
+    return prompts
 
 
 def run() -> None:
     """The program: errors that a user can mend are one line and exit status 2."""
+    flags.FLAGS.set_gnu_getopt(True)
     try:
-        app.run(main)
+        app.run(main, flags_parser=functools.partial(flags.FLAGS, known_only=True))  # the rest are fields of the config
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-    except (ValueError, OSError, Diverged, ModuleNotFoundError, AttributeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
