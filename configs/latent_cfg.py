@@ -33,7 +33,7 @@ PROMPTS = (
 def get_config(preset: str = "openmoji") -> ConfigDict:
     """preset: one of the list above."""
     presets = {
-        "openmoji": lambda: _openmoji(first_stage_steps=1000, steps=1600),
+        "openmoji": lambda: _openmoji(first_stage_steps=1000, steps=900),
         "openmoji_long": lambda: _openmoji(first_stage_steps=4000, steps=6000),
         "coco256": _coco256,
         "imagenet256": _imagenet256,
@@ -64,7 +64,7 @@ def _openmoji(first_stage_steps: int, steps: int) -> ConfigDict:
         }
     )
     config.optimizer = common.optimizer(1e-3, warmup=100, decay="cosine")
-    config.train = common.train(steps, batch_size=64, ema=0.999, every=400)
+    config.train = common.train(steps, batch_size=64, ema=0.999, every=500)
     config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
     return config
 
