@@ -177,7 +177,7 @@ def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, tra
 
 def _some_images(source: Source, transform: Transform, count: int):
     """Batches of uint8 images in the source's order, `count` in all or as many as there are."""
-    size = min(ENCODE_BATCH, len(source))
+    size = max(n for n in range(1, ENCODE_BATCH + 1) if len(source) % n == 0)  # leaves no remainder
     for i, batch in enumerate(loader(source, size, seed=0, transform=transform, shuffle=False, repeat=False)):
         if i * size >= count:
             return
