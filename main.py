@@ -4,7 +4,6 @@
     python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
 """
 
-import functools
 import logging as std_logging
 import os
 import sys
@@ -12,27 +11,28 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 import diffusion_jax
-from diffusion_jax import configuration, modes
+from diffusion_jax import modes
+from diffusion_jax.configuration import parse_flags
 from diffusion_jax.training.loop import Diverged, Stopped
 
 MODES = {"train": modes.train, "sample": modes.sample, "export": modes.export}
 
-_CONFIG = flags.DEFINE_string("config", None, "FILE.py or FILE.py:PRESET; --config.train.steps=9 changes a field.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=... changes a field.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, logs and samples; by default runs/<config name>.")
 _PROMPT = flags.DEFINE_string("prompt", None, 'What to draw, "a; b" or "@FILE", instead of config.sample.prompts.')
 
 
-def main(arguments: list[str]) -> int:
+def main(_: list[str]) -> int:
     _quiet_libraries()
-    overrides = configuration.overrides_of(arguments[1:])
-    if not _CONFIG.value:
+    config = _CONFIG.value
+    if config is None:
         raise ValueError("--config is missing: name a file, e.g. --config=configs/latent_cfg.py")
     if _MODE.value not in MODES:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
-    config = configuration.load(_CONFIG.value, overrides)
     if _PROMPT.value is not None:
         config.sample.prompts = _prompts(_PROMPT.value)
     if os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):  # one process on each host of a TPU slice
@@ -64,13 +64,13 @@ def _prompts(flag: str) -> tuple[str, ...]:
 
 def run() -> None:
     """The program: errors that a user can mend are one line and exit status 2."""
-    flags.FLAGS.set_gnu_getopt(True)
     try:
-        app.run(main, flags_parser=functools.partial(flags.FLAGS, known_only=True))  # the rest are fields of the config
+        app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
     except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        # of a message that quotes a traceback, the last line tells
+        print("error:", str(error).strip().splitlines()[-1], file=sys.stderr)
         sys.exit(2)
 
 
