@@ -5,7 +5,6 @@
 """
 
 import logging as std_logging
-import os
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ MODES = {"train": modes.train, "sample": modes.sample, "export": modes.export}
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=... changes a field.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, logs and samples; by default runs/<config name>.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, each running this line: TPU slices, Slurm, MPI.")
 _PROMPT = flags.DEFINE_string("prompt", None, 'What to draw, "a; b" or "@FILE", instead of config.sample.prompts.')
 
 
@@ -35,7 +35,7 @@ def main(_: list[str]) -> int:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
     if _PROMPT.value is not None:
         config.sample.prompts = _prompts(_PROMPT.value)
-    if os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):  # one process on each host of a TPU slice
+    if _DISTRIBUTED.value:
         jax.distributed.initialize()
     if jax.config.jax_compilation_cache_dir is None:  # a second start compiles nothing
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "diffusion_jax" / "xla"))
