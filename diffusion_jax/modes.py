@@ -57,6 +57,8 @@ def sample(config: ConfigDict, workdir: Path) -> None:
 
     A config without a denoiser draws held-out images, each above its reconstruction.
     """
+    if jax.process_count() > 1:
+        raise ValueError("sampling runs on one host: leave out --distributed")
     if "model" not in config:
         sheet = stages.reconstruct_held_out(config, workdir)
         (workdir / "samples").mkdir(exist_ok=True)
@@ -100,7 +102,7 @@ def _draw(
     if not jobs:
         raise ValueError("nothing to draw: sample.prompts is empty or sample.num_images is 0")
     size = min(section.batch_size, len(jobs))
-    size += -size % jax.device_count()
+    size += -size % jax.local_device_count()
     for start in range(0, len(jobs), size):
         batch = jobs[start : start + size]
         full = batch + batch[-1:] * (size - len(batch))

@@ -37,7 +37,7 @@ def text_to_image(
     guidance: float | Float[Array, "batch"] = 1.0,
     **options,
 ) -> Float[Array, "batch height width 3"]:
-    """Images in about [-1, 1] for a batch of conditions, spread over all devices when B divides by their number.
+    """Images in about [-1, 1] for a batch of conditions, spread over this host's devices when B divides by their number.
 
     cond: leaves (B, ...), of whatever kind the model was trained with. keys: (B,), one for each image; an image depends on its
     key and condition, not on the batch. guidance: scale of classifier-free guidance, 1 for none, one number or (B,).
@@ -45,7 +45,7 @@ def text_to_image(
     """
     codec = pipeline.codec
     side = pipeline.size // codec.factor
-    devices = jax.devices() if len(keys) % jax.device_count() == 0 else jax.devices()[:1]
+    devices = jax.local_devices() if len(keys) % jax.local_device_count() == 0 else jax.local_devices()[:1]
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -1,21 +1,34 @@
 """Checkpoints by Orbax: the whole training state and the data position, so that a run goes on as if never stopped."""
 
+import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from diffusion_jax.training.step import TrainState
 
+MOST_DATA_STATE = 1 << 16  # bytes of a data iterator's state
+
 
 class Checkpoints:
-    """The checkpoints of one run, `folder`/<step>/, the newest `keep` of them. Each appears whole or not at all."""
+    """The checkpoints of one run, `folder`/<step>/. Each appears whole or not at all.
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    keep: how many of the newest to keep while saving; 0 only reads, and changes nothing in the folder.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 0):
         self.folder = Path(folder).absolute()
-        # saved in the foreground: when `save` returns, the checkpoint is on disk, and an error is raised here and now
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        saving = keep > 0
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None,
+            create=saving,
+            cleanup_tmp_directories=saving,  # a run that was killed, or had no room, leaves a part of a checkpoint
+            enable_async_checkpointing=False,  # when `save` returns all is on disk, and an error is raised here and now
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
@@ -27,9 +40,10 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        rest, ema = _split(state)
+        rest, ema = _split(jax.device_get(state))
+        data = {"hosts": _of_all_hosts(data_state)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(rest), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data_state)
+            state=ocp.args.StandardSave(rest), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
         )
         try:
             self._manager.save(step, args=items, force=True)
@@ -44,8 +58,7 @@ class Checkpoints:
         restored = self._restore(
             state=ocp.args.StandardRestore(rest), ema=ocp.args.StandardRestore(ema), data=ocp.args.JsonRestore()
         )
-        fields = restored.state | {"ema": restored.ema, "key": jax.random.wrap_key_data(restored.state["key"])}
-        return TrainState(**fields), restored.data
+        return TrainState(**restored.state, ema=restored.ema), _own(restored.data["hosts"])
 
     def restore_ema(self, like: PyTree) -> PyTree:
         """The averaged weights of the newest checkpoint; `like` gives structure, shapes and placement."""
@@ -65,10 +78,29 @@ class Checkpoints:
 
 
 def _split(state: TrainState) -> tuple[dict, PyTree]:
-    """(all but the average, the average), so that sampling can read the second alone. Typed keys become plain integers."""
-    fields = state._asdict() | {"key": jax.random.key_data(state.key)}
+    """(all but the average, the average), so that sampling can read the second alone."""
+    fields = state._asdict()
     ema = fields.pop("ema")
     return fields, ema
+
+
+def _of_all_hosts(data_state: dict) -> list[dict]:
+    """Each host reads its own share of the data, so each has a position of its own."""
+    text = json.dumps(data_state).encode()
+    padded = np.frombuffer(text.ljust(MOST_DATA_STATE), np.uint8)
+    if len(padded) > MOST_DATA_STATE:
+        raise ValueError(f"the data position takes {len(text)} bytes, at most {MOST_DATA_STATE} fit a checkpoint")
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row.tobytes()) for row in rows.reshape(-1, MOST_DATA_STATE)]
+
+
+def _own(data_states: list[dict]) -> dict:
+    if len(data_states) != jax.process_count():
+        raise ValueError(
+            f"the checkpoint was saved by {len(data_states)} hosts and this run has {jax.process_count()}; "
+            "go on with as many as before"
+        )
+    return data_states[jax.process_index()]
 
 
 def _first_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ class RunLog:
         if self._main:
             workdir.mkdir(parents=True, exist_ok=True)
             self._lines = _reopen(workdir / "metrics.jsonl", start)
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -75,5 +75,7 @@ def _reopen(path: Path, start: int):
                     kept.append(line + "\n")
             except json.JSONDecodeError:  # cut off when the run was killed
                 break
-    path.write_text("".join(kept))
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(kept))
+    whole.replace(path)  # killed here, nothing is lost
     return path.open("a")

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
 from diffusion_jax.training.step import init_state, make_train_step, replicate, split_batch
+
+KEPT_CHECKPOINTS = 2  # should the newest be damaged, there is one more
 
 
 class Task(NamedTuple):
@@ -42,7 +45,7 @@ class Diverged(ArithmeticError):
 
 
 def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
-    """Train, or go on training, until `train.steps`; returns the averaged weights.
+    """Train, or go on training, until `train.steps`; returns the averaged weights, as numpy.
 
     workdir: holds checkpoints/, metrics.jsonl and tensorboard/. train: config section with steps, batch_size (global), ema,
     accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM, Diverged after
@@ -50,7 +53,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     """
     workdir = Path(workdir)
     check_batch_size(train.batch_size, train.accumulate)
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", KEPT_CHECKPOINTS)
     state = replicate(init_state(task.params, task.optimizer, seed))
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
@@ -58,7 +61,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
         logging.info("going on from step %d of %s", int(state.step), checkpoints.folder)
     start = int(state.step)
     if start >= train.steps:
-        return state.ema
+        return jax.device_get(state.ema)
 
     train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate)
     frozen = replicate(task.frozen)
@@ -72,16 +75,17 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
             previous = metrics
             if step % train.log_every == 0 or step == train.steps:
                 log.write(step)
-            last = step == train.steps or stop.requested
+            stopped = stop.requested(step)
+            last = step == train.steps or stopped
             if last:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
                 checkpoints.save(state, task.batches.get_state())
-            if task.snapshot and (step % train.snapshot_every == 0 or step == train.steps):
-                log.image(step, task.snapshot(state.ema))
-            if stop.requested and step < train.steps:
+            if task.snapshot and jax.process_index() == 0 and (step % train.snapshot_every == 0 or step == train.steps):
+                log.image(step, task.snapshot(jax.device_get(state.ema)))
+            if stopped:
                 raise Stopped(f"stopped by SIGTERM after step {step}; saved to {checkpoints.folder}; run again to go on")
-    return state.ema
+    return jax.device_get(state.ema)
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
@@ -97,9 +101,11 @@ def check_batch_size(batch_size: int, accumulate: int) -> None:
 def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
     # called with the metrics of the step before the running one, so that the device is not kept waiting
     if metrics is not None and int(metrics["bad_in_row"]) >= limit:
+        last = checkpoints.latest_step()
+        kept = "no checkpoint was saved before" if last is None else f"step {last} is saved in {checkpoints.folder}"
         raise Diverged(
-            f"the loss was not finite for {limit} steps in a row, up to step {step}; the last good checkpoint is "
-            f"step {checkpoints.latest_step()} in {checkpoints.folder}; lower optimizer.learning_rate or look at the data"
+            f"the loss was not finite for {limit} steps in a row, up to step {step}; {kept}; "
+            "lower optimizer.learning_rate or look at the data"
         )
 
 
@@ -107,12 +113,20 @@ class _StopSignal:
     """Within this context SIGTERM is noted instead of ending the process."""
 
     def __enter__(self) -> "_StopSignal":
-        self.requested = False
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self._noted = False
+        # of several hosts one alone may be told to stop: there JAX listens, and agrees with the others on a step
+        self._own = jax.process_count() == 1
+        if self._own:
+            self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *exception) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if self._own:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def requested(self, step: int) -> bool:
+        """Whether the run is to stop after `step`; the same answer on every host."""
+        return self._noted if self._own else multihost_utils.reached_preemption_sync_point(step)
 
     def _note(self, *_) -> None:
-        self.requested = True
+        self._noted = True

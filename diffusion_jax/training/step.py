@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Int, Key, PyTree, UInt32
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes. The same on every device.
 
-    step: updates tried. ema: exponential moving average of params. key: root of all randomness, never advanced: step and
-    example number are folded in. bad_steps: updates skipped for a loss or gradient that was not finite; bad_in_row: the latest run of them.
+    step: updates tried. ema: exponential moving average of params. key: root of all randomness as plain integers, never advanced: step
+    and example number are folded in. bad_steps: updates skipped for a loss or gradient that was not finite; bad_in_row: the latest run of them.
     """
 
     step: Int[Array, ""]
     params: PyTree
     ema: PyTree
     opt_state: PyTree
-    key: Key[Array, ""]
+    key: UInt32[Array, "..."]
     bad_steps: Int[Array, ""]
     bad_in_row: Int[Array, ""]
 
@@ -31,13 +31,13 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: in
     """The state before the first step. params: float32 leaves."""
     step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two share a buffer: it is donated
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(step, params, ema, optimizer.init(params), jax.random.key(seed), bad_steps, bad_in_row)
+    return TrainState(step, params, ema, optimizer.init(params), jax.random.key_data(jax.random.key(seed)), bad_steps, bad_in_row)
 
 
 def replicate(tree: PyTree, devices: list | None = None) -> PyTree:
-    """Place a pytree whole on every device (all of the slice by default)."""
+    """Place a pytree whole on every device (all of the slice by default); all hosts must hold the same."""
     mesh = Mesh(np.array(jax.devices() if devices is None else devices), ("data",))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(jax.device_get(tree), NamedSharding(mesh, PartitionSpec()))
 
 
 def split_batch(batch: PyTree, num_devices: int) -> PyTree:
@@ -89,7 +89,7 @@ def make_train_step(
 
 def _example_keys(state: TrainState, count: int) -> Key[Array, "batch"]:
     """One key for each example of this device's share of the batch."""
-    step_key = jax.random.fold_in(state.key, state.step)
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     number = jax.lax.axis_index("data") * count + jnp.arange(count)
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(number)
 
