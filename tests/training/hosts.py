@@ -1,0 +1,27 @@
+"""One host of several on the loopback: python -m tests.training.hosts RANK HOSTS PORT WORKDIR STEPS; prints the final weights."""
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import optax
+
+from tests.training import linear
+
+
+def main(rank: int, hosts: int, port: int, workdir: str, steps: int) -> None:
+    jax.distributed.initialize(f"127.0.0.1:{port}", hosts, rank)
+    from diffusion_jax.training import loop
+
+    batches = linear.batches(8 // hosts, process_index=rank, process_count=hosts)
+    task = loop.Task("linear", linear.loss, linear.initial(), linear.FROZEN, batches, optax.adam(0.05))
+    ema = loop.fit(task, workdir, linear.section(steps=steps), seed=0)
+    print({name: value.tolist() for name, value in ema.items()})
+
+
+if __name__ == "__main__":
+    rank, hosts, port, workdir, steps = sys.argv[1:]
+    main(int(rank), int(hosts), int(port), workdir, int(steps))

@@ -1,0 +1,177 @@
+"""The loop: a run that was stopped, killed or has diverged goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax.training import loop
+from diffusion_jax.training.checkpoints import Checkpoints
+from tests.training import linear
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches kill -9."""
+
+
+class Batches:
+    """The batches of tests.training.linear; before the `at`-th of this process `act` is called; some are poisoned."""
+
+    def __init__(self, size=8, at=None, act=None, poison=()):
+        self.inner, self.at, self.act, self.poison = linear.batches(size), at, act, poison
+        self.given = 0
+
+    def __next__(self):
+        self.given += 1
+        if self.given == self.at:
+            self.act()
+        batch = next(self.inner)
+        return batch | {"y": batch["y"] * np.nan} if self.given in self.poison else batch
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+
+def fit(workdir, batches=None, params=None, **fields):
+    task = loop.Task("linear", linear.loss, linear.initial(), linear.FROZEN, batches or Batches(), optax.adam(0.05))
+    return jax.device_get(loop.fit(task, workdir, linear.section(**fields), seed=0))
+
+
+def saved(workdir):
+    """Everything that the newest checkpoint holds, as numpy arrays."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    state = loop.replicate(loop.init_state(linear.initial(), optax.adam(0.05), 0))
+    state, data = checkpoints.restore(state)
+    return jax.device_get(state), data
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    fit(workdir)
+    return workdir
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill():
+    raise Killed
+
+
+def test_trains(whole):
+    log = metrics(whole)
+    assert [line["step"] for line in log] == [2, 4, 6, 8, 10, 12]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert saved(whole)[0].step == 12
+
+
+@pytest.mark.parametrize("at", [2, 6, 9])
+def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, at):
+    with pytest.raises(Killed):
+        fit(tmp_path, Batches(at=at, act=kill))
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 1')  # cut off
+    fit(tmp_path)
+    assert_same(saved(tmp_path), saved(whole))
+    assert metrics(tmp_path) == metrics(whole)
+
+
+@pytest.mark.parametrize("at", [1, 6, 12])
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(whole, tmp_path, at):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(loop.Stopped, match=f"after step {at}; saved to") as stopped:
+        fit(tmp_path, Batches(at=at, act=stop))
+    assert "\n" not in str(stopped.value)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert saved(tmp_path)[0].step == at
+    fit(tmp_path)
+    assert_same(saved(tmp_path), saved(whole))
+    assert [line["step"] for line in metrics(tmp_path)] == [line["step"] for line in metrics(whole)]
+
+
+def test_sigterm_while_a_picture_is_drawn_loses_nothing(tmp_path):
+    def snapshot(params):
+        stop()
+        return np.zeros((2, 2, 3), np.uint8)
+
+    task = loop.Task("linear", linear.loss, linear.initial(), linear.FROZEN, Batches(), optax.adam(0.05), snapshot)
+    for at, end in [(5, 6), (12, 12)]:
+        with pytest.raises(loop.Stopped, match=f"after step {end}"):
+            loop.fit(task, tmp_path, linear.section(snapshot_every=at), seed=0)
+        assert saved(tmp_path)[0].step == end
+        assert (tmp_path / "samples" / f"step_{at:07d}.png").exists()
+
+
+def test_a_finished_run_ends_at_once(whole):
+    batches = Batches()
+    average = fit(whole, batches)
+    assert batches.given == 0
+    assert_same(average, saved(whole)[0].ema)
+
+
+def test_a_finished_run_can_be_made_longer(whole, tmp_path):
+    fit(tmp_path, steps=5)
+    fit(tmp_path, steps=12)
+    assert_same(saved(tmp_path), saved(whole))
+
+
+def test_divergence_ends_the_run_and_keeps_the_last_good_weights(tmp_path):
+    with pytest.raises(loop.Diverged, match=r"not finite for 3 steps in a row, up to step 9; step 8 is saved") as error:
+        fit(tmp_path, Batches(poison=range(7, 100)))
+    assert "\n" not in str(error.value)
+    kept, _ = saved(tmp_path)
+    assert (kept.step, kept.bad_steps, kept.bad_in_row) == (8, 2, 2)
+    fit(tmp_path / "good", steps=6)
+    good, _ = saved(tmp_path / "good")
+    assert_same((kept.params, kept.ema, kept.opt_state), (good.params, good.ema, good.opt_state))
+
+
+def test_divergence_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(loop.Diverged, match="no checkpoint was saved before"):
+        fit(tmp_path, Batches(poison=range(1, 100)))
+
+
+def test_a_few_bad_steps_are_only_counted(tmp_path):
+    fit(tmp_path, Batches(poison=(2, 3, 5, 6)))
+    state, _ = saved(tmp_path)
+    assert (state.step, state.bad_steps, state.bad_in_row) == (12, 4, 0)
+    assert metrics(tmp_path)[-1]["bad_steps"] == 4
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(7, 2), (8, 3)])
+def test_a_batch_that_does_not_divide_is_one_clear_line(tmp_path, batch_size, accumulate):
+    with pytest.raises(ValueError, match=rf"train.batch_size={batch_size} .* multiple of \d+") as error:
+        fit(tmp_path, batch_size=batch_size, accumulate=accumulate)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_line(whole, tmp_path):
+    checkpoints = Checkpoints(whole / "checkpoints")
+    for other in ({"w": np.zeros(5, np.float32), "b": np.float32(0)}, {"v": np.zeros(3, np.float32)}):
+        with pytest.raises(ValueError, match="does not fit this config") as error:
+            checkpoints.restore_ema(loop.replicate(other))
+        assert "\n" not in str(error.value)
+
+
+def test_no_checkpoint_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        Checkpoints(tmp_path / "checkpoints").restore_ema(linear.initial())
