@@ -1,7 +1,7 @@
 """Train, and sample from, the diffusion model that a config describes.
 
-    python main.py --config=configs/latent_cfg.py --mode=train
-    python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
+python main.py --config=configs/latent_cfg.py --mode=train
+python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
 """
 
 import logging as std_logging
@@ -19,7 +19,7 @@ from diffusion_jax.training.loop import Diverged, Stopped
 
 MODES = {"train": modes.train, "sample": modes.sample, "export": modes.export}
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=... changes a field.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE changes it.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, logs and samples; by default runs/<config name>.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, each running this line: TPU slices, Slurm, MPI.")

@@ -3,8 +3,10 @@
     pip install "jax[tpu]"
     python benchmarks/tpu_memory.py --config=configs/latent_cfg.py:imagenet256 --topology=v5e:2x4
 
-Compiles the second stage's whole step (forward, backward, optimizer, average) for every chip of the slice and prints bytes for each chip
-and FLOPs. Nothing is run: hours of training are what the FLOPs take at the utilisation given, an estimate and no measurement.
+Compiles the second stage's whole step (forward, backward, optimizer, average) for every chip of the slice and prints
+bytes for each chip
+and FLOPs. Nothing is run: hours of training are what the FLOPs take at the utilisation given, an estimate and no
+measurement.
 """
 
 import os
@@ -27,7 +29,12 @@ from diffusion_jax import build, stages
 from diffusion_jax.pipelines import codec as codecs
 from diffusion_jax.training.step import init_state, make_train_step
 
-CHIPS = {"v5e": (16e9, 197e12), "v6e": (32e9, 918e12), "v5p": (95e9, 459e12), "v4": (32e9, 275e12)}  # bytes, bf16 FLOP/s
+CHIPS = {
+    "v5e": (16e9, 197e12),
+    "v6e": (32e9, 918e12),
+    "v5p": (95e9, 459e12),
+    "v4": (32e9, 275e12),
+}  # bytes, bf16 FLOP/s
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "As for main.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", f"The slice, one of {', '.join(CHIPS)} and its shape.")
@@ -62,7 +69,9 @@ def main(_) -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{config.name} on {_TOPOLOGY.value}: {len(devices)} chips, U-Net of {count / 1e6:.0f}M parameters")
     print(f"  batch {config.train.batch_size}, {config.train.batch_size // len(devices)} a chip")
-    print(f"  bytes a chip: {total / 1e9:.2f} GB of {capacity / 1e9:.0f} GB, {memory.temp_size_in_bytes / 1e9:.2f} temporary")
+    print(
+        f"  bytes a chip: {total / 1e9:.2f} GB of {capacity / 1e9:.0f} GB, {memory.temp_size_in_bytes / 1e9:.2f} temporary"
+    )
     print(f"  FLOPs a chip and step, as the compiler counts: {flops / 1e12:.2f} T")
     print(f"  estimate: {hours:.0f} h for {config.train.steps} steps at {_UTILISATION.value:.0%} of peak")
     sys.exit(total > capacity)

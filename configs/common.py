@@ -51,7 +51,9 @@ def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, n
 
 
 def data(source: str, size: int, flip: bool = False) -> ConfigDict:
-    """source: "openmoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side. data_dir: of TFDS, "" its default."""
+    """source: "openmoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side. data_dir: of TFDS, ""
+    its default.
+    """
     return ConfigDict(
         {
             "source": source,

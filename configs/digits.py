@@ -1,7 +1,7 @@
 """Class-conditional digits, 8 x 8 pixels: the whole system in two minutes on a CPU.
 
-    python main.py --config=configs/digits.py --mode=train
-    python main.py --config=configs/digits.py --mode=sample --prompt "3; 7"
+python main.py --config=configs/digits.py --mode=train
+python main.py --config=configs/digits.py --mode=sample --prompt "3; 7"
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,5 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
     config.optimizer = common.optimizer(2e-3, warmup=50, decay="cosine")
     config.train = common.train(steps=700, batch_size=64, ema=0.99, every=700)
-    config.sample = common.sample(
-        tuple("0123456789"), solver="dpmpp_2m", steps=20, guidance=2.0, num_images=8
-    )
+    config.sample = common.sample(tuple("0123456789"), solver="dpmpp_2m", steps=20, guidance=2.0, num_images=8)
     return config

@@ -85,7 +85,12 @@ def _coco256() -> ConfigDict:
     )
     config.optimizer = common.optimizer(1e-4, warmup=5000)
     config.train = common.train(steps=400_000, batch_size=256, ema=0.9999, every=5000)
-    prompts = ("a man riding a wave on a surfboard", "a plate of food on a table", "two giraffes near a tree", "a red bus")
+    prompts = (
+        "a man riding a wave on a surfboard",
+        "a plate of food on a table",
+        "two giraffes near a tree",
+        "a red bus",
+    )
     config.sample = common.sample(prompts, solver="dpmpp_2m", steps=25, guidance=5.0, num_images=4)
     return config
 

@@ -1,6 +1,5 @@
 """The modes of the command line: each takes (config, workdir)."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +76,9 @@ def sample(config: ConfigDict, workdir: Path) -> None:
         pictures.save(folder / f"{i:04d}.png", one.image, _texts(config, one.prompt, one.seed, origin))
         drawn.append(one)
     grid = folder / "grid.png"
-    pictures.save(grid, _sheet(config, drawn), _texts(config, "; ".join(config.sample.prompts), config.sample.seed, origin))
+    pictures.save(
+        grid, _sheet(config, drawn), _texts(config, "; ".join(config.sample.prompts), config.sample.seed, origin)
+    )
     logging.info("wrote %d images and %s", len(drawn), grid)
 
 

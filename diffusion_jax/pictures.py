@@ -27,7 +27,8 @@ def grid(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """All images on one white sheet, small ones enlarged.
 
-    columns: images of a row; 1 lays the sheet out about square instead. labels: a line or two under each image, or none.
+    columns: images of a row; 1 lays the sheet out about square instead. labels: a line or two under each image, or
+    none.
     """
     if columns == 1:
         columns = math.ceil(math.sqrt(len(images)))
@@ -44,5 +45,7 @@ def grid(
         sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), (left, top))
         if any(labels):
             lines = textwrap.wrap(labels[i], max(width // 6, 1), max_lines=2, placeholder="...")
-            pen.multiline_text((left + width / 2, top + height + 2), "\n".join(lines), "black", font, "ma", align="center")
+            pen.multiline_text(
+                (left + width / 2, top + height + 2), "\n".join(lines), "black", font, "ma", align="center"
+            )
     return np.asarray(sheet)

@@ -1,4 +1,6 @@
-"""The two stages of a latent diffusion model, from config to trained weights. In pixel space there is only the second."""
+"""The two stages of a latent diffusion model, from config to trained weights. In pixel space there is only the
+second.
+"""
 
 import json
 from collections.abc import Callable
@@ -53,7 +55,8 @@ def needs_first_stage(config: ConfigDict, workdir: Path) -> bool:
 
 
 def train_autoencoder(config: ConfigDict, folder: Path) -> None:
-    """The first stage. In the end `folder` holds its averaged weights in the form that `load_autoencoder` reads, with the
+    """The first stage. In the end `folder` holds its averaged weights in the form that `load_autoencoder` reads, with
+    the
     scale of its latents, and validation.json with its PSNR on held-out images."""
     section = config.autoencoder
     model = build.autoencoder(config)
@@ -137,7 +140,9 @@ def init_unet(config: ConfigDict, model: UNet, conditioning: Conditioning, codec
 def _training_records(
     config: ConfigDict, workdir: Path, source: Source, conditioning: Conditioning, codec: Codec
 ) -> tuple[Source, Transform | None]:
-    """Records {"latent", "cond"} and what is left to do to them. What frozen networks say of a record is computed once."""
+    """Records {"latent", "cond"} and what is left to do to them. What frozen networks say of a record is computed
+    once.
+    """
     transform = build.transform(config)
     if codec.name or conditioning.name:
         fields = {"latent": lambda batch: codec.encode(batch["image"]), "cond": conditioning.of_records}
@@ -163,7 +168,9 @@ def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transfo
 
 
 def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform) -> dict:
-    """PSNR in dB, the mean over images, of what comes back from the mean of the latent, clipped to the pixels' range."""
+    """PSNR in dB, the mean over images, of what comes back from the mean of the latent, clipped to the pixels'
+    range.
+    """
 
     @jax.jit
     def psnr(images):

@@ -21,8 +21,10 @@ def classifier_free(denoise: Denoise, scale: float | Float[Array, "batch"], null
     """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), on x0 and eps alike.
 
     scale: 1 is no guidance, above 1 more of the condition; one number or one for each image, (B,).
-    null_cond: what stands for "no condition", or a negative prompt; leaves as those of cond, with or without the batch axis.
-    Both branches run in one call of the network, on a batch of 2B in which an image's two branches are neighbours, so that
+    null_cond: what stands for "no condition", or a negative prompt; leaves as those of cond, with or without the batch
+    axis.
+    Both branches run in one call of the network, on a batch of 2B in which an image's two branches are neighbours, so
+    that
     a batch split over devices stays where it is.
     """
     return Partial(_classifier_free, as_pytree(denoise), jnp.asarray(scale, jnp.float32), null_cond)
@@ -45,7 +47,9 @@ def _classifier_free(
 
 
 def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
-    """Keep the predicted x0 within [-limit, limit], and eps tied to it (Ho et al. 2020's sampler, for pixels in [-1, 1])."""
+    """Keep the predicted x0 within [-limit, limit], and eps tied to it (Ho et al. 2020's sampler, for pixels in [-1,
+    1]).
+    """
     return Partial(_clip_x0, as_pytree(denoise), jnp.asarray(limit, jnp.float32))
 
 

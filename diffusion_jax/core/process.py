@@ -56,17 +56,13 @@ def velocity(
     return expand(level.alpha, x0) * eps - expand(level.sigma, x0) * x0
 
 
-def from_eps(
-    x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel
-) -> Prediction:
+def from_eps(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
     """The network says eps: x0 = (x_t - sigma eps) / alpha (Ho et al. 2020, eq. 15)."""
     alpha, sigma = expand(level.alpha, x_t), expand(level.sigma, x_t)
     return Prediction(x0=(x_t - sigma * out) / alpha, eps=out)
 
 
-def from_x0(
-    x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel
-) -> Prediction:
+def from_x0(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
     """The network says x0: eps = (x_t - alpha x0) / sigma."""
     alpha, sigma = expand(level.alpha, x_t), expand(level.sigma, x_t)
     return Prediction(x0=out, eps=(x_t - alpha * out) / sigma)

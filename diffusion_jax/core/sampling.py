@@ -17,7 +17,9 @@ Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]
 
 
 class State(NamedTuple):
-    """Between rows: the state x (B, ...), the last predictions of x0, and the past d, newest first, (HISTORY, B, ...)."""
+    """Between rows: the state x (B, ...), the last predictions of x0, and the past d, newest first, (HISTORY, B,
+    ...).
+    """
 
     x: Array
     x0: Array
@@ -25,16 +27,16 @@ class State(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A chunk of a plan on the device: the rows, their number in the whole plan, and whether they are more than padding."""
+    """A chunk of a plan on the device: the rows, their number in the whole plan, and whether they are more than
+    padding.
+    """
 
     plan: Plan
     index: Array
     active: Array
 
 
-def initial_noise(
-    keys: Key[Array, "batch"], shape: tuple[int, ...], level: NoiseLevel
-) -> Float[Array, "batch *shape"]:
+def initial_noise(keys: Key[Array, "batch"], shape: tuple[int, ...], level: NoiseLevel) -> Float[Array, "batch *shape"]:
     """Noise to start a plan from: (B, *shape), as wide as x_t is when the data has unit variance.
 
     keys: one for each image. level: where it will be used, `plan.start`.
@@ -45,7 +47,9 @@ def initial_noise(
 
 @jax.jit
 def advance(denoise: Denoise, rows: Rows, state: State, keys: Key[Array, "batch"], cond: PyTree) -> State:
-    """Run a chunk of rows. `denoise` must be a pytree (see `guidance.as_pytree`), so nothing in it is recompiled for."""
+    """Run a chunk of rows. `denoise` must be a pytree (see `guidance.as_pytree`), so nothing in it is recompiled
+    for.
+    """
 
     def fresh_noise(index: Array) -> Array:
         # 0 made the initial noise
@@ -78,7 +82,8 @@ def sample(
 ) -> Float[Array, "batch *shape"]:
     """Carry x from the plan's first level to its last.
 
-    denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial` (as `denoiser`
+    denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial` (as
+    `denoiser`
       and the functions of `guidance` do) and new values of them do not recompile.
     plan: from `solvers`. x: (B, ...) at the plan's first level, see `initial_noise`. keys: (B,), one for each image: an
       image does not depend on the batch it was made in. cond: pytree handed to `denoise`, leaves (B, ...).
@@ -122,7 +127,9 @@ def denoiser(
 
 @dataclass(frozen=True)
 class _Network:
-    """`apply` and `convert` joined; equal when both are equal, so that a new denoiser finds the old compiled program."""
+    """`apply` and `convert` joined; equal when both are equal, so that a new denoiser finds the old compiled
+    program.
+    """
 
     apply: Callable[[PyTree, Array, Array, PyTree], Array]
     convert: Callable[[Array, Array, NoiseLevel], Prediction]

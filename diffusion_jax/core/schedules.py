@@ -1,6 +1,7 @@
 """Noise schedules: time -> noise level, and back.
 
-A schedule is a callable `schedule(t) -> NoiseLevel` with `t_of_logsnr(l)`, `t_min` and `t_max`. Given numpy it answers in
+A schedule is a callable `schedule(t) -> NoiseLevel` with `t_of_logsnr(l)`, `t_min` and `t_max`. Given numpy it answers
+in
 numpy float64 (plans are built there, exactly); given jax arrays it answers in float32 and can be traced.
 """
 

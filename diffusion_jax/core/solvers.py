@@ -3,7 +3,8 @@
 A row evaluates the denoiser at its level, giving (x0, eps), and then
 
     d  = memory[0] * x0 + memory[1] * eps                      what later rows may look back at
-    x <- x0_coef * x0 + eps_coef * eps + sum_k past[k] * d_k + noise * z      d_1 the last row's d, d_2 the one before, ...
+    x <- x0_coef * x0 + eps_coef * eps + sum_k past[k] * d_k + noise * z      d_1 the last row's d, d_2 the one before,
+    ...
 
 Since x = alpha x0 + sigma eps, any rule linear in the state, the predictions and fresh noise has this form.
 In the formulas below a prime marks the level after the row: alpha', sigma'.
@@ -19,14 +20,15 @@ from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.schedules import DiscreteSchedule
 
 HISTORY = 3  # how many past d a row may use
-Spacing = str | Sequence[float] | np.ndarray
+Spacing = str | Sequence[int | float] | np.ndarray
 SPACINGS = ("leading", "linspace", "trailing", "karras", "logsnr", "quadratic")
 
 
 class Plan(NamedTuple):
     """A solver, as data. R rows, numpy float64 until it is handed to the device.
 
-    level: NoiseLevel of (R,), where row i evaluates the denoiser. next: NoiseLevel of (R,), the state's level after row i.
+    level: NoiseLevel of (R,), where row i evaluates the denoiser. next: NoiseLevel of (R,), the state's level after row
+    i.
     x0, eps, noise: (R,) coefficients. memory: (R, 2) on (x0, eps). past: (R, HISTORY).
     """
 
@@ -65,7 +67,9 @@ def times(schedule: DiscreteSchedule, steps: int, spacing: Spacing) -> np.ndarra
     if not isinstance(spacing, str):
         t = np.asarray(spacing, np.float64)
         if t.shape != (steps,) or np.any(np.diff(t) >= 0) or t[0] > t_max or t[-1] < t_min:
-            raise ValueError(f"explicit times must be {steps} strictly falling values in [{t_min:g}, {t_max:g}], got {t}")
+            raise ValueError(
+                f"explicit times must be {steps} strictly falling values in [{t_min:g}, {t_max:g}], got {t}"
+            )
         return t
     if not 1 <= steps <= schedule.num_steps:
         raise ValueError(f"steps must be in 1..{schedule.num_steps}, the schedule's number of steps, got {steps}")
@@ -105,12 +109,11 @@ def _plan(level: NoiseLevel, next: NoiseLevel, x0, eps, noise=0.0, memory=(1.0, 
     return Plan(level, next, *full, np.broadcast_to(np.asarray(memory, np.float64), (rows, 2)), history)
 
 
-def ddim(
-    schedule: DiscreteSchedule, steps: int, spacing: Spacing = "trailing", eta: float = 0.0
-) -> Plan:
+def ddim(schedule: DiscreteSchedule, steps: int, spacing: Spacing = "trailing", eta: float = 0.0) -> Plan:
     """Denoising diffusion implicit model (Song et al. 2021, eq. 12 and 16).
 
-    x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z,   s = eta (sigma' / sigma) sqrt(sigma^2 - (alpha / alpha')^2 sigma'^2)
+    x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z,   s = eta (sigma' / sigma) sqrt(sigma^2 - (alpha / alpha')^2
+    sigma'^2)
     eta 0 is deterministic, eta 1 is ancestral sampling with the posterior's variance.
     """
     if not eta >= 0:
@@ -128,16 +131,17 @@ def _posterior_std(level: NoiseLevel, next: NoiseLevel) -> np.ndarray:
 
 
 def _transition_std(level: NoiseLevel, next: NoiseLevel) -> np.ndarray:
-    """Standard deviation of q(x | x'), sigma_{t|s}^2 = sigma^2 - (alpha / alpha')^2 sigma'^2; sqrt(beta_t) for steps of 1."""
+    """Standard deviation of q(x | x'), sigma_{t|s}^2 = sigma^2 - (alpha / alpha')^2 sigma'^2; sqrt(beta_t) for steps of
+    1.
+    """
     return np.sqrt(np.maximum(level.sigma**2 - (level.alpha / next.alpha * next.sigma) ** 2, 0))
 
 
-def ddpm(
-    schedule: DiscreteSchedule, steps: int, spacing: Spacing = "trailing", variance: str = "small"
-) -> Plan:
+def ddpm(schedule: DiscreteSchedule, steps: int, spacing: Spacing = "trailing", variance: str = "small") -> Plan:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), also with fewer steps than T.
 
-    The posterior mean of q(x' | x, x0) (eq. 7) is  alpha' x0 + sqrt(sigma'^2 - s^2) eps  with s the posterior's standard
+    The posterior mean of q(x' | x, x0) (eq. 7) is  alpha' x0 + sqrt(sigma'^2 - s^2) eps  with s the posterior's
+    standard
     deviation. variance "small" adds s z; "large" adds sqrt(beta) z (section 3.2). The last step adds no noise.
     """
     level, next = _path(schedule, steps, spacing)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 
-def kl_to_standard_normal(mean: Float[Array, "batch *shape"], logvar: Float[Array, "batch *shape"]) -> Float[Array, "batch"]:
+def kl_to_standard_normal(
+    mean: Float[Array, "batch *shape"], logvar: Float[Array, "batch *shape"]
+) -> Float[Array, "batch"]:
     """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent (Kingma & Welling 2014, appendix B)."""
     return 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar, axis=range(1, mean.ndim))
 
@@ -22,10 +24,12 @@ def autoencoding(
 ) -> Callable:
     """The loss |x - x'| + perceptual LPIPS(x, x') + kl KL + adversarial hinge, means over pixels.
 
-    encode: (params, image (B, H, W, 3)) -> moments (B, h, w, 2C). draw: (moments, keys (B,)) -> z. decode: (params, z) -> image.
+    encode: (params, image (B, H, W, 3)) -> moments (B, h, w, 2C). draw: (moments, keys (B,)) -> z. decode: (params, z)
+    -> image.
     perceptual: (frozen params, x, x') -> distance (B,), or None. discriminate: (params, image) -> logits, or None.
     weights: {"l1", "l2", "perceptual", "kl", "adversarial"}.
-    Parameters are {"autoencoder": ...} and, with `discriminate`, {"discriminator": ...} beside it: one optimizer step updates both,
+    Parameters are {"autoencoder": ...} and, with `discriminate`, {"discriminator": ...} beside it: one optimizer step
+    updates both,
     since each term's gradient reaches only the network it is meant for. batch = {"image": (B, H, W, 3) in [-1, 1]}.
     """
 

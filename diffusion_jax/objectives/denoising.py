@@ -40,7 +40,8 @@ def denoising(
 ) -> Callable:
     """The loss E weight(t) |target - network(x_t, t, cond)|^2 over t uniform in 0..T-1 and eps normal.
 
-    apply: (params, x (B, ...), t (B,), cond, dropout key) -> output (B, ...). draw: (frozen codec, record (B, ...), keys (B,)) ->
+    apply: (params, x (B, ...), t (B,), cond, dropout key) -> output (B, ...). draw: (frozen codec, record (B, ...),
+    keys (B,)) ->
     x0 (B, ...), a draw of the latent that a record holds, or the pixels as they are. prediction: a key of TARGETS.
     weight: from `core.process`. drop: probability of training without the condition.
     The loss takes frozen = {"codec": what `draw` needs, "null_cond": leaves without the batch axis} and

@@ -38,13 +38,13 @@ def class_labels(num_classes: int) -> Conditioning:
             raise ValueError(f"this model knows classes: expected a number in 0..{num_classes - 1}, got {wrong[0]!r}")
         return {"label": np.array([int(p) for p in prompts], np.int32)}
 
-    return Conditioning(
-        "", lambda records: {"label": records["label"]}, of_prompts, {"label": np.int32(num_classes)}
-    )
+    return Conditioning("", lambda records: {"label": records["label"]}, of_prompts, {"label": np.int32(num_classes)})
 
 
 def text(encoder: TextEncoder) -> Conditioning:
-    """Captions through a text encoder: an embedding for each token and the mask of real tokens; null is the empty prompt."""
+    """Captions through a text encoder: an embedding for each token and the mask of real tokens; null is the empty
+    prompt.
+    """
     embed = jax.jit(encoder.apply)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:

@@ -17,7 +17,8 @@ from diffusion_jax.pipelines.codec import Codec
 class Pipeline(NamedTuple):
     """A trained model, ready to sample from.
 
-    apply: (params, x (B, h, w, c), t (B,), cond) -> output. params: its weights. convert: `process.from_eps`, `from_x0` or `from_v`.
+    apply: (params, x (B, h, w, c), t (B,), cond) -> output. params: its weights. convert: `process.from_eps`, `from_x0`
+    or `from_v`.
     codec: x0 -> image. null_cond: no condition, leaves without the batch axis. size: of an image, pixels a side.
     """
 
@@ -37,9 +38,11 @@ def text_to_image(
     guidance: float | Float[Array, "batch"] = 1.0,
     **options,
 ) -> Float[Array, "batch height width 3"]:
-    """Images in about [-1, 1] for a batch of conditions, spread over this host's devices when B divides by their number.
+    """Images in about [-1, 1] for a batch of conditions, spread over this host's devices when B divides by their
+    number.
 
-    cond: leaves (B, ...), of whatever kind the model was trained with. keys: (B,), one for each image; an image depends on its
+    cond: leaves (B, ...), of whatever kind the model was trained with. keys: (B,), one for each image; an image depends
+    on its
     key and condition, not on the batch. guidance: scale of classifier-free guidance, 1 for none, one number or (B,).
     options: chunk and callback of `core.sampling.sample`.
     """

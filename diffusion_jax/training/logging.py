@@ -20,7 +20,13 @@ class RunLog:
         self._since = time.perf_counter()
         self._main = jax.process_index() == 0
         self._bar = tqdm(
-            total=steps, initial=start, desc=name, unit="step", disable=not self._main, dynamic_ncols=True, smoothing=0.1
+            total=steps,
+            initial=start,
+            desc=name,
+            unit="step",
+            disable=not self._main,
+            dynamic_ncols=True,
+            smoothing=0.1,
         )
         self._folder = workdir / "samples"
         if self._main:

@@ -23,8 +23,10 @@ class Task(NamedTuple):
     """What to train.
 
     name: shown in the progress bar. loss: (params, frozen, batch, keys) -> (loss, metrics). params: initial weights.
-    frozen: pytree the loss reads and training leaves alone. batches: an iterator of numpy batches with get_state and set_state
-    (`data.loader`). optimizer: optax. snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, drawn now and then.
+    frozen: pytree the loss reads and training leaves alone. batches: an iterator of numpy batches with get_state and
+    set_state
+    (`data.loader`). optimizer: optax. snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, drawn now and
+    then.
     """
 
     name: str
@@ -47,7 +49,8 @@ class Diverged(ArithmeticError):
 def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     """Train, or go on training, until `train.steps`; returns the averaged weights, as numpy.
 
-    workdir: holds checkpoints/, metrics.jsonl and tensorboard/. train: config section with steps, batch_size (global), ema,
+    workdir: holds checkpoints/, metrics.jsonl and tensorboard/. train: config section with steps, batch_size (global),
+    ema,
     accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM, Diverged after
     max_bad_steps updates in a row that were not finite; the last checkpoint is good in both cases.
     """
@@ -83,18 +86,20 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
                 checkpoints.save(state, task.batches.get_state())
             if task.snapshot and jax.process_index() == 0 and (step % train.snapshot_every == 0 or step == train.steps):
                 log.image(step, task.snapshot(jax.device_get(state.ema)))
-            if stopped:
-                raise Stopped(f"stopped by SIGTERM after step {step}; saved to {checkpoints.folder}; run again to go on")
+            if stopped or (step == train.steps and stop.requested(step)):  # or while the last picture was drawn
+                raise Stopped(
+                    f"stopped by SIGTERM after step {step}; saved to {checkpoints.folder}; run again to go on"
+                )
     return jax.device_get(state.ema)
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
     """Raise ValueError unless the global batch divides into devices and micro-batches."""
-    parts = jax.device_count() * accumulate
-    if batch_size % parts:
+    devices = jax.device_count()
+    if batch_size % (devices * accumulate):
         raise ValueError(
-            f"train.batch_size={batch_size} does not divide over {jax.device_count()} devices x {accumulate} micro-batches; "
-            f"use a multiple of {parts}"
+            f"train.batch_size={batch_size} does not divide over {devices} devices x {accumulate} micro-batches; "
+            f"use a multiple of {devices * accumulate}"
         )
 
 

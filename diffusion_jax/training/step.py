@@ -14,8 +14,10 @@ from jaxtyping import Array, Int, Key, PyTree, UInt32
 class TrainState(NamedTuple):
     """Everything that a step changes. The same on every device.
 
-    step: updates tried. ema: exponential moving average of params. key: root of all randomness as plain integers, never advanced: step
-    and example number are folded in. bad_steps: updates skipped for a loss or gradient that was not finite; bad_in_row: the latest run of them.
+    step: updates tried. ema: exponential moving average of params. key: root of all randomness as plain integers, never
+    advanced: step
+    and example number are folded in. bad_steps: updates skipped for a loss or gradient that was not finite; bad_in_row:
+    the latest run of them.
     """
 
     step: Int[Array, ""]
@@ -31,7 +33,9 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: in
     """The state before the first step. params: float32 leaves."""
     step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two share a buffer: it is donated
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(step, params, ema, optimizer.init(params), jax.random.key_data(jax.random.key(seed)), bad_steps, bad_in_row)
+    return TrainState(
+        step, params, ema, optimizer.init(params), jax.random.key_data(jax.random.key(seed)), bad_steps, bad_in_row
+    )
 
 
 def replicate(tree: PyTree, devices: list | None = None) -> PyTree:
@@ -54,9 +58,12 @@ def make_train_step(
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
     """The compiled step (state, frozen, batch) -> (state, metrics), over all devices by pmap; the old state is donated.
 
-    loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over its examples. batch: leaves (devices, per device, ...).
-    accumulate: micro-batches that one device's share is worked through in. metrics: loss, grad_norm, those of the loss, and
-    the counts of skipped updates. An example's randomness depends on the key, the step and its number in the global batch alone, so
+    loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over its examples. batch: leaves (devices, per
+    device, ...).
+    accumulate: micro-batches that one device's share is worked through in. metrics: loss, grad_norm, those of the loss,
+    and
+    the counts of skipped updates. An example's randomness depends on the key, the step and its number in the global
+    batch alone, so
     the gradient is the same for any number of devices, to rounding.
     """
 
@@ -82,9 +89,7 @@ def make_train_step(
         state = TrainState(state.step + 1, *kept, state.key, state.bad_steps + jnp.where(good, 0, 1), bad_in_row)
         return state, metrics | {"bad_steps": state.bad_steps, "bad_in_row": bad_in_row}
 
-    return jax.pmap(
-        step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices
-    )
+    return jax.pmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
 def _example_keys(state: TrainState, count: int) -> Key[Array, "batch"]:
@@ -106,6 +111,8 @@ def _gradient(
     if accumulate == 1:
         return one((batch, keys))
     micros = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), (batch, keys))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda a: a[0], micros)))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda a: a[0], micros))
+    )
     total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zeros, micros)
     return jax.tree.map(lambda a: a / accumulate, total)

@@ -1,4 +1,6 @@
-"""One host of several on the loopback: python -m tests.training.hosts RANK HOSTS PORT WORKDIR STEPS; prints the final weights."""
+"""One host of several on the loopback: python -m tests.training.hosts RANK HOSTS PORT WORKDIR STEPS; prints the final
+weights.
+"""
 
 import os
 import sys
