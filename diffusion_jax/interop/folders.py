@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from safetensors.numpy import load_file, save_file
 
@@ -22,23 +23,37 @@ OURS = {"parent", "name", "dtype", "remat", "attention_implementation"}  # field
 DEFAULTS = {
     "UNet2DConditionModel": {},
     "UNet2DModel": dict(
-        in_channels=3, out_channels=3, block_out_channels=(224, 448, 672, 896), mid_block_type="UNetMidBlock2D",
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(224, 448, 672, 896),
+        mid_block_type="UNetMidBlock2D",
         down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
-        up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",)),
+        up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
+    ),
     "AutoencoderKL": dict(block_out_channels=(64,), layers_per_block=1, sample_size=32),
 }
 # Fields of one class that mean nothing to the other, left out when saving.
 FOREIGN = {
     "UNet2DConditionModel": {"add_attention", "attn_norm_num_groups"},
-    "UNet2DModel": {"cross_attention_dim", "transformer_layers_per_block", "only_cross_attention",
-                    "use_linear_projection"},
+    "UNet2DModel": {
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+        "only_cross_attention",
+        "use_linear_projection",
+    },
     "AutoencoderKL": set(),
 }
 # Fields of the peer that our networks lack because they have them at one value, or that change nothing here.
 FIXED = {
-    "act_fn": ("silu", "swish"), "attention_type": ("default",), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
-    "downsample_type": ("conv",), "upsample_type": ("conv",), "mid_block_scale_factor": (1,),
-    "resnet_out_scale_factor": (1,), "time_embedding_type": ("positional",),
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",),
 }
 NO_EFFECT = {"addition_embed_type_num_heads", "force_upcast", "num_train_timesteps", "upcast_attention"}
 
@@ -73,15 +88,17 @@ def load_autoencoder(folder: str | Path) -> tuple[AutoencoderKL, PyTree]:
     return autoencoder, from_torch(*read_tensors(folder, WEIGHTS), like)
 
 
-def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: jnp.dtype = jnp.float32) -> None:
+def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
     """Write a folder that `load_unet` and the peer read. dtype: of the stored tensors."""
     cross = any(BLOCK_TYPES[name] == "cross" for name in (*unet.down_block_types, *unet.up_block_types)) or (
-        unet.mid_block_type == "UNetMidBlock2DCrossAttn")
+        unet.mid_block_type == "UNetMidBlock2DCrossAttn"
+    )
     _save("UNet2DConditionModel" if cross else "UNet2DModel", unet, {}, variables, folder, dtype)
 
 
-def save_autoencoder(autoencoder: AutoencoderKL, variables: PyTree, folder: str | Path,
-                     dtype: jnp.dtype = jnp.float32) -> None:
+def save_autoencoder(
+    autoencoder: AutoencoderKL, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
+) -> None:
     """Write a folder that `load_autoencoder` and the peer read. dtype: of the stored tensors."""
     levels = len(autoencoder.block_out_channels)
     types = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
@@ -97,7 +114,7 @@ def read_config(folder: str | Path) -> tuple[dict, Path]:
 
 
 def read_tensors(folder: str | Path, stem: str) -> tuple[dict[str, np.ndarray], str]:
-    """All tensors of a folder, from one file, from its shards or from the half-precision variant; and the file's name."""
+    """All tensors of a folder, from one file, its shards or the half-precision variant; and the name of that file."""
     folder = Path(folder)
     index = folder / f"{stem}.safetensors.index.json"
     for path in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
@@ -106,8 +123,10 @@ def read_tensors(folder: str | Path, stem: str) -> tuple[dict[str, np.ndarray], 
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}, str(index)
-    raise FileNotFoundError(f"{folder / stem}.safetensors: no such file; weights in .bin or .ckpt form must be "
-                            "converted to safetensors first")
+    raise FileNotFoundError(
+        f"{folder / stem}.safetensors: no such file; weights in .bin or .ckpt form must be "
+        "converted to safetensors first"
+    )
 
 
 def _fields(module: type[nn.Module], config: dict, path: Path) -> dict:

@@ -1,9 +1,10 @@
 """The one rule between Flax parameters and the tensors of a torch state dict.
 
-    down_blocks_0 / resnets_1 / conv1 / kernel (H, W, in, out)   <->   down_blocks.0.resnets.1.conv1.weight (out, in, H, W)
+    down_blocks_0 / resnets_1 / conv1 / kernel, (H, W, in, out)
+    down_blocks.0.resnets.1.conv1.weight, (out, in, H, W)
 
-Join the path with dots; an index behind an underscore is an index behind a dot; kernels are transposed; kernel, scale and
-embedding are all called weight. Nothing here knows a model.
+Join the path with dots; an index behind an underscore is an index behind a dot; kernels are transposed; kernel, scale
+and embedding are all called weight. Nothing here knows a model.
 """
 
 import re
@@ -43,10 +44,16 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree) -> 
     shapes = {name: _shape_in_torch(path, leaf.shape) for name, (path, leaf) in wanted.items()}
     _refuse(source, "lacks", sorted(wanted.keys() - tensors.keys()))
     _refuse(source, "has unknown", sorted(tensors.keys() - wanted.keys()))
-    _refuse(source, "has misshapen", [f"{name} {tensors[name].shape} instead of {shape}"
-                                      for name, shape in shapes.items() if tensors[name].shape != shape])
-    leaves = [jnp.asarray(_kernel_from_torch(path, tensors[name]), leaf.dtype)
-              for name, (path, leaf) in wanted.items()]
+    _refuse(
+        source,
+        "has misshapen",
+        [
+            f"{name} {tensors[name].shape} instead of {shape}"
+            for name, shape in shapes.items()
+            if tensors[name].shape != shape
+        ],
+    )
+    leaves = [jnp.asarray(_kernel_from_torch(path, tensors[name]), leaf.dtype) for name, (path, leaf) in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -81,5 +88,7 @@ def _modern(name):
 def _refuse(source, what, names):
     if names:
         first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        raise ValueError(f"{source} {what} {len(names)} tensor{'s' * (len(names) > 1)}: {first}; "
-                         "do its config.json and its weights belong together?")
+        raise ValueError(
+            f"{source} {what} {len(names)} tensor{'s' * (len(names) > 1)}: {first}; "
+            "do its config.json and its weights belong together?"
+        )

@@ -15,15 +15,19 @@ BLOCK = 512  # queries at a time in "blocks": their scores then stay in the proc
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
 
 
-def attention(q: Float[Array, "batch queries heads width"], k: Float[Array, "batch keys heads width"],
-              v: Float[Array, "batch keys heads width"], mask: Bool[Array, "batch keys"] | None = None,
-              implementation: str = "auto") -> Float[Array, "batch queries heads width"]:
+def attention(
+    q: Float[Array, "batch queries heads width"],
+    k: Float[Array, "batch keys heads width"],
+    v: Float[Array, "batch keys heads width"],
+    mask: Bool[Array, "batch keys"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "batch queries heads width"]:
     """softmax(q·kᵀ / sqrt(width))·v, the softmax in float32 (Vaswani et al. 2017, eq. 1).
 
     mask: True at the keys that may be seen; all of them without it.
-    implementation: "xla" one softmax over the whole score matrix; "blocks" the same for 512 queries at a time, the scores
-    recomputed in the backward pass, so that memory grows with queries and not with their square; "cudnn" the fused
-    kernel; "auto" blocks on CPU, cudnn on GPU where it can, xla elsewhere. Raises ValueError for another name.
+    implementation: "xla" one softmax over the whole score matrix; "blocks" the same for 512 queries at a time, the
+    scores recomputed in the backward pass, so that memory grows with queries and not with their square; "cudnn" the
+    fused kernel; "auto" blocks on CPU, cudnn on GPU where it can, xla elsewhere. Raises ValueError for another name.
     """
     if implementation == "auto":
         implementation = _best_implementation(q)
@@ -61,10 +65,10 @@ def _in_blocks(q, k, v, mask):
 
 
 def _multi_head(x, context, mask, *, heads, width, bias, out_init, dtype, implementation):
-    """Projects, attends and projects back; called inside a compact module, which then owns to_q, to_k, to_v, to_out_0."""
+    """Project, attend, project back; the compact module that calls this owns to_q, to_k, to_v and to_out_0."""
     project = functools.partial(dense, heads * width, bias=bias, dtype=dtype)
-    split = lambda h: h.reshape(*h.shape[:2], heads, width)
-    q, k, v = (split(project(name=f"to_{n}")(s)) for n, s in (("q", x), ("k", context), ("v", context)))
+    projected = project(name="to_q")(x), project(name="to_k")(context), project(name="to_v")(context)
+    q, k, v = (h.reshape(*h.shape[:2], heads, width) for h in projected)
     h = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], heads * width)
     return dense(x.shape[-1], name="to_out_0", dtype=dtype, init=out_init)(h)
 
@@ -77,17 +81,30 @@ class Attention(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch queries channels"], context: Float[Array, "batch keys _"] | None = None,
-                 mask: Bool[Array, "batch keys"] | None = None) -> Float[Array, "batch queries channels"]:
-        return _multi_head(x, x if context is None else context, mask, heads=self.heads,
-                           width=x.shape[-1] // self.heads, bias=False, out_init=kernel_init, dtype=self.dtype,
-                           implementation=self.implementation)
+    def __call__(
+        self,
+        x: Float[Array, "batch queries channels"],
+        context: Float[Array, "batch keys _"] | None = None,
+        mask: Bool[Array, "batch keys"] | None = None,
+    ) -> Float[Array, "batch queries channels"]:
+        return _multi_head(
+            x,
+            x if context is None else context,
+            mask,
+            heads=self.heads,
+            width=x.shape[-1] // self.heads,
+            bias=False,
+            out_init=kernel_init,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
 
 
 class AttentionBlock2D(nn.Module):
     """Residual self-attention over all pixels (DDPM, Ho et al. 2020; the autoencoder of Rombach et al. 2022).
 
-    head_width: channels of a head; None is one head of all channels. groups, eps: of the norm; no norm when groups is None.
+    head_width: channels of a head; None is one head of all channels.
+    groups, eps: of the norm; without groups there is no norm.
     """
 
     head_width: int | None
@@ -104,8 +121,17 @@ class AttentionBlock2D(nn.Module):
             raise ValueError(f"attention_head_dim: {channels} channels cannot be split into heads of {width}")
         normed = x if self.groups is None else GroupNorm(self.groups, self.eps, name="group_norm")(x)
         pixels = normed.reshape(b, h * w, channels)
-        out = _multi_head(pixels, pixels, None, heads=channels // width, width=width, bias=True, out_init=zeros_init,
-                          dtype=self.dtype, implementation=self.implementation)
+        out = _multi_head(
+            pixels,
+            pixels,
+            None,
+            heads=channels // width,
+            width=width,
+            bias=True,
+            out_init=zeros_init,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
         return x + out.reshape(x.shape)
 
 
@@ -144,8 +170,12 @@ class BasicTransformerBlock(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch length channels"], context: Float[Array, "batch keys _"] | None = None,
-                 mask: Bool[Array, "batch keys"] | None = None) -> Float[Array, "batch length channels"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        context: Float[Array, "batch keys _"] | None = None,
+        mask: Bool[Array, "batch keys"] | None = None,
+    ) -> Float[Array, "batch length channels"]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32)
         attend = functools.partial(Attention, self.heads, self.dtype, self.implementation)
         seen = (context, mask) if self.only_cross_attention else (None, None)
@@ -170,8 +200,12 @@ class Transformer2DModel(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"], context: Float[Array, "batch keys _"],
-                 mask: Bool[Array, "batch keys"] | None = None) -> Float[Array, "batch height width channels"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        context: Float[Array, "batch keys _"],
+        mask: Bool[Array, "batch keys"] | None = None,
+    ) -> Float[Array, "batch height width channels"]:
         b, height, width, channels = x.shape
         if channels % self.heads:
             raise ValueError(f"attention heads: {channels} channels cannot be split into {self.heads} heads")
@@ -179,7 +213,8 @@ class Transformer2DModel(nn.Module):
         h = GroupNorm(self.groups, 1e-6, name="norm")(x)
         h = project(channels, name="proj_in", dtype=self.dtype)(h).reshape(b, height * width, channels)
         for i in range(self.layers):
-            h = BasicTransformerBlock(self.heads, self.only_cross_attention, self.dtype, self.implementation,
-                                      name=f"transformer_blocks_{i}")(h, context, mask)
+            h = BasicTransformerBlock(
+                self.heads, self.only_cross_attention, self.dtype, self.implementation, name=f"transformer_blocks_{i}"
+            )(h, context, mask)
         h = h.reshape(x.shape)
         return x + project(channels, name="proj_out", dtype=self.dtype, init=zeros_init)(h)

@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from diffusion_jax.models.attention import AttentionBlock2D
+from diffusion_jax.models.blocks import DownBlock, MidBlock
 from diffusion_jax.models.layers import Downsample2D, GroupNorm, PointwiseConv, ResnetBlock2D, Upsample2D, conv
-from diffusion_jax.models.unet import DownBlock, MidBlock
 
 
 class Encoder(nn.Module):
@@ -34,8 +34,9 @@ class Encoder(nn.Module):
         x = conv(self.channels[0], name="conv_in", dtype=self.dtype)(x)
         for i, width in enumerate(self.channels):
             downsample = functools.partial(Downsample2D, width, 0, self.dtype) if i < len(self.channels) - 1 else None
-            x, _ = DownBlock(self.layers, functools.partial(self.resnet, width), None, downsample,
-                             name=f"down_blocks_{i}")(x, None)
+            x, _ = DownBlock(
+                self.layers, functools.partial(self.resnet, width), None, downsample, name=f"down_blocks_{i}"
+            )(x, None)
         x = MidBlock(functools.partial(self.resnet, self.channels[-1]), self.attention, name="mid_block")(x, None)
         x = nn.silu(self.norm(name="conv_norm_out")(x))
         return conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
@@ -56,7 +57,7 @@ class UpDecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The mirror of `Encoder`: each level but the last doubles height and width. `channels` are given coarsest first."""
+    """The mirror of `Encoder`: each level but the last doubles height and width; `channels` start with the coarsest."""
 
     channels: tuple[int, ...]
     layers: int
@@ -78,11 +79,11 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encodes images as Gaussian moments of latents and decodes latents; the fields are those of the peer's `config.json`.
+    """Images to Gaussian moments of latents, latents to images; the fields are those of the peer's config.json.
 
     block_out_channels: channels of each level, finest first; the latent is 2^(levels - 1) times smaller than the image.
     layers_per_block: residual blocks of a level (one more on the way up). latent_channels: C.
-    scaling_factor, shift_factor: a diffusion model sees (z - shift_factor)·scaling_factor; kept here as data, not applied.
+    scaling_factor, shift_factor: a diffusion model sees (z - shift_factor)·scaling_factor; kept as data, not applied.
     dtype, remat, attention_implementation: as in `UNet`; parameters, moments and images are float32.
     """
 
@@ -106,11 +107,15 @@ class AutoencoderKL(nn.Module):
     def setup(self):
         groups, eps = self.norm_num_groups, 1e-6
         shared = dict(
-            resnet=functools.partial(nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D, groups=groups, eps=eps,
-                                     dtype=self.dtype),
-            attention=functools.partial(AttentionBlock2D, None, groups, eps, self.dtype,
-                                        self.attention_implementation) if self.mid_block_add_attention else None,
-            norm=functools.partial(GroupNorm, groups, eps), dtype=self.dtype)
+            resnet=functools.partial(
+                nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D, groups=groups, eps=eps, dtype=self.dtype
+            ),
+            attention=functools.partial(AttentionBlock2D, None, groups, eps, self.dtype, self.attention_implementation)
+            if self.mid_block_add_attention
+            else None,
+            norm=functools.partial(GroupNorm, groups, eps),
+            dtype=self.dtype,
+        )
         self.encoder = Encoder(self.block_out_channels, self.layers_per_block, 2 * self.latent_channels, **shared)
         self.decoder = Decoder(self.block_out_channels[::-1], self.layers_per_block + 1, self.out_channels, **shared)
         if self.use_quant_conv:
@@ -119,14 +124,16 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = PointwiseConv(self.latent_channels)
 
     def encode(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w moments"]:
-        """Image in [-1, 1] -> mean and log variance of its latent, joined on the last axis; the latter within [-30, 20].
+        """Image in [-1, 1] -> mean and log variance of its latent on the last axis; the latter within [-30, 20].
 
         Raises ValueError when height or width is no multiple of the factor between image and latent.
         """
         factor = 2 ** (len(self.block_out_channels) - 1)
         if x.shape[1] % factor or x.shape[2] % factor or x.shape[3] != self.in_channels:
-            raise ValueError(f"AutoencoderKL.encode: expected (batch, height, width, {self.in_channels}) with height and "
-                             f"width multiples of {factor}, got {x.shape}; resize or pad the images")
+            raise ValueError(
+                f"AutoencoderKL.encode: expected (batch, height, width, {self.in_channels}) with height and width "
+                f"multiples of {factor}, got {x.shape}; resize or pad the images"
+            )
         moments = self.encoder(x)
         if self.use_quant_conv:
             moments = self.quant_conv(moments)
@@ -136,8 +143,10 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Float[Array, "batch h w latent"]) -> Float[Array, "batch height width channels"]:
         """Latent -> image, about [-1, 1] and not clipped. Raises ValueError for a wrong number of channels."""
         if z.shape[-1] != self.latent_channels:
-            raise ValueError(f"AutoencoderKL.decode: expected {self.latent_channels} latent channels (last axis), "
-                             f"got shape {z.shape}")
+            raise ValueError(
+                f"AutoencoderKL.decode: expected {self.latent_channels} latent channels (last axis), "
+                f"got shape {z.shape}"
+            )
         return self.decoder(self.post_quant_conv(z) if self.use_post_quant_conv else z)
 
     def example_image(self) -> Float[Array, "1 height width channels"]:
@@ -155,8 +164,9 @@ def mode(moments: Float[Array, "batch h w moments"]) -> Float[Array, "batch h w 
     return jnp.split(moments, 2, axis=-1)[0]
 
 
-def sample_moments(moments: Float[Array, "batch h w moments"],
-                   keys: Key[Array, " batch"]) -> Float[Array, "batch h w latent"]:
+def sample_moments(
+    moments: Float[Array, "batch h w moments"], keys: Key[Array, " batch"]
+) -> Float[Array, "batch h w latent"]:
     """A draw z = mean + exp(logvar / 2)·noise, with a key for each image."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)

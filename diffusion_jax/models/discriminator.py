@@ -11,7 +11,7 @@ from diffusion_jax.models.layers import GroupNorm
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells real patches from made ones: one logit for each overlapping patch of the image (Isola et al. 2017, section 3.2.2).
+    """Tells real patches from made ones: a logit for each overlapping patch (Isola et al. 2017, section 3.2.2).
 
     4x4 convolutions with leaky ReLU. Group norm stands where the paper has batch norm, so that an image's logits do not
     depend on the other images of its batch.
@@ -28,10 +28,13 @@ class PatchDiscriminator(nn.Module):
     def __call__(self, x: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w"]:
         smallest = 3 * 2**self.layers  # each of the last two convolutions takes a pixel off
         if min(x.shape[1:3]) < smallest:
-            raise ValueError(f"PatchDiscriminator: expected images of at least {smallest}x{smallest} pixels, got shape "
-                             f"{x.shape}; turn the adversarial loss off or use fewer layers")
-        conv = functools.partial(nn.Conv, kernel_size=(4, 4), padding=1, dtype=self.dtype,
-                                 kernel_init=nn.initializers.normal(0.02))
+            raise ValueError(
+                f"PatchDiscriminator: expected images of at least {smallest}x{smallest} pixels, got shape "
+                f"{x.shape}; turn the adversarial loss off or use fewer layers"
+            )
+        conv = functools.partial(
+            nn.Conv, kernel_size=(4, 4), padding=1, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02)
+        )
         for i in range(self.layers + 1):
             stride = 2 if i < self.layers else 1
             x = conv(self.channels * min(2**i, 8), strides=stride)(x)

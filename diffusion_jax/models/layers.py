@@ -18,8 +18,15 @@ kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
 
 
-def conv(features: int, *, name: str, dtype: DTypeLike, stride: int = 1, padding: int | Sequence[tuple[int, int]] = 1,
-         init=kernel_init) -> nn.Conv:
+def conv(
+    features: int,
+    *,
+    name: str,
+    dtype: DTypeLike,
+    stride: int = 1,
+    padding: int | Sequence[tuple[int, int]] = 1,
+    init=kernel_init,
+) -> nn.Conv:
     """A 3x3 convolution."""
     return nn.Conv(features, (3, 3), stride, padding, kernel_init=init, dtype=dtype, name=name)
 
@@ -30,7 +37,7 @@ def dense(features: int, *, name: str, dtype: DTypeLike, bias: bool = True, init
 
 
 class PointwiseConv(nn.Module):
-    """A 1x1 convolution, written as the matrix product it is: XLA's gradients of the product are several times faster."""
+    """A 1x1 convolution, written as the matrix product it is: XLA on CPU has faster gradients for the product."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -44,13 +51,14 @@ class PointwiseConv(nn.Module):
         return x @ kernel[0, 0] + bias
 
 
-def sinusoidal_embedding(t: Num[Array, " batch"], width: int, flip_sin_to_cos: bool = True,
-                         freq_shift: float = 0.0) -> Float[Array, "batch width"]:
+def sinusoidal_embedding(
+    t: Num[Array, " batch"], width: int, flip_sin_to_cos: bool = True, freq_shift: float | int = 0
+) -> Float[Array, "batch width"]:
     """Sines and cosines of t at geometric frequencies (Vaswani et al. 2017, section 3.5).
 
         w_i = 10000^(-i / (width/2 - freq_shift)),   embedding = [sin(t·w), cos(t·w)], flipped: [cos(t·w), sin(t·w)]
 
-    t: times in the network's own unit (steps, fractions allowed). width: size of the result; an odd one ends with a zero.
+    t: times in the network's own unit (steps, fractions allowed). width: size of the result; an odd one ends in a zero.
     """
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
@@ -86,8 +94,10 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Num[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         channels = x.shape[-1]
         if channels % self.groups:
-            raise ValueError(f"GroupNorm: {channels} channels cannot be split into {self.groups} groups; "
-                             "choose norm_num_groups that divides every entry of block_out_channels")
+            raise ValueError(
+                f"GroupNorm: {channels} channels cannot be split into {self.groups} groups; "
+                "choose norm_num_groups that divides every entry of block_out_channels"
+            )
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
@@ -119,8 +129,9 @@ class ResnetBlock2D(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width _"],
-                 temb: Float[Array, "batch width"] | None = None) -> Float[Array, "batch height width out"]:
+    def __call__(
+        self, x: Float[Array, "batch height width _"], temb: Float[Array, "batch embedding"] | None = None
+    ) -> Float[Array, "batch height width out"]:
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
         h = conv(self.out_channels, name="conv1", dtype=self.dtype)(h)
 
@@ -167,17 +178,19 @@ class UpsampledConv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width _"],
-                 size: tuple[int, int] | None = None) -> Float[Array, "batch h w features"]:
+    def __call__(
+        self, x: Float[Array, "batch height width _"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "batch h w features"]:
         """size: crop the repeated image to it before the convolution."""
         b, h, w, c = x.shape
         kernel = self.param("kernel", kernel_init, (3, 3, c, self.features))
         bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
-        convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1),
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         x = x.astype(self.dtype)
         if size not in (None, (2 * h, 2 * w)):  # the crop's edge cuts a repeated pixel in two
-            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :size[0], :size[1]]
+            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]]
             return convolve(x, kernel.astype(self.dtype), padding=[(1, 1), (1, 1)]) + bias
         rows = []
         for i in range(2):
@@ -188,7 +201,7 @@ class UpsampledConv(nn.Module):
 
 
 def _repeated_taps(kernel, axis, parity):
-    """Three taps over repeated pixels -> two taps over the pixels: an even output sees [x-1 | x x], an odd one [x x | x+1]."""
+    """Three taps over repeated pixels -> two over the pixels: even outputs see [x-1 | x x], odd ones [x x | x+1]."""
     left, middle, right = jnp.split(kernel, 3, axis)
     pair = [left, middle + right] if parity == 0 else [left + middle, right]
     return jnp.concatenate(pair, axis)
@@ -201,6 +214,7 @@ class Upsample2D(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width _"],
-                 size: tuple[int, int] | None = None) -> Float[Array, "batch h w out"]:
+    def __call__(
+        self, x: Float[Array, "batch height width _"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "batch h w out"]:
         return UpsampledConv(self.out_channels, self.dtype, name="conv")(x, size)

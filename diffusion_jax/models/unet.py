@@ -1,94 +1,50 @@
 """The convolutional U-Net of DDPM, ADM and Stable Diffusion."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from diffusion_jax.models.attention import AttentionBlock2D, Transformer2DModel
-from diffusion_jax.models.layers import (Downsample2D, GroupNorm, ResnetBlock2D, TimestepEmbedding, Upsample2D, conv,
-                                         kernel_init, sinusoidal_embedding, zeros_init)
+from diffusion_jax.models.blocks import DownBlock, MidBlock, UpBlock
+from diffusion_jax.models.layers import (
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+    conv,
+    kernel_init,
+    sinusoidal_embedding,
+    zeros_init,
+)
 
 BLOCK_TYPES = {  # the peer's name of a block -> what follows each of its residual blocks
-    "DownBlock2D": None, "AttnDownBlock2D": "self", "CrossAttnDownBlock2D": "cross",
-    "UpBlock2D": None, "AttnUpBlock2D": "self", "CrossAttnUpBlock2D": "cross",
-    "UNetMidBlock2D": "self", "UNetMidBlock2DCrossAttn": "cross",
+    "DownBlock2D": None,
+    "AttnDownBlock2D": "self",
+    "CrossAttnDownBlock2D": "cross",
+    "UpBlock2D": None,
+    "AttnUpBlock2D": "self",
+    "CrossAttnUpBlock2D": "cross",
+    "UNetMidBlock2D": "self",
+    "UNetMidBlock2DCrossAttn": "cross",
 }
-
-
-class DownBlock(nn.Module):
-    """`layers` residual blocks, each followed by attention if there is one, then a downsampling if there is one.
-
-    resnet, attention, downsample: what makes these submodules from their name; the last two may be None.
-    Returns the result and everything that the way up will be shown: one array a layer, and the downsampled one.
-    """
-
-    layers: int
-    resnet: Callable
-    attention: Callable | None
-    downsample: Callable | None
-
-    @nn.compact
-    def __call__(self, x, temb, *context):
-        skips = []
-        for i in range(self.layers):
-            x = self.resnet(name=f"resnets_{i}")(x, temb)
-            if self.attention:
-                x = self.attention(name=f"attentions_{i}")(x, *context)
-            skips.append(x)
-        if self.downsample:
-            x = self.downsample(name="downsamplers_0")(x)
-            skips.append(x)
-        return x, skips
-
-
-class MidBlock(nn.Module):
-    """A residual block, attention if there is one, a residual block."""
-
-    resnet: Callable
-    attention: Callable | None
-
-    @nn.compact
-    def __call__(self, x, temb, *context):
-        x = self.resnet(name="resnets_0")(x, temb)
-        if self.attention:
-            x = self.attention(name="attentions_0")(x, *context)
-        return self.resnet(name="resnets_1")(x, temb)
-
-
-class UpBlock(nn.Module):
-    """The mirror of `DownBlock`: a residual block for each of the given skips, which it takes from the end of the list."""
-
-    layers: int
-    resnet: Callable
-    attention: Callable | None
-    upsample: Callable | None
-
-    @nn.compact
-    def __call__(self, x, skips, temb, *context):
-        for i in range(self.layers):
-            x = self.resnet(name=f"resnets_{i}")(jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1), temb)
-            if self.attention:
-                x = self.attention(name=f"attentions_{i}")(x, *context)
-        if self.upsample:
-            x = self.upsample(name="upsamplers_0")(x, skips[-1].shape[1:3])
-        return x
 
 
 class UNet(nn.Module):
     """Predicts from a noisy image, its time and a condition; image in, image of the same height and width out.
 
-    The fields are those of the `config.json` of the peer's `UNet2DConditionModel` and `UNet2DModel`, with their meaning,
-    and its defaults are the former's (Stable Diffusion 1). A field that may be a tuple has an entry for each level.
+    The fields are those of the config.json of the peer's `UNet2DConditionModel` and `UNet2DModel`, with their meaning;
+    the defaults are the former's (Stable Diffusion 1). A field that may be a tuple has an entry for each level.
 
     block_out_channels: channels of each level, finest first. layers_per_block: residual blocks of a level.
-    attention_head_dim: in `Attn…` blocks the channels of a head (None: one head of all channels); in `CrossAttn…` blocks,
-        by a historical slip that every published config relies on, the number of heads.
-    attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D; None means norm_num_groups, or no norm
-        under resnet_time_scale_shift="scale_shift".
+    attention_head_dim: in `Attn…` blocks the channels of a head (None: one head of all channels); in `CrossAttn…`
+        blocks, by a historical slip that every published config relies on, the number of heads.
+    attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D; None means norm_num_groups, or no
+        norm under resnet_time_scale_shift="scale_shift".
     num_class_embeds: size of the table of class embeddings; None for a network that knows no classes.
 
     Not in the peer's config:
@@ -101,7 +57,7 @@ class UNet(nn.Module):
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: float | int = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -127,11 +83,15 @@ class UNet(nn.Module):
     attention_implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"], t: Num[Array, "*batch"],
-                 encoder_hidden_states: Float[Array, "batch length text"] | None = None,
-                 encoder_attention_mask: Bool[Array, "batch length"] | None = None,
-                 class_labels: Int[Array, " batch"] | None = None,
-                 deterministic: bool = True) -> Float[Array, "batch height width out"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        t: Num[Array, "#batch"] | Num[Array, ""],
+        encoder_hidden_states: Float[Array, "batch length text"] | None = None,
+        encoder_attention_mask: Bool[Array, "batch length"] | None = None,
+        class_labels: Int[Array, " batch"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch height width out"]:
         """x: the noisy image. t: its time as the network knows it, one for each image or one for all.
 
         encoder_hidden_states, encoder_attention_mask: the text, and True where it is no padding.
@@ -142,9 +102,13 @@ class UNet(nn.Module):
         channels, levels = self.block_out_channels, len(self.block_out_channels)
         layers = self._per_level("layers_per_block")
         resnet = functools.partial(
-            nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D, groups=self.norm_num_groups, eps=self.norm_eps,
-            dropout=0.0 if deterministic else self.dropout, time_scale_shift=self.resnet_time_scale_shift,
-            dtype=self.dtype)
+            self._rematted(ResnetBlock2D),
+            groups=self.norm_num_groups,
+            eps=self.norm_eps,
+            dropout=0.0 if deterministic else self.dropout,
+            time_scale_shift=self.resnet_time_scale_shift,
+            dtype=self.dtype,
+        )
 
         temb = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), class_labels)
         x = conv(channels[0], name="conv_in", dtype=self.dtype)(x)
@@ -153,21 +117,32 @@ class UNet(nn.Module):
         for i, block_type in enumerate(self.down_block_types):
             attention, context = self._attention(block_type, i, encoder_hidden_states, encoder_attention_mask)
             downsample = functools.partial(Downsample2D, channels[i], self.downsample_padding, self.dtype)
-            x, new = DownBlock(layers[i], functools.partial(resnet, channels[i]), attention,
-                               downsample if i < levels - 1 else None, name=f"down_blocks_{i}")(x, temb, *context)
+            x, new = DownBlock(
+                layers[i],
+                functools.partial(resnet, channels[i]),
+                attention,
+                downsample if i < levels - 1 else None,
+                name=f"down_blocks_{i}",
+            )(x, temb, *context)
             skips += new
 
         if self.mid_block_type is not None:
-            attention, context = self._attention(self.mid_block_type, levels - 1, encoder_hidden_states,
-                                                 encoder_attention_mask)
+            attention, context = self._attention(
+                self.mid_block_type, levels - 1, encoder_hidden_states, encoder_attention_mask
+            )
             x = MidBlock(functools.partial(resnet, channels[-1]), attention, name="mid_block")(x, temb, *context)
 
         for i, block_type in enumerate(self.up_block_types):
             level = levels - 1 - i
             attention, context = self._attention(block_type, level, encoder_hidden_states, encoder_attention_mask)
             upsample = functools.partial(Upsample2D, channels[level], self.dtype)
-            x = UpBlock(layers[level] + 1, functools.partial(resnet, channels[level]), attention,
-                        upsample if level > 0 else None, name=f"up_blocks_{i}")(x, skips, temb, *context)
+            x = UpBlock(
+                layers[level] + 1,
+                functools.partial(resnet, channels[level]),
+                attention,
+                upsample if level > 0 else None,
+                name=f"up_blocks_{i}",
+            )(x, skips, temb, *context)
 
         x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, name="conv_norm_out")(x))
         return conv(self.out_channels, name="conv_out", dtype=jnp.float32, init=zeros_init)(x)
@@ -186,7 +161,8 @@ class UNet(nn.Module):
         temb = TimestepEmbedding(width, name="time_embedding")(waves)
         if class_labels is not None:
             temb += nn.Embed(self.num_class_embeds, width, embedding_init=kernel_init, name="class_embedding")(
-                class_labels)
+                class_labels
+            )
         return temb
 
     def _attention(self, block_type, level, text, mask):
@@ -196,10 +172,14 @@ class UNet(nn.Module):
         kind = BLOCK_TYPES[block_type]
         if kind == "cross":
             make = functools.partial(
-                nn.remat(Transformer2DModel) if self.remat else Transformer2DModel,
-                heads=heads, layers=self._per_level("transformer_layers_per_block")[level],
-                groups=self.norm_num_groups, linear_projection=self.use_linear_projection,
-                only_cross_attention=self._per_level("only_cross_attention")[level], **shared)
+                self._rematted(Transformer2DModel),
+                heads=heads,
+                layers=self._per_level("transformer_layers_per_block")[level],
+                groups=self.norm_num_groups,
+                linear_projection=self.use_linear_projection,
+                only_cross_attention=self._per_level("only_cross_attention")[level],
+                **shared,
+            )
             return make, (text, mask)
         groups = self.norm_num_groups
         if block_type == "UNetMidBlock2D":
@@ -207,8 +187,11 @@ class UNet(nn.Module):
             groups = self.attn_norm_num_groups or (groups if self.resnet_time_scale_shift == "default" else None)
         if kind is None:
             return None, ()
-        block = nn.remat(AttentionBlock2D) if self.remat else AttentionBlock2D
-        return functools.partial(block, head_width=heads, groups=groups, eps=self.norm_eps, **shared), ()
+        make = self._rematted(AttentionBlock2D)
+        return functools.partial(make, head_width=heads, groups=groups, eps=self.norm_eps, **shared), ()
+
+    def _rematted(self, module: type[nn.Module]) -> type[nn.Module]:
+        return nn.remat(module) if self.remat else module
 
     def _per_level(self, field: str) -> tuple:
         value = getattr(self, field)
@@ -220,18 +203,30 @@ class UNet(nn.Module):
 
     def _check(self, x, text, class_labels):
         levels = len(self.block_out_channels)
-        for field in ("down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-                      "transformer_layers_per_block", "only_cross_attention"):
+        for field in (
+            "down_block_types",
+            "up_block_types",
+            "layers_per_block",
+            "attention_head_dim",
+            "transformer_layers_per_block",
+            "only_cross_attention",
+        ):
             value = getattr(self, field)
             if isinstance(value, (tuple, list)) and len(value) != levels:
-                raise ValueError(f"UNet: {field} has {len(value)} entries, block_out_channels has {levels}; "
-                                 "give one entry for each level")
-        for name in self._used_blocks():
-            if name not in BLOCK_TYPES:
-                raise ValueError(f"UNet: unknown block type {name!r}; known are {', '.join(BLOCK_TYPES)}")
+                raise ValueError(
+                    f"UNet: {field} has {len(value)} entries, block_out_channels has {levels}; "
+                    "give one entry for each level"
+                )
+        for part, field in (("Down", "down_block_types"), ("Mid", "mid_block_type"), ("Up", "up_block_types")):
+            known = [name for name in BLOCK_TYPES if part in name]
+            for name in np.atleast_1d(getattr(self, field) or ()):
+                if name not in known:
+                    raise ValueError(f"UNet: {field} has {str(name)!r}; known are {', '.join(known)}")
         if self.resnet_time_scale_shift not in ("default", "scale_shift"):
-            raise ValueError("UNet: resnet_time_scale_shift must be 'default' or 'scale_shift', "
-                             f"got {self.resnet_time_scale_shift!r}")
+            raise ValueError(
+                "UNet: resnet_time_scale_shift must be 'default' or 'scale_shift', "
+                f"got {self.resnet_time_scale_shift!r}"
+            )
         if x.shape[-1] != self.in_channels:
             raise ValueError(f"UNet: expected {self.in_channels} input channels (last axis), got shape {x.shape}")
         cross = any(BLOCK_TYPES[name] == "cross" for name in self._used_blocks())
@@ -239,5 +234,7 @@ class UNet(nn.Module):
             got = "none" if text is None else f"shape {text.shape}"
             raise ValueError(f"UNet: expected encoder_hidden_states of width {self.cross_attention_dim}, got {got}")
         if (class_labels is None) != (self.num_class_embeds is None):
-            raise ValueError("UNet: class_labels and num_class_embeds go together; this network has num_class_embeds="
-                             f"{self.num_class_embeds} and was given {'no' if class_labels is None else 'some'} labels")
+            raise ValueError(
+                "UNet: class_labels and num_class_embeds go together; this network has num_class_embeds="
+                f"{self.num_class_embeds} and was given {'no' if class_labels is None else 'some'} labels"
+            )

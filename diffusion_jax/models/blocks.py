@@ -1,0 +1,68 @@
+"""One level of a U-Net or an autoencoder: residual blocks, attention between them, a change of size at the end.
+
+The blocks are given what makes their submodules from a name, so that they know no size, norm or kind of attention.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+class DownBlock(nn.Module):
+    """`layers` residual blocks, each followed by attention if there is one, then a downsampling if there is one.
+
+    resnet, attention, downsample: what makes these submodules from their name; the last two may be None.
+    Returns the result and everything that the way up will be shown: one array a layer, and the downsampled one.
+    """
+
+    layers: int
+    resnet: Callable
+    attention: Callable | None
+    downsample: Callable | None
+
+    @nn.compact
+    def __call__(self, x, temb, *context):
+        skips = []
+        for i in range(self.layers):
+            x = self.resnet(name=f"resnets_{i}")(x, temb)
+            if self.attention:
+                x = self.attention(name=f"attentions_{i}")(x, *context)
+            skips.append(x)
+        if self.downsample:
+            x = self.downsample(name="downsamplers_0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """A residual block, attention if there is one, a residual block."""
+
+    resnet: Callable
+    attention: Callable | None
+
+    @nn.compact
+    def __call__(self, x, temb, *context):
+        x = self.resnet(name="resnets_0")(x, temb)
+        if self.attention:
+            x = self.attention(name="attentions_0")(x, *context)
+        return self.resnet(name="resnets_1")(x, temb)
+
+
+class UpBlock(nn.Module):
+    """The mirror of `DownBlock`: each residual block is shown the skip that it takes from the end of the list."""
+
+    layers: int
+    resnet: Callable
+    attention: Callable | None
+    upsample: Callable | None
+
+    @nn.compact
+    def __call__(self, x, skips, temb, *context):
+        for i in range(self.layers):
+            x = self.resnet(name=f"resnets_{i}")(jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1), temb)
+            if self.attention:
+                x = self.attention(name=f"attentions_{i}")(x, *context)
+        if self.upsample:
+            x = self.upsample(name="upsamplers_0")(x, skips[-1].shape[1:3])
+        return x

@@ -1,0 +1,229 @@
+"""Folders of the peer: ours round-trip, the peer's own load and agree, and the other way round."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.interop import load_autoencoder, load_unet, save_autoencoder, save_unet
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.unet import UNet
+
+LEVELS = {"block_out_channels": (16, 32), "norm_num_groups": 4}
+TEXT = {  # as Stable Diffusion 1
+    **LEVELS,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+}
+TUPLES = {  # as Stable Diffusion 2 and its successors
+    **TEXT,
+    "layers_per_block": (1, 2),
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (2, 1),
+    "only_cross_attention": (True, False),
+    "use_linear_projection": True,
+}
+CLASSES = {  # as ADM
+    **LEVELS,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "num_class_embeds": 11,
+    "resnet_time_scale_shift": "scale_shift",
+}
+CIFAR = {  # as DDPM
+    **CLASSES,
+    "attention_head_dim": None,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+UNETS = {
+    "text": ("UNet2DConditionModel", TEXT, (8, 8)),
+    "text, odd size": ("UNet2DConditionModel", TEXT, (9, 7)),
+    "tuples": ("UNet2DConditionModel", TUPLES, (8, 8)),
+    "text and classes": ("UNet2DConditionModel", TEXT | {"num_class_embeds": 11}, (8, 8)),
+    "no middle": ("UNet2DConditionModel", TEXT | {"mid_block_type": None}, (8, 8)),
+    "classes": ("UNet2DModel", CLASSES, (8, 8)),
+    "cifar": ("UNet2DModel", CIFAR, (8, 8)),
+    "no attention in the middle": ("UNet2DModel", CIFAR | {"add_attention": False}, (8, 8)),
+}
+AUTOENCODER = {**LEVELS, "layers_per_block": 1, "latent_channels": 2}
+
+
+def unet_inputs(config, size):
+    rng = np.random.default_rng(0)
+    inputs = {"x": rng.normal(size=(2, *size, config.get("in_channels", 4))), "t": np.array([3, 700])}
+    if "cross_attention_dim" in config:
+        inputs["encoder_hidden_states"] = rng.normal(size=(2, 5, config["cross_attention_dim"]))
+        if not np.any(config.get("only_cross_attention")):  # whose first attention forgets the mask in the peer
+            inputs["encoder_attention_mask"] = np.arange(5) < np.array([[3], [5]])
+    if config.get("num_class_embeds"):
+        inputs["class_labels"] = np.array([1, 10])
+    return {name: jnp.asarray(value, jnp.float32 if value.dtype == float else None) for name, value in inputs.items()}
+
+
+def assert_near(ours, theirs):
+    assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """diffusers on one thread of torch, and what this file asks of it."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.set_num_threads(1)
+
+    class Peer:
+        def make(self, name, config):
+            torch.manual_seed(0)
+            model = getattr(diffusers, name)(**config).eval()
+            for parameter in model.parameters():  # biases and scales start as 0 and 1, which would hide a mistake
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            return model
+
+        def load(self, name, folder):
+            model, report = getattr(diffusers, name).from_pretrained(folder, output_loading_info=True)
+            assert not any(report.values()), report
+            return model.eval()
+
+        def run(self, function, *images, **others):
+            with torch.no_grad():
+                out = function(*(self.tensor(x) for x in images), **{k: self.tensor(v) for k, v in others.items()})
+            out = getattr(out, "sample", out)
+            return out.numpy().transpose(0, 2, 3, 1)
+
+        def tensor(self, array):
+            array = np.asarray(array)
+            return torch.tensor(array.transpose(0, 3, 1, 2).copy() if array.ndim == 4 else array)
+
+    return Peer()
+
+
+@pytest.mark.parametrize("case", UNETS)
+def test_unet_agrees_with_the_peer_both_ways(case, peer, tmp_path):
+    name, config, size = UNETS[case]
+    theirs = peer.make(name, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    inputs = unet_inputs(config, size)
+    expected = peer.run(theirs, inputs["x"], **{k: v for k, v in inputs.items() if k not in "xt"}, timestep=inputs["t"])
+
+    unet, variables = load_unet(tmp_path / "theirs")
+    assert_near(jax.jit(unet.apply)(variables, **inputs), expected)
+
+    save_unet(unet, variables, tmp_path / "ours")
+    back = peer.load(name, tmp_path / "ours")
+    again = peer.run(back, inputs["x"], **{k: v for k, v in inputs.items() if k not in "xt"}, timestep=inputs["t"])
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1}])
+def test_autoencoder_agrees_with_the_peer_both_ways(extra, peer, tmp_path):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    theirs = peer.make("AutoencoderKL", AUTOENCODER | blocks | extra)
+    theirs.save_pretrained(tmp_path / "theirs")
+    rng = np.random.default_rng(0)
+    image, z = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 8, 6, 3), (2, 4, 3, 2)))
+    moments = peer.run(lambda x: theirs.encode(x).latent_dist.parameters, image)
+    decoded = peer.run(theirs.decode, z)
+
+    autoencoder, variables = load_autoencoder(tmp_path / "theirs")
+    assert_near(autoencoder.apply(variables, image, method="encode"), moments)
+    assert_near(autoencoder.apply(variables, z, method="decode"), decoded)
+
+    save_autoencoder(autoencoder, variables, tmp_path / "ours")
+    back = peer.load("AutoencoderKL", tmp_path / "ours")
+    np.testing.assert_array_equal(peer.run(back.decode, z), decoded)
+    assert back.config.scaling_factor == theirs.config.scaling_factor
+    assert back.config.shift_factor == theirs.config.shift_factor
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_round_trip(tmp_path, dtype):
+    made = [
+        (UNet(**TUPLES), load_unet, save_unet),
+        (UNet(**CLASSES, mid_block_type="UNetMidBlock2D"), load_unet, save_unet),
+        (AutoencoderKL(**AUTOENCODER), load_autoencoder, save_autoencoder),
+    ]
+    for i, (module, load, save) in enumerate(made):
+        inputs = module.example_inputs() if isinstance(module, UNet) else (module.example_image(),)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        variables = jax.tree.map(lambda s: jnp.arange(s.size, dtype=jnp.float32).reshape(s.shape), shapes)
+        save(module, variables, tmp_path / str(i), dtype)
+        loaded, back = load(tmp_path / str(i))
+        assert loaded == module
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype)), back, variables)
+
+
+def edited(folder, **changes):
+    """A saved U-Net whose config.json then says something else."""
+    unet = UNet(**TEXT)
+    variables = jax.tree.map(
+        lambda s: jnp.zeros(s.shape), jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())
+    )
+    save_unet(unet, variables, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "SD3Transformer2DModel"}, "expected a UNet2DConditionModel or UNet2DModel, got SD3"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time' is not supported"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
+        ({"act_fn": "gelu"}, "act_fn='gelu' is not supported"),
+        ({"mid_block_type": "UNetMidBlock2D"}, "supported in UNet2DModel alone"),
+        ({"down_block_types": ["DownBlock2D"] * 2}, "unknown [0-9]+ tensors: down_blocks.0.attentions.0"),
+        ({"block_out_channels": [16, 64]}, "misshapen"),
+        ({"layers_per_block": 2}, "lacks [0-9]+ tensors: "),
+    ],
+)
+def test_what_cannot_be_honoured_is_one_line(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_unet(edited(tmp_path, **changes))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_fields_that_change_nothing_are_taken(tmp_path):
+    unet, _ = load_unet(edited(tmp_path, act_fn="silu", upcast_attention=True, dual_cross_attention=False, _new=1))
+    assert unet == UNet(**TEXT)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config.json: no such file; expected the folder of one model"):
+        load_unet(tmp_path)
+    edited(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"converted to safetensors"):
+        load_unet(tmp_path)
+
+
+def test_shards_and_the_half_precision_variant(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    whole = edited(tmp_path) / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    half = whole.rename(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    load_unet(tmp_path)
+    half.unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    load_unet(tmp_path)

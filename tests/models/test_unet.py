@@ -1,0 +1,152 @@
+"""Laws of the U-Net; its equality with the peer is in tests/interop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.models.unet import UNet
+
+TEXT = UNet(
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+    attention_head_dim=2,
+    cross_attention_dim=12,
+)
+PIXELS = UNet(
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=(16, 32),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+    attention_head_dim=8,
+    num_class_embeds=11,
+    dropout=0.5,
+)
+
+
+def randomised(unet, seed=0):
+    """Variables without the zeros that training starts from."""
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return structure.unflatten(
+        [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+text_apply, pixels_apply = jax.jit(TEXT.apply), jax.jit(PIXELS.apply)
+
+
+def inputs(unet, size=(8, 8), batch=2):
+    x = jax.random.normal(jax.random.key(1), (batch, *size, unet.in_channels))
+    t = jnp.array([3, 700])[:batch]
+    if unet is PIXELS:
+        return x, t, None, None, jnp.array([1, 10])[:batch]
+    return x, t, jax.random.normal(jax.random.key(2), (batch, 5, 12)), jnp.arange(5) < jnp.array([[3], [5]])[:batch]
+
+
+@pytest.mark.parametrize("unet", [TEXT, PIXELS])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_output_is_an_image_of_the_same_size(unet, size):
+    out = jax.eval_shape(unet.clone(dtype=jnp.bfloat16).apply, randomised(unet), *inputs(unet, size))
+    assert (out.shape, out.dtype) == ((2, *size, unet.out_channels), jnp.float32)
+
+
+def test_bfloat16_keeps_parameters_and_is_near():
+    variables = randomised(TEXT)
+    half = TEXT.clone(dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(half.init, jax.random.key(0), *half.example_inputs())
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    exact, rounded = (jax.jit(unet.apply)(variables, *inputs(TEXT)) for unet in (TEXT, half))
+    assert 0 < jnp.abs(exact - rounded).max() < 0.1 * jnp.abs(exact).max()
+
+
+@pytest.mark.parametrize("unet", [TEXT, PIXELS])
+def test_remat_changes_neither_value_nor_gradient(unet):
+    variables = randomised(unet)
+
+    def value_and_gradient(network):
+        return jax.jit(jax.value_and_grad(lambda v: jnp.sum(jnp.sin(network.apply(v, *inputs(unet))))))(variables)
+
+    plain, rematted = value_and_gradient(unet), value_and_gradient(unet.clone(remat=True))
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), plain, rematted)
+
+
+def test_fresh_network_predicts_zero_and_has_a_gradient():
+    variables = jax.jit(PIXELS.init)(jax.random.key(0), *PIXELS.example_inputs())
+    x = inputs(PIXELS)
+    np.testing.assert_array_equal(pixels_apply(variables, *x), 0.0)
+    gradient = jax.jit(jax.grad(lambda v: jnp.mean(jnp.square(PIXELS.apply(v, *x) - 1))))(variables)
+    assert jnp.abs(gradient["params"]["conv_out"]["kernel"]).max() > 0
+
+
+def test_images_do_not_depend_on_their_batch():
+    variables, both, first = randomised(TEXT), inputs(TEXT), inputs(TEXT, batch=1)
+    np.testing.assert_allclose(text_apply(variables, *both)[:1], text_apply(variables, *first), atol=1e-5)
+
+
+def test_one_time_for_all_images():
+    variables, (x, _, *cond) = randomised(TEXT), inputs(TEXT)
+    one, each = (text_apply(variables, x, t, *cond) for t in (jnp.array(5.0), jnp.array([5.0, 5.0])))
+    np.testing.assert_array_equal(one, each)
+
+
+def test_padding_of_the_text_is_not_seen():
+    variables, (x, t, text, mask) = randomised(TEXT), inputs(TEXT)
+    padded = jnp.where(mask[..., None], text, 100.0)
+    np.testing.assert_array_equal(text_apply(variables, x, t, text, mask), text_apply(variables, x, t, padded, mask))
+
+
+def test_dropout_needs_its_key_alone():
+    variables, x = randomised(PIXELS), inputs(PIXELS)
+    drop = jax.jit(lambda key: PIXELS.apply(variables, *x, deterministic=False, rngs={"dropout": key}))
+    assert jnp.any(drop(jax.random.key(0)) != drop(jax.random.key(1)))
+    np.testing.assert_array_equal(drop(jax.random.key(0)), drop(jax.random.key(0)))
+    np.testing.assert_array_equal(pixels_apply(variables, *x), pixels_apply(variables, *x))
+
+
+def test_ddpm_and_stable_diffusion_have_their_published_sizes():
+    ddpm = UNet(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+    )
+    for unet, size in ((ddpm, 35_746_307), (UNet(cross_attention_dim=768), 859_520_964)):
+        shapes = jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"down_block_types": ("DownBlock2D",)}, "down_block_types has 1 entries, block_out_channels has 2"),
+        ({"layers_per_block": (1, 2, 3)}, "layers_per_block has 3 entries"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "known are UNetMidBlock2D, UNetMidBlock2DCrossAttn"),
+        ({"up_block_types": ("UpBlock2D", "DownBlock2D")}, "up_block_types has 'DownBlock2D'"),
+        ({"resnet_time_scale_shift": "ada_group"}, "must be 'default' or 'scale_shift'"),
+        ({"norm_num_groups": 3}, "16 channels cannot be split into 3 groups"),
+        (
+            {"attention_head_dim": 5},
+            "32 channels cannot be split into 5 heads|16 channels cannot be split into 5 heads",
+        ),
+        ({"cross_attention_dim": 13}, r"width 13, got shape \(2, 5, 12\)"),
+        ({"num_class_embeds": 3}, "given no labels"),
+        ({"in_channels": 9}, "expected 9 input channels"),
+    ],
+)
+def test_contradictions_are_one_line(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        jax.eval_shape(TEXT.clone(**fields).init, jax.random.key(0), *inputs(TEXT))
+    assert "\n" not in str(error.value)
