@@ -70,7 +70,8 @@ def main(_) -> None:
     print(f"{config.name} on {_TOPOLOGY.value}: {len(devices)} chips, U-Net of {count / 1e6:.0f}M parameters")
     print(f"  batch {config.train.batch_size}, {config.train.batch_size // len(devices)} a chip")
     print(
-        f"  bytes a chip: {total / 1e9:.2f} GB of {capacity / 1e9:.0f} GB, {memory.temp_size_in_bytes / 1e9:.2f} temporary"
+        f"  bytes a chip: {total / 1e9:.2f} GB of {capacity / 1e9:.0f} GB, "
+        f"{memory.temp_size_in_bytes / 1e9:.2f} GB of them temporary"
     )
     print(f"  FLOPs a chip and step, as the compiler counts: {flops / 1e12:.2f} T")
     print(f"  estimate: {hours:.0f} h for {config.train.steps} steps at {_UTILISATION.value:.0%} of peak")

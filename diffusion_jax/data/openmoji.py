@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import emoji
 import resvg_py
@@ -101,7 +101,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
 
     name = "openmoji"
     VERSION = tfds.core.Version("17.0.0")
-    BUILDER_CONFIGS = [Size(name=f"{pixels}px", pixels=pixels) for pixels in range(8, 1025, 8)]
+    BUILDER_CONFIGS: ClassVar = [Size(name=f"{pixels}px", pixels=pixels) for pixels in range(8, 1025, 8)]
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.pixels

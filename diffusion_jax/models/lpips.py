@@ -11,7 +11,7 @@ Version 0.1 of the published weights.
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def load_lpips(net: str = "alex") -> dict:
 class ArrayUnpickler(pickle.Unpickler):
     """Reads numpy arrays in dicts and lists; a pickle that names anything else raises UnpicklingError."""
 
-    known = {
+    known: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
