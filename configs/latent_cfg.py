@@ -4,11 +4,11 @@
     python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
 
 Presets, after a colon (`--config=configs/latent_cfg.py:openmoji_long`):
-  openmoji       64 x 64 drawings with their names; 15 minutes on a 2-core CPU, to colours and outlines (held-out PSNR of
-                 the first stage 19.4 dB)
+  openmoji       64 x 64 drawings with their names; 15 minutes on a 2-core CPU, to colours and outlines (held-out PSNR
+                 of the first stage 19.4 dB)
   openmoji_long  the same model trained for 80 minutes, to recognisable drawings (20.8 dB); made weights/latent_cfg
   coco256        256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
-  imagenet256    256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 hours
+  imagenet256    256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
                  estimated from the compiled FLOPs at 40 % utilisation; not trained yet
 """
 
