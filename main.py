@@ -31,6 +31,7 @@ def main(_: list[str]) -> int:
     config = _CONFIG.value
     if config is None:
         raise ValueError("--config is missing: name a file, e.g. --config=configs/latent_cfg.py")
+    own_folder = Path("runs") / config.name  # a file that could not be read raises here
     if _MODE.value not in MODES:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
     if _PROMPT.value is not None:
@@ -39,8 +40,7 @@ def main(_: list[str]) -> int:
         jax.distributed.initialize()
     if jax.config.jax_compilation_cache_dir is None:  # a second start compiles nothing
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "diffusion_jax" / "xla"))
-    workdir = Path(_WORKDIR.value or f"runs/{config.name}")
-    MODES[_MODE.value](config, workdir)
+    MODES[_MODE.value](config, Path(_WORKDIR.value or own_folder))
     return 0
 
 

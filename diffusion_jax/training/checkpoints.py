@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: the whole training state and the data position, so that a run goes on as if never stopped."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import PyTree
 from diffusion_jax.training.step import TrainState
 
 MOST_DATA_STATE = 1 << 16  # bytes of a data iterator's state
+ARRAY_DESCRIPTION = 2048  # bytes that Orbax writes about an array, rather more than less
 
 
 class Checkpoints:
@@ -40,17 +42,27 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        rest, ema = _split(jax.device_get(state))
+        state = jax.device_get(state)
+        rest, ema = _split(state)
         data = {"hosts": _of_all_hosts(data_state)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(rest), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
         )
         try:
+            self._need_room(state)  # asked before, as Orbax complains of a full disk in hundreds of lines
             self._manager.save(step, args=items, force=True)
         except Exception as error:  # Orbax lets through whatever its writers raise
             last = self.latest_step()
             kept = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
-            raise OSError(f"could not save step {step} to {self.folder}: {_first_line(error)}; {kept}") from error
+            reason = "no space left on the disk" if "No space left" in str(error) else _first_line(error)
+            raise OSError(f"could not save step {step} to {self.folder}: {reason}; {kept}") from error
+
+    def _need_room(self, tree: PyTree) -> None:
+        leaves = jax.tree.leaves(tree)
+        need = sum(leaf.nbytes + ARRAY_DESCRIPTION for leaf in leaves)
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise OSError(f"no space left on the disk, {need / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict]:
         """The newest state and data position; `like` gives the structure, shapes and placement."""

@@ -1,0 +1,125 @@
+"""The truth has no loss, times are uniform, and one in ten examples learns without its condition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.core import process, schedules
+from diffusion_jax.objectives.denoising import TARGETS, denoising, drop_condition
+
+SCHEDULE = schedules.cosine()
+NULL = {"text": jnp.full((3, 4), -1.0), "mask": jnp.array([True, False, False])}
+
+
+def batch(size):
+    """Examples of x0 that the condition gives away."""
+    x0 = jax.random.normal(jax.random.key(7), (size, 5))
+    return {"latent": x0, "cond": {"x0": x0}}
+
+
+def loss_of(apply, prediction, weight=process.uniform_weight, drop=0.0, size=256):
+    loss = denoising(apply, lambda stats, record, keys: stats * record, SCHEDULE, prediction, weight, drop)
+    frozen = {"codec": jnp.float32(1.0), "null_cond": {"x0": jnp.full(5, 9.0)}}
+    keys = jax.random.split(jax.random.key(0), size)
+    return loss(None, frozen, batch(size), keys)
+
+
+def truth(prediction):
+    def apply(params, x, t, cond, key):
+        level = SCHEDULE(t)
+        eps = (x - process.expand(level.alpha, x) * cond["x0"]) / process.expand(level.sigma, x)
+        return TARGETS[prediction](cond["x0"], eps, level)
+
+    return apply
+
+
+@pytest.mark.parametrize("prediction", TARGETS)
+def test_the_truth_has_no_loss(prediction):
+    value, metrics = loss_of(truth(prediction), prediction)
+    assert value < 1e-6 and metrics["mse"] < 1e-6
+
+
+@pytest.mark.parametrize("prediction", TARGETS)
+def test_any_other_answer_has_a_loss(prediction):
+    def off(*arguments):
+        return truth(prediction)(*arguments) + 0.1
+
+    np.testing.assert_allclose(loss_of(off, prediction)[0], 0.01, rtol=1e-3)
+
+
+def test_saying_nothing_costs_the_variance_of_the_target():
+    """eps, x0 and (alpha^2 + sigma^2 = 1) v all have variance 1 here."""
+    for prediction in TARGETS:
+        value, _ = loss_of(lambda params, x, t, cond, key: jnp.zeros_like(x), prediction, size=4000)
+        assert abs(value - 1) < 4 * np.sqrt(2 / (4000 * 5)), prediction  # four standard errors of a mean of squares
+
+
+@pytest.mark.parametrize("prediction", TARGETS)
+def test_the_weight_multiplies_the_error_of_each_example(prediction):
+    def off(params, x, t, cond, key):
+        return truth(prediction)(params, x, t, cond, key) + jnp.sqrt(t + 1)[:, None] / 100
+
+    seen = []
+
+    def weight(level, name):
+        seen.append((level, name))
+        return 1 / (level.t + 1)
+
+    value, metrics = loss_of(off, prediction, weight)
+    np.testing.assert_allclose(value, 1e-4, rtol=1e-2)
+    assert metrics["mse"] > 1e-3
+    assert [name for _, name in seen] == [prediction]
+
+
+def test_times_are_uniform():
+    seen = []
+
+    def apply(params, x, t, cond, key):
+        seen.append(t)
+        return x
+
+    loss_of(apply, "eps", size=20_000)
+    t = np.asarray(seen[0])
+    assert t.min() >= 0 and t.max() <= SCHEDULE.num_steps - 1 and np.all(t == np.round(t))
+    counts = np.bincount((t * 10 // SCHEDULE.num_steps).astype(int), minlength=10)
+    assert np.all(np.abs(counts - 2000) < 4 * np.sqrt(2000 * 0.9))
+
+
+def test_dropped_examples_see_the_null_condition():
+    def apply(params, x, t, cond, key):
+        dropped = jnp.all(cond["x0"] == 9, axis=1)
+        kept = jnp.all(cond["x0"] == batch(500)["cond"]["x0"], axis=1)
+        assert jnp.all(dropped ^ kept)
+        counts.append(int(dropped.sum()))
+        return x
+
+    counts = []
+    for drop in (0.0, 0.3, 1.0):
+        loss_of(apply, "eps", drop=drop, size=500)
+    assert counts[0] == 0 and counts[2] == 500
+    assert abs(counts[1] - 150) < 4 * np.sqrt(500 * 0.3 * 0.7)
+
+
+def test_one_in_ten_conditions_is_dropped_whole():
+    size = 10_000
+    cond = {"text": jnp.arange(size * 12, dtype=jnp.float32).reshape(size, 3, 4), "mask": jnp.ones((size, 3), bool)}
+    out = drop_condition(cond, NULL, 0.1, jax.random.split(jax.random.key(1), size))
+    assert out["mask"].dtype == bool
+    dropped = np.all(np.asarray(out["text"]) == -1, axis=(1, 2))
+    assert abs(dropped.sum() - 1000) < 4 * np.sqrt(900)
+    np.testing.assert_array_equal(out["mask"], np.where(dropped[:, None], NULL["mask"], True))
+    np.testing.assert_array_equal(out["text"][~dropped], cond["text"][~dropped])
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    loss = denoising(
+        lambda params, x, t, cond, key: jnp.sin(x),
+        lambda stats, record, keys: record + jax.vmap(lambda key: jax.random.normal(key, (5,)))(keys),
+        SCHEDULE, "v", process.min_snr_weight, 0.1,
+    )  # fmt: skip
+    frozen = {"codec": {}, "null_cond": {"x0": jnp.zeros(5)}}
+    keys = jax.random.split(jax.random.key(0), 4)
+    whole, _ = loss(None, frozen, batch(4), keys)
+    alone = [loss(None, frozen, jax.tree.map(lambda a: a[i : i + 1], batch(4)), keys[i : i + 1])[0] for i in range(4)]  # noqa: B023
+    np.testing.assert_allclose(whole, np.mean(alone), rtol=1e-5)
