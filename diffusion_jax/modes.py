@@ -19,6 +19,7 @@ from diffusion_jax.pipelines import codec as codecs
 from diffusion_jax.pipelines.codec import Codec
 from diffusion_jax.pipelines.conditioning import Conditioning
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.loop import check_batch_size
 
 
 class Drawn(NamedTuple):
@@ -31,24 +32,35 @@ class Drawn(NamedTuple):
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Train the first stage if the work directory has none, then the denoiser. A stopped run goes on where it was."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
     if "model" not in config:
+        _note_config(config, workdir)
         stages.train_autoencoder(config, workdir)
         return
-    build.plan(config)  # a wrong name in config.sample is found before hours of training rather than after
+    # what is wrong in the config is found before hours of training rather than after
+    build.plan(config)
+    build.conversion(config)
+    build.weight(config)
+    build.optimizer(config.optimizer, config.train.steps)
+    check_batch_size(config.train.batch_size, config.train.accumulate)
     source = build.source(config, "train")
     conditioning = build.conditioning(config)
-    conditioning.of_prompts(config.sample.prompts)
+    conditioning.of_prompts([prompt for prompt, _ in _jobs(config.sample)])
     if stages.needs_first_stage(config, workdir):
+        _note_config(config, workdir)
         stages.train_autoencoder(config, stages.first_stage_folder(workdir))
     codec = stages.first_stage(config, workdir)
+    _note_config(config, workdir)
     apply = build.network_apply(build.unet(config))
 
     def snapshot(params: PyTree) -> np.ndarray:
         return _sheet(config, list(_draw(config, _pipeline(config, apply, params, conditioning, codec), conditioning)))
 
     stages.train_denoiser(config, workdir, source, conditioning, codec, snapshot)
+
+
+def _note_config(config: ConfigDict, workdir: Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
 def sample(config: ConfigDict, workdir: Path) -> None:
@@ -99,9 +111,7 @@ def _draw(
 ) -> Iterator[Drawn]:
     """Every prompt with every seed, in batches of one size, the last one filled up."""
     section, plan = config.sample, build.plan(config)
-    jobs = [(prompt, section.seed + k) for prompt in section.prompts for k in range(section.num_images)]
-    if not jobs:
-        raise ValueError("nothing to draw: sample.prompts is empty or sample.num_images is 0")
+    jobs = _jobs(section)
     size = min(section.batch_size, len(jobs))
     size += -size % jax.local_device_count()
     for start in range(0, len(jobs), size):
@@ -112,6 +122,14 @@ def _draw(
         images = text_to_image(pipeline, cond, keys, plan, section.guidance)
         for (prompt, seed), image in zip(batch, np.asarray(to_uint8(images)), strict=False):
             yield Drawn(prompt, seed, image)
+
+
+def _jobs(section: ConfigDict) -> list[tuple[str, int]]:
+    """(prompt, seed) of every image to draw."""
+    jobs = [(prompt, section.seed + k) for prompt in section.prompts for k in range(section.num_images)]
+    if not jobs:
+        raise ValueError("nothing to draw: sample.prompts is empty or sample.num_images is 0")
+    return jobs
 
 
 def _load_pipeline(config: ConfigDict, workdir: Path, conditioning: Conditioning) -> tuple[Pipeline, str]:

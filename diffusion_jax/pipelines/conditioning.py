@@ -53,7 +53,7 @@ def text(encoder: TextEncoder) -> Conditioning:
 
     return Conditioning(
         name=encoder.name,
-        of_records=lambda records: of_prompts(records["caption"]),
+        of_records=lambda records: of_prompts(list(records["caption"])),
         of_prompts=of_prompts,
         null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),
     )

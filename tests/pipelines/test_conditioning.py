@@ -1,0 +1,56 @@
+"""What a denoiser is told: nothing, a class, or a text; and what stands for no condition."""
+
+import numpy as np
+import pytest
+
+from diffusion_jax.models.text import TextEncoder
+from diffusion_jax.pipelines import conditioning
+
+
+def letters(length=4):
+    """A text encoder that says each letter's number, once and squared."""
+
+    def tokenize(prompts):
+        ids = np.array([[ord(c) for c in prompt[:length].ljust(length, "\0")] for prompt in prompts], np.int32)
+        return ids.reshape(-1, length), ids.reshape(-1, length) > 0
+
+    def apply(params, ids, mask):
+        return params["gain"] * np.float32(1) * (ids[..., None] ** np.array([1, 2]))
+
+    return TextEncoder(tokenize, apply, {"gain": np.float32(1)}, length, 2, "letters")
+
+
+def test_classes_are_numbers():
+    classes = conditioning.class_labels(10)
+    assert classes.of_prompts(["3", " 7 "])["label"].tolist() == [3, 7]
+    assert classes.of_records({"label": np.array([1, 2]), "image": None})["label"].tolist() == [1, 2]
+    assert classes.null["label"] == 10, "a class of its own, after the others"
+
+
+@pytest.mark.parametrize("prompt", ["cat", "10", "-1", "1.5", ""])
+def test_a_wrong_class_is_one_clear_line(prompt):
+    with pytest.raises(ValueError, match=r"expected a number in 0\.\.9") as error:
+        conditioning.class_labels(10).of_prompts(["3", prompt])
+    assert repr(prompt) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nothing_is_told_without_a_condition():
+    nothing = conditioning.unconditional()
+    assert nothing.of_prompts(["a", "b"]) == nothing.of_records({"image": None}) == nothing.null == {}
+
+
+def test_texts_of_records_and_of_prompts_are_one():
+    texts = conditioning.text(letters())
+    captions = np.array(["ab", "abcdef"], object)
+    told, asked = texts.of_records({"caption": captions, "image": None}), texts.of_prompts(list(captions))
+    for name, shape in {"text": (2, 4, 2), "mask": (2, 4)}.items():
+        assert told[name].shape == shape
+        np.testing.assert_array_equal(told[name], asked[name])
+    assert told["text"][0, :, 0].tolist() == [97, 98, 0, 0] and told["mask"][0].tolist() == [True, True, False, False]
+
+
+def test_no_text_is_the_empty_text():
+    texts = conditioning.text(letters())
+    empty = texts.of_prompts([""])
+    for name in ("text", "mask"):
+        np.testing.assert_array_equal(texts.null[name], empty[name][0])

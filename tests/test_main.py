@@ -1,0 +1,280 @@
+"""The command line, as its users meet it: on a model of a few thousand weights and images of 8 x 8 pixels."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+import main
+
+ROOT = Path(main.__file__).parent
+TINY = [
+    "--config=configs/digits.py",
+    "--config.model.block_out_channels=8,16",
+    "--config.model.norm_num_groups=4",
+    "--config.model.attention_head_dim=8",
+    "--config.train.batch_size=8",
+    "--config.train.steps=24",
+    "--config.train.log_every=3",
+    "--config.train.checkpoint_every=6",
+    "--config.sample.prompts=('3', '7')",
+    "--config.sample.num_images=2",
+    "--config.sample.steps=3",
+]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Where this session's processes keep what they compiled."""
+    return tmp_path_factory.mktemp("xla")
+
+
+def start(compiled, *flags, base=TINY, cwd=ROOT, devices=1):
+    """python main.py --config=configs/digits.py ... in a process of its own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    base = [flag.replace("=configs/", f"={ROOT}/configs/") for flag in base]
+    command = [sys.executable, str(ROOT / "main.py"), *base, *flags]
+    return subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """The exit status and stderr of a process."""
+    _, stderr = process.communicate(timeout=600)
+    return process.returncode, stderr
+
+
+def steps_saved(workdir):
+    return sorted(int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit())
+
+
+def arrays(workdir):
+    """Every array of the newest checkpoint."""
+    newest = workdir / "checkpoints" / str(steps_saved(workdir)[-1])
+    with ocp.StandardCheckpointer() as reader:
+        return {item: jax.device_get(reader.restore(newest / item)) for item in ("state", "ema")}
+
+
+def losses(workdir):
+    """(step, loss) of each line of metrics.jsonl."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def wait_until(condition, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def trained(compiled, tmp_path_factory):
+    """The work directory of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("trained")
+    status, stderr = finish(start(compiled, "--mode=train", f"--workdir={workdir}"))
+    assert status == 0, stderr
+    return workdir
+
+
+def sampled(compiled, workdir, *flags, devices=1):
+    """The pictures that --mode=sample writes, by name."""
+    status, stderr = finish(start(compiled, "--mode=sample", f"--workdir={workdir}", *flags, devices=devices))
+    assert status == 0, stderr
+    return {path.name: Image.open(path) for path in (workdir / "samples").glob("*.png") if "step" not in path.name}
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_one_left_alone(compiled, trained, tmp_path):
+    dice = random.Random(0)
+    for _ in range(3):
+        before = steps_saved(tmp_path)
+        process = start(compiled, "--mode=train", f"--workdir={tmp_path}")
+        wait_until(lambda: steps_saved(tmp_path) != before, process)  # noqa: B023
+        time.sleep(dice.uniform(0, 0.5))
+        process.kill()
+        finish(process)
+    status, stderr = finish(start(compiled, "--mode=train", f"--workdir={tmp_path}"))
+    assert status == 0, stderr
+    assert steps_saved(tmp_path) == steps_saved(trained) == [18, 24]
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path), arrays(trained))
+    assert losses(tmp_path) == losses(trained)
+    assert [step for step, _ in losses(tmp_path)] == [3, 6, 9, 12, 15, 18, 21, 24]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_a_message_and_the_run_goes_on(compiled, trained, tmp_path):
+    process = start(compiled, "--mode=train", f"--workdir={tmp_path}")
+    wait_until(lambda: steps_saved(tmp_path), process)
+    process.send_signal(signal.SIGTERM)
+    status, stderr = finish(process)
+    step = steps_saved(tmp_path)[-1]
+    assert status == 0
+    assert f"stopped by SIGTERM after step {step}" in stderr.splitlines()[-1]
+    status, stderr = finish(start(compiled, "--mode=train", f"--workdir={tmp_path}"))
+    assert status == 0 and (step == 24 or f"going on from step {step}" in stderr), stderr
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path), arrays(trained))
+
+
+@pytest.mark.slow
+def test_training_after_the_end_changes_nothing(compiled, trained):
+    before = (trained / "metrics.jsonl").read_text(), arrays(trained)
+    status, stderr = finish(start(compiled, "--mode=train", f"--workdir={trained}"))
+    assert status == 0, stderr
+    assert (trained / "metrics.jsonl").read_text() == before[0]
+    jax.tree.map(np.testing.assert_array_equal, arrays(trained), before[1])
+
+
+@pytest.mark.slow
+def test_samples_say_how_they_were_made(compiled, trained):
+    # three prompts, two images of each, so the last batch is half full
+    pictures = sampled(compiled, trained, "--prompt=4; 5; 6", "--config.sample.seed=10", "--config.sample.batch_size=4")
+    assert sorted(pictures) == [*(f"{i:04d}.png" for i in range(6)), "grid.png"]
+    for name, prompt, seed in [("0000.png", "4", "10"), ("0005.png", "6", "11"), ("grid.png", "4; 5; 6", "10")]:
+        text = pictures[name].text
+        assert (text["prompt"], text["seed"]) == (prompt, seed)
+        assert (text["solver"], text["steps"], text["guidance"]) == ("dpmpp_2m", "3", "2.0")
+        assert json.loads(text["config"])["sample"]["prompts"] == ["4", "5", "6"]
+        assert str(trained) in text["weights"] and "step 24" in text["weights"]
+    assert pictures["0000.png"].size == (8, 8)
+    assert np.asarray(pictures["0000.png"]).std() > 0
+
+
+@pytest.mark.slow
+def test_the_same_seed_draws_the_same_on_eight_devices_and_in_other_batches(compiled, trained, tmp_path):
+    def draw(*flags, devices=1):
+        pictures = sampled(compiled, trained, *flags, devices=devices)
+        return np.stack([np.asarray(pictures[f"{i:04d}.png"], int) for i in range(4)])
+
+    one = draw()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("3\n\n7\n")
+    assert np.abs(draw(devices=8) - one).max() <= 1
+    assert np.abs(draw(f"--prompt=@{prompts}", "--config.sample.batch_size=3") - one).max() <= 1
+    assert np.abs(draw("--config.sample.seed=1") - one).max() > 1
+
+
+@pytest.mark.slow
+def test_runs_name_their_own_folder(compiled, tmp_path):
+    few = ["--config.train.steps=2", "--config.train.accumulate=2"]
+    status, stderr = finish(start(compiled, "--mode=train", *few, cwd=tmp_path))
+    assert status == 0, stderr
+    assert steps_saved(tmp_path / "runs" / "digits") == [2]
+
+
+TWO_STAGES = """
+from configs import digits, latent_cfg
+
+def get_config():
+    config = digits.get_config()
+    config.data.size, config.data.upscale = 16, True
+    config.autoencoder = latent_cfg.get_config().autoencoder
+    config.autoencoder.model.update(block_out_channels=(4, 8), latent_channels=2, norm_num_groups=2)
+    config.autoencoder.loss.perceptual, config.autoencoder.optimizer.decay = 0.0, "constant"
+    config.autoencoder.train.update(steps=100_000, batch_size=8, checkpoint_every=3)
+    config.model.update(in_channels=2, out_channels=2, block_out_channels=(8, 16), norm_num_groups=4)
+    config.train.update(steps=2, batch_size=8)
+    config.sample.update(prompts=("3",), steps=2, num_images=1)
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_first_stage_does_not_begin_the_second(compiled, tmp_path):
+    (tmp_path / "two_stages.py").write_text(TWO_STAGES)
+    base = [f"--config={tmp_path}/two_stages.py", f"--workdir={tmp_path}/run"]
+    first, second = tmp_path / "run" / "autoencoder", tmp_path / "run"
+    process = start(compiled, "--mode=train", base=base)
+    wait_until(lambda: steps_saved(first), process)
+    process.send_signal(signal.SIGTERM)
+    status, stderr = finish(process)
+    stopped = steps_saved(first)[-1]
+    assert status == 0 and f"stopped by SIGTERM after step {stopped}" in stderr.splitlines()[-1], stderr
+    assert not (first / "config.json").exists() and not (second / "checkpoints").exists()
+
+    steps = f"--config.autoencoder.train.steps={stopped + 3}"
+    status, stderr = finish(start(compiled, "--mode=train", steps, base=base))
+    assert status == 0 and f"going on from step {stopped}" in stderr, stderr
+    assert steps_saved(first)[-1] == stopped + 3 and steps_saved(second) == [2]
+    status, stderr = finish(start(compiled, "--mode=sample", base=base))
+    assert status == 0, stderr
+    assert Image.open(second / "samples" / "0000.png").size == (16, 16)
+
+
+def changed(fields):
+    new = [f"--config.{field}" for field in fields.split()]
+    names = {flag.partition("=")[0] for flag in new}
+    return [flag for flag in TINY if flag.partition("=")[0] not in names] + new + ["--mode=train"]
+
+
+BAD = {
+    "--config is missing": ["--mode=train"],
+    "No such file or directory: 'configs/none.py'": ["--config=configs/none.py", "--mode=train"],
+    "unknown mode 'draw'; known: ": [*TINY, "--mode=draw"],
+    "Unknown command line flag 'mod'": [*TINY, "--mod=train"],
+    "unknown preset 'foo' of latent_cfg; known: openmoji": ["--config=configs/latent_cfg.py:foo", "--mode=train"],
+    "config.train has no field 'stepz'; known: accumulate, batch_size": changed("train.stepz=1"),
+    "flag --config.train.steps=many: invalid literal for int()": changed("train.steps=many"),
+    "unknown solver 'magic'; known: ": changed("sample.solver=magic"),
+    "unknown schedule 'magic'; known: cosine": changed("schedule.name=magic"),
+    "unknown spacing 'magic'": changed("sample.spacing=magic"),
+    "unknown prediction 'magic'; known: eps, v, x0": changed("objective.prediction=magic"),
+    "unknown loss weight 'magic'; known: ": changed("objective.weight=magic"),
+    "unknown condition kind 'magic'; known: class, none, text": changed("condition.kind=magic"),
+    "unknown autoencoder kind 'magic'; known: ": changed("autoencoder.kind=magic"),
+    "unknown decay 'magic'; known: constant, cosine": changed("optimizer.decay=magic"),
+    "unknown data source 'magic'; known: ": changed("data.source=magic"),
+    'TFDS has no data set "magik"': changed("data.source=tfds:magik"),
+    "has no pictures": changed("data.source=folder data.path=EMPTY"),
+    "there is no folder": changed("data.source=folder data.path=EMPTY/none"),
+    "does not divide over 1 devices x 3 micro-batches": changed("train.accumulate=3"),
+    "sample.prompts is empty": changed("sample.prompts=()"),
+    "expected a number in 0..9, got 'cat'": [*TINY, "--mode=train", "--prompt=cat"],
+    "--prompt names no prompt": [*TINY, "--mode=train", "--prompt= ; "],
+    "No such file or directory: 'none.txt'": [*TINY, "--mode=train", "--prompt=@none.txt"],
+    "no checkpoint in ": [*TINY, "--mode=sample"],
+}
+
+
+@pytest.mark.parametrize("expected", BAD)
+def test_bad_input_is_one_clear_line_and_status_2(expected, tmp_path, capfd, monkeypatch):
+    workdir = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    flags = [flag.replace("EMPTY", str(tmp_path / "empty")) for flag in BAD[expected]]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["main.py", *flags, f"--workdir={workdir}"])
+    cache = jax.config.jax_compilation_cache_dir
+    try:
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            main.run()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    stderr = capfd.readouterr().err
+    assert ended.value.code == 2
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    assert expected in stderr
+    assert not workdir.exists(), "what was never started leaves nothing behind"
+
+
+def test_bad_input_ends_the_process_with_status_2(compiled, tmp_path):
+    status, stderr = finish(start(compiled, "--mode=sample", f"--workdir={tmp_path}"))
+    assert status == 2
+    assert stderr == f"error: no checkpoint in {tmp_path}/checkpoints: run --mode=train first, or name its --workdir\n"
+    assert not list(tmp_path.iterdir())
