@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from diffusion_jax.models.layers import GroupNorm, PointwiseConv, dense, kernel_init, zeros_init
+from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
 
 BLOCK = 512  # queries at a time in "blocks": their scores then stay in the processor's cache
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
@@ -66,11 +66,11 @@ def _in_blocks(q, k, v, mask):
 
 def _multi_head(x, context, mask, *, heads, width, bias, out_init, dtype, implementation):
     """Project, attend, project back; the compact module that calls this owns to_q, to_k, to_v and to_out_0."""
-    project = functools.partial(dense, heads * width, bias=bias, dtype=dtype)
+    project = functools.partial(Dense, heads * width, dtype, bias)
     projected = project(name="to_q")(x), project(name="to_k")(context), project(name="to_v")(context)
     q, k, v = (h.reshape(*h.shape[:2], heads, width) for h in projected)
     h = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], heads * width)
-    return dense(x.shape[-1], name="to_out_0", dtype=dtype, init=out_init)(h)
+    return Dense(x.shape[-1], dtype, init=out_init, name="to_out_0")(h)
 
 
 class Attention(nn.Module):
@@ -143,7 +143,7 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length _"]) -> Float[Array, "batch length width"]:
-        value, gate = jnp.split(dense(2 * self.width, name="proj", dtype=self.dtype)(x), 2, axis=-1)
+        value, gate = jnp.split(Dense(2 * self.width, self.dtype, name="proj")(x), 2, axis=-1)
         return value * nn.gelu(gate, approximate=False)
 
 
@@ -155,7 +155,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
         h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return dense(x.shape[-1], name="net_2", dtype=self.dtype)(h)
+        return Dense(x.shape[-1], self.dtype, name="net_2")(h)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -209,12 +209,12 @@ class Transformer2DModel(nn.Module):
         b, height, width, channels = x.shape
         if channels % self.heads:
             raise ValueError(f"attention heads: {channels} channels cannot be split into {self.heads} heads")
-        project = dense if self.linear_projection else PointwiseConv
+        project = Dense if self.linear_projection else PointwiseConv
         h = GroupNorm(self.groups, 1e-6, name="norm")(x)
-        h = project(channels, name="proj_in", dtype=self.dtype)(h).reshape(b, height * width, channels)
+        h = project(channels, self.dtype, name="proj_in")(h).reshape(b, height * width, channels)
         for i in range(self.layers):
             h = BasicTransformerBlock(
                 self.heads, self.only_cross_attention, self.dtype, self.implementation, name=f"transformer_blocks_{i}"
             )(h, context, mask)
         h = h.reshape(x.shape)
-        return x + project(channels, name="proj_out", dtype=self.dtype, init=zeros_init)(h)
+        return x + project(channels, self.dtype, init=zeros_init, name="proj_out")(h)

@@ -6,7 +6,7 @@ residual branch, so that a fresh network starts as the identity along its residu
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -31,24 +31,30 @@ def conv(
     return nn.Conv(features, (3, 3), stride, padding, kernel_init=init, dtype=dtype, name=name)
 
 
-def dense(features: int, *, name: str, dtype: DTypeLike, bias: bool = True, init=kernel_init) -> nn.Dense:
-    """A linear map of the last axis."""
-    return nn.Dense(features, use_bias=bias, kernel_init=init, dtype=dtype, name=name)
+class Dense(nn.Module):
+    """A linear map of the last axis.
 
-
-class PointwiseConv(nn.Module):
-    """A 1x1 convolution, written as the matrix product it is: XLA on CPU has faster gradients for the product."""
+    All other axes are joined into one before the product: XLA on CPU then finds the kernel's gradient up to twice as fast.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
-    init: nn.initializers.Initializer = kernel_init
+    use_bias: bool = True
+    init: Callable = kernel_init
+    window: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch _"]) -> Float[Array, "*batch features"]:
-        kernel = self.param("kernel", self.init, (1, 1, x.shape[-1], self.features))
-        bias = self.param("bias", zeros_init, (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return x @ kernel[0, 0] + bias
+    def __call__(self, x: Num[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+        channels = x.shape[-1]
+        kernel = self.param("kernel", self.init, (*self.window, channels, self.features))
+        y = x.reshape(-1, channels).astype(self.dtype) @ kernel.reshape(channels, self.features).astype(self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+# A 1x1 convolution is a linear map whose kernel is stored with its two sizes of 1.
+PointwiseConv = functools.partial(Dense, window=(1, 1))
 
 
 def sinusoidal_embedding(
@@ -74,8 +80,8 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch _"]) -> Float[Array, "batch width"]:
-        x = dense(self.width, name="linear_1", dtype=jnp.float32)(x)
-        return dense(self.width, name="linear_2", dtype=jnp.float32)(nn.silu(x))
+        x = Dense(self.width, name="linear_1")(x)
+        return Dense(self.width, name="linear_2")(nn.silu(x))
 
 
 class GroupNorm(nn.Module):
@@ -139,7 +145,7 @@ class ResnetBlock2D(nn.Module):
         if temb is not None:
             modulates = self.time_scale_shift == "scale_shift"
             width = self.out_channels * (2 if modulates else 1)
-            temb = dense(width, name="time_emb_proj", dtype=jnp.float32)(nn.silu(temb))[:, None, None, :]
+            temb = Dense(width, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
             if modulates:
                 scale, shift = jnp.split(temb, 2, axis=-1)
             else:
