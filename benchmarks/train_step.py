@@ -4,12 +4,14 @@
     python benchmarks/train_step.py --batch-size 16 --steps 8
 
 A step is forward, backward and AdamW in float32, on one random batch. Each library runs in a process of its own, which
-builds and warms up, then waits; the steps are taken in turns, so that whatever else the machine does falls on both. The
-peer is diffusers on torch, eager, with the threads that torch chooses.
+builds and warms up; then the two take turns, so that whatever else the machine does falls on both. While one has its
+turn, of an unmeasured step and a measured one, the other is stopped: threads that wait by spinning slow nobody. The peer is
+diffusers on torch, eager, with the threads that torch chooses.
 """
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,6 +98,7 @@ def serve(side: str, model: dict, batch_size: int) -> None:
         step()
     print("ready", flush=True)
     for _ in sys.stdin:
+        step()
         start = time.perf_counter()
         step()
         print(time.perf_counter() - start, flush=True)
@@ -109,13 +112,17 @@ def measure(arguments: list[str], steps: int) -> dict[str, list[float]]:
         servers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if servers[side].stdout.readline() != "ready\n":
             raise SystemExit(f"{side}: did not start; its message is above")
+        servers[side].send_signal(signal.SIGSTOP)
     seconds = {side: [] for side in SIDES}
     for _ in range(steps):
         for side, server in servers.items():
+            server.send_signal(signal.SIGCONT)
             server.stdin.write("\n")
             server.stdin.flush()
             seconds[side].append(float(server.stdout.readline()))
+            server.send_signal(signal.SIGSTOP)
     for server in servers.values():
+        server.send_signal(signal.SIGCONT)
         server.stdin.close()
         server.wait()
     return seconds

@@ -34,7 +34,8 @@ def conv(
 class Dense(nn.Module):
     """A linear map of the last axis.
 
-    All other axes are joined into one before the product: XLA on CPU then finds the kernel's gradient up to twice as fast.
+    All other axes are joined into one before the product: XLA on CPU then finds the kernel's gradient up to twice as
+    fast.
     """
 
     features: int
