@@ -5,8 +5,8 @@
 
 A step is forward, backward and AdamW in float32, on one random batch. Each library runs in a process of its own, which
 builds and warms up; then the two take turns, so that whatever else the machine does falls on both. While one has its
-turn, of an unmeasured step and a measured one, the other is stopped: threads that wait by spinning slow nobody. The peer is
-diffusers on torch, eager, with the threads that torch chooses.
+turn, of an unmeasured step and a measured one, the other is stopped: threads that wait by spinning slow nobody. The
+peer is diffusers on torch, eager, with the threads that torch chooses.
 """
 
 import argparse
