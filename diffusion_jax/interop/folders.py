@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
-from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.interop.names import from_torch, to_torch
+from diffusion_jax.interop.tensors import read_json, read_tensors, write_file
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 
@@ -40,6 +40,10 @@ FOREIGN = {
         "transformer_layers_per_block",
         "only_cross_attention",
         "use_linear_projection",
+        "upcast_attention",
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
     },
     "AutoencoderKL": set(),
 }
@@ -55,37 +59,49 @@ FIXED = {
     "resnet_out_scale_factor": (1,),
     "time_embedding_type": ("positional",),
 }
-NO_EFFECT = {"addition_embed_type_num_heads", "force_upcast", "num_train_timesteps", "upcast_attention"}
+NO_EFFECT = {"addition_embed_type_num_heads", "num_train_timesteps"}
 
 
-def load_unet(folder: str | Path) -> tuple[UNet, PyTree]:
+def load_unet(folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False) -> tuple[UNet, PyTree]:
     """The U-Net of a folder and its variables, so that `unet.apply(variables, x, t, …)` runs it.
 
+    dtype: of the variables. allow_pickle: see `read_tensors`.
     For another compute type or remat, `unet.clone(dtype=jnp.bfloat16, remat=True)` shares the variables.
     Raises FileNotFoundError for a missing file and ValueError for a config or weights that cannot be honoured.
     """
-    config, path = read_config(folder)
-    if config.get("_class_name") not in ("UNet2DConditionModel", "UNet2DModel"):
-        raise ValueError(f"{path}: expected a UNet2DConditionModel or UNet2DModel, got {config.get('_class_name')}")
-    if config["_class_name"] == "UNet2DConditionModel" and config.get("mid_block_type") == "UNetMidBlock2D":
-        raise ValueError(f"{path}: mid_block_type 'UNetMidBlock2D' is supported in UNet2DModel alone")
-    unet = UNet(**_fields(UNet, config, path))
-    like = jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())
-    return unet, from_torch(*read_tensors(folder, WEIGHTS), like)
+    unet, like = unet_of(*read_config(folder))
+    return unet, from_torch(*read_tensors(folder, WEIGHTS, allow_pickle), like, dtype)
 
 
-def load_autoencoder(folder: str | Path) -> tuple[AutoencoderKL, PyTree]:
+def load_autoencoder(
+    folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False
+) -> tuple[AutoencoderKL, PyTree]:
     """The autoencoder of a folder and its variables; everything else as `load_unet`."""
-    config, path = read_config(folder)
+    autoencoder, like = autoencoder_of(*read_config(folder))
+    return autoencoder, from_torch(*read_tensors(folder, WEIGHTS, allow_pickle), like, dtype)
+
+
+def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
+    """The U-Net of a config.json's content and the shapes of its variables. source: the file, for the messages."""
+    name = config.get("_class_name")
+    if name not in ("UNet2DConditionModel", "UNet2DModel"):
+        raise ValueError(f"{source}: expected a UNet2DConditionModel or UNet2DModel, got {name}")
+    if name == "UNet2DConditionModel" and config.get("mid_block_type") == "UNetMidBlock2D":
+        raise ValueError(f"{source}: mid_block_type 'UNetMidBlock2D' is supported in UNet2DModel alone")
+    return _module_and_shapes(UNet, config, source, lambda unet: unet.example_inputs())
+
+
+def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
+    """The autoencoder of a config.json's content and the shapes of its variables, as `unet_of`."""
     if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{path}: expected an AutoencoderKL, got {config.get('_class_name')}")
+        raise ValueError(f"{source}: expected an AutoencoderKL, got {config.get('_class_name')}")
     levels = len(config.get("block_out_channels", (64,)))
-    for field, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if tuple(config.pop(field, (known,) * levels)) != (known,) * levels:
-            raise ValueError(f"{path}: {field} must be {levels} times {known!r}, one for each of block_out_channels")
-    autoencoder = AutoencoderKL(**_fields(AutoencoderKL, config, path))
-    like = jax.eval_shape(autoencoder.init, jax.random.key(0), autoencoder.example_image())
-    return autoencoder, from_torch(*read_tensors(folder, WEIGHTS), like)
+    types = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    for field, known in types.items():
+        if tuple(config.get(field, (known,) * levels)) != (known,) * levels:
+            raise ValueError(f"{source}: {field} must be {levels} times {known!r}, one for each of block_out_channels")
+    config = {name: value for name, value in config.items() if name not in types}
+    return _module_and_shapes(AutoencoderKL, config, source, lambda autoencoder: (autoencoder.example_image(),))
 
 
 def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
@@ -110,32 +126,27 @@ def read_config(folder: str | Path) -> tuple[dict, Path]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the folder of one model, such as unet/ of a pipeline")
-    return json.loads(path.read_text()), path
+    return read_json(path), path
 
 
-def read_tensors(folder: str | Path, stem: str) -> tuple[dict[str, np.ndarray], str]:
-    """All tensors of a folder, from one file, its shards or the half-precision variant; and the name of that file."""
-    folder = Path(folder)
-    index = folder / f"{stem}.safetensors.index.json"
-    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
-        if path.is_file():
-            return load_file(path), str(path)
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}, str(index)
-    raise FileNotFoundError(
-        f"{folder / stem}.safetensors: no such file; weights in .bin or .ckpt form must be "
-        "converted to safetensors first"
-    )
+def _module_and_shapes(module: type[nn.Module], config: Mapping, source: str | Path, inputs):
+    """The module of a peer's config and its abstract variables; ValueError where it cannot be what the config says."""
+    fields = _fields(module, config, source)
+    try:
+        made = module(**fields)
+        return made, jax.eval_shape(made.init, jax.random.key(0), *inputs(made))
+    except Exception as error:  # a config can be wrong in any way
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{source}: no network can be built from it: {reason[0] if reason else error!r}") from None
 
 
-def _fields(module: type[nn.Module], config: dict, path: Path) -> dict:
+def _fields(module: type[nn.Module], config: Mapping, source: str | Path) -> dict:
     """Arguments of `module` from a peer's config; ValueError where the config asks for what the module has not."""
     known = {field.name for field in dataclasses.fields(module)} - OURS
     for name, value in config.items():
         inert = name.startswith("_") or name in known | NO_EFFECT or value in (None, False, *FIXED.get(name, ()))
         if not inert:
-            raise ValueError(f"{path}: {name}={value!r} is not supported")
+            raise ValueError(f"{source}: {name}={value!r} is not supported")
     values = DEFAULTS[config["_class_name"]] | {name: value for name, value in config.items() if name in known}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
@@ -146,5 +157,4 @@ def _save(class_name, module, extra, variables, folder, dtype):
     names = {field.name for field in dataclasses.fields(module)} - OURS - FOREIGN[class_name]
     config = {"_class_name": class_name, **{name: getattr(module, name) for name in sorted(names)}, **extra}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: array.astype(dtype) for name, array in to_torch(variables).items()}
-    save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+    write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)

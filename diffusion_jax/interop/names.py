@@ -9,10 +9,12 @@ and embedding are all called weight. Nothing here knows a model.
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 # Names in which the number is the peer's own spelling and not the index of a list.
@@ -29,32 +31,59 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def to_torch(params: PyTree) -> dict[str, np.ndarray]:
-    """Flax variables {"params": ...} -> a torch state dict of numpy arrays of the same type."""
+    """Flax variables {"params": ...} -> a torch state dict of numpy arrays of the same type, views where they can be."""
     return {torch_name(path): _kernel_to_torch(path, np.asarray(leaf)) for path, leaf in _leaves(params)}
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree) -> PyTree:
-    """A torch state dict -> Flax variables of the structure, shapes and types of `like`.
+def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dtype: DTypeLike | None = None) -> PyTree:
+    """A torch state dict -> Flax variables of the structure and shapes of `like`, converted one at a time.
 
     source: the file, for the message. like: arrays or shapes, e.g. `jax.eval_shape(module.init, key, *inputs)`.
+    dtype: of the variables, those of `like` where None.
     Raises ValueError naming the first few tensors that are missing, not known, or of another shape.
     """
-    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
-    wanted = {torch_name(path): (path, leaf) for path, leaf in _leaves(like)}
-    shapes = {name: _shape_in_torch(path, leaf.shape) for name, (path, leaf) in wanted.items()}
-    _refuse(source, "lacks", sorted(wanted.keys() - tensors.keys()))
-    _refuse(source, "has unknown", sorted(tensors.keys() - wanted.keys()))
-    _refuse(
-        source,
-        "has misshapen",
-        [
+    tensors = modern(tensors)
+    verbs = ("lacks", "has unknown", "has misshapen")
+    for verb, names in zip(verbs, differences(tensors, like), strict=True):
+        if names:
+            first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            raise ValueError(
+                f"{source} {verb} {len(names)} tensor{'s' * (len(names) > 1)}: {first}; "
+                "do its config.json and its weights belong together?"
+            )
+
+    def convert(path, leaf):
+        tensor = _kernel_from_torch(path, tensors[torch_name(path)])
+        return jnp.array(tensor, dtype or leaf.dtype)  # a copy: the tensor may be a piece of a mapped file
+
+    return jax.tree.unflatten(jax.tree.structure(like), [convert(path, leaf) for path, leaf in _leaves(like)])
+
+
+class Differences(NamedTuple):
+    """What keeps tensors from fitting a network: their names, and for the misshapen both shapes."""
+
+    missing: list[str]
+    unknown: list[str]
+    misshapen: list[str]
+
+
+def differences(tensors: Mapping[str, np.ndarray], like: PyTree) -> Differences:
+    """Compare a torch state dict with the structure and shapes of Flax variables."""
+    shapes = {torch_name(path): _shape_in_torch(path, leaf.shape) for path, leaf in _leaves(like)}
+    return Differences(
+        missing=sorted(shapes.keys() - tensors.keys()),
+        unknown=sorted(tensors.keys() - shapes.keys()),
+        misshapen=[
             f"{name} {tensors[name].shape} instead of {shape}"
             for name, shape in shapes.items()
-            if tensors[name].shape != shape
+            if name in tensors and tensors[name].shape != shape
         ],
     )
-    leaves = [jnp.asarray(_kernel_from_torch(path, tensors[name]), leaf.dtype) for name, (path, leaf) in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def modern(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names of today, where the oldest checkpoints call their attention otherwise."""
+    return {_modern(name): tensor for name, tensor in tensors.items()}
 
 
 def _leaves(params):
@@ -66,7 +95,7 @@ def _leaves(params):
 def _kernel_to_torch(path, array):
     if path[-1] != "kernel":
         return array
-    return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1))
+    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
 
 
 def _kernel_from_torch(path, tensor):
@@ -83,12 +112,3 @@ def _modern(name):
     head, _, leaf = name.rpartition(".")
     parent, _, last = head.rpartition(".")
     return f"{parent}.{OLD_NAMES[last]}.{leaf}" if last in OLD_NAMES and ".attentions." in name else name
-
-
-def _refuse(source, what, names):
-    if names:
-        first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        raise ValueError(
-            f"{source} {what} {len(names)} tensor{'s' * (len(names) > 1)}: {first}; "
-            "do its config.json and its weights belong together?"
-        )

@@ -84,6 +84,7 @@ class AutoencoderKL(nn.Module):
     block_out_channels: channels of each level, finest first; the latent is 2^(levels - 1) times smaller than the image.
     layers_per_block: residual blocks of a level (one more on the way up). latent_channels: C.
     scaling_factor, shift_factor: a diffusion model sees (z - shift_factor)·scaling_factor; kept as data, not applied.
+    force_upcast: the weights overflow in float16, so that dtype float16 is then computed in float32.
     dtype, remat, attention_implementation: as in `UNet`; parameters, moments and images are float32.
     """
 
@@ -99,6 +100,7 @@ class AutoencoderKL(nn.Module):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    force_upcast: bool = True
 
     dtype: DTypeLike = jnp.float32
     remat: bool = False
@@ -106,15 +108,16 @@ class AutoencoderKL(nn.Module):
 
     def setup(self):
         groups, eps = self.norm_num_groups, 1e-6
+        dtype = jnp.float32 if self.force_upcast and jnp.dtype(self.dtype) == jnp.float16 else self.dtype
         shared = dict(
             resnet=functools.partial(
-                nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D, groups=groups, eps=eps, dtype=self.dtype
+                nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D, groups=groups, eps=eps, dtype=dtype
             ),
-            attention=functools.partial(AttentionBlock2D, None, groups, eps, self.dtype, self.attention_implementation)
+            attention=functools.partial(AttentionBlock2D, None, groups, eps, dtype, self.attention_implementation)
             if self.mid_block_add_attention
             else None,
             norm=functools.partial(GroupNorm, groups, eps),
-            dtype=self.dtype,
+            dtype=dtype,
         )
         self.encoder = Encoder(self.block_out_channels, self.layers_per_block, 2 * self.latent_channels, **shared)
         self.decoder = Decoder(self.block_out_channels[::-1], self.layers_per_block + 1, self.out_channels, **shared)

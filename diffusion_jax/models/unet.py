@@ -43,9 +43,13 @@ class UNet(nn.Module):
     block_out_channels: channels of each level, finest first. layers_per_block: residual blocks of a level.
     attention_head_dim: in `Attn…` blocks the channels of a head (None: one head of all channels); in `CrossAttn…`
         blocks, by a historical slip that every published config relies on, the number of heads.
+    upcast_attention: kept for the peer, whose scores need it in half precision; here they are always float32.
     attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D; None means norm_num_groups, or no
         norm under resnet_time_scale_shift="scale_shift".
     num_class_embeds: size of the table of class embeddings; None for a network that knows no classes.
+    addition_embed_type: "text_time" for a network that is told a vector of the whole text and numbers about the image,
+        such as its size and crop (SDXL, Podell et al. 2023, section 2.2), each number as sinusoidal waves of width
+        addition_time_embed_dim; projection_class_embeddings_input_dim is the width of all of these together.
 
     Not in the peer's config:
     dtype: of the large multiplications; parameters, norms, softmax, time embedding and output are float32.
@@ -70,6 +74,9 @@ class UNet(nn.Module):
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
     num_class_embeds: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     add_attention: bool = True
     attention_head_dim: int | tuple[int, ...] | None = 8
     attn_norm_num_groups: int | None = None
@@ -77,6 +84,7 @@ class UNet(nn.Module):
     transformer_layers_per_block: int | tuple[int, ...] = 1
     only_cross_attention: bool | tuple[bool, ...] = False
     use_linear_projection: bool = False
+    upcast_attention: bool | None = False
 
     dtype: DTypeLike = jnp.float32
     remat: bool = False
@@ -90,15 +98,20 @@ class UNet(nn.Module):
         encoder_hidden_states: Float[Array, "batch length text"] | None = None,
         encoder_attention_mask: Bool[Array, "batch length"] | None = None,
         class_labels: Int[Array, " batch"] | None = None,
+        text_embeds: Float[Array, "batch pooled"] | None = None,
+        time_ids: Num[Array, "batch numbers"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch height width out"]:
         """x: the noisy image. t: its time as the network knows it, one for each image or one for all.
 
         encoder_hidden_states, encoder_attention_mask: the text, and True where it is no padding.
+        text_embeds, time_ids: the vector and the numbers of addition_embed_type. For SDXL the numbers are the height
+        and width of the original image, top and left of the crop, height and width of the result, all in pixels.
         deterministic: False applies dropout, whose key is the rng named "dropout".
         Raises ValueError for fields that contradict each other, and for a condition that is missing or not known.
         """
         self._check(x, encoder_hidden_states, class_labels)
+        self._check_added(text_embeds, time_ids)
         channels, levels = self.block_out_channels, len(self.block_out_channels)
         layers = self._per_level("layers_per_block")
         resnet = functools.partial(
@@ -110,7 +123,7 @@ class UNet(nn.Module):
             dtype=self.dtype,
         )
 
-        temb = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), class_labels)
+        temb = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), class_labels, text_embeds, time_ids)
         x = conv(channels[0], name="conv_in", dtype=self.dtype)(x)
 
         skips = [x]
@@ -153,16 +166,25 @@ class UNet(nn.Module):
         uses_text = any(BLOCK_TYPES.get(name) == "cross" for name in self._used_blocks())
         text = jnp.zeros((1, 1, self.cross_attention_dim)) if uses_text else None
         labels = None if self.num_class_embeds is None else jnp.zeros((1,), jnp.int32)
-        return jnp.zeros((1, size, size, self.in_channels)), jnp.zeros((1,)), text, None, labels
+        added = ()
+        if self.addition_embed_type == "text_time":
+            added = jnp.zeros((1, self.projection_class_embeddings_input_dim)), jnp.zeros((1, 0))
+        return jnp.zeros((1, size, size, self.in_channels)), jnp.zeros((1,)), text, None, labels, *added
 
-    def _time_embedding(self, t, class_labels):
+    def _time_embedding(self, t, class_labels, text_embeds, time_ids):
         width = self.time_embedding_dim or 4 * self.block_out_channels[0]
-        waves = sinusoidal_embedding(t, self.block_out_channels[0], self.flip_sin_to_cos, self.freq_shift)
-        temb = TimestepEmbedding(width, name="time_embedding")(waves)
+        waves = functools.partial(
+            sinusoidal_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
+        )
+        temb = TimestepEmbedding(width, name="time_embedding")(waves(t, self.block_out_channels[0]))
         if class_labels is not None:
             temb += nn.Embed(self.num_class_embeds, width, embedding_init=kernel_init, name="class_embedding")(
                 class_labels
             )
+        if self.addition_embed_type:
+            numbers = waves(time_ids.reshape(-1), self.addition_time_embed_dim)
+            numbers = numbers.reshape(len(t), time_ids.shape[1] * self.addition_time_embed_dim)
+            temb += TimestepEmbedding(width, name="add_embedding")(jnp.concatenate([text_embeds, numbers], axis=-1))
         return temb
 
     def _attention(self, block_type, level, text, mask):
@@ -177,7 +199,7 @@ class UNet(nn.Module):
                 layers=self._per_level("transformer_layers_per_block")[level],
                 groups=self.norm_num_groups,
                 linear_projection=self.use_linear_projection,
-                only_cross_attention=self._per_level("only_cross_attention")[level],
+                only_cross_attention="Mid" not in block_type and self._per_level("only_cross_attention")[level],
                 **shared,
             )
             return make, (text, mask)
@@ -238,3 +260,18 @@ class UNet(nn.Module):
                 "UNet: class_labels and num_class_embeds go together; this network has num_class_embeds="
                 f"{self.num_class_embeds} and was given {'no' if class_labels is None else 'some'} labels"
             )
+
+    def _check_added(self, text_embeds, time_ids):
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(f"UNet: addition_embed_type must be None or 'text_time', got {self.addition_embed_type!r}")
+        if self.addition_embed_type and (not self.addition_time_embed_dim or text_embeds is None or time_ids is None):
+            raise ValueError("UNet: 'text_time' needs addition_time_embed_dim, and text_embeds and time_ids as input")
+        if self.addition_embed_type:
+            wide, width = text_embeds.shape[-1], self.addition_time_embed_dim
+            if wide + time_ids.shape[-1] * width != self.projection_class_embeddings_input_dim:
+                raise ValueError(
+                    f"UNet: text_embeds of width {wide} and {time_ids.shape[-1]} time_ids of {width} each do not make "
+                    f"projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim}"
+                )
+        elif text_embeds is not None or time_ids is not None:
+            raise ValueError("UNet: text_embeds and time_ids are for networks with addition_embed_type='text_time'")

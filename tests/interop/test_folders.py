@@ -28,6 +28,18 @@ TUPLES = {  # as Stable Diffusion 2 and its successors
     "only_cross_attention": (True, False),
     "use_linear_projection": True,
 }
+SDXL = {
+    **TEXT,
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4, 8),
+    "transformer_layers_per_block": (1, 2, 3),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 7 + 6 * 8,
+}
 CLASSES = {  # as ADM
     **LEVELS,
     "in_channels": 3,
@@ -54,6 +66,10 @@ UNETS = {
     "text, odd size": ("UNet2DConditionModel", TEXT, (9, 7)),
     "tuples": ("UNet2DConditionModel", TUPLES, (8, 8)),
     "text and classes": ("UNet2DConditionModel", TEXT | {"num_class_embeds": 11}, (8, 8)),
+    "inpainting": ("UNet2DConditionModel", TEXT | {"in_channels": 9}, (8, 8)),
+    "upcast": ("UNet2DConditionModel", TEXT | {"upcast_attention": True}, (8, 8)),
+    "only cross-attention": ("UNet2DConditionModel", TEXT | {"only_cross_attention": True}, (8, 8)),
+    "sdxl": ("UNet2DConditionModel", SDXL, (8, 8)),
     "no middle": ("UNet2DConditionModel", TEXT | {"mid_block_type": None}, (8, 8)),
     "classes": ("UNet2DModel", CLASSES, (8, 8)),
     "cifar": ("UNet2DModel", CIFAR, (8, 8)),
@@ -71,6 +87,9 @@ def unet_inputs(config, size):
             inputs["encoder_attention_mask"] = np.arange(5) < np.array([[3], [5]])
     if config.get("num_class_embeds"):
         inputs["class_labels"] = np.array([1, 10])
+    if config.get("addition_embed_type"):
+        inputs["text_embeds"] = rng.normal(size=(2, 7))
+        inputs["time_ids"] = np.array([[64.0, 48, 0, 0, 64, 48], [32.0, 32, 8, 4, 64, 64]])
     return {name: jnp.asarray(value, jnp.float32 if value.dtype == float else None) for name, value in inputs.items()}
 
 
@@ -98,11 +117,18 @@ def peer():
             assert not any(report.values()), report
             return model.eval()
 
-        def run(self, function, *images, **others):
+        def run(self, function, *images):
             with torch.no_grad():
-                out = function(*(self.tensor(x) for x in images), **{k: self.tensor(v) for k, v in others.items()})
+                out = function(*map(self.tensor, images))
             out = getattr(out, "sample", out)
             return out.numpy().transpose(0, 2, 3, 1)
+
+        def denoise(self, unet, inputs):
+            """The peer's U-Net on the keyword arguments of ours."""
+            others = {name: self.tensor(value) for name, value in inputs.items() if name != "x"}
+            added = {name: others.pop(name) for name in ("text_embeds", "time_ids") if name in others}
+            others = {"timestep": others.pop("t"), **others, **({"added_cond_kwargs": added} if added else {})}
+            return self.run(lambda x: unet(x, **others), inputs["x"])
 
         def tensor(self, array):
             array = np.asarray(array)
@@ -117,15 +143,14 @@ def test_unet_agrees_with_the_peer_both_ways(case, peer, tmp_path):
     theirs = peer.make(name, config)
     theirs.save_pretrained(tmp_path / "theirs")
     inputs = unet_inputs(config, size)
-    expected = peer.run(theirs, inputs["x"], **{k: v for k, v in inputs.items() if k not in "xt"}, timestep=inputs["t"])
+    expected = peer.denoise(theirs, inputs)
 
     unet, variables = load_unet(tmp_path / "theirs")
     assert_near(jax.jit(unet.apply)(variables, **inputs), expected)
 
     save_unet(unet, variables, tmp_path / "ours")
     back = peer.load(name, tmp_path / "ours")
-    again = peer.run(back, inputs["x"], **{k: v for k, v in inputs.items() if k not in "xt"}, timestep=inputs["t"])
-    np.testing.assert_array_equal(again, expected)
+    np.testing.assert_array_equal(peer.denoise(back, inputs), expected)
 
 
 @pytest.mark.parametrize("extra", [{}, {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1}])
@@ -182,7 +207,11 @@ def edited(folder, **changes):
     ("changes", "message"),
     [
         ({"_class_name": "SD3Transformer2DModel"}, "expected a UNet2DConditionModel or UNet2DModel, got SD3"),
-        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time' is not supported"),
+        ({"addition_embed_type": "text_time"}, "no network can be built from it"),
+        ({"addition_embed_type": "image"}, "addition_embed_type must be None or 'text_time', got 'image'"),
+        ({"class_embed_type": "projection"}, "class_embed_type='projection' is not supported"),
+        ({"num_attention_heads": 8}, "num_attention_heads=8 is not supported"),
+        ({"block_out_channels": "wide"}, "no network can be built from it"),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported"),
         ({"mid_block_type": "UNetMidBlock2D"}, "supported in UNet2DModel alone"),
@@ -199,7 +228,7 @@ def test_what_cannot_be_honoured_is_one_line(tmp_path, changes, message):
 
 
 def test_fields_that_change_nothing_are_taken(tmp_path):
-    unet, _ = load_unet(edited(tmp_path, act_fn="silu", upcast_attention=True, dual_cross_attention=False, _new=1))
+    unet, _ = load_unet(edited(tmp_path, act_fn="silu", num_attention_heads=None, dual_cross_attention=False, _new=1))
     assert unet == UNet(**TEXT)
 
 
@@ -208,7 +237,10 @@ def test_missing_files_are_named(tmp_path):
         load_unet(tmp_path)
     edited(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"converted to safetensors"):
+    with pytest.raises(ValueError, match=r"\.bin is a pickle, a program that runs as it is read"):
+        load_unet(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected the weights of one model there"):
         load_unet(tmp_path)
 
 

@@ -1,0 +1,99 @@
+"""Tensors out of torch's zip files (`torch.save`, since 1.6), without torch and without running what is in them.
+
+The archive holds `<name>/data.pkl`, a pickle of the nested dict in which each tensor is a call of torch's functions on a
+reference to a storage, and one file of bytes for each storage, `<name>/data/<key>`. Pickles can name any function to be
+called; here the few that describe tensors become plain tuples, and every other name is refused.
+"""
+
+import collections
+import pickle
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+import numpy as np
+
+STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool",
+}  # fmt: skip
+
+
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+    numel: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a .bin, .ckpt, .pt or .pth file by name; of its `state_dict` where it has one.
+
+    Raises ValueError for a file of another format, for one that names anything but tensors, and for malformed ones.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (program,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            root = program.removesuffix("data.pkl")
+            if archive.namelist().count(root + "byteorder") and archive.read(root + "byteorder") != b"little":
+                raise ValueError("expected little-endian numbers")
+            with archive.open(program) as file:
+                content = _TensorUnpickler(file).load()
+            content = content.get("state_dict", content)
+            tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, _Tensor)}
+            storages = {tensor.storage for tensor in tensors.values()}
+            values = {storage: _read_storage(archive, root, storage) for storage in storages}
+            return {name: _view(values[tensor.storage], tensor) for name, tensor in tensors.items()}
+    except OSError:
+        raise
+    except Exception as error:  # a hostile pickle can fail in any way
+        raise ValueError(f"{path}: expected tensors as torch.save writes them, got something else ({error})") from None
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        match module, name:
+            case "torch", name if name in STORAGES:
+                return STORAGES[name]
+            case "torch._utils", "_rebuild_tensor_v2":
+                return lambda storage, offset, shape, strides, *_: _Tensor(storage, offset, shape, strides)
+            case "torch._utils", "_rebuild_parameter":
+                return lambda tensor, *_: tensor
+            case "collections", "OrderedDict":
+                return collections.OrderedDict
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
+
+    def persistent_load(self, reference):
+        kind, dtype, key, _, numel = reference
+        if kind != "storage" or dtype not in STORAGES.values():
+            raise pickle.UnpicklingError(f"it refers to a {kind!r}, which is no storage of numbers")
+        return _Storage(dtype, key, numel)
+
+
+def _read_storage(archive, root, storage):
+    entry = archive.getinfo(f"{root}data/{storage.key}")
+    size = storage.numel * np.dtype(storage.dtype).itemsize
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
+        raise ValueError(f"storage {storage.key} has not the size that its tensors need")
+    return np.frombuffer(archive.read(entry), storage.dtype)
+
+
+def _view(values, tensor):
+    """The strided view that a tensor is of its storage, within its bounds."""
+    _, offset, shape, strides = tensor
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"a tensor of shape {shape} with strides {strides} at {offset}")
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if 0 not in shape and last >= len(values):
+        raise ValueError(f"a tensor reaches beyond its storage of {len(values)} numbers")
+    steps = [stride * values.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(values[offset:], shape, steps, writeable=False)

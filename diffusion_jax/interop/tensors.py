@@ -1,0 +1,172 @@
+"""Tensors of checkpoint files: safetensors, whole, half-precision or sharded, and torch's pickles where asked for.
+
+A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and the
+two ends of its bytes), then the bytes of all tensors without a gap. Files are memory-mapped: a tensor costs memory when
+it is used, and a model is read one tensor at a time.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from diffusion_jax.interop.pickled import read_pickle
+
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
+
+
+def read_tensors(folder: str | Path, stem: str, allow_pickle: bool = False) -> tuple[dict[str, np.ndarray], str]:
+    """All tensors of a model's folder by name, and the file (or the index of the shards) that they come from.
+
+    stem: "diffusion_pytorch_model" in folders of diffusers, "model" in those of transformers. The full-precision
+    variant is preferred to fp16 and bf16.
+    allow_pickle: take .bin files where there is no safetensors file, see `read_pickle`.
+    Raises FileNotFoundError where there are no weights or an index names a shard that is not there; ValueError for
+    malformed files.
+    """
+    folder = Path(folder)
+    for suffix, head in (("safetensors", stem), ("bin", "pytorch_model" if stem == "model" else stem)):
+        for variant in ("", ".fp16", ".bf16"):
+            path = folder / f"{head}{variant}.{suffix}"
+            if path.is_file():
+                return read_file(path, allow_pickle), str(path)
+            for index in (f"{head}{variant}.{suffix}.index.json", f"{head}.{suffix}.index{variant}.json"):
+                if (folder / index).is_file():
+                    return _read_shards(folder / index, allow_pickle), str(folder / index)
+    raise FileNotFoundError(f"{folder / stem}.safetensors: no such file; expected the weights of one model there")
+
+
+def read_file(path: str | Path, allow_pickle: bool = False) -> dict[str, np.ndarray]:
+    """The tensors of one file: .safetensors, memory-mapped and read-only; .bin, .ckpt, .pt and .pth by `read_pickle`.
+
+    Raises FileNotFoundError, and ValueError for a malformed file or a pickle without allow_pickle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix not in (".bin", ".ckpt", ".pt", ".pth"):
+        raise ValueError(f"{path}: expected a .safetensors file")
+    if not allow_pickle:
+        raise ValueError(
+            f"{path} is a pickle, a program that runs as it is read; look for a .safetensors file, or allow pickles to "
+            "have it read by a reader that admits tensors alone"
+        )
+    return read_pickle(path)
+
+
+def write_file(path: str | Path, tensors: Mapping[str, ArrayLike], dtype: DTypeLike | None = None) -> None:
+    """Write tensors, sorted by name, as .safetensors that PyTorch libraries read too; one at a time, then renamed.
+
+    dtype: of the stored floating-point tensors, each its own where None.
+    """
+    path, header, end = Path(path), {"__metadata__": {"format": "pt"}}, 0
+    stored = {name: _stored_dtype(tensors[name], dtype) for name in sorted(tensors)}
+    for name, kind in stored.items():
+        begin, end = end, end + math.prod(np.shape(tensors[name])) * kind.itemsize
+        header[name] = {"dtype": CODES[kind], "shape": list(np.shape(tensors[name])), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, kind in stored.items():
+                file.write(np.asarray(tensors[name]).astype(kind, copy=False).tobytes())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file; ValueError where there is something else, FileNotFoundError where there is nothing."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _stored_dtype(tensor, dtype):
+    own = np.dtype(tensor.dtype)
+    return np.dtype(dtype) if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
+
+
+def _read_safetensors(path):
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(
+                f"{path}: expected a safetensors header of {length} bytes, the file has {size}; "
+                "it is cut off or of another format, fetch it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            spans = {name: _span(name, **entry) for name, entry in header.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: malformed safetensors header: {error}") from None
+    end = 0
+    for begin, after, *_ in sorted(spans.values(), key=lambda span: span[:2]):
+        if begin != end:
+            raise ValueError(f"{path}: malformed safetensors header: bytes {min(begin, end)} to {max(begin, end)} "
+                             "belong to no tensor or to two")  # fmt: skip
+        end = after
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{path}: expected {8 + length + end} bytes by its header, got {size}; "
+            "it is cut off or not written to its end, fetch it again"
+        )
+    data = np.asarray(np.memmap(path, np.uint8, "r"))[8 + length :]
+    return {name: data[begin:end].view(dtype).reshape(shape) for name, (begin, end, dtype, shape) in spans.items()}
+
+
+def _span(name, dtype, shape, data_offsets):
+    """(first byte, byte after the last, dtype, shape) of a header's entry; ValueError where they contradict."""
+    begin, end = data_offsets
+    if not name.isprintable():
+        raise ValueError(f"{name!r} is no name of a tensor")
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name} has shape {shape} at bytes {data_offsets}; expected natural numbers")
+    kind = np.dtype(DTYPES[dtype])
+    if math.prod(shape) * kind.itemsize != end - begin:
+        raise ValueError(f"{name} has {end - begin} bytes; shape {shape} of {dtype} needs others")
+    return begin, end, kind, tuple(shape)
+
+
+def _read_shards(index, allow_pickle):
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index}: expected a weight_map from each tensor's name to its file")
+    tensors = {}
+    for shard in sorted(set(places.values())):
+        if shard != Path(shard).name or "\\" in shard:
+            raise ValueError(f"{index}: expected the names of files beside it, got {shard!r}")
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index.parent / shard}: no such file, but {index.name} names it; fetch it too")
+        tensors |= read_file(index.parent / shard, allow_pickle)
+    missing = sorted(places.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{index} names {len(missing)} tensors that its shards lack, such as {missing[0]}")
+    return tensors
