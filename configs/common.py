@@ -50,6 +50,11 @@ def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, n
     )
 
 
+def schedule(name: str, T: int = 1000) -> ConfigDict:
+    """name: linear, scaled_linear, cosine, sigmoid, laplace, of T steps; or flow, of continuous time, with a shift."""
+    return ConfigDict({"name": name, "T": T, "shift": 1.0, "zero_terminal_snr": False})
+
+
 def data(source: str, size: int, flip: bool = False) -> ConfigDict:
     """source: "openmoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side. data_dir: of TFDS, ""
     its default.

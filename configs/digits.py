@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "num_class_embeds": 11,
         }
     )
-    config.schedule = ConfigDict({"name": "cosine", "T": 1000})
+    config.schedule = common.schedule("cosine")
     config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
     config.optimizer = common.optimizer(2e-3, warmup=50, decay="cosine")
     config.train = common.train(steps=700, batch_size=64, ema=0.99, every=700)

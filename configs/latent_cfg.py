@@ -125,7 +125,7 @@ def _latent(name: str, data: ConfigDict) -> ConfigDict:
     config.seed = 0
     config.weights = ""
     config.data = data
-    config.schedule = ConfigDict({"name": "cosine", "T": 1000})
+    config.schedule = common.schedule("cosine")
     config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
     return config
 

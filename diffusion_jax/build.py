@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.core import process, schedules, solvers
-from diffusion_jax.core.schedules import DiscreteSchedule
+from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data import sources
 from diffusion_jax.data.loader import loader
@@ -32,13 +32,16 @@ SCHEDULES = {
     "scaled_linear": schedules.scaled_linear,
     "cosine": schedules.cosine,
     "sigmoid": schedules.sigmoid,
+    "laplace": schedules.laplace,
 }
 SOLVERS = {
-    "ddpm": solvers.ddpm,
-    "ddim": solvers.ddim,
-    "dpmpp_2m": solvers.dpmpp_2m,
+    name: getattr(solvers, name)
+    for name in (
+        *("ddpm", "ddim", "euler", "euler_ancestral", "consistency", "heun", "dpm_solver", "dpmpp_1", "dpmpp_2s"),
+        *("dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "unipc", "deis", "plms", "lms"),
+    )
 }
-CONVERSIONS = {"eps": process.from_eps, "x0": process.from_x0, "v": process.from_v}
+CONVERSIONS = {"eps": process.from_eps, "x0": process.from_x0, "v": process.from_v, "flow": process.from_flow}
 WEIGHTS = {
     "uniform": process.uniform_weight,
     "min_snr": process.min_snr_weight,
@@ -54,9 +57,22 @@ def choose(table: dict, name: str, what: str):
     return table[name]
 
 
-def schedule(config: ConfigDict) -> DiscreteSchedule:
+def schedule(config: ConfigDict) -> Schedule:
     """The noise schedule of config.schedule."""
-    return choose(SCHEDULES, config.schedule.name, "schedule")(config.schedule.T)
+    section = config.schedule
+    if section.name == "flow":
+        return schedules.flow(section.shift)
+    if section.name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {section.name!r}; known: {', '.join(sorted([*SCHEDULES, 'flow']))}")
+    chosen = SCHEDULES[section.name](section.T)
+    if not section.zero_terminal_snr:
+        return chosen
+    if config.objective.prediction == "eps":
+        raise ValueError(
+            "schedule.zero_terminal_snr starts from noise alone, where eps says nothing of the image: set "
+            "objective.prediction to v or x0"
+        )
+    return schedules.zero_terminal_snr(chosen)
 
 
 def plan(config: ConfigDict) -> Plan:

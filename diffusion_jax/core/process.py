@@ -5,6 +5,7 @@ Everywhere x_t = alpha * x0 + sigma * eps (Kingma et al. 2021, "Variational Diff
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -24,9 +25,11 @@ class NoiseLevel(NamedTuple):
 
     @property
     def logsnr(self) -> ArrayLike:
-        """Log signal-to-noise ratio, 2 log(alpha / sigma)."""
-        xp = np if isinstance(self.alpha, np.ndarray | np.generic | float) else jnp
-        return 2 * (xp.log(self.alpha) - xp.log(self.sigma))
+        """Log signal-to-noise ratio, 2 log(alpha / sigma); infinite on clean data and on noise alone."""
+        if isinstance(self.alpha, jax.Array):
+            return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
+        with np.errstate(divide="ignore"):
+            return 2 * (np.log(self.alpha) - np.log(self.sigma))
 
 
 class Prediction(NamedTuple):
@@ -78,6 +81,39 @@ def from_v(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"],
     return Prediction(x0=(alpha * x_t - sigma * out) / norm, eps=(sigma * x_t + alpha * out) / norm)
 
 
+def from_flow(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
+    """The network says u = eps - x0, the velocity of rectified flow (Liu et al. 2022, eq. 1), for any alpha and sigma.
+
+    x0 = (x_t - sigma u) / (alpha + sigma),  eps = (x_t + alpha u) / (alpha + sigma).
+    """
+    alpha, sigma = expand(level.alpha, x_t), expand(level.sigma, x_t)
+    norm = alpha + sigma
+    return Prediction(x0=(x_t - sigma * out) / norm, eps=(x_t + alpha * out) / norm)
+
+
+def from_edm(
+    x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel, sigma_data: float = 0.5
+) -> Prediction:
+    """The network says F of x0 = c_skip x_t + c_out F on the edm schedule, alpha = 1 (Karras et al. 2022, table 1).
+
+    c_skip = sigma_data^2 / (sigma^2 + sigma_data^2),  c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2).
+    The network's input is scaled too: see `edm_input`.
+    """
+    sigma = expand(level.sigma, x_t)
+    norm = sigma**2 + sigma_data**2
+    x0 = sigma_data**2 / norm * x_t + sigma * sigma_data / norm**0.5 * out
+    return Prediction(x0=x0, eps=sigma / norm * x_t - sigma_data / norm**0.5 * out)
+
+
+def edm_input(
+    x_t: Float[Array, "batch *shape"], sigma: ArrayLike, sigma_data: float = 0.5
+) -> tuple[Float[Array, "batch *shape"], ArrayLike]:
+    """What the network behind `from_edm` is given: c_in x_t, c_in = 1 / sqrt(sigma^2 + sigma_data^2), and the time
+    c_noise = log(sigma) / 4 (Karras et al. 2022, table 1). sigma: () or (B,), the time of the edm schedule.
+    """
+    return x_t / (expand(sigma, x_t) ** 2 + sigma_data**2) ** 0.5, jnp.log(sigma) / 4
+
+
 def snr(level: NoiseLevel) -> ArrayLike:
     """Signal-to-noise ratio, alpha^2 / sigma^2."""
     return (level.alpha / level.sigma) ** 2
@@ -105,7 +141,8 @@ def truncated_snr_weight(level: NoiseLevel, prediction: str) -> Float[Array, "ba
 def _on_prediction(weight_sigma2: Array, level: NoiseLevel, prediction: str) -> Array:
     """From a weight on the x0 error, times sigma^2, to the weight on the prediction's error.
 
-    |x0 error|^2 = |eps error|^2 / SNR = sigma^2 / (alpha^2 + sigma^2)^2 |v error|^2.
+    |x0 error|^2 = |eps error|^2 / SNR = sigma^2 / (alpha^2 + sigma^2)^2 |v error|^2 = sigma^2 / (alpha + sigma)^2 |u
+    error|^2
     """
     alpha2, sigma2 = level.alpha**2, level.sigma**2
     match prediction:
@@ -115,4 +152,6 @@ def _on_prediction(weight_sigma2: Array, level: NoiseLevel, prediction: str) -> 
             return weight_sigma2 / sigma2
         case "v":
             return weight_sigma2 / (alpha2 + sigma2) ** 2
-    raise ValueError(f"unknown prediction {prediction!r}: one of 'eps', 'x0', 'v'")
+        case "flow":
+            return weight_sigma2 / (level.alpha + level.sigma) ** 2
+    raise ValueError(f"unknown prediction {prediction!r}: one of 'eps', 'x0', 'v', 'flow'")

@@ -10,20 +10,28 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.guidance import as_pytree
-from diffusion_jax.core.process import NoiseLevel, Prediction
+from diffusion_jax.core.process import NoiseLevel, Prediction, add_noise, from_eps
 from diffusion_jax.core.solvers import HISTORY, Plan
 
 Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]
 
 
 class State(NamedTuple):
-    """Between rows: the state x (B, ...), the last predictions of x0, and the past d, newest first, (HISTORY, B,
-    ...).
-    """
+    """Between rows: the state x (B, ...), the last x0 predicted, and the past d, newest first, (HISTORY, B, ...)."""
 
     x: Array
     x0: Array
     past: Array
+
+
+class Known(NamedTuple):
+    """What inpainting keeps: x0 (B, ...) of the known image; mask, broadcast to x0, 1 where a new image is to be made
+    and 0 where the known one stays; noise (B, ...), unit normal, that the known image is noised with.
+    """
+
+    x0: Array
+    mask: Array
+    noise: Array
 
 
 class Rows(NamedTuple):
@@ -46,10 +54,10 @@ def initial_noise(keys: Key[Array, "batch"], shape: tuple[int, ...], level: Nois
 
 
 @jax.jit
-def advance(denoise: Denoise, rows: Rows, state: State, keys: Key[Array, "batch"], cond: PyTree) -> State:
-    """Run a chunk of rows. `denoise` must be a pytree (see `guidance.as_pytree`), so nothing in it is recompiled
-    for.
-    """
+def advance(
+    denoise: Denoise, rows: Rows, state: State, keys: Key[Array, "batch"], cond: PyTree, known: Known | None = None
+) -> State:
+    """Run a chunk of rows. `denoise` is a pytree (see `guidance.as_pytree`), so nothing in it is recompiled for."""
 
     def fresh_noise(index: Array) -> Array:
         # 0 made the initial noise
@@ -61,6 +69,8 @@ def advance(denoise: Denoise, rows: Rows, state: State, keys: Key[Array, "batch"
         x0, eps = denoise(state.x, plan.level, cond)
         x = plan.x0 * x0 + plan.eps * eps + jnp.tensordot(plan.past, state.past, 1)
         x = jax.lax.cond(plan.noise != 0, lambda: x + plan.noise * fresh_noise(row.index), lambda: x)
+        if known is not None:
+            x = _blend(x, known, plan.next)
         remembered = plan.memory[0] * x0 + plan.memory[1] * eps
         return State(x, x0, jnp.concatenate([remembered[None], state.past[:-1]]))
 
@@ -78,31 +88,68 @@ def sample(
     cond: PyTree = None,
     *,
     chunk: int | None = 10,
+    known: Known | None = None,
     callback: Callable[[int, Array], bool | None] | None = None,
 ) -> Float[Array, "batch *shape"]:
     """Carry x from the plan's first level to its last.
 
     denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial` (as
-    `denoiser`
-      and the functions of `guidance` do) and new values of them do not recompile.
+      `denoiser` and the functions of `guidance` do) and new values of them do not recompile.
     plan: from `solvers`. x: (B, ...) at the plan's first level, see `initial_noise`. keys: (B,), one for each image: an
       image does not depend on the batch it was made in. cond: pytree handed to `denoise`, leaves (B, ...).
     chunk: rows run by one call of the compiled program, padded with rows that skip the network, so any number of steps
       reuses it; None runs all rows in one call, the form to use inside your own `jax.jit`.
+    known: for inpainting, the part of x to hold on to at every level (see `keep`).
     callback: after each chunk called with (rows done, prediction of x0); returning True stops there.
-    Returns x (B, ...) at the plan's last level, float32 as x is.
+    Returns x (B, ...) at the plan's last level, float32 as x is. Raises ValueError for a network that predicts eps on a
+    plan that starts from noise alone, alpha = 0, where eps says nothing about the image.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row or None for all rows, got {chunk}")
+    if np.any(plan.level.alpha == 0) and from_eps in _conversions(denoise):
+        raise ValueError(
+            "the schedule starts from noise alone (zero terminal SNR), where a network that predicts eps says nothing "
+            "of the image: use one that predicts v or x0"
+        )
+    if known is not None:
+        x = _blend(x, known, plan.start)
     total = plan.num_rows
     size = total if chunk is None else chunk
     state = State(x, x, jnp.zeros((HISTORY, *x.shape), x.dtype))
     for start in range(0, total, size):
-        state = advance(as_pytree(denoise), _rows(plan, start, size), state, keys, cond)
+        state = advance(as_pytree(denoise), _rows(plan, start, size), state, keys, cond, known)
         done = min(start + size, total)
         if callback is not None and callback(done, state.x0):
             break
     return state.x
+
+
+def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."], keys: Key[Array, "batch"]) -> Known:
+    """What `sample` needs to make a new image where mask is 1 and keep x0 where it is 0 (Lugmayr et al. 2022, eq. 8).
+
+    x0: (B, ...) the known image. mask: values in [0, 1] of a shape that broadcasts to x0's. keys: (B,), those of
+    `sample`.
+    """
+    if not _broadcasts(jnp.shape(mask), x0.shape):
+        raise ValueError(f"a mask must have a shape that broadcasts to the image's {x0.shape}, got {jnp.shape(mask)}")
+    return Known(x0, jnp.asarray(mask, x0.dtype), initial_noise(keys, x0.shape[1:], NoiseLevel(0.0, 0.0, 1.0)))
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def _blend(x: Array, known: Known, level: NoiseLevel) -> Array:
+    """The made part of x, and the known image noised to the level of x."""
+    return known.mask * x + (1 - known.mask) * add_noise(known.x0, known.noise, level)
+
+
+def _conversions(denoise: Denoise) -> set[Callable]:
+    """The conversions of the networks inside a denoiser."""
+    if not isinstance(denoise, jax.tree_util.Partial):
+        return set()
+    own = {denoise.func.convert} if isinstance(denoise.func, _Network) else set()
+    return own.union(*(_conversions(argument) for argument in denoise.args))
 
 
 def _rows(plan: Plan, start: int, size: int) -> Rows:
@@ -127,9 +174,7 @@ def denoiser(
 
 @dataclass(frozen=True)
 class _Network:
-    """`apply` and `convert` joined; equal when both are equal, so that a new denoiser finds the old compiled
-    program.
-    """
+    """`apply` and `convert` joined; equal when both are, so that a new denoiser finds the old compiled program."""
 
     apply: Callable[[PyTree, Array, Array, PyTree], Array]
     convert: Callable[[Array, Array, NoiseLevel], Prediction]

@@ -1,12 +1,12 @@
 """Noise schedules: time -> noise level, and back.
 
 A schedule is a callable `schedule(t) -> NoiseLevel` with `t_of_logsnr(l)`, `t_min` and `t_max`. Given numpy it answers
-in
-numpy float64 (plans are built there, exactly); given jax arrays it answers in float32 and can be traced.
+in numpy float64 (plans are built there, exactly); given jax arrays it answers in float32 and can be traced.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,35 @@ from jax.typing import ArrayLike
 from diffusion_jax.core.process import NoiseLevel
 
 
+@runtime_checkable
+class Schedule(Protocol):
+    """What every schedule offers.
+
+    num_steps: T of a schedule of steps, None for one of continuous time. t_min, t_max: the least and the most noisy
+    time.
+    resolution: a difference of times that is small on the scale of the schedule.
+    """
+
+    num_steps: int | None
+    t_min: float
+    t_max: float
+    resolution: float
+
+    def __call__(self, t: ArrayLike) -> NoiseLevel:
+        """t, any shape, in [t_min, t_max] -> NoiseLevel of that shape."""
+
+    def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
+        """The time at which the log-SNR is `logsnr`, any shape; clipped to [t_min, t_max]."""
+
+
 def _xp(t: ArrayLike):
     """The array module that `t` lives in: jax.numpy for jax arrays and tracers, else numpy."""
     return jnp if isinstance(t, jax.Array) else np
+
+
+def _time(t: ArrayLike) -> ArrayLike:
+    """Time in the precision of where it lives."""
+    return t.astype(jnp.float32) if isinstance(t, jax.Array) else np.asarray(t, np.float64)[()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +52,8 @@ class DiscreteSchedule:
     """A variance-preserving schedule of T steps, alpha^2 + sigma^2 = 1.
 
     logsnr_table: (T,) float64, log(alpha_bar / (1 - alpha_bar)) of step t = 0..T-1, falling. Between steps log-SNR is
-    interpolated linearly, so t may be fractional.
+    interpolated linearly, so t may be fractional. The last entry may be -inf (zero terminal SNR); up to it alpha then
+    falls linearly to 0.
     """
 
     logsnr_table: np.ndarray
@@ -51,23 +78,93 @@ class DiscreteSchedule:
         return float(self.num_steps - 1)
 
     @property
+    def resolution(self) -> float:
+        """One step."""
+        return 1.0
+
+    @property
     def alphas_bar(self) -> np.ndarray:
         """(T,) cumulative product of 1 - beta (Ho et al. 2020, section 2), float64."""
         return 1 / (1 + np.exp(-self.logsnr_table))
 
+    @property
+    def _finite_table(self) -> np.ndarray:
+        """The table, its infinite end replaced by the value before it."""
+        return np.maximum(self.logsnr_table, self.logsnr_table[np.isfinite(self.logsnr_table)][-1])
+
+    @property
+    def _ends_in_noise(self) -> bool:
+        return bool(np.isneginf(self.logsnr_table[-1]))
+
     def __call__(self, t: ArrayLike) -> NoiseLevel:
         """t, any shape, in [0, T-1] -> NoiseLevel of that shape."""
-        xp = _xp(t)
-        t = t.astype(jnp.float32) if xp is jnp else np.asarray(t, np.float64)
-        logsnr = xp.interp(t, xp.arange(self.num_steps, dtype=t.dtype), xp.asarray(self.logsnr_table, t.dtype))
+        xp, t = _xp(t), _time(t)
+        logsnr = xp.interp(t, xp.arange(self.num_steps, dtype=t.dtype), xp.asarray(self._finite_table, t.dtype))
         # sigmoid(l) = alpha^2; each from its own sign of l, so that neither loses digits near 0 or 1
-        return NoiseLevel(t=t, alpha=(1 + xp.exp(-logsnr)) ** -0.5, sigma=(1 + xp.exp(logsnr)) ** -0.5)
+        alpha, sigma = (1 + xp.exp(-logsnr)) ** -0.5, (1 + xp.exp(logsnr)) ** -0.5
+        if self._ends_in_noise:
+            left = xp.clip(self.t_max - t, 0, 1)
+            alpha = alpha * left
+            sigma = xp.where(left < 1, xp.sqrt(1 - alpha**2), sigma)[()]
+        return NoiseLevel(t, alpha, sigma)
 
     def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
         """The time at which the log-SNR is `logsnr`, any shape; clipped to [0, T-1]."""
         xp = _xp(logsnr)
-        table = xp.asarray(self.logsnr_table[::-1])
-        return xp.interp(logsnr, table, xp.arange(self.num_steps - 1, -1, -1.0))
+        table = self._finite_table
+        steps = np.arange(self.num_steps, dtype=np.float64)
+        if not self._ends_in_noise:
+            return xp.interp(logsnr, table[::-1], steps[::-1])
+        t = xp.interp(logsnr, table[-2::-1], steps[-2::-1])
+        left = (1 + xp.exp(-table[-2])) ** 0.5 * (1 + xp.exp(-logsnr)) ** -0.5
+        return xp.where(logsnr < table[-2], self.t_max - left, t)[()]
+
+
+@dataclass(frozen=True)
+class EDMSchedule:
+    """Variance exploding: alpha = 1, sigma = t (Karras et al. 2022, table 1), t in [sigma_min, sigma_max]."""
+
+    t_min: float
+    t_max: float
+    num_steps = None
+
+    @property
+    def resolution(self) -> float:
+        """A thousandth of the noisiest time."""
+        return self.t_max / 1000
+
+    def __call__(self, t: ArrayLike) -> NoiseLevel:
+        """t, any shape -> NoiseLevel of that shape."""
+        t = _time(t)
+        return NoiseLevel(t, _xp(t).ones_like(t)[()], t)
+
+    def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
+        """sigma = exp(-logsnr / 2), clipped to [sigma_min, sigma_max]."""
+        xp = _xp(logsnr)
+        return xp.clip(xp.exp(-0.5 * logsnr), self.t_min, self.t_max)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [1/1000, 1]."""
+
+    shift: float
+    t_min = 1e-3
+    t_max = 1.0
+    resolution = 1e-3
+    num_steps = None
+
+    def __call__(self, t: ArrayLike) -> NoiseLevel:
+        """t, any shape -> NoiseLevel of that shape."""
+        t = _time(t)
+        u = self.shift * t / (1 + (self.shift - 1) * t)
+        return NoiseLevel(t, 1 - u, u)
+
+    def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
+        """The time at which the log-SNR is `logsnr`, clipped to [t_min, t_max]."""
+        xp = _xp(logsnr)
+        u = 1 / (1 + xp.exp(0.5 * logsnr))
+        return xp.clip(u / (self.shift + (1 - self.shift) * u), self.t_min, self.t_max)
 
 
 def from_betas(betas: Sequence | np.ndarray) -> DiscreteSchedule:
@@ -111,3 +208,42 @@ def _from_alpha_bar(alpha_bar, T: int, max_beta: float) -> DiscreteSchedule:
         raise ValueError(f"T, the number of steps, must be at least 1, got {T}")
     u = np.arange(T + 1) / T
     return from_betas(np.clip(1 - alpha_bar(u[1:]) / alpha_bar(u[:-1]), 1e-12, max_beta))
+
+
+def laplace(T: int = 1000, mean: float = 0.0, scale: float = 0.5) -> DiscreteSchedule:
+    """Log-SNR distributed as Laplace(mean, scale) over uniform t (Hang et al. 2024, table 1), at T midpoints u of [0,
+    1].
+
+    logsnr(u) = mean - scale sgn(1/2 - u) log(1 - 2 |u - 1/2|)
+    """
+    if T < 1 or scale <= 0:
+        raise ValueError(f"a laplace schedule needs T of at least 1 and a scale above 0, got T {T}, scale {scale}")
+    u = (np.arange(T) + 0.5) / T
+    return DiscreteSchedule(mean - scale * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(u - 0.5)))
+
+
+def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
+    """The schedule rescaled so that its last step is noise alone (Lin et al. 2023, algorithm 1).
+
+    sqrt(alpha_bar) is shifted to end on 0 and scaled to keep its first value. The network must predict v or x0.
+    """
+    if not isinstance(schedule, DiscreteSchedule) or schedule.num_steps < 2:
+        raise ValueError("zero_terminal_snr rescales a schedule of at least 2 steps, such as linear or scaled_linear")
+    root = np.sqrt(schedule.alphas_bar)
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    with np.errstate(divide="ignore"):
+        return DiscreteSchedule(np.log(alpha_bar) - np.log1p(-alpha_bar))
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> EDMSchedule:
+    """Variance exploding with sigma as its time (Karras et al. 2022, table 1)."""
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"edm needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    return EDMSchedule(float(sigma_min), float(sigma_max))
+
+
+def flow(shift: float = 1.0) -> FlowSchedule:
+    """Rectified flow, x_t = (1 - u) x0 + u eps (Liu et al. 2022; shift: Esser et al. 2024, eq. 23)."""
+    if not shift > 0:
+        raise ValueError(f"the shift of a flow schedule must be above 0, got {shift}")
+    return FlowSchedule(float(shift))

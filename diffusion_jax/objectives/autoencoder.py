@@ -29,8 +29,8 @@ def autoencoding(
     perceptual: (frozen params, x, x') -> distance (B,), or None. discriminate: (params, image) -> logits, or None.
     weights: {"l1", "l2", "perceptual", "kl", "adversarial"}.
     Parameters are {"autoencoder": ...} and, with `discriminate`, {"discriminator": ...} beside it: one optimizer step
-    updates both,
-    since each term's gradient reaches only the network it is meant for. batch = {"image": (B, H, W, 3) in [-1, 1]}.
+    updates both, since each term's gradient reaches only the network it is meant for. batch = {"image": (B, H, W, 3) in
+    [-1, 1]}.
     """
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:

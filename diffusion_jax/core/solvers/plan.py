@@ -1,0 +1,191 @@
+"""Plans: solvers as data, built on the host in float64 and run by `sampling.sample`.
+
+A row evaluates the denoiser at its level, giving (x0, eps), and then
+
+    d  = memory[0] x0 + memory[1] eps                                what later rows may look back at
+    x <- x0_coef x0 + eps_coef eps + noise z + sum_k past[k] d_k     d_1 the last row's d, d_2 the one before, ...
+
+Since x = alpha x0 + sigma eps, any rule linear in the state, the predictions and fresh noise has this form. Builders
+write such rules as formulas in the unit vectors X0, EPS, Z and PAST = [d_1, d_2, ...].
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from diffusion_jax.core.process import NoiseLevel
+from diffusion_jax.core.schedules import Schedule
+
+HISTORY = 4  # how many past d a row may use
+X0, EPS, Z, *PAST = np.eye(3 + HISTORY)
+SPACINGS = ("leading", "linspace", "trailing", "karras", "logsnr", "quadratic")
+
+Step = tuple[NoiseLevel, NoiseLevel]
+Spacing = str | Sequence[int | float] | Sequence[Step] | np.ndarray
+
+
+class Plan(NamedTuple):
+    """A solver, as data. R rows, numpy float64 until it is handed to the device.
+
+    level: NoiseLevel of (R,), where row i evaluates the denoiser.
+    next: NoiseLevel of (R,), the state's level after row i.
+    x0, eps, noise: (R,) coefficients. memory: (R, 2) on (x0, eps). past: (R, HISTORY).
+    """
+
+    level: NoiseLevel
+    next: NoiseLevel
+    x0: ArrayLike
+    eps: ArrayLike
+    noise: ArrayLike
+    memory: ArrayLike
+    past: ArrayLike
+
+    @property
+    def num_rows(self) -> int:
+        """R, which is also the number of times that the denoiser is evaluated."""
+        return len(self.x0)
+
+    @property
+    def start(self) -> NoiseLevel:
+        """The level of the state before the first row, scalars."""
+        return NoiseLevel(*(v[0] for v in self.level))
+
+
+class Row(NamedTuple):
+    """One row while it is built. level, next: of scalars. update: what x becomes. memory: what d is, in X0 and EPS."""
+
+    level: NoiseLevel
+    next: NoiseLevel
+    update: np.ndarray
+    memory: np.ndarray = X0
+
+
+def stack(rows: Iterable[Row]) -> Plan:
+    """The rows as a plan."""
+    level, next, update, memory = zip(*rows, strict=True)
+    x0, eps, noise, *past = np.array(update).T
+    return Plan(_levels(level), _levels(next), x0, eps, noise, np.array(memory)[:, :2], np.stack(past, axis=1))
+
+
+def _levels(levels: Sequence[NoiseLevel]) -> NoiseLevel:
+    return NoiseLevel(*np.array(levels, np.float64).T)
+
+
+def state(level: NoiseLevel) -> np.ndarray:
+    """x itself, in the unit vectors of a row at `level`."""
+    return level.alpha * X0 + level.sigma * EPS
+
+
+def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
+    """The times at which a solver of `steps` steps evaluates the network: (steps,) float64, falling.
+
+    spacing: one of SPACINGS, or the times themselves, (steps,) strictly falling within [t_min, t_max].
+      leading   i * (T // steps), from 0 up (Ho et al. 2020; Song et al. 2021, appendix D.3)
+      linspace  evenly from t_max to t_min
+      trailing  evenly from t_max, first step kept at full noise (Lin et al. 2023, table 2)
+      karras    sigma / alpha on a rho = 7 ramp (Karras et al. 2022, eq. 5)
+      logsnr    evenly in log-SNR (Lu et al. 2022, section 3.3)
+      quadratic squares of an even ramp of sqrt(t) (Song et al. 2021, appendix D.3)
+    The first three are whole numbers on a schedule of T steps.
+    Raises ValueError for steps outside 1..T and for an unknown spacing.
+    """
+    t_min, t_max, T = schedule.t_min, schedule.t_max, schedule.num_steps
+    if not isinstance(spacing, str):
+        t = np.asarray(spacing, np.float64)
+        if t.shape != (steps,) or np.any(np.diff(t) >= 0) or t[0] > t_max or t[-1] < t_min:
+            raise ValueError(
+                f"explicit times must be {steps} strictly falling values in [{t_min:g}, {t_max:g}], got {t}"
+            )
+        return t
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}: one of {', '.join(SPACINGS)}, or a list of times")
+    if steps < 1 or (T and steps > T):
+        known = f"in 1..{T}, the schedule's number of steps" if T else "at least 1"
+        raise ValueError(f"steps must be {known}, got {steps}")
+    ramp = np.linspace(0, 1, steps)
+    match spacing:
+        case "leading":
+            return np.arange(steps)[::-1] * float(T // steps) if T else t_min + np.arange(steps)[::-1] / steps * t_max
+        case "linspace":
+            even = t_max + ramp * (t_min - t_max)
+            return np.round(even) if T else even
+        case "trailing":
+            down = np.arange(steps, 0, -1) / steps
+            return np.round(down * T) - 1.0 if T else down * t_max
+        case "quadratic":
+            return (t_max**0.5 + ramp * (t_min**0.5 - t_max**0.5)) ** 2
+    # log-SNR may be without bound at t_max; the ramp then starts a little below it, and t_max takes its first place
+    noisiest = t_max if schedule(t_max).alpha > 0 else t_max - schedule.resolution
+    high, low = schedule(noisiest).logsnr, schedule(t_min).logsnr
+    if spacing == "karras":
+        high, low = np.exp(-high / 14), np.exp(-low / 14)
+        t = schedule.t_of_logsnr(-14 * np.log(high + ramp * (low - high)))
+    else:
+        t = schedule.t_of_logsnr(high + ramp * (low - high))
+    t[0] = t_max
+    return t
+
+
+def path(schedule: Schedule, steps: int, spacing: Spacing) -> list[Step]:
+    """The (level, next level) of each step; the last one ends on clean data, alpha = 1, sigma = 0.
+
+    spacing: as in `times`, or the list of steps itself, in which a step may start above the end of the one before (then
+    `renoised` fills the gap).
+    """
+    if not isinstance(spacing, str) and len(spacing) and isinstance(spacing[0], tuple):
+        return list(spacing)
+    levels = [schedule(t) for t in times(schedule, steps, spacing)]
+    levels.append(NoiseLevel(t=schedule.t_min, alpha=1.0, sigma=0.0))
+    return list(itertools.pairwise(levels))
+
+
+def renoised(plan: Plan, scale: float = 1.0) -> Plan:
+    """Where a row starts above the level on which the row before it ended, that row adds the noise between the two.
+
+    q(x_t | x_s), t noisier than s, is alpha_t / alpha_s x_s plus noise of variance sigma_t^2 - (alpha_t / alpha_s)^2
+    sigma_s^2 (Kingma et al. 2021, eq. 20). scale: of that noise, S_noise of Karras et al. 2022, algorithm 2.
+    Raises ValueError if a row looks back across such a gap: predictions made before it belong to another trajectory.
+    """
+    target = NoiseLevel(*(np.append(v[1:], end[-1]) for v, end in zip(plan.level, plan.next, strict=True)))
+    ratio = target.alpha / plan.next.alpha
+    extra = scale * np.sqrt(np.maximum(target.sigma**2 - (ratio * plan.next.sigma) ** 2, 0))
+    steps_begin = np.append(True, extra[:-1] > 1e-9 * target.sigma[:-1])
+    rows_in_step = np.arange(plan.num_rows) - np.maximum.accumulate(np.where(steps_begin, np.arange(plan.num_rows), 0))
+    if np.any(plan.past[rows_in_step[:, None] <= np.arange(HISTORY)]):
+        raise ValueError("adding noise between steps needs a solver that takes them one at a time, not a multistep one")
+    return plan._replace(
+        next=target,
+        x0=ratio * plan.x0,
+        eps=ratio * plan.eps,
+        noise=np.hypot(ratio * plan.noise, extra),
+        past=ratio[:, None] * plan.past,
+    )
+
+
+def with_resampling(plan: Plan, repeats: int) -> Plan:
+    """RePaint's resampling with jumps of one step (Lugmayr et al. 2022, algorithm 1): each step `repeats` times, noised
+    back to its own level in between, so that an inpainted part grows to fit the known one.
+
+    plan: of a solver of one row a step (ddpm, ddim, euler, euler_ancestral, consistency); others raise ValueError.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if np.any(plan.past):
+        raise ValueError("resampling needs a solver of one row a step: ddpm, ddim, euler or consistency")
+    return renoised(jax.tree.map(lambda c: np.repeat(c, repeats, axis=0), plan))
+
+
+def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spacing = "trailing") -> np.ndarray:
+    """The times of `times` that are left when an image is changed with a strength: the last round(steps * strength).
+
+    strength: 0 leaves the image as it is (no times), 1 starts from noise alone. Hand them to a solver as its spacing,
+    with their number as its steps, so that a multistep solver starts its history where the image starts.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    t = times(schedule, steps, spacing)
+    return t[steps - round(steps * strength) :]

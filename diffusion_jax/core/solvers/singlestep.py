@@ -1,0 +1,169 @@
+"""Solvers of several stages a step: a trial state is a row like any other.
+
+A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda. The state at
+the start of a step is not kept: it is linear in the trial state and in what the denoiser said there, and so is written
+in them.
+Where h is infinite, on the way to sigma' = 0 or from alpha = 0, a step is of first order and has one stage.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from diffusion_jax.core.process import NoiseLevel
+from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.core.solvers.plan import EPS, PAST, X0, Plan, Row, Spacing, Step, Z, path, renoised, stack, state
+
+Solver = Callable[..., Plan]
+
+
+def finite(level: NoiseLevel, next: NoiseLevel) -> bool:
+    """Whether the step's h is finite."""
+    return bool(level.alpha > 0 and next.sigma > 0)
+
+
+def first_order(level: NoiseLevel, next: NoiseLevel, memory: np.ndarray = X0) -> Row:
+    """x' = alpha' x0 + sigma' eps."""
+    return Row(level, next, next.alpha * X0 + next.sigma * EPS, memory)
+
+
+def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+    """Heun's method on d(x / alpha) / ds = eps, s = sigma / alpha (Karras et al. 2022, algorithm 1).
+
+    x_1 / alpha' = x / alpha + (s' - s) eps;   x' / alpha' = x / alpha + (s' - s) (eps + eps_1) / 2
+    2 steps - 1 network calls.
+    """
+    rows = []
+    for level, next in path(schedule, steps, spacing):
+        rows.append(first_order(level, next, EPS))
+        if finite(level, next):
+            ds = next.sigma / next.alpha - level.sigma / level.alpha
+            rows.append(Row(next, next, state(next) + next.alpha * ds * (EPS - PAST[0]) / 2, EPS))
+    return stack(rows)
+
+
+def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 2) -> Plan:
+    """DPM-Solver of order 1, 2 or 3, singlestep (Lu et al. 2022, algorithms 1, 2 and 4). `steps` network calls.
+
+    Stages are at levels of the grid, r_i = (lambda_i - lambda) / h, so `steps` levels make steps of `order` stages, the
+    last of fewer. With e, e_1, e_2 the noise predictions of the stages:
+      u_1 = alpha_1 / alpha x - sigma_1 (exp(r_1 h) - 1) e
+      u_2 = alpha_2 / alpha x - sigma_2 (exp(r_2 h) - 1) e - sigma_2 r_2 / r_1 ((exp(r_2 h) - 1) / (r_2 h) - 1) (e_1 -
+      e) 2nd: x' = alpha' / alpha x - sigma' (exp(h) - 1) e - sigma' / (2 r_1) (exp(h) - 1) (e_1 - e)
+      3rd: x' = alpha' / alpha x - sigma' (exp(h) - 1) e - sigma' / r_2 ((exp(h) - 1) / h - 1) (e_2 - e)
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"dpm_solver has orders 1, 2 and 3, got {order}")
+    rows = []
+    for levels in _groups(path(schedule, steps, spacing), order):
+        (s, *stages, t), lam = levels, [level.logsnr / 2 for level in levels]
+        h = lam[-1] - lam[0]
+        r = [(stage - lam[0]) / h for stage in lam[1:-1]]
+        rows.append(first_order(s, levels[1], EPS))
+        if len(stages) == 1:
+            (s1,), (r1,), e = stages, r, PAST[0]
+            x = s.alpha / s1.alpha * (state(s1) + s1.sigma * np.expm1(r1 * h) * e)
+            second = t.sigma / (2 * r1) * np.expm1(h) * (EPS - e)
+            rows.append(Row(s1, t, t.alpha / s.alpha * x - t.sigma * np.expm1(h) * e - second, EPS))
+        elif len(stages) == 2:
+            (s1, s2), (r1, r2) = stages, r
+
+            def to_s2(e: np.ndarray, e1: np.ndarray, s2=s2, r1=r1, r2=r2, h=h) -> np.ndarray:
+                """u_2 without its term in x."""
+                slope = r2 / r1 * (np.expm1(r2 * h) / (r2 * h) - 1)
+                return -s2.sigma * (np.expm1(r2 * h) * e + slope * (e1 - e))
+
+            e = PAST[0]
+            x = s.alpha / s1.alpha * (state(s1) + s1.sigma * np.expm1(r1 * h) * e)
+            rows.append(Row(s1, s2, s2.alpha / s.alpha * x + to_s2(e, EPS), EPS))
+            e, e1 = PAST[1], PAST[0]
+            x = s.alpha / s2.alpha * (state(s2) - to_s2(e, e1))
+            third = t.sigma / r2 * (np.expm1(h) / h - 1) * (EPS - e)
+            rows.append(Row(s2, t, t.alpha / s.alpha * x - t.sigma * np.expm1(h) * e - third, EPS))
+    return stack(rows)
+
+
+def _groups(steps: list[Step], order: int) -> list[list[NoiseLevel]]:
+    """The levels of each solver step: its start, the grid's levels at which it has its other stages, and its end."""
+    groups, stages = [], []
+    for i, (level, next) in enumerate(steps):
+        stages.append(level)
+        last = i + 1 == len(steps) or not finite(*steps[i + 1])
+        if len(stages) == order or last or not finite(level, next):
+            groups.append([*stages, next])
+            stages = []
+    return groups
+
+
+def dpmpp_2s(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1). `steps` network calls.
+
+    Stages are at levels of the grid, r = (lambda_1 - lambda) / h. With m and m_1 the data predictions of the stages:
+      u  = sigma_1 / sigma x - alpha_1 (exp(-r h) - 1) m
+      x' = sigma' / sigma x - alpha' (exp(-h) - 1) ((1 - 1 / (2 r)) m + 1 / (2 r) m_1)
+    """
+    rows = []
+    for s, *stages, t in _groups(path(schedule, steps, spacing), 2):
+        rows.append(first_order(s, (*stages, t)[0]))
+        if stages:
+            (s1,), m = stages, PAST[0]
+            h, rh = (t.logsnr - s.logsnr) / 2, (s1.logsnr - s.logsnr) / 2
+            x = s.sigma / s1.sigma * (state(s1) + s1.alpha * np.expm1(-rh) * m)
+            D = (1 - h / (2 * rh)) * m + h / (2 * rh) * X0
+            rows.append(Row(s1, t, t.sigma / s.sigma * x - t.alpha * np.expm1(-h) * D))
+    return stack(rows)
+
+
+def dpmpp_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+    """DPM-Solver++(SDE), two stages a step, the first halfway in lambda (Lu et al. 2022b, section 5, with the stages of
+    2S).
+
+    u  = sigma_1 / sigma exp(-h / 2) x + alpha_1 (1 - exp(-h)) m + n_1
+    x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) m_1 + n'
+    with n_1 of variance sigma_1^2 (1 - exp(-h)) and n' = sigma' / sigma_1 exp(-h / 2) n_1 + sigma' sqrt(1 - exp(-h)) z,
+    the noise that one Brownian motion puts into both. 2 steps - 1 network calls.
+    """
+    rows = []
+    for s, t in path(schedule, steps, spacing):
+        if not finite(s, t):
+            rows.append(Row(s, t, t.alpha * X0 + t.sigma * Z))
+            continue
+        lam, h = s.logsnr / 2, (t.logsnr - s.logsnr) / 2
+        s1 = schedule(schedule.t_of_logsnr(2 * lam + h))
+        decay, kept = np.exp(-h / 2), -np.expm1(-h)
+
+        x, m = state(s), X0
+        trial = s1.sigma / s.sigma * decay * x + s1.alpha * kept * m
+        # n' holds ratio n_1, and n_1 = u - trial: what is left of x' once m_1 and ratio u are taken out is remembered
+        ratio = t.sigma / s1.sigma * decay
+        rows.append(
+            Row(s, s1, trial + s1.sigma * kept**0.5 * Z, memory=t.sigma / s.sigma * decay**2 * x - ratio * trial)
+        )
+        final = PAST[0] + ratio * state(s1) - t.alpha * np.expm1(-2 * h) * X0
+        rows.append(Row(s1, t, final + t.sigma * kept**0.5 * Z))
+    return stack(rows)
+
+
+def with_churn(solver: Solver, churn: float, s_min: float = 0.0, s_max: float = np.inf, s_noise: float = 1.0) -> Solver:
+    """The solver with noise added before each step (Karras et al. 2022, algorithm 2).
+
+    Before a step from s = sigma / alpha in [s_min, s_max], noise of s_noise times the needed strength raises the level
+    to s (1 + gamma), gamma = min(churn / steps, sqrt(2) - 1), and the step starts from there; not above the schedule's
+    t_max.
+    solver: heun, euler, or another of this package that takes one step at a time.
+    """
+    if churn < 0 or s_noise < 0:
+        raise ValueError(f"churn and s_noise must be at least 0, got {churn} and {s_noise}")
+
+    def churned(schedule: Schedule, steps: int, spacing: Spacing = "trailing", **options) -> Plan:
+        gamma = min(churn / steps, 2**0.5 - 1)
+
+        def raised(level: NoiseLevel) -> NoiseLevel:
+            if level.alpha == 0 or not s_min <= level.sigma / level.alpha <= s_max:
+                return level
+            return schedule(schedule.t_of_logsnr(level.logsnr - 2 * np.log1p(gamma)))
+
+        grid = [(raised(level), next) for level, next in path(schedule, steps, spacing)]
+        return renoised(solver(schedule, steps, spacing=grid, **options), s_noise)
+
+    return churned
