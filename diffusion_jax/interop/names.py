@@ -31,7 +31,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def to_torch(params: PyTree) -> dict[str, np.ndarray]:
-    """Flax variables {"params": ...} -> a torch state dict of numpy arrays of the same type, views where they can be."""
+    """Flax variables {"params": ...} -> a torch state dict of numpy arrays of the same type, as views if possible."""
     return {torch_name(path): _kernel_to_torch(path, np.asarray(leaf)) for path, leaf in _leaves(params)}
 
 

@@ -1,8 +1,8 @@
 """Tensors out of torch's zip files (`torch.save`, since 1.6), without torch and without running what is in them.
 
-The archive holds `<name>/data.pkl`, a pickle of the nested dict in which each tensor is a call of torch's functions on a
-reference to a storage, and one file of bytes for each storage, `<name>/data/<key>`. Pickles can name any function to be
-called; here the few that describe tensors become plain tuples, and every other name is refused.
+The archive holds `<name>/data.pkl`, a pickle of the nested dict in which each tensor is a call of torch's functions
+on a reference to a storage, and one file of bytes for each storage, `<name>/data/<key>`. Pickles can name any function
+to be called; here the few that describe tensors become plain tuples, and every other name is refused.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Tensor files: what the reference implementation writes is read, and no malformed file does more than raise one line."""
+"""Tensor files: what the reference implementation writes is read; a malformed file does no more than raise one line."""
 
 import json
 import pickle
@@ -154,7 +154,7 @@ class Evil:
 def test_pickles_are_refused_and_never_run(content, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(content))
-    with pytest.raises(ValueError, match="a program that runs as it is read; look for a .safetensors file"):
+    with pytest.raises(ValueError, match="a program that runs as it is read; look for a"):
         read_file(tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"it asks for builtins\.print, which is no tensor") as raised:
         read_file(tmp_path / "x.ckpt", allow_pickle=True)

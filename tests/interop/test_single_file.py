@@ -1,0 +1,262 @@
+"""Checkpoints in one file: tiny ones, named as the original code names them, become the peer's own state dicts."""
+
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.interop.folders import autoencoder_of, unet_of
+from diffusion_jax.interop.names import from_torch, to_torch
+from diffusion_jax.interop.single_file import read_single_file, unet_name
+from diffusion_jax.interop.tensors import write_file
+
+UNET = {"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "block_out_channels": [32, 64]}
+CROSS = {
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 16,
+    "attention_head_dim": 8,
+}
+WIDE = {"block_out_channels": [64, 128], "use_linear_projection": True, "attention_head_dim": [1, 2]}
+UNETS = {
+    "sd1": UNET | CROSS,
+    "sd1 inpainting": UNET | CROSS | {"in_channels": 9},
+    "sd2": UNET | CROSS | WIDE,
+    "sdxl": UNET
+    | WIDE
+    | {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2],
+        "cross_attention_dim": 16,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 16 + 6 * 256,
+    },
+}
+AUTOENCODER = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+}
+OUTSIDE = {  # of the U-Net's blocks
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+INSIDE = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
+INSIDE |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+
+
+def random_tensors(of, config):
+    rng = np.random.default_rng(0)
+    shapes = of(config, "test")[1]
+    tensors = to_torch(jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), shapes))
+    return {name: rng.normal(size=tensor.shape).astype(np.float16) for name, tensor in tensors.items()}
+
+
+def ldm_unet_name(name, config):
+    head, leaf = name.rsplit(".", 1)
+    if head in OUTSIDE:
+        return f"{OUTSIDE[head]}.{leaf}"
+    part, rest = name.split(".", 1)
+    step = config["layers_per_block"] + 1
+    if part == "mid_block":
+        kind, i, rest = rest.split(".", 2)
+        where = f"middle_block.{1 if kind == 'attentions' else 2 * int(i)}"
+    else:
+        block, kind, layer, rest = rest.split(".", 3)
+        block, layer = int(block), int(layer)
+        attends = "Cross" in config["up_block_types"][block]
+        where, rest = {
+            "downsamplers": (f"input_blocks.{step * (block + 1)}.0.op", rest.removeprefix("conv.")),
+            "upsamplers": (f"output_blocks.{step * (block + 1) - 1}.{2 if attends else 1}", rest),
+        }.get(kind) or (
+            f"{'input' if part == 'down_blocks' else 'output'}_blocks."
+            f"{step * block + layer + (part == 'down_blocks')}.{int(kind == 'attentions')}",
+            rest,
+        )
+        if kind.endswith("samplers"):
+            return f"{where}.{rest}"
+    first = rest.split(".")[0]
+    return f"{where}.{rest.replace(first, INSIDE.get(first, first), 1)}"
+
+
+def ldm_autoencoder_name(name):
+    levels = len(AUTOENCODER["block_out_channels"])
+    name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+    for ours, theirs in {
+        "down_blocks.": "down.",
+        "mid_block.resnets.0": "mid.block_1",
+        "mid_block.resnets.1": "mid.block_2",
+        "mid_block.attentions.0": "mid.attn_1",
+        "group_norm": "norm",
+        "to_out.0": "proj_out",
+        "to_": "",
+        "resnets": "block",
+        "downsamplers.0": "downsample",
+        "upsamplers.0": "upsample",
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+    }.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def ldm_autoencoder(tensors):
+    """Under the original names, the maps of the attention as 1x1 convolutions."""
+    return {
+        "first_stage_model." + ldm_autoencoder_name(name): tensor[..., None, None]
+        if ".attentions." in name and tensor.ndim == 2
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def clip_tensors(width, layers, projection, vocabulary=24, positions=7):
+    rng = np.random.default_rng(1)
+    linear = {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    linear |= {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    shapes = {
+        "embeddings.token_embedding.weight": (vocabulary, width),
+        "embeddings.position_embedding.weight": (positions, width),
+        "final_layer_norm.weight": (width,),
+        "final_layer_norm.bias": (width,),
+    }
+    for i in range(layers):
+        for name, shape in linear.items():
+            shapes |= {f"encoder.layers.{i}.{name}.weight": shape, f"encoder.layers.{i}.{name}.bias": shape[:1]}
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"encoder.layers.{i}.{name}.{leaf}": (width,) for leaf in ("weight", "bias")}
+    shapes = {f"text_model.{name}": shape for name, shape in shapes.items()}
+    if projection:
+        shapes["text_projection.weight"] = (width, width)
+    return {name: rng.normal(size=shape).astype(np.float16) for name, shape in shapes.items()}
+
+
+def open_clip(tensors, prefix):
+    """Under OpenCLIP's names: q, k and v in one tensor, the projection transposed."""
+    named = {}
+    for name, tensor in tensors.items():
+        if "q_proj" in name:
+            whole = np.concatenate([tensors[name.replace("q_proj", f"{which}_proj")] for which in "qkv"])
+            name, tensor = name.replace("q_proj.", "in_proj_"), whole
+        elif "k_proj" in name or "v_proj" in name:
+            continue
+        for ours, theirs in {
+            "text_model.embeddings.token_embedding": "token_embedding",
+            "text_model.embeddings.position_embedding.weight": "positional_embedding",
+            "text_model.final_layer_norm": "ln_final",
+            "text_model.encoder.layers": "transformer.resblocks",
+            "layer_norm": "ln_",
+            "fc1": "c_fc",
+            "fc2": "c_proj",
+            "self_attn": "attn",
+        }.items():
+            name = name.replace(ours, theirs)
+        if name == "text_projection.weight":
+            name, tensor = "text_projection", tensor.T
+        named[prefix + name] = tensor
+    return named | {prefix + "logit_scale": np.float16([1])}
+
+
+def text_parts(family):
+    """(what the file holds, what each text encoder should become)."""
+    if family.startswith("sd1"):
+        clip = clip_tensors(64, 2, projection=False)
+        held = {f"cond_stage_model.transformer.{name}": tensor for name, tensor in clip.items()}
+        held["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(7)[None]
+        return held, [clip]
+    if family == "sd2":
+        whole = clip_tensors(64, 3, projection=True)
+        kept = {n: t for n, t in whole.items() if ".layers.2." not in n and n != "text_projection.weight"}
+        return open_clip(whole, "cond_stage_model.model."), [kept]
+    first, second = clip_tensors(64, 2, projection=False), clip_tensors(128, 3, projection=True)
+    held = {f"conditioner.embedders.0.transformer.{name}": tensor for name, tensor in first.items()}
+    return held | open_clip(second, "conditioner.embedders.1.model."), [first, second]
+
+
+def checkpoint(family):
+    """(tensors of a whole checkpoint in one file, its parts as they were before)."""
+    config = UNETS[family]
+    unet, autoencoder = random_tensors(unet_of, config), random_tensors(autoencoder_of, AUTOENCODER)
+    text, encoders = text_parts(family)
+    held = {"model.diffusion_model." + ldm_unet_name(name, config): tensor for name, tensor in unet.items()}
+    held |= ldm_autoencoder(autoencoder) | text | {"alphas_cumprod": np.ones(1000, np.float32)}
+    return held, [unet, autoencoder, *encoders]
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(tensor, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_parts_come_back(family, tmp_path):
+    held, originals = checkpoint(family)
+    write_file(tmp_path / "model.safetensors", held)
+    parts = read_single_file(tmp_path / "model.safetensors")
+    assert list(parts) == ["unet", "vae", "text_encoder", "text_encoder_2"][: len(originals)]
+    for part, original in zip(parts.values(), originals, strict=True):
+        assert_equal(part.tensors, original)
+    for of, part in ((unet_of, parts["unet"]), (autoencoder_of, parts["vae"])):
+        from_torch(part.tensors, "test", of(part.config, "test")[1])
+    unet = unet_of(parts["unet"].config, "test")[0]
+    for field, value in UNETS[family].items():
+        if not field.startswith("_") and field != "transformer_layers_per_block":
+            assert getattr(unet, field) == (tuple(value) if isinstance(value, list) else value), field
+    assert parts["vae"].config["scaling_factor"] == (0.13025 if family == "sdxl" else 0.18215)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_names_are_those_of_the_peer(family):
+    pytest.importorskip("torch")
+    peer = pytest.importorskip("diffusers.loaders.single_file_utils")
+    held, originals = checkpoint(family)
+    assert_equal(peer.convert_ldm_unet_checkpoint(dict(held), UNETS[family]), originals[0])
+    assert_equal(peer.convert_ldm_vae_checkpoint(dict(held), AUTOENCODER), originals[1])
+
+
+def test_text_encoders_are_those_of_the_peer():
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("diffusers.loaders.single_file_utils")
+    whole = clip_tensors(64, 3, projection=True)
+    held = {name: torch.tensor(t) for name, t in open_clip(whole, "conditioner.embedders.1.model.").items()}
+    model = types.SimpleNamespace(config=types.SimpleNamespace(hidden_size=64))
+    converted = peer.convert_open_clip_checkpoint(model, held, "conditioner.embedders.1.model.")
+    assert_equal({name: tensor.numpy() for name, tensor in converted.items()}, whole)
+
+
+def test_names_joined_by_underscores():
+    """As in the LoRA files of SDXL."""
+    assert unet_name("input_blocks_4_1_transformer_blocks_0_attn1_to_q", 2) == (
+        "down_blocks.1.attentions.0.transformer_blocks_0_attn1_to_q"
+    )
+    assert unet_name("output_blocks_2_0_skip_connection", 2) == "up_blocks.0.resnets.2.conv_shortcut"
+    assert unet_name("output_blocks_2_2_conv", 2) == "up_blocks.0.upsamplers.0.conv"
+    assert unet_name("input_blocks_10_0_emb_layers_1", 2) == "down_blocks.3.resnets.0.time_emb_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: {"other.weight": np.zeros(1)}, "expected a Stable Diffusion checkpoint with"),
+        (lambda held: {n: t for n, t in held.items() if "op" not in n}, "lacks or misshapes tensors"),
+        (lambda held: {n: t for n, t in held.items() if "first_stage" not in n}, "lacks or misshapes tensors"),
+        (lambda held: {n: t for n, t in held.items() if "middle_block.1" not in n}, "lacks or misshapes tensors"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
+    write_file(tmp_path / "x.safetensors", change(checkpoint("sd1")[0]))
+    with pytest.raises(ValueError, match=message) as raised:
+        read_single_file(tmp_path / "x.safetensors")
+    assert "\n" not in str(raised.value)
