@@ -45,4 +45,5 @@ def get_config() -> ConfigDict:
     config.train = common.train(steps=800_000, batch_size=128, ema=0.9999, every=10_000)
     config.train.log_every = 100
     config.sample = common.sample(("",), solver="ddpm", steps=1000, guidance=1.0, num_images=64)
+    config.eval = common.evaluation(images=10_000)
     return config

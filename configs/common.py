@@ -50,6 +50,13 @@ def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, n
     )
 
 
+def evaluation(images: int) -> ConfigDict:
+    """Likelihood of held-out data. images: how many, fewer where there are fewer. steps: of the flow, four evaluations
+    each. probes: of its divergence. terms: of the T of the bound, 0 for all. batch_size: images measured at once.
+    """
+    return ConfigDict({"images": images, "steps": 25, "probes": 1, "terms": 100, "batch_size": 64, "seed": 0})
+
+
 def schedule(name: str, T: int = 1000) -> ConfigDict:
     """name: linear, scaled_linear, cosine, sigmoid, laplace, of T steps; or flow, of continuous time, with a shift."""
     return ConfigDict({"name": name, "T": T, "shift": 1.0, "zero_terminal_snr": False})

@@ -128,6 +128,7 @@ def _latent(name: str, data: ConfigDict) -> ConfigDict:
     config.schedule = common.schedule("cosine")
     config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
     return config
+    config.eval = common.evaluation(images=1000)
 
 
 def _autoencoder(
