@@ -64,14 +64,15 @@ def schedule(name: str, T: int = 1000) -> ConfigDict:
 
 def data(source: str, size: int, flip: bool = False) -> ConfigDict:
     """source: "openmoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side. data_dir: of TFDS, ""
-    its default.
+    its default. splits: what the source calls the images to train on, those to validate on, and those that a first
+    stage is trained on.
     """
     return ConfigDict(
         {
             "source": source,
             "path": "",
             "data_dir": "",
-            "splits": {"train": "train", "validation": "validation"},
+            "splits": {"train": "train", "validation": "validation", "first_stage": "train"},
             "size": size,
             "random_crop": False,
             "flip": flip,

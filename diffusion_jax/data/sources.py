@@ -69,7 +69,8 @@ def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = 
     """OpenMoji drawings with their names, built on first use (seconds).
 
     size: height and width in pixels, a multiple of 8 up to 1024.
-    split: "train" or "validation" (5 % of the drawings).
+    split: "train", "validation" (5 % of the drawings), "unnamed" (more drawings, with empty captions), or a sum of
+        these such as "train+unnamed".
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
 
     Records also hold "aliases", a list of other names. Raises ValueError for another size or split.

