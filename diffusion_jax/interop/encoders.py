@@ -1,0 +1,149 @@
+"""Text encoders in the folder format of transformers: `config.json` beside `model.safetensors`."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from diffusion_jax.interop.folders import read_config
+from diffusion_jax.interop.names import from_torch, to_torch
+from diffusion_jax.interop.tensors import read_tensors, write_file
+from diffusion_jax.interop.tokenizers import load_tokenizer
+from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.t5 import T5Encoder
+from diffusion_jax.models.text import TextEncoder, tokenize
+
+WEIGHTS = "model"
+MODULES = {
+    "CLIPTextModel": ClipTextEncoder,
+    "CLIPTextModelWithProjection": ClipTextEncoder,
+    "T5EncoderModel": T5Encoder,
+}
+# What the peer's classes assume for a field that their config.json leaves out, where ours assumes something else.
+DEFAULTS = {
+    "CLIPTextModel": {},
+    "CLIPTextModelWithProjection": dict(projection_dim=512),
+    "T5EncoderModel": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
+}
+LAYERS = ("last_hidden_state", "penultimate")
+
+
+def load_text_encoder(
+    folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False
+) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
+    """The text encoder of a folder and its variables, so that `encoder.apply(variables, ids)` runs it, T5 with a mask.
+
+    dtype: of the variables. allow_pickle: see `read_tensors`.
+    For another compute type, `encoder.clone(dtype=jnp.bfloat16)` shares the variables.
+    Raises FileNotFoundError for a missing file and ValueError for a config or weights that cannot be honoured.
+    """
+    encoder, like = text_encoder_of(*read_config(folder))
+    tensors, source = read_tensors(folder, WEIGHTS, allow_pickle)
+    return encoder, from_torch(canonical(tensors, encoder), source, like, dtype)
+
+
+def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
+    """The encoder of a config.json's content and the shapes of its variables. source: the file, for the messages."""
+    name = next(iter(config.get("architectures") or [None]))
+    if name not in MODULES:
+        raise ValueError(f"{source}: expected the architecture of a text encoder, {', '.join(MODULES)}; got {name}")
+    known = {field.name for field in dataclasses.fields(MODULES[name])} - {"parent", "name", "dtype"}
+    if name == "CLIPTextModel":
+        known.remove("projection_dim")  # of the model that it was cut out of
+    fields = DEFAULTS[name] | {field: config[field] for field in known & config.keys()}
+    try:
+        encoder = MODULES[name](**fields)
+        return encoder, jax.eval_shape(encoder.init, jax.random.key(0), *encoder.example_inputs())
+    except Exception as error:  # a config can be wrong in any way
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{source}: no network can be built from it: {reason[0] if reason else error!r}") from None
+
+
+def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5Encoder) -> dict[str, np.ndarray]:
+    """A text encoder's tensors under the one set of names, of all that different versions of transformers wrote."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    if isinstance(encoder, T5Encoder):
+        return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
+    heads = ("text_model.", "text_projection.")
+    return {name if name.startswith(heads) else f"text_model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def save_text_encoder(
+    encoder: ClipTextEncoder | T5Encoder, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
+) -> None:
+    """Write a folder that `load_text_encoder` and the peer read. dtype: of the stored tensors."""
+    if isinstance(encoder, T5Encoder):
+        head = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
+    else:
+        projected = "WithProjection" if encoder.projection_dim is not None else ""
+        head = {"architectures": [f"CLIPTextModel{projected}"], "model_type": "clip_text_model"}
+    names = sorted({field.name for field in dataclasses.fields(encoder)} - {"parent", "name", "dtype"})
+    fields = {name: getattr(encoder, name) for name in names if getattr(encoder, name) is not None}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(head | fields, indent=2) + "\n")
+    write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)
+
+
+def text_encoder(
+    folder: str | Path,
+    tokenizer_folder: str | Path,
+    length: int | None = None,
+    layer: str = "last_hidden_state",
+    dtype: DTypeLike = jnp.float32,
+) -> TextEncoder:
+    """A published encoder with its tokenizer behind the seam of `models.text`, e.g. of pipeline/text_encoder and
+    pipeline/tokenizer.
+
+    Denoisers that read CLIP attend to its padding as to any token, so its mask is True everywhere; that of T5 is not.
+
+    length: tokens of a prompt, as `load_tokenizer`. layer: of CLIP, "last_hidden_state" or "penultimate".
+    dtype: of the large multiplications.
+    Raises ValueError for another layer and for a length beyond the encoder's positions, else as the two loaders.
+    """
+    if layer not in LAYERS:
+        raise ValueError(f"layer: expected one of {', '.join(LAYERS)}, got {layer!r}")
+    module, params = load_text_encoder(folder)
+    module = module.clone(dtype=dtype)
+    tokenizer = load_tokenizer(tokenizer_folder, length)
+    length = tokenizer.padding["length"]
+    if isinstance(module, T5Encoder):
+        read, apply = tokenize, module.apply
+    else:
+        read, apply = _tokenize_whole, functools.partial(_clip_layer, module, layer)
+    ids = jnp.zeros((1, length), jnp.int32)
+    embedding = jax.eval_shape(apply, params, ids, ids == 0)
+    return TextEncoder(
+        tokenize=functools.partial(read, tokenizer=tokenizer, length=length),
+        apply=apply,
+        params=params,
+        length=length,
+        width=embedding.shape[-1],
+        name=f"{_fingerprint(folder, tokenizer_folder)}-{layer}-{length}",
+    )
+
+
+def _tokenize_whole(prompts, tokenizer, length):
+    ids, mask = tokenize(prompts, tokenizer, length)
+    return ids, np.ones_like(mask)
+
+
+def _clip_layer(module, layer, params, ids, mask):
+    return getattr(module.apply(params, ids), layer)
+
+
+def _fingerprint(*folders):
+    """SHA-256 over the files of folders."""
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_file()):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""Tokenizers of CLIP and T5 from the files that lie in a checkpoint's tokenizer folder."""
+
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from diffusion_jax.interop.tensors import read_json
+
+# What transformers assumes for the roles of tokens that a folder does not fill.
+CLIP_ROLES = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
+T5_ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+# CLIP's words: its two marks, English endings, runs of letters, single digits, runs of anything else but spaces.
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+UNKNOWN_LENGTH = 10**6  # transformers writes a still larger number where it knows none
+
+
+def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
+    """The tokenizer of a folder, set to cut and pad every prompt to `length` tokens with those that mark its ends.
+
+    It is read from tokenizer.json, or made from vocab.json and merges.txt (CLIP, Radford et al. 2021: byte pairs) or
+    from spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018). tokenizer_config.json and
+    special_tokens_map.json say which token pads: the one that ends a text for OpenAI's CLIP, "!" for OpenCLIP. A token
+    with such a role is found anywhere in a prompt, so that there every "!" becomes padding; this is what the reference
+    does and what the networks were used with.
+
+    length: if None, model_max_length of tokenizer_config.json, or 77 for CLIP and 512 for T5 where it names none.
+    Raises FileNotFoundError for a folder without a tokenizer, ValueError for malformed files and for a length without
+    room for a token between the marks.
+    """
+    folder = Path(folder)
+    settings = _settings(folder)
+    try:
+        tokenizer, roles, default_length = _build(folder, settings)
+        pad = _add_special_tokens(tokenizer, settings, roles)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each of the file formats fails in its own way
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder}: expected the files of a CLIP or T5 tokenizer, but {reason}") from None
+
+    if length is None:
+        known = settings.get("model_max_length", UNKNOWN_LENGTH)
+        length = known if known < UNKNOWN_LENGTH else default_length
+    marks = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if length <= marks:
+        raise ValueError(f"length: expected more than {marks} tokens, as so many mark the ends of a text, got {length}")
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    return tokenizer
+
+
+def _settings(folder):
+    """tokenizer_config.json, under the older special_tokens_map.json where it does not list the tokens itself."""
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    config, tokens = (read_json(path) if path.is_file() else {} for path in files)
+    return config if "added_tokens_decoder" in config else config | tokens
+
+
+def _build(folder, settings):
+    """(tokenizer without special tokens that its files do not name, default roles, default length)."""
+    whole, vocab, merges, pieces = (
+        folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
+    )
+    if whole.is_file():
+        tokenizer = Tokenizer.from_str(whole.read_text(encoding="utf-8"))
+        clip = isinstance(tokenizer.model, models.BPE)
+    elif vocab.is_file() and merges.is_file():
+        tokenizer, clip = _clip(read_json(vocab), merges.read_text(encoding="utf-8"), settings), True
+    elif pieces.is_file():
+        tokenizer, clip = _t5(pieces.read_bytes(), settings), False
+    else:
+        raise FileNotFoundError(f"{folder}: expected tokenizer.json, vocab.json with merges.txt, or spiece.model there")
+    return (tokenizer, CLIP_ROLES, 77) if clip else (tokenizer, T5_ROLES, 512)
+
+
+def _clip(vocab, merges, settings):
+    """Byte pairs of lower-case words, whose last piece ends in "</w>"."""
+    lines = merges.splitlines()
+    pairs = [tuple(line.split()) for line in lines["#version" in lines[0] :] if line]
+    bos, eos, unk = (
+        _content(settings.get(role) or CLIP_ROLES[role]) for role in ("bos_token", "eos_token", "unk_token")
+    )
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unk, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A", eos], special_tokens=[(bos, vocab[bos]), (eos, vocab[eos])]
+    )
+    return tokenizer
+
+
+def _t5(model, settings):
+    """The most likely pieces of words that begin with "▁", then the end; the sentinels of training come last."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(model)
+    if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
+        raise ValueError("spiece.model is no unigram model")
+    sentinels = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(settings.get("extra_ids", 100)))]
+    vocab = [(piece.piece, piece.score) for piece in model.pieces] + sentinels
+    tokenizer = Tokenizer(models.Unigram(vocab, model.trainer_spec.unk_id))
+    if model.normalizer_spec.precompiled_charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    eos = _content(settings.get("eos_token") or T5_ROLES["eos_token"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", eos], special_tokens=[(eos, tokenizer.token_to_id(eos))]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name, _ in sentinels])
+    return tokenizer
+
+
+def _add_special_tokens(tokenizer, settings, roles):
+    """Let the tokenizer find the tokens of `settings` and those with a role anywhere; returns the one that pads."""
+    listed = sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
+    tokenizer.add_special_tokens([_added(token) for _, token in listed])
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    chosen = [settings.get(role) or default for role, default in roles.items()]
+    tokenizer.add_special_tokens([_added(token) for token in chosen if _content(token) not in known])
+    return _content(chosen[-1])
+
+
+def _added(token):
+    if isinstance(token, str):
+        return AddedToken(token, normalized=False)
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    return AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+
+
+def _content(token):
+    return token if isinstance(token, str) else token["content"]
