@@ -65,14 +65,17 @@ class Row(NamedTuple):
 
 
 def stack(rows: Iterable[Row]) -> Plan:
-    """The rows as a plan."""
-    level, next, update, memory = zip(*rows, strict=True)
-    x0, eps, noise, *past = np.array(update).T
-    return Plan(_levels(level), _levels(next), x0, eps, noise, np.array(memory)[:, :2], np.stack(past, axis=1))
+    """The rows as a plan; without any, a plan that changes nothing."""
+    rows = list(rows)
+    level, next, update, memory = zip(*rows, strict=True) if rows else [()] * 4
+    x0, eps, noise, *past = np.reshape(update, (-1, len(X0))).T
+    return Plan(
+        _levels(level), _levels(next), x0, eps, noise, np.reshape(memory, (-1, len(X0)))[:, :2], np.stack(past, axis=1)
+    )
 
 
 def _levels(levels: Sequence[NoiseLevel]) -> NoiseLevel:
-    return NoiseLevel(*np.array(levels, np.float64).T)
+    return NoiseLevel(*np.reshape(np.array(levels, np.float64), (-1, 3)).T)
 
 
 def state(level: NoiseLevel) -> np.ndarray:
@@ -96,7 +99,7 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
     t_min, t_max, T = schedule.t_min, schedule.t_max, schedule.num_steps
     if not isinstance(spacing, str):
         t = np.asarray(spacing, np.float64)
-        if t.shape != (steps,) or np.any(np.diff(t) >= 0) or t[0] > t_max or t[-1] < t_min:
+        if t.shape != (steps,) or np.any(np.diff(t) >= 0) or np.any((t > t_max) | (t < t_min)):
             raise ValueError(
                 f"explicit times must be {steps} strictly falling values in [{t_min:g}, {t_max:g}], got {t}"
             )
@@ -150,10 +153,10 @@ def renoised(plan: Plan, scale: float = 1.0) -> Plan:
     sigma_s^2 (Kingma et al. 2021, eq. 20). scale: of that noise, S_noise of Karras et al. 2022, algorithm 2.
     Raises ValueError if a row looks back across such a gap: predictions made before it belong to another trajectory.
     """
-    target = NoiseLevel(*(np.append(v[1:], end[-1]) for v, end in zip(plan.level, plan.next, strict=True)))
+    target = NoiseLevel(*(np.append(v[1:], end[-1:]) for v, end in zip(plan.level, plan.next, strict=True)))
     ratio = target.alpha / plan.next.alpha
     extra = scale * np.sqrt(np.maximum(target.sigma**2 - (ratio * plan.next.sigma) ** 2, 0))
-    steps_begin = np.append(True, extra[:-1] > 1e-9 * target.sigma[:-1])
+    steps_begin = np.append(True, extra > 1e-9 * target.sigma)[: plan.num_rows]
     rows_in_step = np.arange(plan.num_rows) - np.maximum.accumulate(np.where(steps_begin, np.arange(plan.num_rows), 0))
     if np.any(plan.past[rows_in_step[:, None] <= np.arange(HISTORY)]):
         raise ValueError("adding noise between steps needs a solver that takes them one at a time, not a multistep one")

@@ -1,0 +1,48 @@
+"""Image, mask and prompt -> image, new where the mask says so."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree, Shaped
+
+from diffusion_jax.core.sampling import keep
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.pipelines.codec import Images, pixels
+from diffusion_jax.pipelines.image_to_image import noised
+from diffusion_jax.pipelines.pipeline import Guided, Pipeline, encode, from_noise
+
+
+def inpaint(
+    pipeline: Pipeline,
+    image: Images,
+    mask: Shaped[Array | np.ndarray, "..."],
+    cond: PyTree,
+    keys: Key[Array, "batch"],
+    plan: Plan,
+    guidance: Guided = 1.0,
+    **options,
+) -> Float[Array, "batch height width 3"]:
+    """A new image where mask is 1, the old one where it is 0 (Lugmayr et al. 2022, algorithm 1).
+
+    The known part is held at every level of the plan; where mask is 0 the result is the given image exactly.
+    image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size. mask: (B or 1, H, W, 1), in [0, 1], values between
+    blend; what a latent's cell touches of it is made new. plan: from noise alone, or on `solvers.strength_times` for
+    new parts that begin with the old ones; `solvers.with_resampling(plan, repeats)` fits the parts together better.
+    All else as in `text_to_image`. Raises ValueError for a mask of another shape.
+    """
+    if mask.shape not in [(batch, *image.shape[1:3], 1) for batch in (1, len(image))]:
+        raise ValueError(f"a mask must be of shape (B or 1, H, W, 1) for images of {image.shape}, got {mask.shape}")
+    mask = jnp.asarray(mask, jnp.float32)
+    made = pixels(image)
+    if plan.num_rows:
+        x0 = encode(pipeline, image)
+        known = keep(x0, jnp.broadcast_to(_touched(mask, pipeline.codec.factor), (*x0.shape[:3], 1)), keys)
+        x = noised(pipeline, x0, keys, plan)
+        made = from_noise(pipeline, x, cond, keys, plan, guidance, known=known, **options)
+    return mask * made + (1 - mask) * pixels(image)
+
+
+def _touched(mask: Float[Array, "batch height width 1"], factor: int) -> Float[Array, "batch h w 1"]:
+    """1 for each cell of factor x factor pixels that the mask touches, else 0."""
+    batch, height, width, _ = mask.shape
+    cells = mask.reshape(batch, height // factor, factor, width // factor, factor)
+    return jnp.any(cells > 0, axis=(2, 4))[..., None].astype(mask.dtype)

@@ -1,0 +1,63 @@
+"""Between two noises, two prompts, two seeds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from diffusion_jax.core.process import expand
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.pipelines.pipeline import Pipeline, noise
+
+Weight = float | Float[Array | np.ndarray, "batch"]
+
+
+def slerp(
+    a: Float[Array, "batch *shape"], b: Float[Array, "batch *shape"], weight: Weight
+) -> Float[Array, "batch *shape"]:
+    """Along the great circle from a to b (Shoemake 1985), so that noise between two noises is as strong as they are.
+
+    sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle between a and b; linear where they
+    are parallel. Each image is one vector. weight w: 0 gives a, 1 gives b; one number or (B,).
+    """
+    axes = tuple(range(1, a.ndim))
+
+    def norm(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
+
+    u, v = (x / jnp.maximum(norm(x), 1e-20) for x in (a, b))
+    theta = 2 * jnp.arctan2(norm(u - v), norm(u + v))  # exact for small angles too (Kahan 2006, section 12)
+    w = expand(weight, a)
+    parallel = jnp.sin(theta) < 1e-4
+    theta = jnp.where(parallel, 1.0, theta)
+    on_a = jnp.where(parallel, 1 - w, jnp.sin((1 - w) * theta) / jnp.sin(theta))
+    on_b = jnp.where(parallel, w, jnp.sin(w * theta) / jnp.sin(theta))
+    return on_a * a + on_b * b
+
+
+def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
+    """The condition between two: (1 - weight) a + weight b of embeddings, a token real where it is in either.
+
+    a, b: leaves (B, ...) of one shape, floats or masks of bool. weight: one number or (B,).
+    Raises ValueError for leaves of other kinds: there is nothing between two classes.
+    """
+
+    def between(a: Array, b: Array) -> Array:
+        if a.dtype == bool:
+            return a | b
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise ValueError(f"only embeddings can be mixed: there is nothing between values of {a.dtype}")
+        w = expand(weight, a)
+        return (1 - w) * a + w * b
+
+    return jax.tree.map(between, a, b)
+
+
+def variations(
+    pipeline: Pipeline, keys: Key[Array, "batch"], other_keys: Key[Array, "batch"], plan: Plan, strength: Weight
+) -> Float[Array, "batch h w c"]:
+    """The noise of `keys`, turned a little towards that of `other_keys`, for `from_noise`.
+
+    strength: 0 for the images of `keys`, 1 for those of `other_keys`; one number or (B,).
+    """
+    return slerp(noise(pipeline, keys, plan.start), noise(pipeline, other_keys, plan.start), strength)
