@@ -1,6 +1,6 @@
 """What the configs share: the fields every run has, at values that suit most of them."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def optimizer(learning_rate: float, warmup: int, decay: str = "constant") -> ConfigDict:
@@ -35,14 +35,34 @@ def train(steps: int, batch_size: int, ema: float, every: int) -> ConfigDict:
 
 
 def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, num_images: int = 1) -> ConfigDict:
-    """num_images: for each prompt. batch_size: images drawn at once."""
+    """What --mode=sample draws, and how.
+
+    num_images: for each prompt. batch_size: images drawn at once.
+    order, eta: of solvers that have them, None for the solver's own.
+    negative_prompt: what to lead away from, "" for no condition. rescale: phi in [0, 1], how much of the unguided
+    image's contrast is kept. guidance_interval: (low, high) in sigma / alpha, (0, 0) for everywhere. cfg_pp: CFG++,
+    with guidance in [0, 1]. dynamic_threshold: percentile in (0, 1], 0 for none, for models of pixels.
+    image: a picture's path, to draw it anew; strength: how much of it changes, in [0, 1].
+    mask: a picture's path, white where image is made new, whatever the strength; resample: RePaint's repeats of a step.
+    """
     return ConfigDict(
         {
             "prompts": prompts,
             "solver": solver,
             "steps": steps,
+            "order": config_dict.placeholder(int),
+            "eta": config_dict.placeholder(float),
             "spacing": "trailing",
             "guidance": guidance,
+            "negative_prompt": "",
+            "rescale": 0.0,
+            "guidance_interval": (0.0, 0.0),
+            "cfg_pp": False,
+            "dynamic_threshold": 0.0,
+            "image": "",
+            "strength": 0.6,
+            "mask": "",
+            "resample": 1,
             "num_images": num_images,
             "batch_size": 64,
             "seed": 0,

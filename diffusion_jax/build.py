@@ -1,6 +1,7 @@
 """Config -> objects: the only place where strings become functions. Unknown names raise with the known ones."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from diffusion_jax.models.lpips import load_lpips, lpips
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.objectives.autoencoder import autoencoding
 from diffusion_jax.objectives.denoising import TARGETS
+from diffusion_jax.pipelines import Guidance
 from diffusion_jax.pipelines import conditioning as conditionings
 from diffusion_jax.pipelines.conditioning import Conditioning
 
@@ -76,9 +78,37 @@ def schedule(config: ConfigDict) -> Schedule:
 
 
 def plan(config: ConfigDict) -> Plan:
-    """The solver of config.sample as a table."""
-    solver = choose(SOLVERS, config.sample.solver, "solver")
-    return solver(schedule(config), config.sample.steps, spacing=config.sample.spacing)
+    """The solver of config.sample as a table, from where it starts on an image if there is one."""
+    section = config.sample
+    solver, options = choose(SOLVERS, section.solver, "solver"), {}
+    for name in ("order", "eta"):
+        if section[name] is not None:
+            able = sorted(known for known, f in SOLVERS.items() if name in inspect.signature(f).parameters)
+            if section.solver not in able:
+                raise ValueError(
+                    f"sample.{name}: the solver {section.solver} has none; those with it: {', '.join(able)}"
+                )
+            options[name] = section[name]
+    strength = section.strength if section.image and not section.mask else 1.0
+    left = solvers.strength_times(schedule(config), section.steps, strength, section.spacing)
+    table = solver(schedule(config), len(left), spacing=left, **options)
+    return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
+
+
+def guidance(config: ConfigDict, conditioning: Conditioning) -> Guidance:
+    """The guidance of config.sample."""
+    section = config.sample
+    negative = None
+    if section.negative_prompt:
+        negative = jax.tree.map(lambda leaf: leaf[0], conditioning.of_prompts([section.negative_prompt]))
+    return Guidance(
+        scale=section.guidance,
+        negative=negative,
+        phi=section.rescale,
+        limits=section.guidance_interval if any(section.guidance_interval) else None,
+        plus_plus=section.cfg_pp,
+        percentile=section.dynamic_threshold or None,
+    )
 
 
 def conversion(config: ConfigDict) -> Callable:
