@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.tensors import read_json, read_tensors, write_file
+from diffusion_jax.interop.tensors import first_line, read_json, read_tensors, write_file
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 
@@ -136,8 +136,7 @@ def _module_and_shapes(module: type[nn.Module], config: Mapping, source: str | P
         made = module(**fields)
         return made, jax.eval_shape(made.init, jax.random.key(0), *inputs(made))
     except Exception as error:  # a config can be wrong in any way
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"{source}: no network can be built from it: {reason[0] if reason else error!r}") from None
+        raise ValueError(f"{source}: no network can be built from it: {first_line(error)}") from None
 
 
 def _fields(module: type[nn.Module], config: Mapping, source: str | Path) -> dict:

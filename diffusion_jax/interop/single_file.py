@@ -89,16 +89,15 @@ def read_single_file(path: str | Path, allow_pickle: bool = False) -> dict[str, 
         unet = _unet(unet)
         parts = {"unet": unet, "vae": _autoencoder(_under(tensors, "first_stage_model."), unet.config)}
         encoders = [
-            _clip(_under(tensors, "cond_stage_model.transformer.")),
-            _open_clip(_under(tensors, "cond_stage_model.model."), skip=1, projection=False),
-            _clip(_under(tensors, "conditioner.embedders.0.transformer.")),
-            _open_clip(_under(tensors, "conditioner.embedders.0.model.")),
-            _open_clip(_under(tensors, "conditioner.embedders.1.model.")),
+            ("text_encoder", _clip(_under(tensors, "cond_stage_model.transformer."))),
+            ("text_encoder", _open_clip(_under(tensors, "cond_stage_model.model."), skip=1, projection=False)),
+            ("text_encoder", _clip(_under(tensors, "conditioner.embedders.0.transformer."))),
+            ("text_encoder_2", _open_clip(_under(tensors, "conditioner.embedders.0.model."))),
+            ("text_encoder_2", _open_clip(_under(tensors, "conditioner.embedders.1.model."))),
         ]
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path} lacks or misshapes tensors of a Stable Diffusion checkpoint: {error}") from None
-    names = ("text_encoder", "text_encoder_2")
-    return parts | dict(zip(names, [encoder for encoder in encoders if encoder], strict=False))
+    return parts | {name: encoder for name, encoder in encoders if encoder}
 
 
 def unet_name(name: str, layers: int) -> str:

@@ -68,12 +68,22 @@ def read_file(path: str | Path, allow_pickle: bool = False) -> dict[str, np.ndar
     return read_pickle(path)
 
 
-def write_file(path: str | Path, tensors: Mapping[str, ArrayLike], dtype: DTypeLike | None = None) -> None:
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The free texts in a .safetensors file's header; ValueError where it is malformed."""
+    return _read_header(Path(path))[1]
+
+
+def write_file(
+    path: str | Path,
+    tensors: Mapping[str, ArrayLike],
+    dtype: DTypeLike | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write tensors, sorted by name, as .safetensors that PyTorch libraries read too; one at a time, then renamed.
 
-    dtype: of the stored floating-point tensors, each its own where None.
+    dtype: of the stored floating-point tensors, each its own where None. metadata: free texts for the header.
     """
-    path, header, end = Path(path), {"__metadata__": {"format": "pt"}}, 0
+    path, header, end = Path(path), {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     stored = {name: _stored_dtype(tensors[name], dtype) for name in sorted(tensors)}
     for name, kind in stored.items():
         begin, end = end, end + math.prod(np.shape(tensors[name])) * kind.itemsize
@@ -99,10 +109,15 @@ def read_json(path: str | Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
+        raise ValueError(f"{path}: expected JSON, got something else ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, for a message of one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _stored_dtype(tensor, dtype):
@@ -110,7 +125,8 @@ def _stored_dtype(tensor, dtype):
     return np.dtype(dtype) if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
 
-def _read_safetensors(path):
+def _read_header(path):
+    """(name -> entry, metadata, position of the first tensor)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -121,22 +137,30 @@ def _read_safetensors(path):
             )
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            spans = {name: _span(name, **entry) for name, entry in header.items()}
+            return header, header.pop("__metadata__", None) or {}, 8 + length
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: malformed safetensors header: {error}") from None
+            raise ValueError(f"{path}: malformed safetensors header: {first_line(error)}") from None
+
+
+def _read_safetensors(path):
+    header, _, start = _read_header(path)
+    try:
+        spans = {name: _span(name, **entry) for name, entry in header.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: malformed safetensors header: {first_line(error)}") from None
     end = 0
     for begin, after, *_ in sorted(spans.values(), key=lambda span: span[:2]):
         if begin != end:
             raise ValueError(f"{path}: malformed safetensors header: bytes {min(begin, end)} to {max(begin, end)} "
                              "belong to no tensor or to two")  # fmt: skip
         end = after
-    if 8 + length + end != size:
+    size = path.stat().st_size
+    if start + end != size:
         raise ValueError(
-            f"{path}: expected {8 + length + end} bytes by its header, got {size}; "
+            f"{path}: expected {start + end} bytes by its header, got {size}; "
             "it is cut off or not written to its end, fetch it again"
         )
-    data = np.asarray(np.memmap(path, np.uint8, "r"))[8 + length :]
+    data = np.asarray(np.memmap(path, np.uint8, "r"))[start:]
     return {name: data[begin:end].view(dtype).reshape(shape) for name, (begin, end, dtype, shape) in spans.items()}
 
 

@@ -1,0 +1,245 @@
+"""Whole text-to-image models as they are published: a folder of diffusers, or one file of the original code.
+
+A folder has model_index.json and a subfolder for each part:
+
+    unet/ vae/ text_encoder/ text_encoder_2/      networks, each a config.json and its tensors
+    tokenizer/ tokenizer_2/                       vocabularies
+    scheduler/                                    scheduler_config.json: the noise schedule and what the U-Net predicts
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+from tokenizers import Tokenizer
+
+from diffusion_jax.core import schedules
+from diffusion_jax.core.schedules import DiscreteSchedule
+from diffusion_jax.interop import encoders
+from diffusion_jax.interop.encoders import canonical, save_text_encoder, text_encoder_of
+from diffusion_jax.interop.folders import WEIGHTS, autoencoder_of, read_config, save_autoencoder, save_unet, unet_of
+from diffusion_jax.interop.names import from_torch, modern
+from diffusion_jax.interop.single_file import Description, read_single_file
+from diffusion_jax.interop.tensors import first_line, read_json, read_tensors
+from diffusion_jax.interop.tokenizers import load_tokenizer
+
+TEXT = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+NETWORKS = {"unet": unet_of, "vae": autoencoder_of} | dict.fromkeys(TEXT, text_encoder_of)
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # the peer's names and ours
+STABLE_DIFFUSION = {  # how all of them were trained
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+
+
+class Part(NamedTuple):
+    """A network and its variables: `part.module.apply(part.params, …)`."""
+
+    module: nn.Module
+    params: PyTree
+
+
+class Network(NamedTuple):
+    """A network of a pipeline before its variables are made: their shapes, and the tensors they are to be made of."""
+
+    module: nn.Module
+    like: PyTree
+    tensors: dict[str, np.ndarray]
+    source: str
+
+
+class PublishedPipeline(NamedTuple):
+    """A text-to-image model of the Stable Diffusion family.
+
+    unet, autoencoder: the denoiser of latents, and what makes latents of images and images of latents.
+    text_encoders, tokenizers: one each (SD 1 and 2, the refiner of SDXL) or two (SDXL); of a single file no tokenizers.
+    schedule, prediction: of the denoiser; "eps", "v" or "x0".
+    scheduler: scheduler_config.json, where timestep_spacing, steps_offset and the like say how its authors sample.
+    index: model_index.json without the parts, such as force_zeros_for_empty_prompt.
+    """
+
+    unet: Part
+    autoencoder: Part
+    text_encoders: tuple[Part, ...]
+    tokenizers: tuple[Tokenizer, ...]
+    schedule: DiscreteSchedule
+    prediction: str
+    scheduler: dict = {}  # noqa: RUF012  (never changed)
+    index: dict = {}  # noqa: RUF012
+
+
+def load_pipeline(
+    path: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    prediction: str | None = None,
+    tokenizers: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> PublishedPipeline:
+    """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
+
+    dtype: of all variables. prediction: overrides "eps", "v" or "x0"; a single file of SD 2 does not say, 512-base is
+    "eps" and 768 is "v". tokenizers: the folder of a pipeline whose tokenizers a single file is to have.
+    allow_pickle: see `read_file`.
+    Raises FileNotFoundError for what is missing and ValueError for what cannot be honoured, naming the file.
+    """
+    path = Path(path)
+    scheduler, index = _settings(path)
+    parts = {
+        name: Part(network.module, from_torch(network.tensors, network.source, network.like, dtype))
+        for name, network in read_networks(path, allow_pickle).items()
+    }
+    unet = parts["unet"].module
+    if path.is_file() and prediction is None and unet.use_linear_projection and unet.addition_embed_type is None:
+        raise ValueError(f"{path}: SD 2 in one file does not say what it predicts; give 'eps' (512-base) or 'v' (768)")
+    schedule, predicted = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
+    if prediction not in (None, *PREDICTIONS.values()):
+        raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
+    folders = [Path(tokenizers or path) / name for name in TOKENIZERS]
+    return PublishedPipeline(
+        unet=parts["unet"],
+        autoencoder=parts["vae"],
+        text_encoders=tuple(parts[name] for name in TEXT if name in parts),
+        tokenizers=tuple(load_tokenizer(folder) for folder in folders if folder.is_dir()),
+        schedule=schedule,
+        prediction=prediction or predicted,
+        scheduler=scheduler,
+        index=index,
+    )
+
+
+def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
+    """Write a folder that `load_pipeline` and the peer read. dtype: of the stored tensors."""
+    folder = Path(folder)
+    unet = pipeline.unet.module
+    save_unet(*pipeline.unet, folder / "unet", dtype)
+    save_autoencoder(*pipeline.autoencoder, folder / "vae", dtype)
+    wide = unet.addition_embed_type is not None
+    kind = f"StableDiffusion{'XL' * wide}{'Inpaint' * (unet.in_channels == 9)}Pipeline"
+    index = {"_class_name": kind} | pipeline.index
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    if not wide:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    last = slice(-len(pipeline.text_encoders), None) if wide else slice(len(pipeline.text_encoders))
+    for name, part in zip(TEXT[last], pipeline.text_encoders, strict=True):
+        save_text_encoder(*part, folder / name, dtype)
+        index[name] = ["transformers", read_config(folder / name)[0]["architectures"][0]]
+    for name, tokenizer in zip(TOKENIZERS[last], pipeline.tokenizers, strict=bool(pipeline.tokenizers)):
+        _save_tokenizer(tokenizer, folder / name)
+        index[name] = ["transformers", "CLIPTokenizer"]
+    scheduler = scheduler_config(pipeline.scheduler, pipeline.schedule, pipeline.prediction)
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(folder / "model_index.json", index)
+
+
+def read_networks(path: str | Path, allow_pickle: bool = False) -> dict[str, Network]:
+    """The networks of a folder or file: "unet", "vae", "text_encoder" and "text_encoder_2" as far as it has them."""
+    path = Path(path)
+    if path.is_file():
+        parts = read_single_file(path, allow_pickle)
+        sources = dict.fromkeys(parts, str(path))
+    else:
+        index = read_json(path / "model_index.json")
+        for name in ("unet", "vae"):
+            if name not in index:
+                raise ValueError(f"{path / 'model_index.json'}: expected a pipeline with unet and vae, got no {name}")
+        parts, sources = {}, {}
+        for name in NETWORKS:
+            if _is_used(index.get(name)):
+                stem = encoders.WEIGHTS if name in TEXT else WEIGHTS
+                tensors, sources[name] = read_tensors(path / name, stem, allow_pickle)
+                parts[name] = Description(read_config(path / name)[0], tensors)
+    networks = {}
+    for name, (config, tensors) in parts.items():
+        module, like = NETWORKS[name](config, sources[name])
+        tensors = canonical(tensors, module) if name in TEXT else modern(tensors)
+        networks[name] = Network(module, like, tensors, sources[name])
+    return networks
+
+
+def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, str]:
+    """The noise schedule and the prediction ("eps", "v" or "x0") of the content of a scheduler_config.json.
+
+    source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind.
+    """
+    kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
+    ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    try:
+        if config.get("trained_betas") is not None:
+            schedule = schedules.from_betas(config["trained_betas"])
+        else:
+            schedule = {
+                "linear": lambda: schedules.linear(steps, *ends),
+                "scaled_linear": lambda: schedules.scaled_linear(steps, *ends),
+                "squaredcos_cap_v2": lambda: schedules.cosine(steps),
+            }[kind]()
+        if config.get("rescale_betas_zero_snr"):
+            schedule = schedules.zero_terminal_snr(schedule)
+        return schedule, PREDICTIONS[config.get("prediction_type", "epsilon")]
+    except KeyError as error:
+        raise ValueError(f"{source}: no noise schedule with betas and a known prediction: {error} is unknown") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: no noise schedule can be made from it: {first_line(error)}") from None
+
+
+def scheduler_config(config: Mapping, schedule: DiscreteSchedule, prediction: str) -> dict:
+    """`config`, the content of a scheduler_config.json, with a table of betas where it means another schedule."""
+    config = dict(config or {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False})
+    config["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[prediction]
+    known = {"beta_schedule", "trained_betas"} & config.keys()
+    if known and np.array_equal(schedule_of(config, "scheduler")[0].logsnr_table, schedule.logsnr_table):
+        return config
+    alphas_bar = schedule.alphas_bar
+    betas = 1 - alphas_bar / np.concatenate([[1.0], alphas_bar[:-1]])
+    return config | {
+        "num_train_timesteps": schedule.num_steps,
+        "trained_betas": np.minimum(betas, 1 - 1e-12).tolist(),
+        "rescale_betas_zero_snr": bool(np.isneginf(schedule.logsnr_table[-1])),
+    }
+
+
+def _settings(path):
+    """(scheduler_config.json, model_index.json without its parts); what is known of a single file."""
+    if path.is_file():
+        return STABLE_DIFFUSION, {}
+    index = read_json(path / "model_index.json")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    return scheduler, {name: value for name, value in index.items() if not isinstance(value, list)}
+
+
+def _is_used(entry):
+    """Whether model_index.json's entry of a part, [library, class], names anything."""
+    return isinstance(entry, list) and entry[:1] not in ([], [None])
+
+
+def _save_tokenizer(tokenizer, folder):
+    """tokenizer.json, and vocab.json with merges.txt for readers that know nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))
+    bos, eos, *_ = tokenizer.encode("").tokens
+    roles = {"bos_token": bos, "eos_token": eos, "unk_token": tokenizer.model.unk_token}
+    roles["pad_token"] = tokenizer.padding["pad_token"]
+    length = tokenizer.truncation["max_length"]
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **roles}
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,272 @@
+"""Whole pipelines: the peer's load and agree, ours load in the peer, and every tensor survives a round trip."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.core import schedules
+from diffusion_jax.interop import load_pipeline, save_pipeline
+from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of, scheduler_config
+from diffusion_jax.interop.tensors import read_file, write_file
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.unet import UNet
+from tests.interop import test_single_file
+
+UNET = {
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 8,
+    "attention_head_dim": (2, 4),
+    "sample_size": 4,
+}
+ADDED = {
+    "cross_attention_dim": 8 + 12,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 10,
+}
+AUTOENCODER = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+TEXT = {
+    "vocab_size": 60,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 9,
+}
+TEXT_2 = TEXT | {"hidden_size": 12, "projection_dim": 10, "hidden_act": "gelu"}
+PROMPTS = ["a cat", "the dog and a much longer text than there is room for", ""]
+
+
+def filled(module, *inputs, dtype=np.float16):
+    """The module with variables that a half-precision file holds exactly."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    rng = np.random.default_rng(0)
+    return Part(module, jax.tree.map(lambda s: jnp.float32(0.1 * rng.normal(size=s.shape).astype(dtype)), shapes))
+
+
+def our_pipeline(**changes):
+    unet, autoencoder, text = UNet(**UNET), AutoencoderKL(**AUTOENCODER), ClipTextEncoder(**TEXT)
+    parts = {
+        "unet": filled(unet, *unet.example_inputs()),
+        "autoencoder": filled(autoencoder, autoencoder.example_image()),
+        "text_encoders": (filled(text, *text.example_inputs()),),
+        "tokenizers": (),
+        "schedule": schedules.scaled_linear(),
+        "prediction": "eps",
+    }
+    return PublishedPipeline(**parts | changes)
+
+
+def tensors_of(folder):
+    return {
+        (str(path.relative_to(folder)), name): tensor.tobytes()
+        for path in folder.rglob("*.safetensors")
+        for name, tensor in read_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_load_save_load_keeps_every_byte(dtype, tmp_path):
+    save_pipeline(our_pipeline(), tmp_path / "a", dtype)
+    first = load_pipeline(tmp_path / "a")
+    save_pipeline(first, tmp_path / "b", dtype)
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
+    second = load_pipeline(tmp_path / "b")
+    assert (first.unet.module, first.scheduler, first.index) == (second.unet.module, second.scheduler, second.index)
+    jax.tree.map(np.testing.assert_array_equal, first.unet.params, second.unet.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(load_pipeline(tmp_path / "a", jnp.bfloat16).unet.params)} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.cosine(50),
+        schedules.sigmoid(20),
+        schedules.linear(1000),
+        schedules.zero_terminal_snr(schedules.scaled_linear(100)),
+    ],
+)
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_every_discrete_schedule_survives(schedule, prediction):
+    config = scheduler_config({}, schedule, prediction)
+    back, predicted = schedule_of(json.loads(json.dumps(config)), "test")
+    assert predicted == prediction
+    np.testing.assert_allclose(back.alphas_bar, schedule.alphas_bar, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction"},
+        {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True, "num_train_timesteps": 100},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.1, 0.2, 0.4], "num_train_timesteps": 3},
+    ],
+)
+def test_schedules_are_those_of_the_peer(config):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(**config).alphas_cumprod.numpy()
+    np.testing.assert_allclose(schedule_of(config, "test")[0].alphas_bar, theirs, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "None is unknown"),
+        ({"beta_schedule": "sigmoid"}, "'sigmoid' is unknown"),
+        ({"beta_schedule": "linear", "prediction_type": "flow"}, "'flow' is unknown"),
+        ({"beta_schedule": "linear", "beta_end": 2.0}, "betas must be one row of values inside"),
+        ({"beta_schedule": "linear", "num_train_timesteps": "many"}, "no noise schedule can be made from it"),
+    ],
+)
+def test_a_wrong_scheduler_is_one_line(config, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        schedule_of(config, "scheduler_config.json")
+    assert str(raised.value).startswith("scheduler_config.json: ")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
+def test_a_missing_file_is_named(missing, tmp_path):
+    save_pipeline(our_pipeline(), tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{missing}: no such file"):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("family", test_single_file.UNETS)
+def test_one_file_becomes_a_folder(family, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_file(path, test_single_file.checkpoint(family)[0])
+    if family == "sd2":
+        with pytest.raises(ValueError, match="does not say what it predicts"):
+            load_pipeline(path)
+    pipeline = load_pipeline(path, prediction="v" if family == "sd2" else None)
+    save_pipeline(pipeline, tmp_path / "folder", np.float16)
+    back = load_pipeline(tmp_path / "folder")
+    assert pipeline.prediction == back.prediction == ("v" if family == "sd2" else "eps")
+    assert pipeline.unet.module == back.unet.module
+    assert len(back.text_encoders) == (2 if family == "sdxl" else 1)
+    for part in ("unet", "autoencoder", "text_encoders"):
+        jax.tree.map(np.testing.assert_array_equal, *(_params(getattr(p, part)) for p in (pipeline, back)))
+
+
+def _params(part):
+    return part.params if isinstance(part, Part) else [each.params for each in part]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """A folder with the smallest vocabulary of CLIP's kind: letters, and one pair."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(letter + "</w>" for letter in letters), "th", "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\n")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 9, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def published(kind, vocabulary, folder):
+    """A tiny pipeline of the peer, saved as it is published."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary)
+    ends = {"bos_token_id": 53, "eos_token_id": 54}
+    parts = {
+        "vae": diffusers.AutoencoderKL(**AUTOENCODER, **blocks),
+        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **ends)),
+        "tokenizer": tokenizer,
+    }
+    if kind == "sdxl":
+        second = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**TEXT_2, **ends))
+        whole = diffusers.StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=second,
+            tokenizer_2=tokenizer,
+            unet=diffusers.UNet2DConditionModel(**UNET | ADDED),
+            scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_end=0.012),
+        )
+    else:
+        whole = diffusers.StableDiffusionPipeline(
+            **parts,
+            unet=diffusers.UNet2DConditionModel(**UNET),
+            scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            safety_checker=None,
+            feature_extractor=None,
+        )
+    whole.save_pretrained(folder)
+    return whole
+
+
+def embeddings(whole, kind):
+    """What the peer's U-Net is told of PROMPTS."""
+    out = whole.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return out[0], out[2] if kind == "sdxl" else None
+
+
+def peer_outputs(whole, kind):
+    """(text, prediction of the U-Net, image) of the peer as numpy arrays, images last in channels."""
+    import torch
+
+    with torch.no_grad():
+        text, pooled = embeddings(whole, kind)
+        x = torch.linspace(-1, 1, 3 * 4 * 4 * 4).reshape(3, 4, 4, 4)
+        added = {"text_embeds": pooled, "time_ids": torch.arange(18.0).reshape(3, 6)} if kind == "sdxl" else None
+        out = whole.unet(x, torch.tensor([1, 500, 999]), text, added_cond_kwargs=added).sample
+        image = whole.vae.decode(x).sample
+    return text.numpy(), out.numpy().transpose(0, 2, 3, 1), image.numpy().transpose(0, 2, 3, 1)
+
+
+def our_outputs(pipeline, kind):
+    """The same of ours."""
+    features = []
+    for (module, params), tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
+        ids = jnp.array([encoding.ids for encoding in tokenizer.encode_batch(PROMPTS)])
+        features.append(jax.jit(module.apply)(params, ids))
+    if kind == "sdxl":
+        text = jnp.concatenate([feature.penultimate for feature in features], axis=-1)
+        added = {"text_embeds": features[1].pooled, "time_ids": jnp.arange(18.0).reshape(3, 6)}
+    else:
+        text, added = features[0].last_hidden_state, {}
+    x = jnp.linspace(-1, 1, 3 * 4 * 4 * 4).reshape(3, 4, 4, 4).transpose(0, 2, 3, 1)
+    t = jnp.array([1, 500, 999])
+    out = jax.jit(pipeline.unet.module.apply)(pipeline.unet.params, x, t, text, **added)
+    decode = jax.jit(functools.partial(pipeline.autoencoder.module.apply, method="decode"))
+    return text, out, decode(pipeline.autoencoder.params, x)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_agrees_with_the_peer_both_ways(kind, vocabulary, tmp_path):
+    whole = published(kind, vocabulary, tmp_path / "theirs")
+    expected = peer_outputs(whole, kind)
+    pipeline = load_pipeline(tmp_path / "theirs")
+    for name, ours, theirs in zip(("text", "unet", "image"), our_outputs(pipeline, kind), expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max(), name
+    assert pipeline.prediction == ("v" if kind == "sd" else "eps")
+
+    import diffusers
+
+    save_pipeline(pipeline, tmp_path / "ours")
+    back = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(back) is type(whole)
+    assert type(back.scheduler) is type(whole.scheduler)
+    configs = ({k: v for k, v in p.scheduler.config.items() if not k.startswith("_")} for p in (back, whole))
+    assert next(configs) == next(configs)
+    for again, theirs in zip(peer_outputs(back, kind), expected, strict=True):
+        np.testing.assert_array_equal(again, theirs)
