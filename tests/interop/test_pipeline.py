@@ -184,6 +184,7 @@ def published(kind, vocabulary, folder):
     """A tiny pipeline of the peer, saved as it is published."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary)
@@ -269,4 +270,4 @@ def test_agrees_with_the_peer_both_ways(kind, vocabulary, tmp_path):
     configs = ({k: v for k, v in p.scheduler.config.items() if not k.startswith("_")} for p in (back, whole))
     assert next(configs) == next(configs)
     for again, theirs in zip(peer_outputs(back, kind), expected, strict=True):
-        np.testing.assert_array_equal(again, theirs)
+        assert np.abs(again - theirs).max() <= 2e-6 * np.abs(theirs).max()

@@ -1,0 +1,141 @@
+"""Low-rank updates of published models (LoRA, Hu et al. 2021), added to their weights.
+
+    W <- W + scale · (alpha / rank) · up · down       a linear map: down (rank, in), up (out, rank)
+                                                      a convolution: down (rank, in, h, w), up (out, rank, 1, 1)
+
+Two families of files name the maps that they update. Kohya's joins their path by underscores, the original code's path
+for SDXL; those of diffusers and peft keep its dots:
+
+    lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, ….lora_up.weight, ….alpha
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from diffusion_jax.interop.names import torch_name
+from diffusion_jax.interop.pipeline import TEXT, PublishedPipeline
+from diffusion_jax.interop.single_file import unet_name
+from diffusion_jax.interop.tensors import read_file, read_metadata
+
+KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+# What follows the name of a map, in all spellings, and what it is.
+ROLES = {
+    ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora.down.weight": "down", "_lora.down.weight": "down",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora.up.weight": "up", "_lora.up.weight": "up",
+    ".lora_linear_layer.up.weight": "up",
+    ".alpha": "alpha",
+}  # fmt: skip
+
+
+class Update(NamedTuple):
+    """down (rank, in, …), up (out, rank, …), and alpha, which is the rank where a file does not say."""
+
+    down: np.ndarray
+    up: np.ndarray
+    alpha: float
+
+
+def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str, Update]]:
+    """The updates of a .safetensors file by part ("unet", "text_encoder", "text_encoder_2") and map.
+
+    Maps are named by their path joined with underscores, the one spelling that all files can be brought to.
+    layers_per_block: of the U-Net, to translate the names of the original code.
+    Raises ValueError for tensors that are no part of a LoRA and for halves of one.
+    """
+    settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))  # diffusers keeps peft's alpha there
+    found: dict[tuple[str, str], dict] = {}
+    for name, tensor in read_file(path).items():
+        suffix = next((suffix for suffix in ROLES if name.endswith(suffix)), None)
+        if suffix is None:
+            raise ValueError(
+                f"{path}: {name} is no tensor of a LoRA; expected names that end in one of {', '.join(ROLES)}"
+            )
+        place = _place(name.removesuffix(suffix), layers_per_block)
+        found.setdefault(place, {})[ROLES[suffix]] = tensor
+    parts: dict[str, dict[str, Update]] = {}
+    for (part, target), tensors in found.items():
+        if not {"down", "up"} <= tensors.keys() or tensors["down"].shape[:1] != tensors["up"].shape[1:2]:
+            raise ValueError(f"{path}: {part} {target} needs both halves of an update, of one rank")
+        alpha = settings.get(f"{part}.lora_alpha", len(tensors["down"]))
+        alpha = np.asarray(tensors.get("alpha", alpha), np.float64).item()
+        parts.setdefault(part, {})[target] = Update(tensors["down"], tensors["up"], alpha)
+    return parts
+
+
+def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0) -> PublishedPipeline:
+    """The pipeline with the updates of a file added to its weights; scale -1 takes those of scale 1 out again.
+
+    Raises ValueError for an update of a map that the pipeline has not or of another shape, else as `load_lora`.
+    """
+    updates = load_lora(path, int(np.max(pipeline.unet.module.layers_per_block)))
+    wide = len(pipeline.text_encoders) == 1 and pipeline.unet.module.addition_embed_type is not None
+    names = TEXT[1:] if wide else TEXT[: len(pipeline.text_encoders)]
+    unknown = updates.keys() - {"unet", *names}
+    if unknown:
+        raise ValueError(f"{path} updates {', '.join(sorted(unknown))}, which this pipeline has not")
+
+    def merged(name, part):
+        return part._replace(params=merge(part.params, updates.get(name, {}), scale, f"{path}, {name}"))
+
+    return pipeline._replace(
+        unet=merged("unet", pipeline.unet),
+        text_encoders=tuple(merged(name, part) for name, part in zip(names, pipeline.text_encoders, strict=True)),
+    )
+
+
+def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: str) -> PyTree:
+    """Flax variables with updates, as `load_lora` names them, added to their kernels. source: for the messages."""
+    left = dict(updates)
+
+    def merged(keys, leaf):
+        path = tuple(key.key for key in keys[1:])
+        target = torch_name(path).removesuffix(".weight").replace(".", "_")
+        if path[-1] != "kernel" or target not in left:
+            return leaf
+        change = _product(left.pop(target))
+        if math.prod(change.shape[2:]) == 1:  # a linear map may be stored as a 1x1 convolution and the other way round
+            change = change.reshape(*change.shape[:2], *(1,) * (leaf.ndim - 2))
+        change = change.T if change.ndim == 2 else change.transpose(2, 3, 1, 0)
+        if change.shape != leaf.shape:
+            raise ValueError(f"{source}: the update of {target} makes {change.shape}, the map has {leaf.shape}")
+        return (leaf.astype(jnp.float32) + scale * change).astype(leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(merged, params)
+    if left:
+        raise ValueError(f"{source}: {len(left)} updates of maps that the network has not, such as {min(left)}")
+    return params
+
+
+def _place(name, layers):
+    """(part, path joined with underscores) of the map that a file calls `name`."""
+    kohya = re.match(r"(lora_unet|lora_te[12]?)_(.*)", name)
+    if kohya:
+        part, path = KOHYA[kohya[1]], kohya[2]
+        path = unet_name(path, layers) if part == "unet" else path
+    else:
+        head, _, rest = name.partition(".")
+        part, path = (head, rest) if head in KOHYA.values() else ("unet", name)
+        path = re.sub(r"base_model\.model\.|\.processor", "", path)
+        path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files leave out the index
+        path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)
+    if part != "unet" and not path.startswith("text_"):
+        path = f"text_model.{path}"
+    return part, path.replace(".", "_")
+
+
+def _product(update):
+    """alpha / rank · up · down, (out, in) or (out, in, height, width)."""
+    down, up = (np.asarray(half, np.float32) for half in (update.down, update.up))
+    product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+    return update.alpha / len(down) * product.reshape(len(up), *down.shape[1:])

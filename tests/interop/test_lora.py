@@ -1,0 +1,168 @@
+"""Low-rank updates: the formula for every spelling of their names, and the peer's own fused weights."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.interop import load_pipeline
+from diffusion_jax.interop.lora import load_lora, merge_lora
+from diffusion_jax.interop.names import to_torch
+from diffusion_jax.interop.tensors import write_file
+from tests.interop.test_pipeline import our_pipeline, published, vocabulary  # noqa: F401  (a fixture)
+
+MAP = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+TEXT_MAP = "text_model.encoder.layers.1.self_attn.q_proj"
+CONV = "down_blocks.0.resnets.0.conv1"
+RANK, SCALE = 3, 0.7
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return our_pipeline()
+
+
+def halves(shape):
+    """down and up of a map whose weight has `shape`, (out, in, …)."""
+    rng = np.random.default_rng(0)
+    down, up = rng.normal(size=(RANK, *shape[1:])), rng.normal(size=(shape[0], RANK, *(1,) * (len(shape) - 2)))
+    return down.astype(np.float32), up.astype(np.float32)
+
+
+def weights(part):
+    return {name: np.asarray(tensor) for name, tensor in to_torch(part.params).items()}
+
+
+SPELLINGS = {  # of (a map of the U-Net, a map of the text encoder): name of down, name of up
+    "kohya": lambda part, name: [
+        f"lora_{'te' if part == 'text_encoder' else part}_{name.replace('.', '_')}.lora_{half}.weight"
+        for half in ("down", "up")
+    ],
+    "peft": lambda part, name: [f"{part}.{name}.lora_{half}.weight" for half in "AB"],
+    "diffusers": lambda part, name: [f"{part}.{name}.lora.{half}.weight" for half in ("down", "up")],
+    "processors": lambda part, name: [
+        f"{part}.{name.replace('attn1.', 'attn1.processor.').replace('to_out.0', 'to_out').replace('q_proj', 'to_q')}"
+        f"_lora.{half}.weight"
+        for half in ("down", "up")
+    ],
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 1.5])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_formula_for_every_spelling(spelling, alpha, pipeline, tmp_path):
+    held, changes = {}, {}
+    for part, module, name in (("unet", pipeline.unet, MAP), ("text_encoder", pipeline.text_encoders[0], TEXT_MAP)):
+        down, up = halves(weights(module)[f"{name}.weight"].shape)
+        names = SPELLINGS[spelling](part, name)
+        held |= dict(zip(names, (down, up), strict=True))
+        if alpha is not None:
+            held[names[0][: names[0].index("lora", 5)].rstrip("._") + ".alpha"] = np.float32(alpha).reshape(())
+        changes[part, f"{name}.weight"] = SCALE * (alpha or RANK) / RANK * up @ down
+    if alpha is not None and spelling == "processors":
+        pytest.skip("these files know no alpha")
+    write_file(tmp_path / "lora.safetensors", {name: np.asarray(tensor) for name, tensor in held.items()})
+    merged = merge_lora(pipeline, tmp_path / "lora.safetensors", SCALE)
+    pairs = {"unet": (pipeline.unet, merged.unet), "text_encoder": (pipeline.text_encoders[0], merged.text_encoders[0])}
+    for part, (before, after) in pairs.items():
+        after = weights(after)
+        for name, tensor in weights(before).items():
+            np.testing.assert_allclose(after[name], tensor + changes.get((part, name), 0), rtol=1e-6, atol=1e-6)
+
+
+def test_convolutions_and_maps_stored_as_such(pipeline, tmp_path):
+    held, changes = {}, {}
+    for name in (CONV, MAP):
+        shape = weights(pipeline.unet)[f"{name}.weight"].shape
+        down, up = halves(shape if len(shape) == 4 else (*shape, 1, 1))
+        head = f"lora_unet_{name.replace('.', '_')}"
+        held |= {f"{head}.lora_down.weight": down, f"{head}.lora_up.weight": up}
+        changes[f"{name}.weight"] = np.einsum("or,rihw->oihw", up[:, :, 0, 0], down).reshape(shape)
+    write_file(tmp_path / "lora.safetensors", held)
+    after = weights(merge_lora(pipeline, tmp_path / "lora.safetensors").unet)
+    for name, tensor in weights(pipeline.unet).items():
+        np.testing.assert_allclose(after[name], tensor + changes.get(name, 0), rtol=1e-6, atol=1e-6)
+
+
+def test_names_of_the_original_code(tmp_path):
+    down, up = halves((4, 5))
+    names = ("input_blocks_4_1_transformer_blocks_0_attn2_to_k", "output_blocks_2_1_proj_in")
+    held = {f"lora_unet_{n}.lora_{h}.weight": t for n in names for h, t in (("down", down), ("up", up))}
+    held |= {f"lora_te2_text_projection.lora_{h}.weight": t for h, t in (("down", down), ("up", up))}
+    write_file(tmp_path / "lora.safetensors", held)
+    found = {part: list(updates) for part, updates in load_lora(tmp_path / "lora.safetensors").items()}
+    assert found == {
+        "unet": [
+            "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
+            "up_blocks_0_attentions_2_proj_in",
+        ],
+        "text_encoder_2": ["text_projection"],
+    }
+
+
+def test_what_was_merged_can_be_taken_out(pipeline, tmp_path):
+    down, up = halves(weights(pipeline.unet)[f"{MAP}.weight"].shape)
+    write_file(tmp_path / "x.safetensors", dict(zip(SPELLINGS["peft"]("unet", MAP), (down, up), strict=True)))
+    back = merge_lora(merge_lora(pipeline, tmp_path / "x.safetensors", 0.5), tmp_path / "x.safetensors", -0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back.unet.params, pipeline.unet.params)
+
+
+def test_the_alpha_of_metadata(tmp_path):
+    down, up = halves((4, 5))
+    metadata = {"lora_adapter_metadata": '{"unet.r": 3, "unet.lora_alpha": 6}'}
+    held = dict(zip(SPELLINGS["peft"]("unet", MAP), (down, up), strict=True))
+    write_file(tmp_path / "x.safetensors", held, metadata=metadata)
+    (update,) = load_lora(tmp_path / "x.safetensors")["unet"].values()
+    assert update.alpha == 6
+
+
+DOWN, UP = np.zeros((RANK, 16), np.float32), np.zeros((16, RANK), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"unet.nowhere.lora_A.weight": DOWN, "unet.nowhere.lora_B.weight": UP}, "1 updates of maps that .* nowhere"),
+        ({f"unet.{MAP}.lora_A.weight": DOWN}, "needs both halves of an update, of one rank"),
+        ({f"unet.{MAP}.lora_A.weight": DOWN, f"unet.{MAP}.lora_B.weight": UP[:, :2]}, "of one rank"),
+        ({f"unet.{MAP}.lora_A.weight": DOWN[:, :4], f"unet.{MAP}.lora_B.weight": UP}, "the map has"),
+        ({f"unet.{MAP}.hada_w1_a": DOWN}, "hada_w1_a is no tensor of a LoRA"),
+        ({"lora_te2_x.lora_down.weight": DOWN, "lora_te2_x.lora_up.weight": UP}, "text_encoder_2, which this pipeline"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(held, message, pipeline, tmp_path):
+    write_file(tmp_path / "x.safetensors", held)
+    with pytest.raises(ValueError, match=message) as raised:
+        merge_lora(pipeline, tmp_path / "x.safetensors")
+    assert "\n" not in str(raised.value)
+
+
+def test_is_what_the_peer_fuses(vocabulary, tmp_path):  # noqa: F811
+    pytest.importorskip("peft")
+    whole = published("sd", vocabulary, tmp_path / "pipeline")
+    pipeline = load_pipeline(tmp_path / "pipeline")
+    held = {}
+    for lora, module, name in (
+        ("lora_unet", pipeline.unet, MAP),
+        ("lora_unet", pipeline.unet, CONV),
+        ("lora_te", pipeline.text_encoders[0], TEXT_MAP),
+        ("lora_te", pipeline.text_encoders[0], TEXT_MAP.replace("q_proj", "out_proj")),  # the peer knows files by it
+    ):
+        down, up = halves(weights(module)[f"{name}.weight"].shape)
+        head = f"{lora}_{name.replace('.', '_')}"
+        held |= {f"{head}.lora_down.weight": down, f"{head}.lora_up.weight": up}
+        held[f"{head}.alpha"] = np.array(1.5, np.float32)
+    write_file(tmp_path / "lora.safetensors", held)
+    whole.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    whole.fuse_lora(lora_scale=SCALE)
+    whole.unload_lora_weights()
+    merged = merge_lora(pipeline, tmp_path / "lora.safetensors", SCALE)
+    theirs = {name: tensor.numpy() for name, tensor in whole.unet.state_dict().items()}
+    ours = weights(merged.unet)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, rtol=1e-5, atol=1e-6, err_msg=name)
+    theirs = {
+        name.removeprefix("text_model."): tensor.numpy() for name, tensor in whole.text_encoder.state_dict().items()
+    }
+    for name, tensor in weights(merged.text_encoders[0]).items():
+        np.testing.assert_allclose(tensor, theirs[name.removeprefix("text_model.")], rtol=1e-5, atol=1e-6, err_msg=name)
