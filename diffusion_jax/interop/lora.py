@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from diffusion_jax.interop.names import torch_name
-from diffusion_jax.interop.pipeline import TEXT, PublishedPipeline
+from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.single_file import unet_name
-from diffusion_jax.interop.tensors import read_file, read_metadata
+from diffusion_jax.interop.tensors import first_line, read_file, read_metadata
 
 KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
 # What follows the name of a map, in all spellings, and what it is.
@@ -53,9 +53,10 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
     layers_per_block: of the U-Net, to translate the names of the original code.
     Raises ValueError for tensors that are no part of a LoRA and for halves of one.
     """
-    settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))  # diffusers keeps peft's alpha there
     found: dict[tuple[str, str], dict] = {}
-    for name, tensor in read_file(path).items():
+    tensors = read_file(path)
+    alphas = _alphas(path)
+    for name, tensor in tensors.items():
         suffix = next((suffix for suffix in ROLES if name.endswith(suffix)), None)
         if suffix is None:
             raise ValueError(
@@ -67,8 +68,8 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
     for (part, target), tensors in found.items():
         if not {"down", "up"} <= tensors.keys() or tensors["down"].shape[:1] != tensors["up"].shape[1:2]:
             raise ValueError(f"{path}: {part} {target} needs both halves of an update, of one rank")
-        alpha = settings.get(f"{part}.lora_alpha", len(tensors["down"]))
-        alpha = np.asarray(tensors.get("alpha", alpha), np.float64).item()
+        alpha = tensors.get("alpha", alphas.get(f"{part}.lora_alpha", len(tensors["down"])))
+        alpha = np.asarray(alpha, np.float64).item()
         parts.setdefault(part, {})[target] = Update(tensors["down"], tensors["up"], alpha)
     return parts
 
@@ -79,8 +80,7 @@ def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0
     Raises ValueError for an update of a map that the pipeline has not or of another shape, else as `load_lora`.
     """
     updates = load_lora(path, int(np.max(pipeline.unet.module.layers_per_block)))
-    wide = len(pipeline.text_encoders) == 1 and pipeline.unet.module.addition_embed_type is not None
-    names = TEXT[1:] if wide else TEXT[: len(pipeline.text_encoders)]
+    names = pipeline.text_names
     unknown = updates.keys() - {"unet", *names}
     if unknown:
         raise ValueError(f"{path} updates {', '.join(sorted(unknown))}, which this pipeline has not")
@@ -115,6 +115,14 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
     if left:
         raise ValueError(f"{source}: {len(left)} updates of maps that the network has not, such as {min(left)}")
     return params
+
+
+def _alphas(path):
+    """What diffusers writes into the header of a file: {"unet.lora_alpha": 8, …}."""
+    try:
+        return dict(json.loads(read_metadata(path).get("lora_adapter_metadata", "{}")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: malformed lora_adapter_metadata in its header: {first_line(error)}") from None
 
 
 def _place(name, layers):

@@ -10,6 +10,7 @@ A folder has model_index.json and a subfolder for each part:
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -79,8 +80,14 @@ class PublishedPipeline(NamedTuple):
     tokenizers: tuple[Tokenizer, ...]
     schedule: DiscreteSchedule
     prediction: str
-    scheduler: dict = {}  # noqa: RUF012  (never changed)
-    index: dict = {}  # noqa: RUF012
+    scheduler: Mapping = MappingProxyType({})
+    index: Mapping = MappingProxyType({})
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """The folders of the text encoders; the refiner of SDXL has the second alone."""
+        refiner = len(self.text_encoders) == 1 and self.unet.module.addition_embed_type is not None
+        return TEXT[1:] if refiner else TEXT[: len(self.text_encoders)]
 
 
 def load_pipeline(
@@ -98,23 +105,25 @@ def load_pipeline(
     Raises FileNotFoundError for what is missing and ValueError for what cannot be honoured, naming the file.
     """
     path = Path(path)
-    scheduler, index = _settings(path)
-    parts = {
-        name: Part(network.module, from_torch(network.tensors, network.source, network.like, dtype))
-        for name, network in read_networks(path, allow_pickle).items()
-    }
-    unet = parts["unet"].module
-    if path.is_file() and prediction is None and unet.use_linear_projection and unet.addition_embed_type is None:
-        raise ValueError(f"{path}: SD 2 in one file does not say what it predicts; give 'eps' (512-base) or 'v' (768)")
-    schedule, predicted = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
     if prediction not in (None, *PREDICTIONS.values()):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
-    folders = [Path(tokenizers or path) / name for name in TOKENIZERS]
+    scheduler, index = _settings(path)
+    schedule, predicted = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
+    networks = read_networks(path, allow_pickle)
+    unet = networks["unet"].module
+    if path.is_file() and prediction is None and unet.use_linear_projection and unet.addition_embed_type is None:
+        raise ValueError(f"{path}: SD 2 in one file does not say what it predicts; give 'eps' (512-base) or 'v' (768)")
+    folders = [Path(tokenizers or path) / kind for kind, name in zip(TOKENIZERS, TEXT, strict=True) if name in networks]
+    read = tuple(load_tokenizer(folder) for folder in folders if tokenizers or folder.is_dir())
+    parts = {
+        name: Part(network.module, from_torch(network.tensors, network.source, network.like, dtype))
+        for name, network in networks.items()
+    }
     return PublishedPipeline(
         unet=parts["unet"],
         autoencoder=parts["vae"],
         text_encoders=tuple(parts[name] for name in TEXT if name in parts),
-        tokenizers=tuple(load_tokenizer(folder) for folder in folders if folder.is_dir()),
+        tokenizers=read,
         schedule=schedule,
         prediction=prediction or predicted,
         scheduler=scheduler,
@@ -130,17 +139,17 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
     save_autoencoder(*pipeline.autoencoder, folder / "vae", dtype)
     wide = unet.addition_embed_type is not None
     kind = f"StableDiffusion{'XL' * wide}{'Inpaint' * (unet.in_channels == 9)}Pipeline"
-    index = {"_class_name": kind} | pipeline.index
+    index = {"_class_name": kind, **pipeline.index}
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     if not wide:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    last = slice(-len(pipeline.text_encoders), None) if wide else slice(len(pipeline.text_encoders))
-    for name, part in zip(TEXT[last], pipeline.text_encoders, strict=True):
+    for name, part in zip(pipeline.text_names, pipeline.text_encoders, strict=True):
         save_text_encoder(*part, folder / name, dtype)
         index[name] = ["transformers", read_config(folder / name)[0]["architectures"][0]]
-    for name, tokenizer in zip(TOKENIZERS[last], pipeline.tokenizers, strict=bool(pipeline.tokenizers)):
-        _save_tokenizer(tokenizer, folder / name)
-        index[name] = ["transformers", "CLIPTokenizer"]
+    for name, tokenizer in zip(pipeline.text_names, pipeline.tokenizers, strict=bool(pipeline.tokenizers)):
+        kind = name.replace("text_encoder", "tokenizer")
+        _save_tokenizer(tokenizer, folder / kind)
+        index[kind] = ["transformers", "CLIPTokenizer"]
     scheduler = scheduler_config(pipeline.scheduler, pipeline.schedule, pipeline.prediction)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

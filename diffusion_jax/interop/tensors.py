@@ -137,7 +137,7 @@ def _read_header(path):
             )
         try:
             header = json.loads(file.read(length))
-            return header, header.pop("__metadata__", None) or {}, 8 + length
+            return header, dict(header.pop("__metadata__", {})), 8 + length
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: malformed safetensors header: {first_line(error)}") from None
 

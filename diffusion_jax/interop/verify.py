@@ -40,7 +40,7 @@ def block_report(name: str, network: Network, folder: Path) -> Iterator[tuple[st
     ours = _our_outputs(network.module, variables, inputs, DEPTH[name])
     for block, theirs in _peer_outputs(name, network, folder, inputs).items():
         if block in ours:
-            yield block, float(np.abs(ours[block] - theirs).max() / np.abs(theirs).max())
+            yield block, float(np.abs(ours[block] - theirs).max() / max(np.abs(theirs).max(), 1e-30))
 
 
 def main(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.interop import single_file
 from diffusion_jax.interop.folders import autoencoder_of, unet_of
 from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.single_file import read_single_file, unet_name
@@ -234,6 +235,97 @@ def test_text_encoders_are_those_of_the_peer():
     model = types.SimpleNamespace(config=types.SimpleNamespace(hidden_size=64))
     converted = peer.convert_open_clip_checkpoint(model, held, "conditioner.embedders.1.model.")
     assert_equal({name: tensor.numpy() for name, tensor in converted.items()}, whole)
+
+
+PUBLISHED = {  # configs as published, the sizes of their networks in parameters
+    "sd1": (
+        {
+            "block_out_channels": [320, 640, 1280, 1280],
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        859_520_964,
+    ),
+    "sd2": (
+        {
+            "block_out_channels": [320, 640, 1280, 1280],
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        865_910_724,
+    ),
+    "sdxl": (
+        {
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "transformer_layers_per_block": [1, 2, 10],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "sample_size": 128,
+        },
+        2_567_463_684,
+    ),
+    "refiner": (
+        {
+            "block_out_channels": [384, 768, 1536, 1536],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "cross_attention_dim": 1280,
+            "attention_head_dim": [6, 12, 24, 24],
+            "transformer_layers_per_block": 4,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+            "sample_size": 128,
+        },
+        None,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_networks_in_full_size(family, monkeypatch):
+    """Shapes alone: their number of parameters, the config read off one file, and the peer's names and shapes."""
+    config, parameters = (
+        {"_class_name": "UNet2DConditionModel", "layers_per_block": 2} | PUBLISHED[family][0],
+        PUBLISHED[family][1],
+    )
+    shapes = unet_of(config, "test")[1]
+    tensors = to_torch(jax.tree.map(lambda leaf: np.broadcast_to(np.float16(0), leaf.shape), shapes))
+    assert parameters in (None, sum(tensor.size for tensor in tensors.values()))
+
+    held = {"model.diffusion_model." + ldm_unet_name(name, config): tensor for name, tensor in tensors.items()}
+    held |= ldm_autoencoder(random_tensors(autoencoder_of, AUTOENCODER))
+    monkeypatch.setattr(single_file, "read_file", lambda path, allow_pickle: held)
+    found = read_single_file("x.safetensors")["unet"].config
+    for field, value in config.items():
+        every = [value] * len(found[field]) if isinstance(found[field], list) and isinstance(value, int) else value
+        if field == "transformer_layers_per_block":  # entries of levels without transformers mean nothing
+            every, found[field] = (
+                [n for n, kind in zip(values, config["down_block_types"], strict=True) if "Cross" in kind]
+                for values in (every, found[field])
+            )
+        assert found[field] == every, field
+
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(config).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == {
+        name: tensor.shape for name, tensor in tensors.items()
+    }
 
 
 def test_names_joined_by_underscores():
