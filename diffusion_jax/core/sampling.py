@@ -144,7 +144,7 @@ def _blend(x: Array, known: Known, level: NoiseLevel) -> Array:
     return known.mask * x + (1 - known.mask) * add_noise(known.x0, known.noise, level)
 
 
-def _conversions(denoise: Denoise) -> set[Callable]:
+def _conversions(denoise: PyTree) -> set[Callable]:
     """The conversions of the networks inside a denoiser."""
     if not isinstance(denoise, jax.tree_util.Partial):
         return set()

@@ -7,10 +7,9 @@ back at.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jax.typing import ArrayLike
 
 from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.schedules import Schedule
@@ -114,7 +113,7 @@ def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") 
     return _multistep(path(schedule, steps, spacing), 2, update, X0)
 
 
-def _adams_weights(nodes: ArrayLike, moments: ArrayLike) -> np.ndarray:
+def _adams_weights(nodes: Sequence[float] | np.ndarray, moments: Sequence[float] | np.ndarray) -> np.ndarray:
     """w with sum_j w_j u_j^k = moments_k: the rule that is exact for polynomials through the nodes u."""
     return np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
 

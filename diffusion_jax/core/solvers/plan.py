@@ -114,22 +114,24 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
         case "leading":
             return np.arange(steps)[::-1] * float(T // steps) if T else t_min + np.arange(steps)[::-1] / steps * t_max
         case "linspace":
-            even = t_max + ramp * (t_min - t_max)
+            # upwards from t_min, so that a tie is rounded as it is elsewhere; one step starts from t_max
+            even = np.linspace(t_min, t_max, steps)[::-1] if steps > 1 else np.array([t_max])
             return np.round(even) if T else even
         case "trailing":
             down = np.arange(steps, 0, -1) / steps
             return np.round(down * T) - 1.0 if T else down * t_max
         case "quadratic":
-            return (t_max**0.5 + ramp * (t_min**0.5 - t_max**0.5)) ** 2
-    # log-SNR may be without bound at t_max; the ramp then starts a little below it, and t_max takes its first place
-    noisiest = t_max if schedule(t_max).alpha > 0 else t_max - schedule.resolution
-    high, low = schedule(noisiest).logsnr, schedule(t_min).logsnr
-    if spacing == "karras":
-        high, low = np.exp(-high / 14), np.exp(-low / 14)
-        t = schedule.t_of_logsnr(-14 * np.log(high + ramp * (low - high)))
-    else:
-        t = schedule.t_of_logsnr(high + ramp * (low - high))
-    t[0] = t_max
+            t = (t_max**0.5 + ramp * (t_min**0.5 - t_max**0.5)) ** 2
+        case _:
+            # log-SNR may be without bound at t_max; the ramp then starts a little below it
+            noisiest = t_max if schedule(t_max).alpha > 0 else t_max - schedule.resolution
+            high, low = schedule(noisiest).logsnr, schedule(t_min).logsnr
+            if spacing == "karras":
+                high, low = np.exp(-high / 14), np.exp(-low / 14)
+                t = schedule.t_of_logsnr(-14 * np.log(high + ramp * (low - high)))
+            else:
+                t = schedule.t_of_logsnr(high + ramp * (low - high))
+    t[0] = t_max  # which rounding may have missed
     return t
 
 
@@ -141,7 +143,7 @@ def path(schedule: Schedule, steps: int, spacing: Spacing) -> list[Step]:
     """
     if not isinstance(spacing, str) and len(spacing) and isinstance(spacing[0], tuple):
         return list(spacing)
-    levels = [schedule(t) for t in times(schedule, steps, spacing)]
+    levels = [NoiseLevel(*row) for row in zip(*schedule(times(schedule, steps, spacing)), strict=True)]
     levels.append(NoiseLevel(t=schedule.t_min, alpha=1.0, sigma=0.0))
     return list(itertools.pairwise(levels))
 
@@ -156,7 +158,8 @@ def renoised(plan: Plan, scale: float = 1.0) -> Plan:
     target = NoiseLevel(*(np.append(v[1:], end[-1:]) for v, end in zip(plan.level, plan.next, strict=True)))
     ratio = target.alpha / plan.next.alpha
     extra = scale * np.sqrt(np.maximum(target.sigma**2 - (ratio * plan.next.sigma) ** 2, 0))
-    steps_begin = np.append(True, extra > 1e-9 * target.sigma)[: plan.num_rows]
+    extra = np.where(extra > 1e-6 * target.sigma, extra, 0.0)  # levels found again from log-SNR differ by rounding
+    steps_begin = np.append(True, extra > 0)[: plan.num_rows]
     rows_in_step = np.arange(plan.num_rows) - np.maximum.accumulate(np.where(steps_begin, np.arange(plan.num_rows), 0))
     if np.any(plan.past[rows_in_step[:, None] <= np.arange(HISTORY)]):
         raise ValueError("adding noise between steps needs a solver that takes them one at a time, not a multistep one")
