@@ -17,7 +17,7 @@ from diffusion_jax import modes
 from diffusion_jax.configuration import parse_flags
 from diffusion_jax.training.loop import Diverged, Stopped
 
-MODES = {"train": modes.train, "sample": modes.sample, "export": modes.export}
+MODES = {"train": modes.train, "sample": modes.sample, "eval": modes.evaluate, "export": modes.export}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE changes it.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build, drawing, pictures, stages
 from diffusion_jax.data.transforms import square
+from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.interop import load_autoencoder, load_unet, save_autoencoder, save_unet
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import Pipeline
@@ -83,6 +84,28 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     texts = drawing.texts(config, "; ".join(config.sample.prompts), config.sample.seed, origin)
     pictures.save(grid, drawing.sheet(config, drawn), texts)
     logging.info("wrote %d images and %s", len(drawn), grid)
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> None:
+    """Measure how likely held-out data is, as config.eval says; every figure goes to workdir/eval.json."""
+    if jax.process_count() > 1:
+        raise ValueError("evaluation runs on one host: leave out --distributed")
+    if "model" not in config:
+        raise ValueError("--mode=eval measures a denoiser, and this config trains a first stage alone")
+    schedule = build.schedule(config)
+    check_section(config.eval, schedule)
+    conditioning = build.conditioning(config)
+    pipeline, origin = _load_pipeline(config, workdir, conditioning)
+    logging.info("weights: %s", origin)
+    source, transform = build.source(config, "validation"), square(config.data.size, upscale=config.data.upscale)
+    report = evaluate_likelihood(pipeline, schedule, source, transform, conditioning, config.eval)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "eval.json").write_text(json.dumps({"weights": origin} | report, indent=2) + "\n")
+    logging.info(
+        "flow %.4f, bound %.4f %s of the %s of %d images of %s; wrote %s",
+        *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),
+        *(report["data"], workdir / "eval.json"),
+    )
 
 
 def export(config: ConfigDict, workdir: Path) -> None:

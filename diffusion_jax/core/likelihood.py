@@ -1,0 +1,242 @@
+"""How likely a model finds data: exactly, along its probability flow, and by the variational bound of its chain.
+
+Both in nats for each image, for any schedule and any denoiser. `bits_per_dim` makes them the usual figure.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import log_ndtr
+from jaxtyping import Array, Float, Key, PyTree
+
+from diffusion_jax.core.guidance import Denoise, as_pytree
+from diffusion_jax.core.process import NoiseLevel, add_noise, expand, snr, velocity
+from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.core.solvers.plan import times
+
+PIXEL = 2 / 255  # from one value of an 8-bit image to the next, in [-1, 1]
+RK4 = np.array([[0, 1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]])  # how far each stage reaches, and its weight
+STEPS = 1000  # of the chain where time is continuous
+
+
+class Flow(NamedTuple):
+    """The probability flow as a table: R = 4 x steps rows, one for each evaluation of the denoiser.
+
+    level: NoiseLevel of (R,). reach, weight: (R,) the velocity before times `reach` leads to the point of evaluation,
+    the velocity there times `weight` adds to the step. last: (R,) whether the row ends its step.
+    """
+
+    level: NoiseLevel
+    reach: np.ndarray
+    weight: np.ndarray
+    last: np.ndarray
+
+
+class Chain(NamedTuple):
+    """The chain of the bound. level: NoiseLevel of (T,), the least noisy first. weight: (T-1,) of the x0 error at
+    t = 1..T-1. share: (T-1,) how likely each of them is to be drawn.
+    """
+
+    level: NoiseLevel
+    weight: np.ndarray
+    share: np.ndarray
+
+
+class Bound(NamedTuple):
+    """The terms of the variational bound in nats, (B,) each: L_T, the sum of L_1..L_{T-1}, and L_0."""
+
+    prior: Float[Array, "batch"]
+    diffusion: Float[Array, "batch"]
+    decoder: Float[Array, "batch"]
+
+    @property
+    def total(self) -> Float[Array, "batch"]:
+        """At least -log p(x0), in the mean over the noise that is drawn."""
+        return self.prior + self.diffusion + self.decoder
+
+
+def log_likelihood(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Float[Array, "batch *shape"],
+    keys: Key[Array, "batch"],
+    cond: PyTree = None,
+    *,
+    steps: int = 25,
+    probes: int | None = 1,
+) -> Float[Array, "batch"]:
+    """Log density in nats that the model gives x at the level of t_min (Song et al. 2021, "Score-based generative
+    modeling", section 4.3 and appendix D.2).
+
+    The flow is dx/dt = alpha' x0(x, t) + sigma' eps(x, t). For y = x / r with r^2 = alpha^2 + sigma^2, and in the angle
+    phi = arctan(sigma / alpha), it is the same for every schedule (Salimans & Ho 2022, appendix D), D the size of x:
+
+        dy/dphi = v(y, phi) = cos(phi) eps - sin(phi) x0
+        log p(x) = log N(y(t_max); 0, I) + integral of div v dphi from t_min to t_max - D log r(t_min)
+
+    So the prior is N(0, (alpha^2 + sigma^2) I) at t_max, from which `sampling.initial_noise` draws. The integral is
+    taken by Runge and Kutta's method of order 4, its steps even in log-SNR; the divergence is z^T (dv/dy) z, in the
+    mean over probes z of random signs (Hutchinson), the same along the whole flow: so the mean over keys is exact.
+
+    denoise: (x (B, ...), level of scalars, cond) -> Prediction. x: (B, ...). keys: (B,), one for each image, whose
+      figure does not depend on its batch. cond: leaves (B, ...).
+    steps: four evaluations of the denoiser each, and of its gradient. probes: for each image; None takes the divergence
+      exactly, at the cost of D probes.
+    Raises ValueError for steps or probes below 1, and for as many steps as a schedule of steps has.
+    """
+    T = schedule.num_steps
+    if steps < 1 or (T and steps >= T):
+        raise ValueError(f"the flow needs steps {f'in 1..{T - 1}' if T else 'of at least 1'}, got {steps}")
+    if probes is not None and probes < 1:
+        raise ValueError(f"the divergence needs at least 1 probe, got {probes}")
+    return _integrate(as_pytree(denoise), _flow(schedule, steps), x, _probes(keys, x.shape[1:], probes), cond)
+
+
+def _flow(schedule: Schedule, steps: int) -> Flow:
+    """The rows of the flow from t_min to t_max."""
+    t = times(schedule, steps + 1, "logsnr")[::-1]
+    level = schedule(t)
+    angle = np.arctan2(level.sigma, level.alpha)
+    width = np.diff(angle)
+    middle = schedule.t_of_logsnr(-2 * np.log(np.tan(angle[:-1] + width / 2)))
+    reach, weight = (np.outer(width, column).ravel() for column in RK4)
+    rows = schedule(np.stack([t[:-1], middle, middle, t[1:]], axis=1).ravel())
+    return jax.tree.map(np.float32, Flow(rows, reach, weight, np.tile([0, 0, 0, 1], steps)))
+
+
+def _probes(keys: Array, shape: tuple[int, ...], count: int | None) -> Array:
+    """(P, B, ...): z with mean z z^T = I; of count None the D directions of space, their mean exact."""
+    if count is None:
+        size = int(np.prod(shape))
+        return jnp.broadcast_to(size**0.5 * jnp.eye(size).reshape(size, 1, *shape), (size, len(keys), *shape))
+    return jax.vmap(lambda key: jax.random.rademacher(key, (count, *shape), jnp.float32), out_axes=1)(keys)
+
+
+@jax.jit
+def _integrate(denoise: Denoise, flow: Flow, x: Array, probes: Array, cond: PyTree) -> Array:
+    """The log density of x. One evaluation of the denoiser is compiled, whatever the number of steps."""
+    axes = tuple(range(1, x.ndim))
+
+    def v(level: NoiseLevel, y: Array) -> Array:
+        r = jnp.hypot(level.alpha, level.sigma)
+        return velocity(*denoise(r * y, level, cond), level) / r
+
+    def stage(state, row: Flow):
+        y, end, slope, integral = state  # where the step began and, so far, ends; the velocity before
+        slope, pull = jax.vjp(functools.partial(v, row.level), y + row.reach * slope)
+        divergence = jnp.mean(jax.vmap(lambda z: jnp.sum(z * pull(z)[0], axes))(probes), axis=0)
+        end = end + row.weight * slope
+        return (jnp.where(row.last, end, y), end, slope, integral + row.weight * divergence), None
+
+    start = jax.tree.map(lambda c: c[0], flow.level)
+    r = jnp.hypot(start.alpha, start.sigma)
+    state = (x / r, x / r, jnp.zeros_like(x), jnp.zeros(len(x)))
+    (y, _, _, integral), _ = jax.lax.scan(stage, state, flow)
+    return jnp.sum(jax.scipy.stats.norm.logpdf(y) - jnp.log(r), axes) + integral
+
+
+def pixel_decoder(x0: Array, mean: Array, std: Array) -> Array:
+    """log P(x0) of each value of an 8-bit image in [-1, 1]: the mass of N(mean, std^2) between the borders of the
+    value, x0 -+ 1/255, the darkest and brightest without outer border (Ho et al. 2020, eq. 13).
+    """
+    below = jnp.where(x0 < -1 + PIXEL / 2, -jnp.inf, (x0 - PIXEL / 2 - mean) / std)
+    above = jnp.where(x0 > 1 - PIXEL / 2, jnp.inf, (x0 + PIXEL / 2 - mean) / std)
+    right = below + above > 0  # mirrored to the left tail, where the difference of logarithms keeps its digits
+    low, high = log_ndtr(jnp.where(right, -above, below)), log_ndtr(jnp.where(right, -below, above))
+    return high + jnp.log1p(-jnp.exp(low - high))
+
+
+def gaussian_decoder(x0: Array, mean: Array, std: Array) -> Array:
+    """log N(x0; mean, std^2) of each value, for data that is not quantized, such as latents."""
+    return jax.scipy.stats.norm.logpdf(x0, mean, std)
+
+
+def variational_bound(
+    denoise: Denoise,
+    schedule: Schedule,
+    x0: Float[Array, "batch *shape"],
+    keys: Key[Array, "batch"],
+    cond: PyTree = None,
+    *,
+    steps: int | None = None,
+    terms: int | None = None,
+    decoder: Callable[[Array, Array, Array], Array] = pixel_decoder,
+) -> Bound:
+    """The bound on -log p(x0) of the chain that draws x_{t-1} from q(x_{t-1} | x_t, x0(x_t)), in nats (Ho et al. 2020,
+    eq. 5; Kingma et al. 2021, eq. 13), t = 0..T-1 from the least noisy level to the noisiest:
+
+        L_T     = KL(q(x_{T-1} | x0) || N(0, (alpha^2 + sigma^2) I))
+        L_t     = (SNR_{t-1} - SNR_t) / 2 |x0 - x0(x_t)|^2,    t = 1..T-1
+        L_0     = -log p(x0 | x_{t=0}), around x0(x_{t=0}) with the standard deviation sigma_0
+
+    denoise: (x (B, ...), level of (B,), cond) -> Prediction. x0, keys, cond: as in `log_likelihood`.
+    steps: T; None takes all of a schedule of steps, and 1000 even in log-SNR where time is continuous.
+    terms: evaluate only so many L_t of each image, unbiased; None for all. Their t are drawn in as many equal strata of
+      log(1 + SNR), of which L_t is an even share where the data is a unit normal.
+    decoder: (x0, mean, std) -> log probability or density of each value; `pixel_decoder` or `gaussian_decoder`.
+    Raises ValueError for terms below 1, and what `solvers.times` raises for steps.
+    """
+    if terms is not None and terms < 1:
+        raise ValueError(f"the bound needs at least 1 term, got {terms}")
+    T = schedule.num_steps
+    level = schedule(times(schedule, steps or T or STEPS, "linspace" if T else "logsnr")[::-1])
+    ratio = snr(level)
+    signal = ratio[-1] / (1 + ratio[-1])
+    prior = jnp.sum((signal * (x0**2 - 1) - np.log1p(-signal)) / 2, axis=tuple(range(1, x0.ndim)))
+    evidence = np.log1p(ratio)
+    share = -np.diff(evidence) / (evidence[0] - evidence[-1])
+    chain = jax.tree.map(np.float32, Chain(level, -np.diff(ratio) / 2, share))
+    if terms is not None and terms >= len(share):
+        terms = None
+    return Bound(prior, *_chain_terms(as_pytree(denoise), chain, x0, keys, cond, terms, decoder))
+
+
+@functools.partial(jax.jit, static_argnames=("terms", "decoder"))
+def _chain_terms(
+    denoise: Denoise, chain: Chain, x0: Array, keys: Array, cond: PyTree, terms: int | None, decoder: Callable
+) -> tuple[Array, Array]:
+    """(the sum of L_1..L_{T-1}, L_0), (B,) each."""
+    count, batch, axes = len(chain.weight), len(x0), tuple(range(1, x0.ndim))
+
+    def guess(level: NoiseLevel, keys: Array) -> Array:
+        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys)
+        return denoise(add_noise(x0, eps, level), level, cond).x0
+
+    def at(index: Array) -> NoiseLevel:
+        return jax.tree.map(lambda c: c[index], chain.level)
+
+    def term(total: Array, i: Array) -> tuple[Array, None]:
+        t_keys, eps_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1 + i)))(keys).T
+        index, drawn = jnp.full(batch, i), 1.0  # `drawn`: how often this t is, in the mean
+        if terms is not None:
+            u = (i + jax.vmap(jax.random.uniform)(t_keys)) / terms
+            index = jnp.searchsorted(jnp.cumsum(chain.share), u).clip(0, count - 1)
+            drawn = terms * chain.share[index]
+        error = jnp.sum((guess(at(1 + index), eps_keys) - x0) ** 2, axes)
+        return total + chain.weight[index] / drawn * error, None
+
+    total, _ = jax.lax.scan(term, jnp.zeros(batch), jnp.arange(terms or count))
+    first = at(jnp.zeros(batch, int))
+    mean = guess(first, jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys))
+    return total, -jnp.sum(decoder(x0, mean, expand(first.sigma, x0)), axes)
+
+
+def dequantize(x0: Float[Array, "batch *shape"], keys: Key[Array, "batch"]) -> Float[Array, "batch *shape"]:
+    """8-bit images in [-1, 1], each value spread evenly over the 2/255 that are its own (Theis et al. 2016, section
+    3.1). keys: (B,), one for each image.
+    """
+    return x0 + PIXEL * (jax.vmap(lambda key: jax.random.uniform(key, x0.shape[1:]))(keys) - 0.5)
+
+
+def bits_per_dim(nats: Float[Array, "batch"], dimensions: int, bin: float = PIXEL) -> Float[Array, "batch"]:
+    """Bits for each of D values, (nats / D - log(bin)) / log(2); lower is better.
+
+    nats: negative log density of the values `dequantize` spread over bins of the width `bin`, which bounds the negative
+    log probability of the image (Theis et al. 2016, eq. 6). Of probabilities, as the bound with `pixel_decoder`,
+    `bin` is 1. dimensions: D, height x width x 3.
+    """
+    return (nats / dimensions - np.log(bin)) / np.log(2)

@@ -1,0 +1,119 @@
+"""How likely a trained model finds held-out data, both ways of `core.likelihood`, as one report."""
+
+import itertools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+from tqdm import tqdm
+
+from diffusion_jax.core import likelihood
+from diffusion_jax.core.guidance import clip_x0
+from diffusion_jax.core.sampling import denoiser
+from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.data.loader import Reader, stack
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Record, Transform
+from diffusion_jax.pipelines import Pipeline
+from diffusion_jax.pipelines.conditioning import Conditioning
+
+LEAST = {"images": 1, "steps": 1, "probes": 1, "terms": 0, "batch_size": 1, "seed": 0}
+
+
+def check_section(section, schedule: Schedule) -> None:
+    """Raise ValueError for numbers of config.eval that `evaluate_likelihood` cannot use."""
+    for name, low in LEAST.items():
+        if section[name] < low:
+            raise ValueError(f"eval.{name} must be at least {low}, got {section[name]}")
+    T = schedule.num_steps
+    if T and section.steps >= T:
+        raise ValueError(f"eval.steps must be less than the schedule's {T} steps, got {section.steps}")
+
+
+def evaluate_likelihood(
+    pipeline: Pipeline, schedule: Schedule, source: Source, transform: Transform, conditioning: Conditioning, section
+) -> dict:
+    """The report of a model on a source, given the captions or classes: of "flow", the negative log likelihood by the
+    probability flow, and "bound", the variational bound, with its terms, the mean and its standard error over images.
+
+    A model of pixels: bits/dim, the lower the better, both at least that of the image: the flow's for its uniform
+    dequantization. A model of latents: nats for each value of the latent, of one draw of the first stage's posterior
+    and with a Gaussian decoder in the bound. Such a model has no density of pixels.
+    There is no guidance, as what is guided is no density. x0 is clipped to the pixels' range in the bound, as in
+    sampling, but not in the flow, which takes its gradient.
+
+    section: config section with images (all if there are fewer, in an order drawn from seed), steps and probes (see
+    `core.likelihood.log_likelihood`), terms (see `variational_bound`; 0 for all), batch_size, seed; `check_section`
+    says whether they are of use. Raises ValueError if no record of the source can be read.
+    """
+    total = min(section.images, len(source))
+    size = min(section.batch_size, total)
+    size += -size % jax.local_device_count()
+    found = []
+    with tqdm(desc="likelihood", total=total, unit="images") as bar:
+        for batch in _batches(source, transform, total, size, section.seed):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(section.seed), bar.n + np.arange(size))
+            full = stack(batch + batch[-1:] * (size - len(batch)))
+            figures = _figures(pipeline, schedule, full["image"], conditioning.of_records(full), keys, section)
+            found.append(jax.tree.map(lambda values: np.asarray(values)[: len(batch)], figures))  # noqa: B023
+            bar.update(len(batch))
+    figures = jax.tree.map(lambda *values: _summary(np.concatenate(values)), *found)
+    space = {"of": "pixels", "unit": "bits/dim"} if _of_pixels(pipeline) else {"of": "latents", "unit": "nats/dim"}
+    return {"data": source.name, "images": bar.n} | space | figures | {name: section[name] for name in LEAST}
+
+
+def _batches(source: Source, transform: Transform, total: int, size: int, seed: int) -> Iterator[list[Record]]:
+    """`total` good records in an order drawn from the seed, or as many as there are, `size` at a time."""
+    reader, rng = Reader(source, transform), np.random.default_rng(seed)
+    records = (record for index in rng.permutation(len(source)) if (record := reader(int(index), rng)) is not None)
+    chosen = itertools.islice(records, total)
+    while batch := list(itertools.islice(chosen, size)):
+        yield batch
+
+
+def _figures(
+    pipeline: Pipeline,
+    schedule: Schedule,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    cond: PyTree,
+    keys: Key[Array, "batch"],
+    section,
+) -> dict[str, Float[Array, "batch"]]:
+    """The figures of each image by name, spread over this host's devices."""
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    codec, pixels = pipeline.codec, _of_pixels(pipeline)
+    draw_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
+    x0 = codec.draw(codec.stats, codec.encode(images), draw_keys)
+    x = likelihood.dequantize(x0, spread_keys) if pixels else x0
+    x0, x, cond, flow_keys, bound_keys = jax.device_put((x0, x, cond, flow_keys, bound_keys), split)
+
+    network = denoiser(pipeline.apply, jax.device_put(pipeline.params, whole), pipeline.convert)
+    nats = -likelihood.log_likelihood(network, schedule, x, flow_keys, cond, steps=section.steps, probes=section.probes)
+    bound = likelihood.variational_bound(
+        clip_x0(network, codec.limit) if pixels else network,
+        schedule,
+        x0,
+        bound_keys,
+        cond,
+        terms=section.terms or None,
+        decoder=likelihood.pixel_decoder if pixels else likelihood.gaussian_decoder,
+    )
+
+    def per_dim(nats: Array, bin: float = 1.0) -> Array:
+        return likelihood.bits_per_dim(nats, x0[0].size, bin) if pixels else nats / x0[0].size
+
+    terms = {f"bound_{name}": per_dim(term) for name, term in bound._asdict().items()}
+    return {"flow": per_dim(nats, likelihood.PIXEL), "bound": per_dim(bound.total)} | terms
+
+
+def _of_pixels(pipeline: Pipeline) -> bool:
+    return pipeline.codec.limit is not None
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    """Mean over images and its standard error, which one image does not tell: NaN is no JSON, so None."""
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "standard_error": error}
