@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.process import expand
@@ -42,7 +43,8 @@ def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
     Raises ValueError for leaves of other kinds: there is nothing between two classes.
     """
 
-    def between(a: Array, b: Array) -> Array:
+    def between(a: ArrayLike, b: ArrayLike) -> Array:
+        a, b = jnp.asarray(a), jnp.asarray(b)
         if a.dtype == bool:
             return a | b
         if not jnp.issubdtype(a.dtype, jnp.floating):

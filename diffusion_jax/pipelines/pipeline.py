@@ -134,13 +134,13 @@ def solve(
     `core.sampling.sample`.
     """
     guidance = _as_guidance(guidance)
-    if guidance.plus_plus and np.any(plan.past):
-        raise ValueError("CFG++ needs a solver of one row a step: ddim or euler")
     split, whole = _placements(len(keys))
     x, cond, keys, known = jax.device_put((x, cond, keys, known), split)
     params, null_cond, negative = jax.device_put((pipeline.params, pipeline.null_cond, guidance.negative), whole)
     network = denoiser(pipeline.apply, params, pipeline.convert)
     denoise = guided(network, guidance._replace(negative=negative), null_cond, pipeline.codec.limit)
+    if guidance.plus_plus and np.any(plan.past):
+        raise ValueError("CFG++ needs a solver of one row a step: ddim or euler")
     return sample(denoise, plan, x, keys, cond, known=known, **options)
 
 

@@ -1,0 +1,60 @@
+"""A model small enough to know by heart: the best denoiser of Gaussian pixels, and a codec of blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.core import process, schedules
+from diffusion_jax.pipelines import Pipeline
+from diffusion_jax.pipelines import codec as codecs
+from diffusion_jax.pipelines.codec import pixels
+
+SIZE = 8
+SCHEDULE = schedules.flow()  # its noisiest time is noise alone
+VARIANCE = 0.04
+
+
+def gaussian(params, x, t, cond):
+    """The best x0 when pixels are independent, of mean cond["grey"] and a variance of 0.04, on the flow schedule."""
+    t = t[:, None, None, None]
+    alpha, sigma = 1 - t, t
+    mean = params * cond["grey"]
+    return mean + alpha * VARIANCE / (alpha**2 * VARIANCE + sigma**2) * (x - alpha * mean)
+
+
+def blocks() -> codecs.Codec:
+    """Latents are the means of 2 x 2 pixels."""
+
+    def encode(images):
+        images = jnp.asarray(pixels(images))
+        return images.reshape(len(images), SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4))
+
+    return codecs.identity()._replace(
+        encode=encode,
+        draw=_as_it_is,
+        decode=lambda params, x0: jnp.repeat(jnp.repeat(x0, 2, axis=1), 2, axis=2),
+        factor=2,
+        limit=None,
+    )
+
+
+def _as_it_is(stats, record, keys):
+    return record
+
+
+PIXELS = Pipeline(gaussian, jnp.float32(1), process.from_x0, codecs.identity(), {"grey": np.zeros((1, 1, 1))}, SIZE)
+LATENTS = PIXELS._replace(codec=blocks())
+
+
+def told(*greys):
+    """A condition for each image: the grey to draw."""
+    return {"grey": jnp.array(greys, jnp.float32)[:, None, None, None]}
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def photographs(count, seed=0):
+    """Images with something in every pixel."""
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)

@@ -1,0 +1,131 @@
+"""The grammar of weighted prompts, their chunks, and what weights do to embeddings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from diffusion_jax.models.text import TextEncoder
+from diffusion_jax.pipelines.prompts import chunk, embed, encode, parse
+
+WORDS = ["[PAD]", "[BEGIN]", "[END]", *"abcdefghij", ","]
+LENGTH = 7  # room for 5
+UP, DOWN = 1.1, 1 / 1.1
+
+
+def word_tokenizer(*template):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=","))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = [(word, WORDS.index(word)) for word in template if word != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=list(template), special_tokens=marks)
+    tokenizer.enable_truncation(LENGTH)
+    tokenizer.enable_padding(length=LENGTH)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer("[BEGIN]", "$A", "[END]")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """An encoder in which every token sees the mean of those before it."""
+    table = jax.random.normal(jax.random.key(0), (len(WORDS), 6)) + 0.5
+
+    def apply(params, ids, mask):
+        z = params["table"][ids]
+        return z + jnp.cumsum(z, axis=1) / jnp.arange(1, ids.shape[1] + 1)[:, None]
+
+    return TextEncoder(lambda prompts: None, apply, {"table": table}, LENGTH, 6, "toy")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("", [("", 1)]),
+        ("a red cat", [("a red cat", 1)]),
+        ("a (red) cat", [("a ", 1), ("red", UP), (" cat", 1)]),
+        ("a ((red)) cat", [("a ", 1), ("red", UP * UP), (" cat", 1)]),
+        ("a [red] [[cat]]", [("a ", 1), ("red", DOWN), (" ", 1), ("cat", DOWN * DOWN)]),
+        ("(red:1.3)", [("red", 1.3)]),
+        ("(red: .5 )(cat:2.)", [("red", 0.5), ("cat", 2)]),
+        ("(a red:0) (cat:-1)", [("a red", 0), (" ", 1), ("cat", -1)]),
+        ("(a (red:2) cat:1.5)", [("a ", 1.5), ("red", 3), (" cat", 1.5)]),
+        ("(a [red] cat)", [("a ", UP), ("red", UP * DOWN), (" cat", UP)]),
+        (r"smile \(art\) \[x\] \\", [("smile (art) [x] \\", 1)]),
+        (r"(smile \(art\):1.2)", [("smile (art)", 1.2)]),
+        (r"a\b", [("ab", 1)]),
+        ("(red)(cat)", [("redcat", UP)]),
+        ("time 12:30, (16:9 wide)", [("time 12:30, ", 1), ("16:9 wide", UP)]),
+        ("(1.2.3:1.2.3)", [("1.2.3:1.2.3", UP)]),
+        ("a (red cat", [("a ", 1), ("red cat", UP)]),
+        ("a (([red cat", [("a ", 1), ("red cat", UP * UP * DOWN)]),
+        ("a) red] cat:1.3)", [("a) red] cat:1.3)", 1)]),
+        ("[red:1.3]", [("red:1.3", DOWN)]),
+        ("()", [("", 1)]),
+    ],
+)
+def test_grammar(prompt, pieces):
+    parsed = parse(prompt)
+    assert [text for text, _ in parsed] == [text for text, _ in pieces]
+    np.testing.assert_allclose([weight for _, weight in parsed], [weight for _, weight in pieces], rtol=1e-12)
+
+
+@pytest.mark.parametrize("prompt", ["", "a b", "a b c d e"])
+def test_a_short_prompt_is_the_tokenizers_own(prompt, tokenizer):
+    ids, weights = chunk(parse(prompt), tokenizer)
+    np.testing.assert_array_equal(ids, [tokenizer.encode(prompt).ids])
+    assert (ids.dtype, weights.dtype) == (np.int32, np.float32)
+    assert (weights == 1).all()
+
+
+def test_long_prompts_come_in_chunks(tokenizer):
+    ids, weights = chunk(parse("a b (c d e f g:3) h i, j a"), tokenizer)
+    words = [" ".join(WORDS[i] for i in row) for row in ids]
+    assert words == [
+        "[BEGIN] a b c d e [END]",
+        "[BEGIN] f g h i , [END]",
+        "[BEGIN] j a [END] [PAD] [PAD] [PAD]",
+    ]
+    np.testing.assert_array_equal(weights, [[1, 1, 1, 3, 3, 3, 1], [1, 3, 3, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+def test_other_tokenizers_are_refused():
+    with pytest.raises(ValueError, match=r"expected CLIP's tokenizer, which marks both ends of a text, got 1 marks"):
+        chunk(parse("a"), word_tokenizer("$A", "[END]"))
+
+
+def test_without_weights_nothing_changes(encoder, tokenizer):
+    z, mask = embed(encoder, tokenizer, ["a b c d e", "f, (g:1)"])
+    ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(["a b c d e", "f, g"])])
+    np.testing.assert_array_equal(z, encoder.apply(encoder.params, ids, ids >= 0))
+    assert mask.shape == z.shape[:2]
+    assert mask.all()
+
+
+def test_weights_multiply_and_the_mean_stays(encoder, tokenizer):
+    ids, weights = (x[None] for x in chunk(parse("a (b:1.5) c [d] (e:0) f (g:2)"), tokenizer))
+    plain = encode(encoder.apply, encoder.params, ids, np.ones_like(weights)).reshape(2, LENGTH, -1)
+    z = encode(encoder.apply, encoder.params, ids, weights).reshape(2, LENGTH, -1)
+    np.testing.assert_allclose(z.mean(axis=(1, 2)), plain.mean(axis=(1, 2)), rtol=1e-5)
+    ratio = z / plain / (z / plain)[:, :1]  # against the token that begins a chunk, of weight 1
+    np.testing.assert_allclose(ratio, np.broadcast_to(weights[0][..., None], ratio.shape), rtol=1e-4, atol=1e-6)
+
+
+def test_one_weight_for_all_tokens_is_none(encoder, tokenizer):
+    ids, weights = (x[None] for x in chunk(parse("a (b:1.5) c"), tokenizer))
+    z, other = (encode(encoder.apply, encoder.params, ids, w) for w in (weights, 3 * weights))
+    np.testing.assert_allclose(z, other, rtol=1e-5)
+
+
+def test_a_prompt_does_not_depend_on_its_batch(encoder, tokenizer):
+    prompts = ["a (b:1.4) c", "(c d:0.7) e f g h", ""]
+    together, _ = embed(encoder, tokenizer, prompts)
+    assert together.shape == (3, 2 * LENGTH, encoder.width)
+    for i, prompt in enumerate(prompts):
+        alone, _ = embed(encoder, tokenizer, [prompt])
+        np.testing.assert_allclose(together[i, : alone.shape[1]], alone[0], rtol=1e-5)
+    np.testing.assert_array_equal(together[0, LENGTH:], together[2, LENGTH:])  # both end in an empty chunk
+    np.testing.assert_array_equal(together[2, :LENGTH], together[2, LENGTH:])
