@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from diffusion_jax.core.process import NoiseLevel, Prediction, expand
 
@@ -27,7 +27,7 @@ def _number(value: ArrayLike, name: str, low: float = 0.0, high: float = np.inf)
     return jnp.asarray(value, jnp.float32)
 
 
-def classifier_free(denoise: Denoise, scale: float | Float[Array, "batch"], null_cond: PyTree) -> Denoise:
+def classifier_free(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), on x0 and eps alike.
 
     scale: 1 is no guidance, above 1 more of the condition; one number or one for each image, (B,).
@@ -69,7 +69,7 @@ def _with_x0(prediction: Prediction, x0: Array, level: NoiseLevel) -> Prediction
     return Prediction(x0=x0, eps=prediction.eps + alpha / sigma * (prediction.x0 - x0))
 
 
-def rescale(denoise: Denoise, scale: float | Float[Array, "batch"], null_cond: PyTree, phi: float = 0.7) -> Denoise:
+def rescale(denoise: Denoise, scale: ArrayLike, null_cond: PyTree, phi: float = 0.7) -> Denoise:
     """Classifier-free guidance whose x0 keeps the contrast of the conditional one (Lin et al. 2023, eq. 15 and 16).
 
     x0 = phi x0_guided std(x0_conditional) / std(x0_guided) + (1 - phi) x0_guided, the deviations over each image.
@@ -90,7 +90,7 @@ def _rescale(
     return _with_x0(guided, guided.x0 * (phi * ratio + 1 - phi), level)
 
 
-def cfg_pp(denoise: Denoise, scale: float | Float[Array, "batch"], null_cond: PyTree) -> Denoise:
+def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     """CFG++ (Chung et al. 2024, algorithm 2): x0 is guided, the noise that is put back is the unconditional one.
 
     x0 = null + scale (conditional - null), eps = null.  scale: in [0, 1]. The pair is not tied to x: meant for ddim and
@@ -104,7 +104,7 @@ def _cfg_pp(denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: 
     return null._replace(x0=_extrapolate(null, conditional, scale, x).x0)
 
 
-def autoguidance(denoise: Denoise, weaker: Denoise, scale: float | Float[Array, "batch"]) -> Denoise:
+def autoguidance(denoise: Denoise, weaker: Denoise, scale: ArrayLike) -> Denoise:
     """Guidance away from a weaker model of the same kind (Karras et al. 2024): weaker + scale (denoise - weaker).
 
     weaker: a smaller or less trained denoiser, given the same condition. scale: 1 is no guidance.
