@@ -36,7 +36,7 @@ def get_config(preset: str = "openmoji") -> ConfigDict:
     """preset: one of the list above."""
     presets = {
         "openmoji": lambda: _openmoji(first_stage_steps=1800, steps=900),
-        "openmoji_long": lambda: _openmoji(first_stage_steps=8000, steps=5200),
+        "openmoji_long": lambda: _openmoji(first_stage_steps=8000, steps=3800),
         "coco256": _coco256,
         "imagenet256": _imagenet256,
     }
