@@ -1,5 +1,7 @@
 """T5's encoder does not look at padding, knows positions by their distance alone, and equals the peer's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,24 +16,25 @@ IDS = jax.random.randint(jax.random.key(0), (3, 9), 2, 50)
 MASK = jnp.arange(9) < jnp.array([[9], [5], [1]])
 
 
-def initialised(**config):
-    encoder = T5Encoder(**config)
-    return encoder, encoder.init(jax.random.key(0), *encoder.example_inputs())
+@functools.cache
+def variables():
+    encoder = T5Encoder(**TINY)
+    return jax.jit(encoder.init)(jax.random.key(0), *encoder.example_inputs())
+
+
+def run(ids, mask, **changes):
+    return jax.jit(T5Encoder(**TINY, **changes).apply)(variables(), ids, mask)
 
 
 def test_tokens_do_not_depend_on_padding():
-    encoder, params = initialised(**TINY)
-    out = encoder.apply(params, IDS, MASK)
-    other = encoder.apply(params, jnp.where(MASK, IDS, 7), MASK)
+    out, other = run(IDS, MASK), run(jnp.where(MASK, IDS, 7), MASK)
     np.testing.assert_array_equal(out[MASK], other[MASK])
-    shorter = encoder.apply(params, IDS[:, :5], MASK[:, :5])
+    shorter = run(IDS[:, :5], MASK[:, :5])
     np.testing.assert_allclose(out[1, :5], shorter[1], atol=1e-5)
 
 
 def test_order_matters():
-    encoder, params = initialised(**TINY)
-    full = jnp.ones((1, 9), bool)
-    out, turned = (encoder.apply(params, ids, full) for ids in (IDS[:1], IDS[:1, ::-1]))
+    out, turned = (run(ids, jnp.ones((1, 9), bool)) for ids in (IDS[:1], IDS[:1, ::-1]))
     assert np.abs(out - turned[:, ::-1]).max() > 1e-3
 
 
@@ -45,15 +48,15 @@ def test_buckets():
 
 
 def test_half_precision_keeps_parameters_and_results_in_float32():
-    encoder, params = initialised(**TINY)
-    exact, out = (encoder.clone(dtype=dtype).apply(params, IDS, MASK) for dtype in (jnp.float32, jnp.bfloat16))
+    exact, out = (run(IDS, MASK, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
     assert out.dtype == jnp.float32
     assert 0 < np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
 
 
 def test_other_feed_forwards_are_refused():
+    encoder = T5Encoder(**TINY, feed_forward_proj="relu")
     with pytest.raises(ValueError, match="feed_forward_proj: expected 'gated-gelu', got 'relu'"):
-        initialised(**TINY, feed_forward_proj="relu")
+        jax.eval_shape(encoder.init, jax.random.key(0), IDS, MASK)
 
 
 @pytest.mark.parametrize("length", [9, 300])  # beyond the largest distance too
@@ -68,16 +71,16 @@ def test_agrees_with_the_peer_both_ways(config, length, tmp_path):
     ids = np.random.default_rng(0).integers(2, 50, (2, length))
     mask = np.arange(length) < np.array([[length], [length // 2]])
 
-    def run(model):
+    def run_peer(model):
         with torch.no_grad():
             return model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
 
-    expected = run(theirs)
-    encoder, variables = load_text_encoder(tmp_path / "theirs")
-    out = np.asarray(jax.jit(encoder.apply)(variables, jnp.asarray(ids), jnp.asarray(mask)))
+    expected = run_peer(theirs)
+    encoder, weights = load_text_encoder(tmp_path / "theirs")
+    out = np.asarray(jax.jit(encoder.apply)(weights, jnp.asarray(ids), jnp.asarray(mask)))
     assert np.abs(out - expected)[mask].max() <= 2e-5 * np.abs(expected).max()
 
-    save_text_encoder(encoder, variables, tmp_path / "ours")
+    save_text_encoder(encoder, weights, tmp_path / "ours")
     back, report = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
-    np.testing.assert_array_equal(run(back.eval()), expected)
+    np.testing.assert_array_equal(run_peer(back.eval()), expected)

@@ -1,0 +1,130 @@
+"""Prompts with weights and prompts of any length for CLIP's encoders, as users of popular web interfaces know them.
+
+    (word)       its tokens count 1.1 times          ((word))     1.1 · 1.1 times
+    (word:1.3)   1.3 times                           [word]       1 / 1.1 times
+    \\( \\) \\[ \\] \\\\   the characters themselves
+
+Brackets nest and their weights multiply. One that is never closed reaches to the end of the prompt; one that was never
+opened is a character, and so is a colon that no number and round bracket follow; any other backslash is left out.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from tokenizers import Tokenizer
+
+from diffusion_jax.models.text import TextEncoder
+
+EMPHASIS = 1.1
+ROUND, SQUARE = "()", "[]"
+# backslash and what it escapes | end of a bracket with its weight | bracket | anything else
+SYMBOLS = re.compile(r"(\\[\\()\[\]]?)|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|([()\[\]])|[^\\()\[\]:]+|:")
+
+
+def parse(prompt: str) -> list[tuple[str, float]]:
+    """A prompt -> its pieces of text and their weights, neighbours of one weight joined; [("", 1.0)] for no text."""
+    pieces: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {ROUND: [], SQUARE: []}  # the piece before which each open bracket stands
+    implied = {ROUND: EMPHASIS, SQUARE: 1 / EMPHASIS}
+
+    def multiply(start: int, factor: float):
+        pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
+
+    for symbol in SYMBOLS.finditer(prompt):
+        escaped, number, bracket = symbol.groups()
+        kind = SQUARE if bracket and bracket in SQUARE else ROUND
+        if bracket and bracket == kind[0]:
+            opened[kind].append(len(pieces))
+        elif (bracket or number) and opened[kind]:
+            multiply(opened[kind].pop(), implied[kind] if number is None else float(number))
+        else:
+            pieces.append((escaped[1:] if escaped else symbol.group(), 1.0))
+    for kind, starts in opened.items():
+        for start in starts:
+            multiply(start, implied[kind])
+    return _joined(pieces)
+
+
+def _joined(pieces):
+    joined = [("", 1.0)] if not pieces else pieces[:1]
+    for text, weight in pieces[1:]:
+        if weight == joined[-1][1]:
+            joined[-1] = (joined[-1][0] + text, weight)
+        else:
+            joined.append((text, weight))
+    return joined
+
+
+def chunk(
+    pieces: Sequence[tuple[str, float]], tokenizer: Tokenizer
+) -> tuple[Int[np.ndarray, "chunks length"], Float[np.ndarray, "chunks length"]]:
+    """Pieces of a prompt -> token ids in as many chunks as they need, and the weight of each token.
+
+    tokenizer: as `load_tokenizer` sets it, to L tokens with one that begins and one that ends a text. Each chunk is
+    these two around at most L - 2 tokens of the prompt (75 of 77), then padding; their own weight is 1.
+    Raises ValueError for the tokenizer of another family.
+    """
+    marks = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if marks != 2:
+        raise ValueError(
+            f"weighted prompts: expected CLIP's tokenizer, which marks both ends of a text, got {marks} marks"
+        )
+    begin, end, *padding = tokenizer.encode("").ids
+    tokens = [(token, weight) for text, weight in pieces for token in _token_ids(text, tokenizer)]
+    room = len(padding)
+    parts = [tokens[start : start + room] for start in range(0, max(len(tokens), 1), room)]
+    rows = [[(begin, 1.0), *part, (end, 1.0), *((pad, 1.0) for pad in padding[len(part) :])] for part in parts]
+    ids, weights = np.moveaxis(np.array(rows), -1, 0)
+    return ids.astype(np.int32), weights.astype(np.float32)
+
+
+def _token_ids(text, tokenizer):
+    """Ids of a text however long it is, without the tokens that mark its ends."""
+    first = tokenizer.encode(text, add_special_tokens=False)
+    parts = (first, *first.overflowing)
+    return [i for part in parts for i, real in zip(part.ids, part.attention_mask, strict=True) if real]
+
+
+def encode(
+    apply: Callable[..., Float[Array, "rows length width"]],
+    params: dict,
+    ids: Int[Array | np.ndarray, "batch chunks length"],
+    weights: Float[Array | np.ndarray, "batch chunks length"],
+) -> Float[Array, "batch tokens width"]:
+    """Weighted embeddings of chunks, one after the other: tokens = chunks · length.
+
+        z' = (w · z) mean(z) / mean(w · z),    means over all tokens and channels of one chunk of one prompt
+
+    so that a weight moves emphasis between the tokens of a chunk and leaves the mean of their embeddings where the
+    denoiser knows it. With all weights 1, z' = z.
+
+    apply, params: of a `TextEncoder`, (params, ids, mask) -> z.
+    """
+    batch, chunks, length = ids.shape
+    ids, weights = (jnp.asarray(x).reshape(batch * chunks, length) for x in (ids, weights))
+    z = apply(params, ids, jnp.ones(ids.shape, bool))
+    weighted = z * weights[..., None]
+    means = [x.mean(axis=(1, 2), keepdims=True) for x in (z, weighted)]
+    return (weighted * (means[0] / means[1])).reshape(batch, chunks * length, -1)
+
+
+def embed(
+    encoder: TextEncoder, tokenizer: Tokenizer, prompts: Sequence[str]
+) -> tuple[Float[Array, "batch tokens width"], Bool[np.ndarray, "batch tokens"]]:
+    """Embeddings of prompts in this module's grammar and their mask, which is True everywhere.
+
+    All come out as long as the longest needs, the others followed by empty chunks: guidance needs the prompt and the
+    negative prompt in one call. encoder, tokenizer: of CLIP, from the same folders.
+    """
+    made = [chunk(parse(prompt), tokenizer) for prompt in prompts]
+    empty = chunk([], tokenizer)
+    most = max(len(ids) for ids, _ in made)
+    ids, weights = (
+        np.stack([np.concatenate([rows[i], np.repeat(empty[i], most - len(rows[i]), axis=0)]) for rows in made])
+        for i in range(2)
+    )
+    z = encode(encoder.apply, encoder.params, ids, weights)
+    return z, np.ones(z.shape[:2], bool)

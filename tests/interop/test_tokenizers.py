@@ -1,0 +1,230 @@
+"""Tokenizers made from a checkpoint's files equal the reference's on thousands of texts."""
+
+import gzip
+import io
+import json
+import logging
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from diffusion_jax.interop.tokenizers import load_tokenizer
+from diffusion_jax.models.text import tokenize
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORDS = """
+the quick brown fox's don't I'LL we've SHE'D 12 345 6.7e8 naïve Österreich ÅNGSTRÖM İstanbul ß ẞ 日本語 中文 한국어
+русский עברית العربية हिन्दी ไทย ελληνικά ꜱᴍᴀʟʟ ﬁ ½ Ⅷ ² ① 👍🏽 👨\u200d👩\u200d👧 🇯🇵 &amp; &lt;b&gt; &#39; &nbsp; <br>
+é e\u0301 'S 'Re ' '' ▁ _ \\ ( ) [ ] : , . ; ! !! !cat <|startoftext|> <|endoftext|> <|ENDOFTEXT|> <|StartOfText|>
+</s> <pad> <unk> <extra_id_0> <extra_id_99>
+"""
+SNIPPETS = WORDS.split()
+SPACES = [" ", "  ", "\t", "\n", "\r\n", "\xa0", "\u3000", "\u200b", "\u2028", "\x1c", "\x85", "\x00", "\ufeff", "", ""]
+
+
+def texts(count):
+    """Snippets of many writings between odd spaces, any characters of Unicode, and those of its first part."""
+    draw = random.Random(0)
+
+    def one():
+        kind = draw.random()
+        if kind < 0.6:
+            return "".join(draw.choice(SNIPPETS) + draw.choice(SPACES) for _ in range(draw.randrange(30)))
+        size, end = (20, 0x110000) if kind < 0.8 else (100, 0x3000)
+        codes = (draw.randrange(end) for _ in range(draw.randrange(size)))
+        return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+
+    return [one() for _ in range(count)]
+
+
+def token(content, normalized=False, **others):
+    return {
+        "content": content,
+        "lstrip": False,
+        "normalized": normalized,
+        "rstrip": False,
+        "single_word": False,
+    } | others
+
+
+OLD = {"bos_token": token(BOS, True), "eos_token": token(EOS, True), "unk_token": token(EOS, True)}
+NEW = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+LISTED = {"49406": token(BOS, True, special=False), "49407": token(EOS, special=False)}
+CLIP_FAMILIES = {  # special_tokens_map.json, tokenizer_config.json as published, and the token that pads
+    "Stable Diffusion 1": (OLD | {"pad_token": EOS}, {**OLD, "pad_token": EOS, "model_max_length": 77}, 49407),
+    "Stable Diffusion 2": (OLD | {"pad_token": "!"}, {**OLD, "pad_token": EOS, "model_max_length": 77}, 0),
+    "first encoder of XL": (
+        NEW | {"pad_token": EOS},
+        {**NEW, "pad_token": EOS, "model_max_length": 77, "added_tokens_decoder": LISTED},
+        49407,
+    ),
+    "second encoder of XL": (
+        NEW | {"pad_token": "!"},
+        {**NEW, "pad_token": "!", "model_max_length": 77, "added_tokens_decoder": {"0": token("!"), **LISTED}},
+        0,
+    ),
+    "vocabulary alone": (None, None, 49407),
+}
+
+
+@pytest.fixture(scope="module")
+def clip_vocabulary():
+    """(vocab.json's content, lines of merges.txt) of CLIP."""
+    spec = find_spec("open_clip")  # found without importing it, as it is here for its file alone
+    if spec is None:
+        pytest.skip("needs open-clip-torch for CLIP's vocabulary: pip install --no-deps -r requirements-assets.txt")
+    path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges), BOS, EOS]
+    return {word: i for i, word in enumerate(words)}, merges
+
+
+def write_folder(folder, special_tokens_map, tokenizer_config, **files):
+    folder.mkdir(exist_ok=True)
+    files |= {"special_tokens_map.json": special_tokens_map, "tokenizer_config.json": tokenizer_config}
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        elif content is not None:
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def clip_folder(tmp_path, clip_vocabulary):
+    vocab, merges = clip_vocabulary
+
+    def make(family):
+        files = {"vocab.json": vocab, "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n"}
+        return write_folder(tmp_path / "clip", *CLIP_FAMILIES[family][:2], **files)
+
+    return make
+
+
+def train_pieces(kind="unigram"):
+    draw, model = random.Random(1), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(" ".join(draw.choices(SNIPPETS, k=8)) for _ in range(2000)),
+        model_writer=model, model_type=kind, vocab_size=400, hard_vocab_limit=False, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A small spiece.model in T5's layout."""
+    return train_pieces()
+
+
+def t5_families(pieces):
+    size = sentencepiece.SentencePieceProcessor(model_proto=pieces).get_piece_size()
+    roles = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    sentinels = {"additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]}
+    listed = {str(i): token(name, special=True) for i, name in enumerate(["<pad>", "</s>", "<unk>"])}
+    for i in range(100):
+        listed[str(size + 99 - i)] = token(f"<extra_id_{i}>", special=True, lstrip=True, rstrip=True)
+    old = roles | sentinels | {"extra_ids": 100, "model_max_length": 512}
+    return [(None, None), (roles | sentinels, old), (roles | sentinels, old | {"added_tokens_decoder": listed})]
+
+
+def assert_equal(folder, peer, strings):
+    """Ours and the peer's ids and masks of 77 tokens, ours read from the folder's own and from the peer's files."""
+    theirs = peer.from_pretrained(folder)
+    expected = theirs(strings, padding="max_length", max_length=77, truncation=True)
+    theirs.save_pretrained(folder / "saved")
+    for place in (folder, folder / "saved"):
+        ids, mask = tokenize(strings, load_tokenizer(place, 77), 77)
+        wrong = [text for text, a, b in zip(strings, ids, expected.input_ids, strict=True) if list(a) != b]
+        assert wrong == [], f"{len(wrong)} of {len(strings)} differ"
+        np.testing.assert_array_equal(mask, expected.attention_mask)
+
+
+@pytest.mark.parametrize("family", CLIP_FAMILIES)
+def test_clip_equals_the_reference(family, clip_folder):
+    transformers = pytest.importorskip("transformers")
+    count = 12_000 if "of XL" in family else 2000
+    assert_equal(clip_folder(family), transformers.CLIPTokenizer, texts(count))
+
+
+@pytest.mark.parametrize(("family", "count"), [(0, 2000), (1, 2000), (2, 12_000)])
+def test_t5_equals_the_reference(family, count, pieces, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = write_folder(tmp_path / "t5", *t5_families(pieces)[family], **{"spiece.model": pieces})
+    assert_equal(folder, transformers.T5Tokenizer, texts(count))
+
+
+@pytest.mark.parametrize("family", CLIP_FAMILIES)
+def test_clip(family, clip_folder, caplog):
+    pad = CLIP_FAMILIES[family][2]
+    tokenizer = load_tokenizer(clip_folder(family))
+    with caplog.at_level(logging.WARNING):
+        ids, mask = tokenize(["a photo of a cat", " A  Photo\nof a cat", "", "cat " * 76], tokenizer, 77)
+    cat = [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert ids[0].tolist() == ids[1].tolist() == cat + [pad] * 70
+    assert ids[2].tolist() == [49406, 49407] + [pad] * 75
+    assert ids[3].tolist() == [49406] + [2368] * 75 + [49407]
+    assert mask.sum(axis=1).tolist() == [7, 7, 2, 77]
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["cut 1 of 4 prompts to 77 tokens"]
+
+
+def test_where_an_exclamation_mark_pads_it_does_so_everywhere(clip_folder):
+    first, second = (load_tokenizer(clip_folder(name)).encode("cat!").ids[:4] for name in list(CLIP_FAMILIES)[:2])
+    assert (first, second) == ([49406, 2368, 256, 49407], [49406, 2368, 0, 49407])
+
+
+def test_t5_equals_sentencepiece(pieces, tmp_path):
+    """On the words that both normalize alike, without those that are special to T5."""
+    draw, words = random.Random(2), [word for word in SNIPPETS if "<" not in word]
+    plain = ["  ".join(draw.choices(words, k=draw.randrange(20))) for _ in range(2000)]
+    tokenizer = load_tokenizer(write_folder(tmp_path / "t5", None, None, **{"spiece.model": pieces}), 2000)
+    model = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    ids, mask = tokenize(plain, tokenizer, 2000)
+    assert [list(row[real]) for row, real in zip(ids, mask, strict=True)] == [[*model.encode(t), 1] for t in plain]
+    assert (ids[~mask] == 0).all()
+
+
+def test_lengths(pieces, tmp_path):
+    def length(config, **arguments):
+        folder = write_folder(tmp_path / "t5", None, config, **{"spiece.model": pieces})
+        return load_tokenizer(folder, **arguments).truncation["max_length"]
+
+    assert [length(None), length({"model_max_length": 300}), length({"model_max_length": 10**30})] == [512, 300, 512]
+    assert length({"model_max_length": 300}, length=20) == 20
+    with pytest.raises(ValueError, match=r"length: expected more than 1 tokens, .* got 1"):
+        length(None, length=1)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": "{}"}, "malformed|expected the files of a CLIP or T5 tokenizer"),
+        ({"vocab.json": {"a": 0}, "merges.txt": "#version\na b\n"}, "expected the files of a CLIP or T5 tokenizer"),
+        ({"vocab.json": {"a": 0}, "merges.txt": ""}, "expected the files of a CLIP or T5 tokenizer"),
+        ({"vocab.json": "[", "merges.txt": ""}, "vocab.json: expected JSON"),
+        ({"spiece.model": b"no model"}, "expected the files of a CLIP or T5 tokenizer"),
+        ({"spiece.model": b""}, "expected the files of a CLIP or T5 tokenizer"),
+    ],
+)
+def test_malformed_files_are_one_line(files, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(write_folder(tmp_path / "wrong", None, None, **files))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_other_piece_models_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "bpe", None, None, **{"spiece.model": train_pieces("bpe")})
+    with pytest.raises(ValueError, match="no unigram model"):
+        load_tokenizer(folder)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected tokenizer\.json, .* or spiece\.model"):
+        load_tokenizer(tmp_path)
