@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import schedules
+from diffusion_jax.core import schedules, solvers
 from diffusion_jax.interop import load_pipeline, save_pipeline
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of, scheduler_config
 from diffusion_jax.interop.tensors import read_file, write_file
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.pipelines.pipeline import from_noise
+from diffusion_jax.pipelines.published import from_published
 from tests.interop import test_single_file
 
 UNET = {
@@ -201,7 +203,9 @@ def published(kind, vocabulary, folder):
             text_encoder_2=second,
             tokenizer_2=tokenizer,
             unet=diffusers.UNet2DConditionModel(**UNET | ADDED),
-            scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_end=0.012),
+            scheduler=diffusers.EulerDiscreteScheduler(
+                beta_schedule="scaled_linear", beta_end=0.012, timestep_spacing="leading", steps_offset=1
+            ),
         )
     else:
         whole = diffusers.StableDiffusionPipeline(
@@ -271,3 +275,28 @@ def test_agrees_with_the_peer_both_ways(kind, vocabulary, tmp_path):
     assert next(configs) == next(configs)
     for again, theirs in zip(peer_outputs(back, kind), expected, strict=True):
         assert np.abs(again - theirs).max() <= 2e-6 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_images_are_those_of_the_peer(kind, vocabulary, tmp_path):
+    """From prompt to pixels, with guidance: the same noise becomes the same image."""
+    whole = published(kind, vocabulary, tmp_path / "theirs")
+    import torch
+
+    noise = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    options = dict(num_inference_steps=3, guidance_scale=4.0, output_type="np")
+    theirs = whole(PROMPTS[:2], latents=torch.tensor(noise), height=8, width=8, **options).images
+
+    model = load_pipeline(tmp_path / "theirs")
+    pipeline, embed = from_published(model)
+    plan = solvers.ddim(model.schedule, 3, spacing=whole.scheduler.timesteps.double().numpy())
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jnp.asarray(noise.transpose(0, 2, 3, 1))
+    ours = from_noise(pipeline, x, embed(PROMPTS[:2]), keys, plan, 4.0)
+    np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
+    assert np.std(theirs) > 0.1
+
+
+def test_a_model_without_tokenizers_is_refused():
+    with pytest.raises(ValueError, match="expected a tokenizer for each of 1 text encoders, got 0"):
+        from_published(our_pipeline())
