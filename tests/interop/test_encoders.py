@@ -1,0 +1,164 @@
+"""Folders of text encoders: every naming that transformers wrote, one line for what cannot be, and the seam."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from diffusion_jax.interop import load_text_encoder, save_text_encoder
+from diffusion_jax.interop.encoders import text_encoder
+from diffusion_jax.interop.names import to_torch
+from diffusion_jax.interop.tensors import read_tensors, write_file
+from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.t5 import T5Encoder
+
+CLIP = ClipTextEncoder(9, 8, 12, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=6, eos_token_id=1)
+ENCODERS = {
+    "CLIPTextModel": CLIP,
+    "CLIPTextModelWithProjection": CLIP.clone(projection_dim=4),
+    "T5EncoderModel": T5Encoder(9, 8, 4, 12, 2, 2),
+}
+
+
+@functools.cache
+def variables(name):
+    """Different numbers everywhere."""
+    encoder = ENCODERS[name]
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), *encoder.example_inputs())
+    return jax.tree.map(lambda s: jnp.cos(jnp.arange(s.size, dtype=jnp.float32)).reshape(s.shape), shapes)
+
+
+def saved(name, folder, **changes):
+    """A folder whose config.json then says something else; None takes a field out."""
+    save_text_encoder(ENCODERS[name], variables(name), folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({field: value for field, value in config.items() if value is not None}))
+    return folder
+
+
+def assert_same(loaded, name):
+    encoder, weights = loaded
+    assert encoder == ENCODERS[name]
+    jax.tree.map(np.testing.assert_array_equal, weights, variables(name))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_round_trip(name, tmp_path):
+    assert_same(load_text_encoder(saved(name, tmp_path)), name)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "rename", "extra"),
+    [
+        ("CLIPTextModel", lambda n: n.removeprefix("text_model."), "embeddings.position_ids"),
+        ("CLIPTextModelWithProjection", lambda n: n, "text_model.embeddings.position_ids"),
+        ("T5EncoderModel", lambda n: n.replace("shared.", "encoder.embed_tokens."), None),
+        ("T5EncoderModel", lambda n: n, "encoder.embed_tokens.weight"),
+    ],
+)
+def test_all_namings_are_one(name, rename, extra, tmp_path):
+    saved(name, tmp_path)
+    tensors = {rename(key): tensor for key, tensor in to_torch(variables(name)).items()}
+    if extra:
+        tensors[extra] = tensors.get("shared.weight", np.arange(6)[None])
+    write_file(tmp_path / "model.safetensors", tensors)
+    assert_same(load_text_encoder(tmp_path), name)
+
+
+def test_a_projection_that_the_weights_lack_is_ignored(tmp_path):
+    assert_same(load_text_encoder(saved("CLIPTextModel", tmp_path, projection_dim=768)), "CLIPTextModel")
+
+
+def test_half_precision(tmp_path):
+    name = "CLIPTextModel"
+    save_text_encoder(CLIP, variables(name), tmp_path, jnp.float16)
+    assert {tensor.dtype for tensor in read_tensors(tmp_path, "model")[0].values()} == {np.dtype(np.float16)}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        _, weights = load_text_encoder(tmp_path, dtype)
+        assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "CLIPTextModel",
+            {"architectures": ["BertModel"]},
+            "CLIPTextModelWithProjection, T5EncoderModel; got BertModel",
+        ),
+        ("CLIPTextModel", {"architectures": None}, "expected the architecture of a text encoder, .*; got None"),
+        ("CLIPTextModel", {"hidden_act": "relu"}, "hidden_act: expected one of gelu, quick_gelu, got 'relu'"),
+        ("CLIPTextModel", {"num_hidden_layers": 3}, "lacks 16 tensors: text_model.encoder.layers.2"),
+        ("CLIPTextModel", {"hidden_size": "wide"}, "no network can be built from it"),
+        ("T5EncoderModel", {"feed_forward_proj": None}, "feed_forward_proj: expected 'gated-gelu', got 'relu'"),
+        ("T5EncoderModel", {"d_kv": 8}, "misshapen"),
+    ],
+)
+def test_what_cannot_be_honoured_is_one_line(name, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        load_text_encoder(saved(name, tmp_path, **changes))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        load_text_encoder(tmp_path)
+    (saved("CLIPTextModel", tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+        load_text_encoder(tmp_path)
+
+
+def write_tokenizer(folder, model, template):
+    words = ["<pad>", "</s>", "<s>", *"abcdef"]
+    tokenizer = Tokenizer(
+        models.Unigram([(word, -1.0) for word in words], 0)
+        if model == "unigram"
+        else models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="</s>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = [(word, words.index(word)) for word in template if word != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles | {"model_max_length": 6}))
+    return folder
+
+
+def test_clip_behind_the_seam(tmp_path):
+    """The mask is True on padding too, since denoisers attend to it."""
+    words = write_tokenizer(tmp_path / "tokenizer", "bpe", ["<s>", "$A", "</s>"])
+    folder = saved("CLIPTextModel", tmp_path / "encoder")
+    last, early = (text_encoder(folder, words, layer=layer) for layer in ("last_hidden_state", "penultimate"))
+    ids, mask = last.tokenize(["a b", "c"])
+    np.testing.assert_array_equal(ids, [[2, 3, 4, 1, 0, 0], [2, 5, 1, 0, 0, 0]])
+    assert mask.all()
+    out = jax.jit(CLIP.apply)(variables("CLIPTextModel"), ids)
+    np.testing.assert_allclose(jax.jit(last.apply)(last.params, ids, mask), out.last_hidden_state, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(early.apply)(early.params, ids, mask), out.penultimate, atol=1e-5)
+    assert (last.length, last.width) == (6, 8)
+
+    shorter = text_encoder(folder, words, length=4)
+    assert len({last.name, early.name, shorter.name}) == 3
+    assert text_encoder(folder, words).name == last.name
+    with pytest.raises(ValueError, match="reads at most 6 tokens, got 7"):
+        text_encoder(folder, words, length=7)
+    with pytest.raises(ValueError, match="layer: expected one of last_hidden_state, penultimate, got 'first'"):
+        text_encoder(folder, words, layer="first")
+
+
+def test_t5_behind_the_seam(tmp_path):
+    words = write_tokenizer(tmp_path / "tokenizer", "unigram", ["$A", "</s>"])
+    encoder = text_encoder(saved("T5EncoderModel", tmp_path / "encoder"), words)
+    ids, mask = encoder.tokenize(["a b", "c"])
+    np.testing.assert_array_equal(ids, [[3, 4, 1, 0, 0, 0], [5, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(mask, ids > 0)
+    out = jax.jit(encoder.apply)(encoder.params, ids, mask)
+    assert (out.shape, out.dtype) == ((2, encoder.length, encoder.width), jnp.float32)
