@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree, UInt8
@@ -61,7 +62,7 @@ def evaluate_likelihood(
             bar.update(len(batch))
     figures = jax.tree.map(lambda *values: _summary(np.concatenate(values)), *found)
     space = {"of": "pixels", "unit": "bits/dim"} if _of_pixels(pipeline) else {"of": "latents", "unit": "nats/dim"}
-    return {"data": source.name, "images": bar.n} | space | figures | {name: section[name] for name in LEAST}
+    return {name: section[name] for name in LEAST} | {"data": source.name, "images": bar.n} | space | figures
 
 
 def _batches(source: Source, transform: Transform, total: int, size: int, seed: int) -> Iterator[list[Record]]:
@@ -86,7 +87,7 @@ def _figures(
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     codec, pixels = pipeline.codec, _of_pixels(pipeline)
     draw_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
-    x0 = codec.draw(codec.stats, codec.encode(images), draw_keys)
+    x0 = jnp.asarray(codec.draw(codec.stats, codec.encode(images), draw_keys))
     x = likelihood.dequantize(x0, spread_keys) if pixels else x0
     x0, x, cond, flow_keys, bound_keys = jax.device_put((x0, x, cond, flow_keys, bound_keys), split)
 
