@@ -633,7 +633,7 @@ DEVIATIONS = {
     "dpm_solver middle": Deviation(
         "DPMSolverSinglestep, dpmsolver, order 3",
         "the second of three stages weights e_1 - e by (exp(r_2 h) - 1) / 2; ours as the paper's u_2, and as the peer "
-        "with solver_type heun in that stage; both are of order 3",
+        "with solver_type heun in that stage",
         lambda: _states(PEERS["dpm_solver 3"], *_case, 10, "trailing", before_step=None),
     ),
     "bh1 end": Deviation(
