@@ -58,15 +58,15 @@ def _image_and_mask(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray |
     section = config.sample
     if not section.image:
         return None, None
-    to_size = square(config.data.size, upscale=True)
+    resize, rng = square(config.data.size, upscale=True), np.random.default_rng(0)  # the crop is the centre's
     image, mask = _read(section.image, "sample.image"), None
     if section.mask:
         mask = _read(section.mask, "sample.mask")
         if mask.shape != image.shape:
             sizes = [f"{width}x{height}" for height, width, _ in (mask.shape, image.shape)]
             raise ValueError(f"sample.mask is {sizes[0]} pixels and sample.image {sizes[1]}: they must be of one size")
-        mask = to_size({"image": mask}, None)["image"][..., :1] > 127
-    return to_size({"image": image}, None)["image"], mask
+        mask = resize({"image": mask}, rng)["image"][..., :1] > 127
+    return resize({"image": image}, rng)["image"], mask
 
 
 def _read(path: str, field: str) -> np.ndarray:

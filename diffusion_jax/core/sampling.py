@@ -115,7 +115,8 @@ def sample(
         x = _blend(x, known, plan.start)
     total = plan.num_rows
     size = total if chunk is None else chunk
-    state = State(x, x, jnp.zeros((HISTORY, *x.shape), x.dtype))
+    # made from x so that it lies on x's device, as every later state does: one program for all chunks
+    state = State(x, x, jnp.broadcast_to(jnp.zeros_like(x), (HISTORY, *x.shape)))
     for start in range(0, total, size):
         state = advance(as_pytree(denoise), _rows(plan, start, size), state, keys, cond, known)
         done = min(start + size, total)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.guidance import (
@@ -167,8 +167,11 @@ def from_noise(
     return decode(pipeline, solve(pipeline, x, cond, keys, plan, guidance, **options))
 
 
-def _placements(batch: int) -> tuple[NamedSharding, NamedSharding]:
+def _placements(batch: int) -> tuple[Sharding, Sharding]:
     """Where arrays with a batch axis go, and arrays that every device needs whole."""
-    devices = jax.local_devices() if batch % jax.local_device_count() == 0 else jax.local_devices()[:1]
+    devices = jax.local_devices()
+    if len(devices) == 1 or batch % len(devices):
+        alone = SingleDeviceSharding(devices[0])
+        return alone, alone
     mesh = Mesh(np.array(devices), ("data",))
     return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
