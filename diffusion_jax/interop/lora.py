@@ -66,11 +66,11 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
         found.setdefault(place, {})[ROLES[suffix]] = tensor
     parts: dict[str, dict[str, Update]] = {}
     for (part, target), tensors in found.items():
-        if not {"down", "up"} <= tensors.keys() or tensors["down"].shape[:1] != tensors["up"].shape[1:2]:
+        down, up = (tensors.get(half, np.zeros(())) for half in ("down", "up"))
+        if min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1] or len(down) == 0:
             raise ValueError(f"{path}: {part} {target} needs both halves of an update, of one rank")
-        alpha = tensors.get("alpha", alphas.get(f"{part}.lora_alpha", len(tensors["down"])))
-        alpha = np.asarray(alpha, np.float64).item()
-        parts.setdefault(part, {})[target] = Update(tensors["down"], tensors["up"], alpha)
+        alpha = tensors.get("alpha", alphas.get(f"{part}.lora_alpha", len(down)))
+        parts.setdefault(part, {})[target] = Update(down, up, np.asarray(alpha, np.float64).item())
     return parts
 
 
@@ -106,7 +106,8 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
         change = _product(left.pop(target))
         if math.prod(change.shape[2:]) == 1:  # a linear map may be stored as a 1x1 convolution and the other way round
             change = change.reshape(*change.shape[:2], *(1,) * (leaf.ndim - 2))
-        change = change.T if change.ndim == 2 else change.transpose(2, 3, 1, 0)
+        if change.ndim == leaf.ndim:
+            change = change.T if change.ndim == 2 else change.transpose(2, 3, 1, 0)
         if change.shape != leaf.shape:
             raise ValueError(f"{source}: the update of {target} makes {change.shape}, the map has {leaf.shape}")
         return (leaf.astype(jnp.float32) + scale * change).astype(leaf.dtype)

@@ -161,7 +161,10 @@ def _read_safetensors(path):
             "it is cut off or not written to its end, fetch it again"
         )
     data = np.asarray(np.memmap(path, np.uint8, "r"))[start:]
-    return {name: data[begin:end].view(dtype).reshape(shape) for name, (begin, end, dtype, shape) in spans.items()}
+    try:
+        return {name: data[begin:end].view(dtype).reshape(shape) for name, (begin, end, dtype, shape) in spans.items()}
+    except (ValueError, OverflowError) as error:  # no bytes, but too many axes or too long ones
+        raise ValueError(f"{path}: malformed safetensors header: {first_line(error)}") from None
 
 
 def _span(name, dtype, shape, data_offsets):

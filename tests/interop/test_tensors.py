@@ -111,6 +111,8 @@ def entry(dtype="F32", shape=(2,), ends=(0, 8)):
         ({"x": entry(), "y": entry()}, "bytes 0 to 8 belong to no tensor or to two"),
         ({"x": entry(shape=(4,), ends=(0, 16))}, "it is cut off or not written to its end"),
         ({"x\n": entry()}, "is no name of a tensor"),
+        ({"x": entry(shape=(2**80, 0), ends=(0, 0)), "y": entry()}, "malformed"),
+        ({"x": entry(shape=(0,) * 99, ends=(0, 0)), "y": entry()}, "malformed"),
     ],
 )
 def test_a_wrong_header_is_one_line(header, message, tmp_path):
