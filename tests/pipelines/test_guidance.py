@@ -36,7 +36,15 @@ def test_phi_of_0_and_an_interval_of_everything_change_nothing():
     np.testing.assert_allclose(x0_of(Guidance(3.0)), plain, atol=1e-6)
     np.testing.assert_allclose(x0_of(Guidance(3.0, limits=(0.0, np.inf))), plain, atol=1e-6)
     np.testing.assert_allclose(x0_of(Guidance(3.0, limits=(1e3, np.inf))), x0_of(1.0), atol=1e-6)
-    assert not np.allclose(x0_of(Guidance(3.0, phi=0.7)), plain)
+
+
+def test_phi_of_1_keeps_the_contrast_of_the_condition_alone():
+    def scaled(x, level, cond):
+        return process.from_x0(x, x * cond["grey"], level)
+
+    for phi, contrast in [(0.0, 1.5), (1.0, 0.5)]:
+        prediction = guided(scaled, Guidance(3.0, phi=phi), told(0.0))(X, LEVEL, told(0.5, 0.5))
+        np.testing.assert_allclose(jnp.std(prediction.x0) / jnp.std(X), contrast, rtol=1e-5)
 
 
 def test_pixels_are_clipped_or_thresholded_and_latents_left_alone():
