@@ -24,7 +24,7 @@ def save(path: str | Path, image: UInt8[np.ndarray, "height width 3"], texts: di
 
 def grid(
     images: Sequence[UInt8[np.ndarray, "height width 3"]], columns: int = 1, labels: Sequence[str] = ()
-) -> UInt8[np.ndarray, "height width 3"]:
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """All images on one white sheet, small ones enlarged.
 
     columns: images of a row; 1 lays the sheet out about square instead. labels: a line or two under each image, or
