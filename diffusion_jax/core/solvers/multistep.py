@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers.plan import EPS, PAST, X0, Plan, Row, Spacing, Step, Z, path, stack, state
-from diffusion_jax.core.solvers.singlestep import finite
+from diffusion_jax.core.solvers.singlestep import differs, finite
 
 Levels = list[NoiseLevel]
 
@@ -166,7 +166,7 @@ def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
     predictions.
 
     The first step is taken twice, the second time along (e + e_1) / 2 as in Heun's method. steps + 1 network calls;
-    `steps` where there is but one step, or the first starts on alpha = 0, which is a single DDIM step.
+    `steps` where there is but one step, or the first starts from noise alone.
     """
     adams = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     rows, kept = [], []  # kept: the rows whose predictions are looked back at
@@ -179,7 +179,7 @@ def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
         if level.alpha > 0:
             change = change + next.alpha * level.sigma / level.alpha * (EPS - e)
         rows.append(Row(level, next, next.alpha * X0 + change, EPS))
-        if i == 0 and finite(level, next):
+        if i == 0 and differs(level, next):
             slope = next.sigma - next.alpha * level.sigma / level.alpha
             rows.append(Row(next, next, state(next) + slope * (EPS - PAST[0]) / 2, EPS))
     return stack(rows)

@@ -3,7 +3,10 @@
 A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda. The state at
 the start of a step is not kept: it is linear in the trial state and in what the denoiser said there, and so is written
 in them.
-Where h is infinite, on the way to sigma' = 0 or from alpha = 0, a step is of first order and has one stage.
+Where h is infinite, on the way to sigma' = 0 or from alpha = 0, a step is of first order and has one stage. So it is,
+for solvers of the noise prediction, from a level that is noise alone in practice: there two predictions differ by next
+to nothing and h multiplies what they differ by (on the cosine schedule, whose last sigma / alpha is 20,000, by
+thousands).
 """
 
 from collections.abc import Callable
@@ -14,12 +17,19 @@ from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers.plan import EPS, PAST, X0, Plan, Row, Spacing, Step, Z, path, renoised, stack, state
 
+NOISE_ALONE = 200.0  # sigma / alpha from which on a state says nothing of the image; linear ends at 157, edm at 80
+
 Solver = Callable[..., Plan]
 
 
 def finite(level: NoiseLevel, next: NoiseLevel) -> bool:
     """Whether the step's h is finite."""
     return bool(level.alpha > 0 and next.sigma > 0)
+
+
+def differs(level: NoiseLevel, next: NoiseLevel) -> bool:
+    """Whether a noise prediction at `level` says enough of the image to be compared with the next one."""
+    return finite(level, next) and bool(level.sigma < NOISE_ALONE * level.alpha)
 
 
 def first_order(level: NoiseLevel, next: NoiseLevel, memory: np.ndarray = X0) -> Row:
@@ -36,7 +46,7 @@ def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
     rows = []
     for level, next in path(schedule, steps, spacing):
         rows.append(first_order(level, next, EPS))
-        if finite(level, next):
+        if differs(level, next):
             ds = next.sigma / next.alpha - level.sigma / level.alpha
             rows.append(Row(next, next, state(next) + next.alpha * ds * (EPS - PAST[0]) / 2, EPS))
     return stack(rows)
@@ -55,7 +65,7 @@ def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", or
     if order not in (1, 2, 3):
         raise ValueError(f"dpm_solver has orders 1, 2 and 3, got {order}")
     rows = []
-    for levels in _groups(path(schedule, steps, spacing), order):
+    for levels in _groups(path(schedule, steps, spacing), order, differs):
         (s, *stages, t), lam = levels, [level.logsnr / 2 for level in levels]
         h = lam[-1] - lam[0]
         r = [(stage - lam[0]) / h for stage in lam[1:-1]]
@@ -83,13 +93,16 @@ def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", or
     return stack(rows)
 
 
-def _groups(steps: list[Step], order: int) -> list[list[NoiseLevel]]:
-    """The levels of each solver step: its start, the grid's levels at which it has its other stages, and its end."""
+def _groups(steps: list[Step], order: int, joins: Callable) -> list[list[NoiseLevel]]:
+    """The levels of each solver step: its start, the grid's levels at which it has its other stages, and its end.
+
+    joins: (level, next) -> whether that step of the grid can be part of a longer one.
+    """
     groups, stages = [], []
     for i, (level, next) in enumerate(steps):
         stages.append(level)
-        last = i + 1 == len(steps) or not finite(*steps[i + 1])
-        if len(stages) == order or last or not finite(level, next):
+        last = i + 1 == len(steps) or not joins(*steps[i + 1])
+        if len(stages) == order or last or not joins(level, next):
             groups.append([*stages, next])
             stages = []
     return groups
@@ -103,7 +116,7 @@ def dpmpp_2s(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> P
       x' = sigma' / sigma x - alpha' (exp(-h) - 1) ((1 - 1 / (2 r)) m + 1 / (2 r) m_1)
     """
     rows = []
-    for s, *stages, t in _groups(path(schedule, steps, spacing), 2):
+    for s, *stages, t in _groups(path(schedule, steps, spacing), 2, finite):
         rows.append(first_order(s, (*stages, t)[0]))
         if stages:
             (s1,), m = stages, PAST[0]

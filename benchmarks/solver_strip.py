@@ -1,0 +1,55 @@
+"""The same noise and prompts by several solvers at 5, 10, 20 and 50 steps: draws docs/solver_strip.png.
+
+python -m benchmarks.solver_strip
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from configs import latent_cfg
+from diffusion_jax import build, pictures
+from diffusion_jax.core import process, solvers
+from diffusion_jax.data.transforms import to_uint8
+from diffusion_jax.interop import load_autoencoder, load_unet
+from diffusion_jax.pipelines import Pipeline, text_to_image
+from diffusion_jax.pipelines.codec import autoencoder_kl
+
+ROOT = Path(__file__).parent.parent
+SOLVERS = {
+    "ddim": solvers.ddim,
+    "heun": solvers.heun,
+    "dpmpp_2m": solvers.dpmpp_2m,
+    "dpmpp_3m": solvers.dpmpp_3m,
+    "unipc": solvers.unipc,
+    "deis": solvers.deis,
+    "ddpm": solvers.ddpm,
+    "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
+}
+STEPS = (5, 10, 20, 50)
+PROMPTS = ("grinning cat", "rocket")
+GUIDANCE, SEED = 3.0, 1
+
+
+def main() -> None:
+    config = latent_cfg.get_config()
+    conditioning, schedule = build.conditioning(config), build.schedule(config)
+    model, params = load_unet(ROOT / config.weights / "unet")
+    codec = autoencoder_kl(*load_autoencoder(ROOT / config.weights / "vae"))
+    pipeline = Pipeline(build.network_apply(model), params, process.from_v, codec, conditioning.null, config.data.size)
+    cond = conditioning.of_prompts(PROMPTS)
+    keys = jax.vmap(jax.random.key)(np.full(len(PROMPTS), SEED, np.uint32))
+    images, captions = [], []
+    for name, solver in SOLVERS.items():
+        drawn = [to_uint8(text_to_image(pipeline, cond, keys, solver(schedule, n), GUIDANCE)) for n in STEPS]
+        images += [np.asarray(drawn[j][i]) for i in range(len(PROMPTS)) for j in range(len(STEPS))]
+        captions += [f"{name}, {n} steps" for _ in PROMPTS for n in STEPS]
+    columns = len(PROMPTS) * len(STEPS)
+    sheet = pictures.grid(images, columns, captions)
+    about = {"prompts": "; ".join(PROMPTS), "seed": str(SEED), "guidance": str(GUIDANCE), "weights": config.weights}
+    pictures.save(ROOT / "docs" / "solver_strip.png", sheet, about)
+
+
+if __name__ == "__main__":
+    main()
