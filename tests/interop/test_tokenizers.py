@@ -76,7 +76,7 @@ def clip_vocabulary():
     """(vocab.json's content, lines of merges.txt) of CLIP."""
     spec = find_spec("open_clip")  # found without importing it, as it is here for its file alone
     if spec is None:
-        pytest.skip("needs open-clip-torch for CLIP's vocabulary: pip install --no-deps -r requirements-assets.txt")
+        pytest.skip("needs open-clip-torch for CLIP's vocabulary: pip install --no-deps open-clip-torch")
     path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     merges = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
