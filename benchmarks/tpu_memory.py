@@ -4,9 +4,8 @@
     python benchmarks/tpu_memory.py --config=configs/latent_cfg.py:imagenet256 --topology=v5e:2x4
 
 Compiles the second stage's whole step (forward, backward, optimizer, average) for every chip of the slice and prints
-bytes for each chip
-and FLOPs. Nothing is run: hours of training are what the FLOPs take at the utilisation given, an estimate and no
-measurement.
+bytes for each chip and FLOPs. Nothing is run: hours of training are what the FLOPs take at the utilisation given, an
+estimate and no measurement.
 """
 
 import os

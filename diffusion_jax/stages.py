@@ -56,8 +56,7 @@ def needs_first_stage(config: ConfigDict, workdir: Path) -> bool:
 
 def train_autoencoder(config: ConfigDict, folder: Path) -> None:
     """The first stage. In the end `folder` holds its averaged weights in the form that `load_autoencoder` reads, with
-    the
-    scale of its latents, and validation.json with its PSNR on held-out images."""
+    the scale of its latents, and validation.json with its PSNR on held-out images."""
     section = config.autoencoder
     model = build.autoencoder(config)
     source = build.source(config, "first_stage")

@@ -24,9 +24,8 @@ class Task(NamedTuple):
 
     name: shown in the progress bar. loss: (params, frozen, batch, keys) -> (loss, metrics). params: initial weights.
     frozen: pytree the loss reads and training leaves alone. batches: an iterator of numpy batches with get_state and
-    set_state
-    (`data.loader`). optimizer: optax. snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, drawn now and
-    then.
+    set_state (`data.loader`). optimizer: optax. snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, drawn
+    now and then.
     """
 
     name: str
@@ -50,9 +49,8 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     """Train, or go on training, until `train.steps`; returns the averaged weights, as numpy.
 
     workdir: holds checkpoints/, metrics.jsonl and tensorboard/. train: config section with steps, batch_size (global),
-    ema,
-    accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM, Diverged after
-    max_bad_steps updates in a row that were not finite; the last checkpoint is good in both cases.
+    ema, accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM, Diverged
+    after max_bad_steps updates in a row that were not finite; the last checkpoint is good in both cases.
     """
     workdir = Path(workdir)
     check_batch_size(train.batch_size, train.accumulate)

@@ -15,8 +15,8 @@ class TrainState(NamedTuple):
     """Everything that a step changes. The same on every device.
 
     step: updates tried. ema: exponential moving average of params. key: root of all randomness as plain integers, never
-    advanced: step
-    and example number are folded in. bad_steps: updates skipped for a loss or gradient that was not finite; bad_in_row:
+    advanced: step and example number are folded in. bad_steps: updates skipped for a loss or gradient that was not
+    finite; bad_in_row:
     the latest run of them.
     """
 
@@ -61,10 +61,8 @@ def make_train_step(
     loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over its examples. batch: leaves (devices, per
     device, ...).
     accumulate: micro-batches that one device's share is worked through in. metrics: loss, grad_norm, those of the loss,
-    and
-    the counts of skipped updates. An example's randomness depends on the key, the step and its number in the global
-    batch alone, so
-    the gradient is the same for any number of devices, to rounding.
+    and the counts of skipped updates. An example's randomness depends on the key, the step and its number in the global
+    batch alone, so the gradient is the same for any number of devices, to rounding.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
