@@ -4,9 +4,10 @@
     python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
 
 Presets, after a colon (`--config=configs/latent_cfg.py:openmoji_long`):
-  openmoji       64 x 64 drawings with their names; 15 minutes on a 2-core CPU, to colours and outlines (held-out PSNR
-                 of the first stage 19.4 dB)
-  openmoji_long  the same model trained for 80 minutes, to recognisable drawings (20.8 dB); made weights/latent_cfg
+  openmoji       64 x 64 drawings with their names; 15 minutes on a 2-core CPU, to colours and outlines; timed before
+                 its first stage was changed
+  openmoji_long  the same model trained for 75 minutes (held-out PSNR of the first stage 23.4 dB). The demo weights,
+                 weights/latent_cfg, have an earlier first stage (20.8 dB) and 6,000 steps of the second
   coco256        256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
   imagenet256    256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
                  estimated from the compiled FLOPs at 40 % utilisation; not trained yet
