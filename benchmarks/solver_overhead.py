@@ -1,7 +1,7 @@
 """What a solver itself costs a step, ours beside diffusers' schedulers: the network costs nothing.
 
     pip install -r requirements-peer.txt
-    python benchmarks/solver_overhead.py
+    python -m benchmarks.solver_overhead
 
 Latents of 64 x 64 x 4, batch 8, 50 steps, on the CPU. Ours is `sampling.sample` as users call it, rows in chunks of 10;
 the peer is a loop over `scheduler.step`, as its pipelines have it. Both are warm; runs take turns and the median
