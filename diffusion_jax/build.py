@@ -43,7 +43,6 @@ SOLVERS = {
         *("dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "unipc", "deis", "plms", "lms"),
     )
 }
-CONVERSIONS = {"eps": process.from_eps, "x0": process.from_x0, "v": process.from_v, "flow": process.from_flow}
 WEIGHTS = {
     "uniform": process.uniform_weight,
     "min_snr": process.min_snr_weight,
@@ -113,7 +112,7 @@ def guidance(config: ConfigDict, conditioning: Conditioning) -> Guidance:
 
 def conversion(config: ConfigDict) -> Callable:
     """What the network's output means."""
-    return choose(CONVERSIONS, config.objective.prediction, "prediction")
+    return choose(process.CONVERSIONS, config.objective.prediction, "prediction")
 
 
 def weight(config: ConfigDict) -> Callable:

@@ -105,6 +105,9 @@ def from_edm(
     return Prediction(x0=x0, eps=sigma / norm * x_t - sigma_data / norm**0.5 * out)
 
 
+CONVERSIONS = {"eps": from_eps, "x0": from_x0, "v": from_v, "flow": from_flow}
+
+
 def edm_input(
     x_t: Float[Array, "batch *shape"], sigma: ArrayLike, sigma_data: float = 0.5
 ) -> tuple[Float[Array, "batch *shape"], ArrayLike]:

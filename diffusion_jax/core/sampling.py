@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from diffusion_jax.core.guidance import as_pytree
+from diffusion_jax.core.guidance import Denoise, as_pytree
 from diffusion_jax.core.process import NoiseLevel, Prediction, add_noise, from_eps
 from diffusion_jax.core.solvers import HISTORY, Plan
-
-Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]
 
 
 class State(NamedTuple):

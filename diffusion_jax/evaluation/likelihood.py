@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
 from diffusion_jax.pipelines import Pipeline
 from diffusion_jax.pipelines.conditioning import Conditioning
+from diffusion_jax.pipelines.pipeline import placements
 
 LEAST = {"images": 1, "steps": 1, "probes": 1, "terms": 0, "batch_size": 1, "seed": 0}
 
@@ -83,8 +83,7 @@ def _figures(
     section,
 ) -> dict[str, Float[Array, "batch"]]:
     """The figures of each image by name, spread over this host's devices."""
-    mesh = Mesh(np.array(jax.local_devices()), ("data",))
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    split, whole = placements(len(images))
     codec, pixels = pipeline.codec, _of_pixels(pipeline)
     draw_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
     x0 = jnp.asarray(codec.draw(codec.stats, codec.encode(images), draw_keys))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from diffusion_jax.interop.folders import read_config
+from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.tensors import read_tensors, write_file
+from diffusion_jax.interop.tensors import read_tensors, write_file, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.t5 import T5Encoder
@@ -59,12 +58,7 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncode
     if name == "CLIPTextModel":
         known.remove("projection_dim")  # of the model that it was cut out of
     fields = DEFAULTS[name] | {field: config[field] for field in known & config.keys()}
-    try:
-        encoder = MODULES[name](**fields)
-        return encoder, jax.eval_shape(encoder.init, jax.random.key(0), *encoder.example_inputs())
-    except Exception as error:  # a config can be wrong in any way
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"{source}: no network can be built from it: {reason[0] if reason else error!r}") from None
+    return module_and_shapes(MODULES[name], fields, source, lambda encoder: encoder.example_inputs())
 
 
 def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5Encoder) -> dict[str, np.ndarray]:
@@ -88,8 +82,7 @@ def save_text_encoder(
     names = sorted({field.name for field in dataclasses.fields(encoder)} - {"parent", "name", "dtype"})
     fields = {name: getattr(encoder, name) for name in names if getattr(encoder, name) is not None}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(head | fields, indent=2) + "\n")
+    write_json(folder / "config.json", head | fields)
     write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)
 
 

@@ -1,18 +1,16 @@
 """Models in the folder format of diffusers: `config.json` beside `diffusion_pytorch_model.safetensors`."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.tensors import first_line, read_json, read_tensors, write_file
+from diffusion_jax.interop.tensors import first_line, read_json, read_tensors, write_file, write_json
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 
@@ -88,7 +86,7 @@ def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
         raise ValueError(f"{source}: expected a UNet2DConditionModel or UNet2DModel, got {name}")
     if name == "UNet2DConditionModel" and config.get("mid_block_type") == "UNetMidBlock2D":
         raise ValueError(f"{source}: mid_block_type 'UNetMidBlock2D' is supported in UNet2DModel alone")
-    return _module_and_shapes(UNet, config, source, lambda unet: unet.example_inputs())
+    return module_and_shapes(UNet, _fields(UNet, config, source), source, lambda unet: unet.example_inputs())
 
 
 def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
@@ -101,7 +99,8 @@ def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, 
         if tuple(config.get(field, (known,) * levels)) != (known,) * levels:
             raise ValueError(f"{source}: {field} must be {levels} times {known!r}, one for each of block_out_channels")
     config = {name: value for name, value in config.items() if name not in types}
-    return _module_and_shapes(AutoencoderKL, config, source, lambda autoencoder: (autoencoder.example_image(),))
+    fields = _fields(AutoencoderKL, config, source)
+    return module_and_shapes(AutoencoderKL, fields, source, lambda autoencoder: (autoencoder.example_image(),))
 
 
 def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
@@ -129,9 +128,11 @@ def read_config(folder: str | Path) -> tuple[dict, Path]:
     return read_json(path), path
 
 
-def _module_and_shapes(module: type[nn.Module], config: Mapping, source: str | Path, inputs):
-    """The module of a peer's config and its abstract variables; ValueError where it cannot be what the config says."""
-    fields = _fields(module, config, source)
+def module_and_shapes(module: type, fields: Mapping, source: str | Path, inputs: Callable):
+    """The module with these fields and its abstract variables. inputs: module -> arguments of its `init`.
+
+    source: the file that the fields come from, for the ValueError where no network can be built from them.
+    """
     try:
         made = module(**fields)
         return made, jax.eval_shape(made.init, jax.random.key(0), *inputs(made))
@@ -139,7 +140,7 @@ def _module_and_shapes(module: type[nn.Module], config: Mapping, source: str | P
         raise ValueError(f"{source}: no network can be built from it: {first_line(error)}") from None
 
 
-def _fields(module: type[nn.Module], config: Mapping, source: str | Path) -> dict:
+def _fields(module: type, config: Mapping, source: str | Path) -> dict:
     """Arguments of `module` from a peer's config; ValueError where the config asks for what the module has not."""
     known = {field.name for field in dataclasses.fields(module)} - OURS
     for name, value in config.items():
@@ -152,8 +153,7 @@ def _fields(module: type[nn.Module], config: Mapping, source: str | Path) -> dic
 
 def _save(class_name, module, extra, variables, folder, dtype):
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     names = {field.name for field in dataclasses.fields(module)} - OURS - FOREIGN[class_name]
     config = {"_class_name": class_name, **{name: getattr(module, name) for name in sorted(names)}, **extra}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)

@@ -7,13 +7,11 @@ A folder has model_index.json and a subfolder for each part:
     scheduler/                                    scheduler_config.json: the noise schedule and what the U-Net predicts
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -27,8 +25,12 @@ from diffusion_jax.interop.encoders import canonical, save_text_encoder, text_en
 from diffusion_jax.interop.folders import WEIGHTS, autoencoder_of, read_config, save_autoencoder, save_unet, unet_of
 from diffusion_jax.interop.names import from_torch, modern
 from diffusion_jax.interop.single_file import Description, read_single_file
-from diffusion_jax.interop.tensors import first_line, read_json, read_tensors
+from diffusion_jax.interop.tensors import first_line, read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.t5 import T5Encoder
+from diffusion_jax.models.unet import UNet
 
 TEXT = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -51,14 +53,14 @@ STABLE_DIFFUSION = {  # how all of them were trained
 class Part(NamedTuple):
     """A network and its variables: `part.module.apply(part.params, …)`."""
 
-    module: nn.Module
+    module: UNet | AutoencoderKL | ClipTextEncoder | T5Encoder
     params: PyTree
 
 
 class Network(NamedTuple):
     """A network of a pipeline before its variables are made: their shapes, and the tensors they are to be made of."""
 
-    module: nn.Module
+    module: UNet | AutoencoderKL | ClipTextEncoder | T5Encoder
     like: PyTree
     tensors: dict[str, np.ndarray]
     source: str
@@ -152,8 +154,8 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
         index[kind] = ["transformers", "CLIPTokenizer"]
     scheduler = scheduler_config(pipeline.scheduler, pipeline.schedule, pipeline.prediction)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)
 
 
 def read_networks(path: str | Path, allow_pickle: bool = False) -> dict[str, Network]:
@@ -246,9 +248,4 @@ def _save_tokenizer(tokenizer, folder):
     roles["pad_token"] = tokenizer.padding["pad_token"]
     length = tokenizer.truncation["max_length"]
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **roles}
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)

@@ -115,6 +115,13 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
+def write_json(path: str | Path, content: Mapping) -> None:
+    """Write an object that `read_json` reads, and the folders above it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, for a message of one line."""
     return (str(error).strip() or repr(error)).splitlines()[0]

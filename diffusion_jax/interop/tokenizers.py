@@ -5,7 +5,7 @@ from pathlib import Path
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from diffusion_jax.interop.tensors import read_json
+from diffusion_jax.interop.tensors import first_line, read_json
 
 # What transformers assumes for the roles of tokens that a folder does not fill.
 CLIP_ROLES = {
@@ -41,7 +41,7 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     except FileNotFoundError:
         raise
     except Exception as error:  # each of the file formats fails in its own way
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{folder}: expected the files of a CLIP or T5 tokenizer, but {reason}") from None
 
     if length is None:

@@ -134,7 +134,7 @@ def solve(
     `core.sampling.sample`.
     """
     guidance = _as_guidance(guidance)
-    split, whole = _placements(len(keys))
+    split, whole = placements(len(keys))
     x, cond, keys, known = jax.device_put((x, cond, keys, known), split)
     params, null_cond, negative = jax.device_put((pipeline.params, pipeline.null_cond, guidance.negative), whole)
     network = denoiser(pipeline.apply, params, pipeline.convert)
@@ -146,7 +146,7 @@ def solve(
 
 def decode(pipeline: Pipeline, x0: Float[Array, "batch h w c"]) -> Float[Array, "batch height width 3"]:
     """The images of x0, in about [-1, 1]."""
-    split, whole = _placements(len(x0))
+    split, whole = placements(len(x0))
     params = jax.device_put(pipeline.codec.params, whole)
     return jax.jit(pipeline.codec.decode)(params, jax.device_put(x0, split))
 
@@ -167,7 +167,7 @@ def from_noise(
     return decode(pipeline, solve(pipeline, x, cond, keys, plan, guidance, **options))
 
 
-def _placements(batch: int) -> tuple[Sharding, Sharding]:
+def placements(batch: int) -> tuple[Sharding, Sharding]:
     """Where arrays with a batch axis go, and arrays that every device needs whole."""
     devices = jax.local_devices()
     if len(devices) == 1 or batch % len(devices):

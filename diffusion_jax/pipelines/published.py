@@ -14,8 +14,6 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.codec import autoencoder_kl
 from diffusion_jax.pipelines.pipeline import Pipeline
 
-CONVERSIONS = {"eps": process.from_eps, "v": process.from_v, "x0": process.from_x0}
-
 
 def from_published(published: PublishedPipeline) -> tuple[Pipeline, Callable[[Sequence[str]], PyTree]]:
     """A pipeline and what makes its conditions of prompts. The schedule for plans is `published.schedule`.
@@ -58,7 +56,7 @@ def from_published(published: PublishedPipeline) -> tuple[Pipeline, Callable[[Se
     pipeline = Pipeline(
         apply=_Denoiser(unet.module),
         params=unet.params,
-        convert=CONVERSIONS[published.prediction],
+        convert=process.CONVERSIONS[published.prediction],
         codec=codec,
         null_cond=null,
         size=size,

@@ -52,7 +52,7 @@ def _second_difference(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) ->
 
 def _dpmpp_2m(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarray:
     if len(levels) == 1:
-        return next.alpha * X0 + next.sigma * EPS
+        return state(next)
     h, D1 = _second_difference(levels, next, m)
     return next.sigma / levels[0].sigma * state(levels[0]) - next.alpha * np.expm1(-h) * (m[0] + D1 / 2)
 
@@ -129,7 +129,7 @@ def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: i
 
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
         if len(levels) == 1:
-            return next.alpha * X0 + next.sigma * EPS
+            return state(next)
         h = _lambda(next) - _lambda(levels[0])
         nodes = [(_lambda(level) - _lambda(levels[0])) / h for level in levels]
         moments = [np.expm1(h)]
@@ -151,7 +151,7 @@ def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: in
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
         level, count = levels[0], len(levels)
         if count == 1:
-            return next.alpha * X0 + next.sigma * EPS
+            return state(next)
         s = np.array([now.sigma / now.alpha for now in levels])
         ds = next.sigma / next.alpha - s[0]
         slope = _adams_weights((s - s[0]) / ds, 1 / np.arange(1, count + 1)) @ e[:count]
@@ -202,7 +202,7 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
         if before:  # the corrector starts where the predictor started: what they add is all that differs
             x = x + _unipc_terms(before, level, PAST, variant, X0) - _unipc_terms(before, level, PAST, variant)
         before = []
-        update = next.alpha * X0 + next.sigma * EPS
+        update = state(next)
         if finite(level, next):
             levels = [now for now, _ in reversed(grid[: i + 1]) if now.alpha > 0]
             before = levels[: min(order, len(grid) - i)]

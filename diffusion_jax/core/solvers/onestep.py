@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.schedules import Schedule
-from diffusion_jax.core.solvers.plan import EPS, X0, Plan, Row, Spacing, Z, path, stack
+from diffusion_jax.core.solvers.plan import EPS, X0, Plan, Row, Spacing, Z, path, stack, state
 
 
 def ddim(schedule: Schedule, steps: int, spacing: Spacing = "trailing", eta: float = 0.0) -> Plan:
@@ -96,7 +96,7 @@ def ddim_inversion(schedule: Schedule, steps: int, spacing: Spacing = "trailing"
     """
     level = [level for level, _ in reversed(path(schedule, steps, spacing))]
     first = level[0]
-    clean = first.alpha * X0 + first.sigma * EPS  # the image itself, split by the denoiser into x0 and eps
+    clean = state(first)  # the image itself, split by the denoiser into x0 and eps
     rows = [Row(first, first, first.alpha * clean + first.sigma * EPS)]
-    rows += [Row(now, next, next.alpha * X0 + next.sigma * EPS) for now, next in itertools.pairwise(level)]
+    rows += [Row(now, next, state(next)) for now, next in itertools.pairwise(level)]
     return stack(rows)

@@ -79,7 +79,7 @@ def _levels(levels: Sequence[NoiseLevel]) -> NoiseLevel:
 
 
 def state(level: NoiseLevel) -> np.ndarray:
-    """x itself, in the unit vectors of a row at `level`."""
+    """alpha x0 + sigma eps, in unit vectors: x itself at the level of a row, its step of first order at another."""
     return level.alpha * X0 + level.sigma * EPS
 
 

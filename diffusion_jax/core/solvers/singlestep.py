@@ -34,7 +34,7 @@ def differs(level: NoiseLevel, next: NoiseLevel) -> bool:
 
 def first_order(level: NoiseLevel, next: NoiseLevel, memory: np.ndarray = X0) -> Row:
     """x' = alpha' x0 + sigma' eps."""
-    return Row(level, next, next.alpha * X0 + next.sigma * EPS, memory)
+    return Row(level, next, state(next), memory)
 
 
 def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
