@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffusion_jax.messages import first_line
+
 Record = dict
 Transform = Callable[[Record, np.random.Generator], Record]
 
@@ -27,7 +29,7 @@ def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]
     except UnidentifiedImageError as error:
         raise BadRecord("not a picture of a known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"not a readable picture ({error})") from error
+        raise BadRecord(f"not a readable picture ({first_line(error)})") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.tensors import first_line, read_json, read_tensors, write_file, write_json
+from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
+from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 

@@ -25,7 +25,8 @@ from jaxtyping import PyTree
 from diffusion_jax.interop.names import torch_name
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.single_file import unet_name
-from diffusion_jax.interop.tensors import first_line, read_file, read_metadata
+from diffusion_jax.interop.tensors import read_file, read_metadata
+from diffusion_jax.messages import first_line
 
 KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
 # What follows the name of a map, in all spellings, and what it is.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 
+from diffusion_jax.messages import first_line
+
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -55,7 +57,8 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # a hostile pickle can fail in any way
-        raise ValueError(f"{path}: expected tensors as torch.save writes them, got something else ({error})") from None
+        reason = first_line(error)
+        raise ValueError(f"{path}: expected tensors as torch.save writes them, got something else ({reason})") from None
 
 
 class _TensorUnpickler(pickle.Unpickler):

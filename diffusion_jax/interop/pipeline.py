@@ -25,8 +25,9 @@ from diffusion_jax.interop.encoders import canonical, save_text_encoder, text_en
 from diffusion_jax.interop.folders import WEIGHTS, autoencoder_of, read_config, save_autoencoder, save_unet, unet_of
 from diffusion_jax.interop.names import from_torch, modern
 from diffusion_jax.interop.single_file import Description, read_single_file
-from diffusion_jax.interop.tensors import first_line, read_json, read_tensors, write_json
+from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
+from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.t5 import T5Encoder

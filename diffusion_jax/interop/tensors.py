@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from diffusion_jax.interop.pickled import read_pickle
+from diffusion_jax.messages import first_line
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
@@ -120,11 +121,6 @@ def write_json(path: str | Path, content: Mapping) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, for a message of one line."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _stored_dtype(tensor, dtype):

@@ -5,7 +5,8 @@ from pathlib import Path
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from diffusion_jax.interop.tensors import first_line, read_json
+from diffusion_jax.interop.tensors import read_json
+from diffusion_jax.messages import first_line
 
 # What transformers assumes for the roles of tokens that a folder does not fill.
 CLIP_ROLES = {

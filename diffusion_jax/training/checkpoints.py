@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from diffusion_jax.messages import first_line
 from diffusion_jax.training.step import TrainState
 
 MOST_DATA_STATE = 1 << 16  # bytes of a data iterator's state
@@ -54,7 +55,7 @@ class Checkpoints:
         except Exception as error:  # Orbax lets through whatever its writers raise
             last = self.latest_step()
             kept = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
-            reason = "no space left on the disk" if "No space left" in str(error) else _first_line(error)
+            reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
             raise OSError(f"could not save step {step} to {self.folder}: {reason}; {kept}") from error
 
     def _need_room(self, tree: PyTree) -> None:
@@ -84,7 +85,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint in {self.folder} does not fit this config ({_first_line(error)}); "
+                f"the checkpoint in {self.folder} does not fit this config ({first_line(error)}); "
                 "use the config it was trained with, or another --workdir"
             ) from error
 
@@ -113,7 +114,3 @@ def _own(data_states: list[dict]) -> dict:
             "go on with as many as before"
         )
     return data_states[jax.process_index()]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
