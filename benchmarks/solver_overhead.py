@@ -4,27 +4,22 @@
     python -m benchmarks.solver_overhead
 
 Latents of 64 x 64 x 4, batch 8, 50 steps, on the CPU. Ours is `sampling.sample` as users call it, rows in chunks of 10;
-the peer is a loop over `scheduler.step`, as its pipelines have it. Both are warm; runs take turns and the median
-counts.
+the peer is a loop over `scheduler.step`, as its pipelines have it. Both are warm and take turns (`turns.py`); the
+median counts.
 """
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
 
-import diffusers
-import jax
-import jax.numpy as jnp
-import torch
+from benchmarks import turns
 
-from diffusion_jax.core import process, sampling, schedules, solvers
-
-PAIRS = {
-    "ddim": (solvers.ddim, lambda: diffusers.DDIMScheduler(clip_sample=False)),
-    "ddpm": (solvers.ddpm, lambda: diffusers.DDPMScheduler(clip_sample=False)),
-    "euler": (solvers.euler, diffusers.EulerDiscreteScheduler),
-    "dpmpp_2m": (solvers.dpmpp_2m, diffusers.DPMSolverMultistepScheduler),
-    "unipc": (solvers.unipc, diffusers.UniPCMultistepScheduler),
+PAIRS = {  # our solver -> the peer's scheduler and its options
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
 }
 BATCH, SIDE, CHANNELS = 8, 64, 4
 
@@ -34,17 +29,27 @@ def free(params, x, t, cond):
     return x
 
 
-def ours(solver, steps: int):
+def ours(name: str, steps: int) -> Callable[[], object]:
     """A function that takes all steps."""
-    plan = solver(schedules.linear(), steps)
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion_jax.core import process, sampling, schedules, solvers
+
+    plan = getattr(solvers, name)(schedules.linear(), steps)
     keys = jax.random.split(jax.random.key(0), BATCH)
     x = sampling.initial_noise(keys, (SIDE, SIDE, CHANNELS), plan.start)
     denoise = sampling.denoiser(free, jnp.zeros(()), process.from_eps)
     return lambda: sampling.sample(denoise, plan, x, keys).block_until_ready()
 
 
-def peer(scheduler, steps: int):
+def peer(name: str, steps: int) -> Callable[[], object]:
     """The same with a scheduler."""
+    import diffusers
+    import torch
+
+    kind, options = PAIRS[name]
+    scheduler = getattr(diffusers, kind)(**options)
     x = torch.randn(BATCH, CHANNELS, SIDE, SIDE)
 
     def run():
@@ -57,23 +62,26 @@ def peer(scheduler, steps: int):
     return torch.no_grad()(run)
 
 
+SIDES = {"ours": ours, "peer": peer}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--solver", choices=PAIRS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.serve:
+        return turns.serve(SIDES[flags.serve](flags.solver, flags.steps))
+
     print(f"microseconds a step: batch {BATCH}, {SIDE} x {SIDE} x {CHANNELS}, {flags.steps} steps, {flags.runs} runs")
     print("| solver | ours | diffusers | diffusers / ours |\n|---|---|---|---|")
-    for name, (solver, scheduler) in PAIRS.items():
-        sides = {"ours": ours(solver, flags.steps), "peer": peer(scheduler(), flags.steps)}
-        seconds = {side: [] for side in sides}
-        for _ in range(flags.runs + 2):
-            for side, run in sides.items():
-                start = time.perf_counter()
-                run()
-                seconds[side].append(time.perf_counter() - start)
-        micro = {side: 1e6 * statistics.median(times[2:]) / flags.steps for side, times in seconds.items()}
-        print(f"| {name} | {micro['ours']:.0f} | {micro['peer']:.0f} | {micro['peer'] / micro['ours']:.1f} |")
+    for name in PAIRS:
+        arguments = ["--solver", name, "--steps", str(flags.steps)]
+        sides = turns.measure(turns.commands("benchmarks.solver_overhead", SIDES, arguments), flags.runs)
+        ours, peer = (1e6 * statistics.median(sides[side].seconds) / flags.steps for side in SIDES)
+        print(f"| {name} | {ours:.0f} | {peer:.0f} | {peer / ours:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,18 @@
 """Images a second in training, ours beside the peer's: the U-Net of DDPM for CIFAR-10 (35.7 million parameters).
 
     pip install -r requirements-peer.txt
-    python benchmarks/train_step.py --batch-size 16 --steps 8
+    python -m benchmarks.train_step --batch-size 16 --steps 8
 
-A step is forward, backward and AdamW in float32, on one random batch. Each library runs in a process of its own, which
-builds and warms up; then the two take turns, so that whatever else the machine does falls on both. While one has its
-turn, of an unmeasured step and a measured one, the other is stopped: threads that wait by spinning slow nobody. The
-peer is diffusers on torch, eager, with the threads that torch chooses.
+A step is forward, backward and AdamW in float32, on one random batch. The peer is diffusers on torch, eager, with the
+threads that torch chooses. The two take turns (`turns.py`), each of an unmeasured step and a measured one.
 """
 
 import argparse
 import os
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+
+from benchmarks import turns
 
 MODEL = {  # the config.json of google/ddpm-cifar10-32
     "in_channels": 3,
@@ -38,7 +33,6 @@ RATE = 2e-4
 
 def ours(model: dict, batch_size: int) -> Callable[[], float]:
     """A function that takes one step of this project and returns the loss."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     import jax
     import jax.numpy as jnp
     import optax
@@ -91,43 +85,6 @@ def peer(model: dict, batch_size: int) -> Callable[[], float]:
 SIDES = {"ours": ours, "peer": peer}
 
 
-def serve(side: str, model: dict, batch_size: int) -> None:
-    """Warm up, say so, then answer each line on stdin with the seconds of one step."""
-    step = SIDES[side](model, batch_size)
-    for _ in range(2):
-        step()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        step()
-        start = time.perf_counter()
-        step()
-        print(time.perf_counter() - start, flush=True)
-
-
-def measure(arguments: list[str], steps: int) -> dict[str, list[float]]:
-    """Seconds of each side's steps, taken in turns."""
-    servers = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, "--serve", side, *arguments]
-        servers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if servers[side].stdout.readline() != "ready\n":
-            raise SystemExit(f"{side}: did not start; its message is above")
-        servers[side].send_signal(signal.SIGSTOP)
-    seconds = {side: [] for side in SIDES}
-    for _ in range(steps):
-        for side, server in servers.items():
-            server.send_signal(signal.SIGCONT)
-            server.stdin.write("\n")
-            server.stdin.flush()
-            seconds[side].append(float(server.stdout.readline()))
-            server.send_signal(signal.SIGSTOP)
-    for server in servers.values():
-        server.send_signal(signal.SIGCONT)
-        server.stdin.close()
-        server.wait()
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=16)
@@ -138,10 +95,11 @@ def main() -> None:
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.serve:
-        return serve(flags.serve, TINY if flags.quick else MODEL, flags.batch_size)
+        return turns.serve(SIDES[flags.serve](TINY if flags.quick else MODEL, flags.batch_size))
 
     arguments = ["--batch-size", str(flags.batch_size), *(["--quick"] if flags.quick else [])]
-    seconds = measure(arguments, flags.steps)
+    sides = turns.measure(turns.commands("benchmarks.train_step", SIDES, arguments), flags.steps)
+    seconds = {name: side.seconds for name, side in sides.items()}
     print(
         f"batch {flags.batch_size}, {os.cpu_count()} CPUs" + (", tiny network: no measurement" if flags.quick else "")
     )

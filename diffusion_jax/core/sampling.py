@@ -1,5 +1,6 @@
 """The one sampling loop: a scan over the rows of a plan. It knows no solver's name."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,10 +16,9 @@ from diffusion_jax.core.solvers import HISTORY, Plan
 
 
 class State(NamedTuple):
-    """Between rows: the state x (B, ...), the last x0 predicted, and the past d, newest first, (HISTORY, B, ...)."""
+    """Between rows: x (B, ...), and the last d, (1 + HISTORY, B, ...), that of row i at i mod (1 + HISTORY)."""
 
     x: Array
-    x0: Array
     past: Array
 
 
@@ -34,7 +34,7 @@ class Known(NamedTuple):
 
 class Rows(NamedTuple):
     """A chunk of a plan on the device: the rows, their number in the whole plan, and whether they are more than
-    padding.
+    padding. `plan.past` is on the slots of `State.past`; padding leaves x and x0 as they are.
     """
 
     plan: Plan
@@ -51,31 +51,44 @@ def initial_noise(keys: Key[Array, "batch"], shape: tuple[int, ...], level: Nois
     return noise * jnp.sqrt(jnp.square(level.alpha) + jnp.square(level.sigma))
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="state")
 def advance(
-    denoise: Denoise, rows: Rows, state: State, keys: Key[Array, "batch"], cond: PyTree, known: Known | None = None
-) -> State:
-    """Run a chunk of rows. `denoise` is a pytree (see `guidance.as_pytree`), so nothing in it is recompiled for."""
+    denoise: Denoise,
+    rows: Rows,
+    state: State,
+    x0: Array,
+    keys: Key[Array, "batch"],
+    cond: PyTree,
+    known: Known | None = None,
+) -> tuple[State, Array]:
+    """Run a chunk of rows; returns the state after it and the last x0 predicted, `x0` if none was.
+
+    `denoise` is a pytree (see `guidance.as_pytree`), so nothing in it is recompiled for. The old state's memory is used
+    for the new one.
+    """
 
     def fresh_noise(index: Array) -> Array:
         # 0 made the initial noise
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + index), state.x.shape[1:]))
         return draw(keys).astype(state.x.dtype)
 
-    def run(row: Rows, state: State) -> State:
-        plan = row.plan
-        x0, eps = denoise(state.x, plan.level, cond)
-        x = plan.x0 * x0 + plan.eps * eps + jnp.tensordot(plan.past, state.past, 1)
+    def predict(x: Array, level: NoiseLevel) -> tuple[Array, Array]:
+        x0, eps = denoise(x, level, cond)
+        return x0.astype(x.dtype), eps.astype(x.dtype)
+
+    def body(carry: tuple[State, Array], row: Rows) -> tuple[tuple[State, Array], None]:
+        (state, x0), plan = carry, row.plan
+        x0, eps = jax.lax.cond(row.active, lambda: predict(state.x, plan.level), lambda: (x0, state.x))
+        remembered = plan.memory[0] * x0 + plan.memory[1] * eps
+        # written before it is read, so that XLA updates it in place
+        past = jax.lax.dynamic_update_index_in_dim(state.past, remembered, row.index % len(state.past), 0)
+        x = plan.x0 * x0 + plan.eps * eps + sum(plan.past[slot] * past[slot] for slot in range(len(past)))
         x = jax.lax.cond(plan.noise != 0, lambda: x + plan.noise * fresh_noise(row.index), lambda: x)
         if known is not None:
-            x = _blend(x, known, plan.next)
-        remembered = plan.memory[0] * x0 + plan.memory[1] * eps
-        return State(x, x0, jnp.concatenate([remembered[None], state.past[:-1]]))
+            x = jax.lax.cond(row.active, lambda: _blend(x, known, plan.next), lambda: x)
+        return (State(x, past), x0), None
 
-    def body(state: State, row: Rows) -> tuple[State, None]:
-        return jax.lax.cond(row.active, run, lambda _, state: state, row, state), None
-
-    return jax.lax.scan(body, state, rows)[0]
+    return jax.lax.scan(body, (state, x0), rows)[0]
 
 
 def sample(
@@ -114,11 +127,11 @@ def sample(
     total = plan.num_rows
     size = total if chunk is None else chunk
     # made from x so that it lies on x's device, as every later state does: one program for all chunks
-    state = State(x, x, jnp.broadcast_to(jnp.zeros_like(x), (HISTORY, *x.shape)))
+    state, x0 = State(jnp.copy(x), jnp.broadcast_to(jnp.zeros_like(x), (1 + HISTORY, *x.shape))), x
     for start in range(0, total, size):
-        state = advance(as_pytree(denoise), _rows(plan, start, size), state, keys, cond, known)
+        state, x0 = advance(as_pytree(denoise), _rows(plan, start, size), state, x0, keys, cond, known)
         done = min(start + size, total)
-        if callback is not None and callback(done, state.x0):
+        if callback is not None and callback(done, x0):
             break
     return state.x
 
@@ -152,10 +165,20 @@ def _conversions(denoise: PyTree) -> set[Callable]:
 
 
 def _rows(plan: Plan, start: int, size: int) -> Rows:
-    """Rows start..start+size of the plan in float32; past its end the last row again, not active."""
+    """Rows start..start+size of the plan in float32; past its end x <- eps, which is x where `active` is False."""
     index = np.arange(start, start + size)
+    active = index < plan.num_rows
     taken = np.minimum(index, plan.num_rows - 1)
-    return Rows(jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan), index, index < plan.num_rows)
+    rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan)
+    past = np.zeros((size, 1 + HISTORY), np.float32)
+    np.put_along_axis(past, (index[:, None] - np.arange(1, 1 + HISTORY)) % (1 + HISTORY), rows.past, axis=1)
+    rows = rows._replace(
+        x0=np.where(active, rows.x0, 0),
+        eps=np.where(active, rows.eps, 1),
+        noise=np.where(active, rows.noise, 0),
+        past=np.where(active[:, None], past, 0),
+    )
+    return Rows(rows, index, active)
 
 
 def denoiser(

@@ -92,6 +92,17 @@ def test_an_image_does_not_depend_on_its_batch(solver):
     np.testing.assert_allclose(batch[5:6], alone, atol=1e-5)
 
 
+def test_inputs_and_previews_outlive_the_sampling():
+    plan, previews = solvers.dpmpp_2m(schedules.linear(), 25), []
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = sampling.initial_noise(keys, (2,), plan.start)
+    first = np.array(x)
+    out = sampling.sample(mixture.denoise, plan, x, keys, callback=lambda done, x0: previews.append(x0))
+    np.testing.assert_array_equal(x, first)
+    assert len({np.asarray(preview).tobytes() for preview in previews}) == 3
+    np.testing.assert_allclose(previews[-1], out, atol=1e-5)  # the last step ends on the prediction
+
+
 def test_callback_sees_progress_and_can_stop():
     seen = []
 

@@ -1,0 +1,71 @@
+"""Side-by-side timing: each side works in a process of its own, and the processes take turns.
+
+While one has its turn the others are stopped (SIGSTOP), so that threads which wait by spinning slow nobody; and
+whatever else the machine does falls on all of them.
+"""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+
+class Side(NamedTuple):
+    """seconds: of each turn. start: seconds from the process's start to its first answer. peak: bytes of memory."""
+
+    seconds: list[float]
+    start: float
+    peak: int
+
+
+def serve(run: Callable[[], object], warmups: int = 2) -> None:
+    """Warm up, say so, then answer each line on stdin with the seconds of one run, after one that is not measured."""
+    for _ in range(warmups):
+        run()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            run()
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+
+
+def measure(commands: dict[str, list[str]], turns: int, unmeasured: int = 1) -> dict[str, Side]:
+    """Run the sides' commands, each of which calls `serve`, for so many turns of one measured run each.
+
+    unmeasured: runs at the start of each turn that warm the caches again.
+    """
+    servers, sides = {}, {}
+    for side, command in commands.items():
+        start = time.perf_counter()
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if server.stdout.readline() != "ready\n":
+            raise SystemExit(f"{side}: did not start; its message is above")
+        servers[side], sides[side] = server, Side([], time.perf_counter() - start, 0)
+        server.send_signal(signal.SIGSTOP)
+    for _ in range(turns):
+        for side, server in servers.items():
+            server.send_signal(signal.SIGCONT)
+            server.stdin.write(f"{unmeasured}\n")
+            server.stdin.flush()
+            answer = json.loads(server.stdout.readline())
+            server.send_signal(signal.SIGSTOP)
+            sides[side].seconds.append(answer["seconds"])
+            sides[side] = sides[side]._replace(peak=answer["peak"])
+    for server in servers.values():
+        server.send_signal(signal.SIGCONT)
+        server.stdin.close()
+        server.wait()
+    return sides
+
+
+def commands(module: str, sides: Iterable[str], arguments: list[str]) -> dict[str, list[str]]:
+    """The command of each side: this benchmark again, with --serve."""
+    return {side: [sys.executable, "-m", module, "--serve", side, *arguments] for side in sides}
