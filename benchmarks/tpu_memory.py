@@ -43,19 +43,19 @@ _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Assumed share of the chip
 def main(_) -> None:
     config = _CONFIG.value
     devices = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value).devices
-    conditioning = build.conditioning(config)
+    model = build.model(config, training=True)
+    model = model._replace(unet=model.unet.clone(attention_implementation="xla"))
     codec = codecs.identity()
     if config.autoencoder.kind == "kl":
         codec = codecs.autoencoder_kl(build.autoencoder(config), {})
-    model = build.unet(config).clone(attention_implementation="xla")
     loss = stages.denoiser_loss(config, model, codec)
     optimizer = build.optimizer(config.optimizer, config.train.steps)
     step = make_train_step(loss, optimizer, config.train.ema, config.train.accumulate, devices)
 
-    params = jax.eval_shape(lambda: stages.init_unet(config, model, conditioning, codec))
+    params = jax.eval_shape(lambda: stages.init_unet(model.unet, 0))
     state = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
-    frozen = {"codec": codec.stats, "null_cond": conditioning.null}
-    compiled = step.lower(state, frozen, _batch(config, codec, conditioning, len(devices))).compile()
+    frozen = {"codec": codec.stats, "null_cond": model.conditioning.null}
+    compiled = step.lower(state, frozen, _batch(config, codec, model.conditioning, len(devices))).compile()
 
     name = _TOPOLOGY.value.split(":")[0]
     capacity, peak = CHIPS[name]

@@ -37,17 +37,20 @@ def train(steps: int, batch_size: int, ema: float, every: int) -> ConfigDict:
 def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, num_images: int = 1) -> ConfigDict:
     """What --mode=sample draws, and how.
 
-    num_images: for each prompt. batch_size: images drawn at once.
+    height, width: in pixels, 0 for those of data.size. num_images: for each prompt. batch_size: images drawn at once.
     order, eta: of solvers that have them, None for the solver's own.
     negative_prompt: what to lead away from, "" for no condition. rescale: phi in [0, 1], how much of the unguided
     image's contrast is kept. guidance_interval: (low, high) in sigma / alpha, (0, 0) for everywhere. cfg_pp: CFG++,
     with guidance in [0, 1]. dynamic_threshold: percentile in (0, 1], 0 for none, for models of pixels.
     image: a picture's path, to draw it anew; strength: how much of it changes, in [0, 1].
     mask: a picture's path, white where image is made new, whatever the strength; resample: RePaint's repeats of a step.
+    tile: side in pixels of the tiles that larger images are decoded in to save memory, 0 for whole images.
     """
     return ConfigDict(
         {
             "prompts": prompts,
+            "height": 0,
+            "width": 0,
             "solver": solver,
             "steps": steps,
             "order": config_dict.placeholder(int),
@@ -63,6 +66,7 @@ def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, n
             "strength": 0.6,
             "mask": "",
             "resample": 1,
+            "tile": 0,
             "num_images": num_images,
             "batch_size": 64,
             "seed": 0,

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,21 @@ from diffusion_jax.data import sources
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform, square, to_float
+from diffusion_jax.interop import load_pipeline
+from diffusion_jax.interop.lora import merge_lora
+from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.text import minilm
 from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
+from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.models.discriminator import PatchDiscriminator
 from diffusion_jax.models.lpips import load_lpips, lpips
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.objectives.autoencoder import autoencoding
-from diffusion_jax.objectives.denoising import TARGETS
-from diffusion_jax.pipelines import Guidance
+from diffusion_jax.pipelines import Guidance, Pipeline
 from diffusion_jax.pipelines import conditioning as conditionings
+from diffusion_jax.pipelines.codec import Codec
 from diffusion_jax.pipelines.conditioning import Conditioning
+from diffusion_jax.pipelines.published import from_published, published_times
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -58,6 +63,93 @@ def choose(table: dict, name: str, what: str):
     return table[name]
 
 
+class Model(NamedTuple):
+    """A denoiser and what belongs to it, from the config's own sections or from a published checkpoint.
+
+    unet; params: its variables, None where the work directory has them or is to have them. prediction: "eps", "x0", "v"
+    or "flow". codec: None where the first stage is the work directory's. size: height and width of images in pixels.
+    published: what was loaded from config.checkpoint, or None.
+    """
+
+    unet: UNet
+    params: PyTree
+    schedule: Schedule
+    prediction: str
+    conditioning: Conditioning
+    codec: Codec | None
+    size: tuple[int, int]
+    published: PublishedPipeline | None
+
+
+def has_denoiser(config: ConfigDict) -> bool:
+    """Whether the config has more than a first stage."""
+    return "model" in config or "checkpoint" in config
+
+
+def model(config: ConfigDict, training: bool = False) -> Model:
+    """The model that a config describes or that its checkpoint holds.
+
+    training: for images of data.size, the checkpoint's own size where that is 0, and with float32 variables; else for
+    sample.height and sample.width, data.size where they are 0. Raises ValueError and FileNotFoundError for what cannot
+    be built or loaded.
+    """
+    if "checkpoint" in config:
+        return _published_model(config, training)
+    prediction = config.objective.prediction
+    choose(process.CONVERSIONS, prediction, "prediction")
+    return Model(
+        unet=UNet(**_fields(config.model)),
+        params=None,
+        schedule=schedule(config),
+        prediction=prediction,
+        conditioning=conditioning(config),
+        codec=None,
+        size=_size(config, config.data.size, training),
+        published=None,
+    )
+
+
+def _published_model(config: ConfigDict, training: bool) -> Model:
+    if not config.checkpoint:
+        raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
+    dtype = choose(DTYPES, config.dtype, "dtype")
+    published = load_pipeline(
+        config.checkpoint,
+        jnp.float32 if training else dtype,
+        config.prediction or None,
+        config.tokenizers or None,
+        config.allow_pickle,
+    )
+    for lora in config.loras:
+        path, _, scale = lora.rpartition("@")
+        published = merge_lora(published, path, float(scale)) if path else merge_lora(published, lora)
+    unet, autoencoder = published.unet.module, published.autoencoder.module
+    side = config.data.size or unet.sample_size * 2 ** (len(autoencoder.block_out_channels) - 1)
+    size = _size(config, side, training)
+    pipeline, conditioning = from_published(published, size, dtype, config.sample.tile)
+    return Model(
+        unet=unet.clone(dtype=dtype, remat=training and config.remat),
+        params=published.unet.params,
+        schedule=published.schedule,
+        prediction=published.prediction,
+        conditioning=conditioning,
+        codec=pipeline.codec,
+        size=size,
+        published=published,
+    )
+
+
+def _size(config: ConfigDict, side: int, training: bool) -> tuple[int, int]:
+    return (side, side) if training else (config.sample.height or side, config.sample.width or side)
+
+
+def pipeline(model: Model, params: PyTree, codec: Codec) -> Pipeline:
+    """The model with these variables and this first stage, ready to sample from."""
+    unet, convert = model.unet, process.CONVERSIONS[model.prediction]
+    fills = unet.in_channels > unet.out_channels
+    return Pipeline(Denoiser(unet), params, convert, codec, model.conditioning.null, model.size, fills)
+
+
 def schedule(config: ConfigDict) -> Schedule:
     """The noise schedule of config.schedule."""
     section = config.schedule
@@ -76,7 +168,7 @@ def schedule(config: ConfigDict) -> Schedule:
     return schedules.zero_terminal_snr(chosen)
 
 
-def plan(config: ConfigDict) -> Plan:
+def plan(config: ConfigDict, model: Model) -> Plan:
     """The solver of config.sample as a table, from where it starts on an image if there is one."""
     section = config.sample
     solver, options = choose(SOLVERS, section.solver, "solver"), {}
@@ -88,18 +180,20 @@ def plan(config: ConfigDict) -> Plan:
                     f"sample.{name}: the solver {section.solver} has none; those with it: {', '.join(able)}"
                 )
             options[name] = section[name]
+    spacing = section.spacing
+    if spacing == "published":
+        if model.published is None:
+            raise ValueError("sample.spacing=published is for the model of a config.checkpoint; name another spacing")
+        spacing = published_times(model.published, section.steps)
     strength = section.strength if section.image and not section.mask else 1.0
-    left = solvers.strength_times(schedule(config), section.steps, strength, section.spacing)
-    table = solver(schedule(config), len(left), spacing=left, **options)
+    left = solvers.strength_times(model.schedule, section.steps, strength, spacing)
+    table = solver(model.schedule, len(left), spacing=left, **options)
     return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
 
 
-def guidance(config: ConfigDict, conditioning: Conditioning) -> Guidance:
-    """The guidance of config.sample."""
+def guidance(config: ConfigDict, negative: PyTree) -> Guidance:
+    """The guidance of config.sample. negative: the condition of its negative prompt, None where it has none."""
     section = config.sample
-    negative = None
-    if section.negative_prompt:
-        negative = jax.tree.map(lambda leaf: leaf[0], conditioning.of_prompts([section.negative_prompt]))
     return Guidance(
         scale=section.guidance,
         negative=negative,
@@ -110,14 +204,8 @@ def guidance(config: ConfigDict, conditioning: Conditioning) -> Guidance:
     )
 
 
-def conversion(config: ConfigDict) -> Callable:
-    """What the network's output means."""
-    return choose(process.CONVERSIONS, config.objective.prediction, "prediction")
-
-
 def weight(config: ConfigDict) -> Callable:
-    """The loss weight; checks the prediction's name too."""
-    choose(TARGETS, config.objective.prediction, "prediction")
+    """The loss weight of config.objective."""
     return choose(WEIGHTS, config.objective.weight, "loss weight")
 
 
@@ -164,11 +252,6 @@ def conditioning(config: ConfigDict) -> Conditioning:
     return choose(kinds, config.condition.kind, "condition kind")()
 
 
-def unet(config: ConfigDict) -> UNet:
-    """The U-Net of config.model."""
-    return UNet(**_fields(config.model))
-
-
 def autoencoder(config: ConfigDict) -> AutoencoderKL:
     """The untrained first stage of config.autoencoder."""
     return AutoencoderKL(**_fields(config.autoencoder.model))
@@ -178,29 +261,6 @@ def _fields(section: ConfigDict) -> dict:
     """The section as arguments of a Flax module, its dtype by name."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
     return fields | {"dtype": choose(DTYPES, fields.get("dtype", "float32"), "dtype")}
-
-
-def unet_inputs(cond: PyTree) -> dict:
-    """A condition as the U-Net's keyword arguments."""
-    return {
-        "encoder_hidden_states": cond.get("text"),
-        "encoder_attention_mask": cond.get("mask"),
-        "class_labels": cond.get("label"),
-    }
-
-
-def network_apply(model: UNet) -> Callable:
-    """The U-Net as apply(params, x, t, cond, key=None); with a key, dropout is on. Equal for equal models."""
-    return _Apply(model)
-
-
-@dataclass(frozen=True)
-class _Apply:
-    model: UNet
-
-    def __call__(self, params: PyTree, x, t, cond: PyTree, key=None):
-        rngs = None if key is None else {"dropout": key}
-        return self.model.apply(params, x, t, **unet_inputs(cond), deterministic=key is None, rngs=rngs)
 
 
 def autoencoder_loss(config: ConfigDict, model: AutoencoderKL, seed: int) -> tuple[Callable, PyTree, PyTree]:

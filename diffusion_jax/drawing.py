@@ -5,25 +5,28 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, PyTree, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusion_jax import build, pictures
+from diffusion_jax.build import Model
 from diffusion_jax.core.solvers import Plan
-from diffusion_jax.data.transforms import BadRecord, decode, square, to_uint8
+from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
 from diffusion_jax.pipelines import Guidance, Pipeline, guided, image_to_image, inpaint, text_to_image
-from diffusion_jax.pipelines.conditioning import Conditioning
 
 NOT_NOTED = ("prompts", "num_images", "batch_size", "seed")  # fields that say nothing of a single picture
 
 
 class Request(NamedTuple):
-    """What config.sample asks for. jobs: (prompt, seed) of every image. image (H, W, 3) uint8 and mask (H, W, 1), True
-    where it is made new, of the model's size; None for pictures from prompts alone.
+    """What config.sample asks for. prompts, and their conditions, leaves (prompts, ...). jobs: (number of the prompt,
+    seed) of every image. image (H, W, 3) uint8 and mask (H, W, 1), True where it is made new, of the model's size; None
+    for pictures from prompts alone.
     """
 
-    jobs: list[tuple[str, int]]
+    prompts: tuple[str, ...]
+    cond: PyTree
+    jobs: list[tuple[int, int]]
     plan: Plan
     guidance: Guidance
     image: UInt8[np.ndarray, "height width 3"] | None
@@ -38,27 +41,31 @@ class Drawn(NamedTuple):
     image: np.ndarray
 
 
-def request(config: ConfigDict, conditioning: Conditioning) -> Request:
+def request(config: ConfigDict, model: Model) -> Request:
     """What config.sample asks for. Raises ValueError for what is wrong with it, before any network is there."""
     section = config.sample
-    jobs = [(prompt, section.seed + k) for prompt in section.prompts for k in range(section.num_images)]
+    prompts = tuple(section.prompts)
+    jobs = [(i, section.seed + k) for i in range(len(prompts)) for k in range(section.num_images)]
     if not jobs:
         raise ValueError("nothing to draw: sample.prompts is empty or sample.num_images is 0")
     if section.mask and not section.image:
         raise ValueError("sample.mask says where an image is made new: name the image too, sample.image")
     if section.resample != 1 and not section.mask:
         raise ValueError("sample.resample fits new parts to old ones: it needs sample.image and sample.mask")
-    conditioning.of_prompts(section.prompts)
-    plan, guidance = build.plan(config), build.guidance(config, conditioning)
-    guided(lambda x, level, cond: None, guidance, conditioning.null, 1.0)  # what is wrong with its numbers raises here
-    return Request(jobs, plan, guidance, *_image_and_mask(config))
+    # together, so that all come out of one length
+    cond = model.conditioning.of_prompts([*prompts, *([section.negative_prompt] if section.negative_prompt else [])])
+    negative = jax.tree.map(lambda leaf: leaf[-1], cond) if section.negative_prompt else None
+    plan, guidance = build.plan(config, model), build.guidance(config, negative)
+    # what is wrong with its numbers raises here
+    guided(lambda x, level, cond: None, guidance, model.conditioning.null, 1.0)
+    return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
 
 
-def _image_and_mask(config: ConfigDict) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarray | None, np.ndarray | None]:
     section = config.sample
     if not section.image:
         return None, None
-    resize, rng = square(config.data.size, upscale=True), np.random.default_rng(0)  # the crop is the centre's
+    resize, rng = crop(*size, upscale=True), np.random.default_rng(0)  # the crop is the centre's
     image, mask = _read(section.image, "sample.image"), None
     if section.mask:
         mask = _read(section.mask, "sample.mask")
@@ -76,9 +83,7 @@ def _read(path: str, field: str) -> np.ndarray:
         raise ValueError(f"{field} {path}: {error}") from error
 
 
-def draw(
-    request: Request, pipeline: Pipeline, conditioning: Conditioning, batch_size: int, progress: bool = False
-) -> Iterator[Drawn]:
+def draw(request: Request, pipeline: Pipeline, batch_size: int, progress: bool = False) -> Iterator[Drawn]:
     """Every job of the request, in batches of one size, the last one filled up. progress: show a bar of the steps."""
     jobs, plan = request.jobs, request.plan
     size = min(batch_size, len(jobs))
@@ -92,11 +97,12 @@ def draw(
 
             batch = jobs[start : start + size]
             full = batch + batch[-1:] * (size - len(batch))
-            cond = conditioning.of_prompts([prompt for prompt, _ in full])
-            keys = jax.vmap(jax.random.key)(np.array([seed for _, seed in full], np.uint32))
+            which, seeds = np.array(full).T
+            cond = jax.tree.map(lambda leaf: leaf[which], request.cond)  # noqa: B023
+            keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
             images = _images(request, pipeline, cond, keys, show if progress else None)
-            for (prompt, seed), image in zip(batch, np.asarray(to_uint8(images)), strict=False):
-                yield Drawn(prompt, seed, image)
+            for (i, seed), image in zip(batch, np.asarray(to_uint8(images)), strict=False):
+                yield Drawn(request.prompts[i], seed, image)
 
 
 def _images(request: Request, pipeline: Pipeline, cond, keys, callback) -> jax.Array:

@@ -14,12 +14,14 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, pictures
+from diffusion_jax.build import Model
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform, to_float, to_uint8
 from diffusion_jax.interop import load_autoencoder, save_autoencoder
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
+from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.objectives.denoising import denoising
 from diffusion_jax.pipelines import codec as codecs
@@ -35,11 +37,13 @@ SCALE_IMAGES = 1024  # images that the latents' standard deviation is estimated 
 def first_stage(config: ConfigDict, workdir: Path) -> Codec:
     """The codec of config.autoencoder: pixels as they are, a checkpoint's folder, or what the work directory holds."""
     section = config.autoencoder
-    codec_kinds = {
-        "identity": codecs.identity,
-        "kl": lambda: codecs.autoencoder_kl(*load_autoencoder(section.checkpoint or first_stage_folder(workdir))),
-    }
-    return build.choose(codec_kinds, section.kind, "autoencoder kind")()
+
+    def trained() -> Codec:
+        return codecs.autoencoder_kl(
+            *load_autoencoder(section.checkpoint or first_stage_folder(workdir)), config.sample.tile
+        )
+
+    return build.choose({"identity": codecs.identity, "kl": trained}, section.kind, "autoencoder kind")()
 
 
 def first_stage_folder(workdir: Path) -> Path:
@@ -96,19 +100,16 @@ def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray)
     return pictures.grid([*images, *np.asarray(back)], columns=len(images))
 
 
-def train_denoiser(
-    config: ConfigDict, workdir: Path, source: Source, conditioning: Conditioning, codec: Codec, snapshot
-) -> None:
+def train_denoiser(config: ConfigDict, workdir: Path, source: Source, model: Model, codec: Codec, snapshot) -> None:
     """The second stage. snapshot: averaged weights -> picture, drawn now and then."""
-    model = build.unet(config)
-    params = init_unet(config, model, conditioning, codec)
-    records, transform = _training_records(config, workdir, source, conditioning, codec)
+    params = init_unet(model.unet, config.seed) if model.params is None else model.params
+    records, transform = _training_records(config, workdir, source, model.conditioning, codec)
     logging.info("U-Net: %.2fM parameters, %d training records", _millions(params), len(records))
     task = Task(
         name="denoiser",
         loss=denoiser_loss(config, model, codec),
         params=params,
-        frozen={"codec": codec.stats, "null_cond": conditioning.null},
+        frozen={"codec": codec.stats, "null_cond": model.conditioning.null},
         batches=build.batches(records, config.train, config.seed, transform),
         optimizer=build.optimizer(config.optimizer, config.train.steps),
         snapshot=snapshot,
@@ -116,25 +117,15 @@ def train_denoiser(
     fit(task, workdir, config.train, config.seed)
 
 
-def denoiser_loss(config: ConfigDict, model: UNet, codec: Codec) -> Callable:
+def denoiser_loss(config: ConfigDict, model: Model, codec: Codec) -> Callable:
     """The loss of config.objective for the second stage."""
-    objective = config.objective
-    return denoising(
-        build.network_apply(model),
-        codec.draw,
-        build.schedule(config),
-        objective.prediction,
-        build.weight(config),
-        objective.drop,
-    )
+    weight, drop = build.weight(config), config.objective.drop
+    return denoising(Denoiser(model.unet), codec.draw, model.schedule, model.prediction, weight, drop)
 
 
-def init_unet(config: ConfigDict, model: UNet, conditioning: Conditioning, codec: Codec) -> PyTree:
+def init_unet(unet: UNet, seed: int) -> PyTree:
     """Fresh variables of the denoiser."""
-    side = config.data.size // codec.factor
-    cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], conditioning.null)
-    init = jax.jit(lambda key, x, t, cond: model.init(key, x, t, **build.unet_inputs(cond)))
-    return init(jax.random.key(config.seed), jnp.zeros((1, side, side, codec.channels)), jnp.zeros(1), cond)
+    return jax.jit(unet.init)(jax.random.key(seed), *unet.example_inputs())
 
 
 def _training_records(

@@ -43,7 +43,7 @@ def shades(count, bad=()):
 
 def report(source, params=0.0, codec=PIXELS, **changes):
     section = ConfigDict({"images": 100, "steps": 8, "probes": 1, "terms": 6, "batch_size": 4, "seed": 0} | changes)
-    pipeline = Pipeline(apply, jnp.float32(params), process.from_x0, codec, {"label": np.int32(5)}, 4)
+    pipeline = Pipeline(apply, jnp.float32(params), process.from_x0, codec, {"label": np.int32(5)}, (4, 4))
     found = evaluate_likelihood(
         pipeline, schedules.cosine(20), source, lambda record, rng: record, class_labels(5), section
     )

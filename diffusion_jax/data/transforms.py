@@ -42,24 +42,31 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def square(size: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:
-    """A transform that makes record["image"] size x size: short side resized to `size`, then cropped.
+    """`crop` to size x size."""
+    return crop(size, size, random_crop, flip, upscale)
 
-    size: height and width in pixels. random_crop: crop anywhere, else from the centre. flip: mirror half of the images.
-    upscale: enlarge images that are smaller than `size`, else they are bad records.
+
+def crop(height: int, width: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:
+    """A transform that makes record["image"] height x width: resized until one side fits and the other is no shorter,
+    then cropped.
+
+    height, width: in pixels. random_crop: crop anywhere, else from the centre. flip: mirror half of the images.
+    upscale: enlarge images that are smaller, else they are bad records.
     """
+    size = np.array([height, width])
 
     def transform(record: Record, rng: np.random.Generator) -> Record:
-        height, width, _ = record["image"].shape
-        short = min(height, width)
-        if short < size and not upscale:
-            raise BadRecord(f"{width}x{height} pixels, smaller than the {size}x{size} crop")
         image = record["image"]
-        if short != size:
-            resized = (max(size, round(width * size / short)), max(size, round(height * size / short)))
-            image = np.asarray(Image.fromarray(image).resize(resized, Image.Resampling.LANCZOS))
-        spare = np.array(image.shape[:2]) - size
+        before = np.array(image.shape[:2])
+        scale = np.max(size / before)
+        if scale > 1 and not upscale:
+            raise BadRecord(f"{before[1]}x{before[0]} pixels, smaller than the {width}x{height} crop")
+        if scale != 1:
+            resized = np.maximum(size, np.round(before * scale).astype(int))
+            image = np.asarray(Image.fromarray(image).resize(resized[::-1].tolist(), Image.Resampling.LANCZOS))
+        spare = image.shape[:2] - size
         top, left = rng.integers(0, spare + 1) if random_crop else spare // 2
-        image = image[top : top + size, left : left + size]
+        image = image[top : top + height, left : left + width]
         if flip and rng.random() < 0.5:
             image = image[:, ::-1]
         return record | {"image": np.ascontiguousarray(image)}

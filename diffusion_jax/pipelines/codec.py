@@ -58,8 +58,16 @@ def identity() -> Codec:
     )
 
 
-def autoencoder_kl(model: AutoencoderKL, variables: PyTree) -> Codec:
-    """Latents of a KL autoencoder: records are moments, x0 = (z - shift_factor) scaling_factor."""
+def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Codec:
+    """Latents of a KL autoencoder: records are moments, x0 = (z - shift_factor) scaling_factor.
+
+    tile: larger images are decoded in tiles of so many pixels a side, which overlap by a quarter and are faded into
+    each other: less memory, for seams that can be faintly seen, as each tile is normalised by itself. 0 for never.
+    Raises ValueError for a tile that is not a multiple of four cells of the latent.
+    """
+    factor = 2 ** (len(model.block_out_channels) - 1)
+    if tile < 0 or tile % (4 * factor):
+        raise ValueError(f"tile must be a multiple of {4 * factor} pixels, or 0 for none, got {tile}")
     stats = {"scale": jnp.float32(model.scaling_factor), "shift": jnp.float32(model.shift_factor or 0.0)}
     encode = jax.jit(lambda variables, images: model.apply(variables, pixels(images), method="encode"))
     return Codec(
@@ -67,9 +75,9 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree) -> Codec:
         encode=functools.partial(encode, variables),
         draw=_draw_latent,
         stats=stats,
-        decode=functools.partial(_decode_latent, model),
+        decode=functools.partial(_decode_latent, model, tile // factor),
         params=stats | {"variables": variables},
-        factor=2 ** (len(model.block_out_channels) - 1),
+        factor=factor,
         channels=model.latent_channels,
         limit=None,
     )
@@ -80,8 +88,56 @@ def _draw_latent(stats: PyTree, moments: Array, keys: Array | None) -> Array:
     return (z - stats["shift"]) * stats["scale"]
 
 
-def _decode_latent(model: AutoencoderKL, params: PyTree, x0: Array) -> Array:
-    return model.apply(params["variables"], x0 / params["scale"] + params["shift"], method="decode")
+def _decode_latent(model: AutoencoderKL, tile: int, params: PyTree, x0: Array) -> Array:
+    z = x0 / params["scale"] + params["shift"]
+    decode = functools.partial(model.apply, params["variables"], method="decode")
+    return in_tiles(decode, z, tile) if tile and max(z.shape[1:3]) > tile else decode(z)
+
+
+def in_tiles(
+    decode: Callable[[Array], Array], z: Float[Array, "batch h w c"], tile: int
+) -> Float[Array, "batch height width channels"]:
+    """What `decode` makes of z, put together from overlapping tiles, one after the other.
+
+    tile: side of a tile in cells of z, of which a quarter overlaps the next one; there the weight of a tile falls
+    linearly to its edge.
+    """
+    sides = z.shape[1:3]
+    height, width = (min(tile, side) for side in sides)
+    tops, lefts = (_starts(side, tile) for side in sides)
+    corners = [(top, left) for top in tops for left in lefts]
+
+    def one(corner: Array) -> Array:
+        sizes = (len(z), height, width, z.shape[-1])
+        return decode(jax.lax.dynamic_slice(z, (0, corner[0], corner[1], 0), sizes))
+
+    made = jax.lax.map(one, jnp.array(corners))
+    factor = made.shape[2] // height
+    down, across = _fades(tops, height, sides[0], factor), _fades(lefts, width, sides[1], factor)
+    whole = jnp.zeros((len(z), sides[0] * factor, sides[1] * factor, made.shape[-1]), made.dtype)
+    for (top, left), image in zip(corners, made, strict=True):
+        weight = down[top][:, None, None] * across[left][:, None]
+        region = np.s_[:, top * factor : (top + height) * factor, left * factor : (left + width) * factor]
+        whole = whole.at[region].add(image * weight.astype(made.dtype))
+    return whole
+
+
+def _starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin so that neighbours overlap by a quarter or more and the last one ends with the image."""
+    last = max(side - tile, 0)
+    return [*range(0, last, 3 * tile // 4), last]
+
+
+def _fades(starts: list[int], size: int, side: int, factor: int) -> dict[int, np.ndarray]:
+    """start of a tile -> its weights along one axis, (size * factor,); at every pixel all tiles' add up to 1."""
+    place = (np.arange(size * factor) + 0.5) / factor
+    total, weights = np.zeros(side * factor), {}
+    for start in starts:
+        rise = np.ones_like(place) if start == 0 else np.minimum(4 * place / size, 1)
+        fall = np.ones_like(place) if start + size == side else np.minimum(4 * (size - place) / size, 1)
+        weights[start] = rise * fall
+        total[start * factor : (start + size) * factor] += rise * fall
+    return {start: w / total[start * factor : (start + size) * factor] for start, w in weights.items()}
 
 
 def fingerprint(tree: PyTree) -> str:

@@ -21,9 +21,11 @@ def inpaint(
     guidance: Guided = 1.0,
     **options,
 ) -> Float[Array, "batch height width 3"]:
-    """A new image where mask is 1, the old one where it is 0 (Lugmayr et al. 2022, algorithm 1).
+    """A new image where mask is 1, the old one where it is 0.
 
-    The known part is held at every level of the plan; where mask is 0 the result is the given image exactly.
+    A model that fills in (`Pipeline.fills`) is told what is known: 1 where a cell of the latent is new, and the latent
+    of the image without its masked pixels (Rombach et al. 2022, section 4.5). With any other the known part is held at
+    every level of the plan (Lugmayr et al. 2022, algorithm 1). Where mask is 0 the result is the given image exactly.
     image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size. mask: (B or 1, H, W, 1), in [0, 1], values between
     blend; what a latent's cell touches of it is made new. plan: from noise alone, or on `solvers.strength_times` for
     new parts that begin with the old ones; `solvers.with_resampling(plan, repeats)` fits the parts together better.
@@ -35,10 +37,25 @@ def inpaint(
     made = pixels(image)
     if plan.num_rows:
         x0 = encode(pipeline, image)
-        known = keep(x0, jnp.broadcast_to(_touched(mask, pipeline.codec.factor), (*x0.shape[:3], 1)), keys)
         x = noised(pipeline, x0, keys, plan)
+        if pipeline.fills:
+            cond, known = cond | {"known": _seen(pipeline, image, mask)}, None
+        else:
+            known = keep(x0, jnp.broadcast_to(_touched(mask, pipeline.codec.factor), (*x0.shape[:3], 1)), keys)
         made = from_noise(pipeline, x, cond, keys, plan, guidance, known=known, **options)
     return mask * made + (1 - mask) * pixels(image)
+
+
+def _seen(
+    pipeline: Pipeline, image: Images, mask: Float[Array, "#batch height width 1"]
+) -> Float[Array, "batch h w c"]:
+    """(B, h, w, 1 + channels) for a model that fills in: the mask, as it is at the corner of each cell, and the latent
+    of the image with grey where it is to be new.
+    """
+    new, factor = mask > 0.5, pipeline.codec.factor
+    latent = encode(pipeline, jnp.where(new, 0.0, pixels(image)))
+    cells = jnp.broadcast_to(new[:, ::factor, ::factor], (*latent.shape[:3], 1))
+    return jnp.concatenate([cells.astype(latent.dtype), latent], axis=-1)
 
 
 def _touched(mask: Float[Array, "batch height width 1"], factor: int) -> Float[Array, "batch h w 1"]:

@@ -30,7 +30,8 @@ class Pipeline(NamedTuple):
 
     apply: (params, x (B, h, w, c), t (B,), cond) -> output. params: its weights. convert: `process.from_eps`, `from_x0`
     or `from_v`.
-    codec: x0 -> image. null_cond: no condition, leaves without the batch axis. size: of an image, pixels a side.
+    codec: x0 -> image. null_cond: no condition, leaves without the batch axis. size: height and width of an image in
+    pixels. fills: whether the network sees the known part of an image too, as cond["known"]; see `inpaint`.
     """
 
     apply: Callable[..., Array]
@@ -38,13 +39,14 @@ class Pipeline(NamedTuple):
     convert: Callable[[Array, Array, NoiseLevel], Prediction]
     codec: Codec
     null_cond: PyTree
-    size: int
+    size: tuple[int, int]
+    fills: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(h, w, c) of the x0 of one image."""
-        side = self.size // self.codec.factor
-        return side, side, self.codec.channels
+        height, width = self.size
+        return height // self.codec.factor, width // self.codec.factor, self.codec.channels
 
 
 class Guidance(NamedTuple):
@@ -106,9 +108,9 @@ def encode(pipeline: Pipeline, image: Images) -> Float[Array, "batch h w c"]:
 
     Raises ValueError for images of another size than the model's.
     """
-    side, codec = pipeline.size, pipeline.codec
-    if image.shape[1:3] != (side, side):
-        raise ValueError(f"this model's images are {side}x{side} pixels, got {image.shape[2]}x{image.shape[1]}")
+    (height, width), codec = pipeline.size, pipeline.codec
+    if image.shape[1:3] != (height, width):
+        raise ValueError(f"this model's images are {width}x{height} pixels, got {image.shape[2]}x{image.shape[1]}")
     return jnp.asarray(codec.draw(codec.stats, codec.encode(image), None))
 
 
@@ -129,19 +131,36 @@ def solve(
 ) -> Float[Array, "batch h w c"]:
     """Carry x from the plan's first level to its last, spread over this host's devices when B divides by their number.
 
-    cond: leaves (B, ...), of whatever kind the model was trained with. keys: (B,), one for each image; an image depends
-    on its key and condition, not on the batch. known: see `core.sampling.keep`. options: chunk and callback of
-    `core.sampling.sample`.
+    cond: leaves (B, ...), of whatever kind the model was trained with; a text may be several times as long as that of
+    the model's null condition, which is then repeated. keys: (B,), one for each image; an image depends on its key and
+    condition, not on the batch. known: see `core.sampling.keep`. options: chunk and callback of `core.sampling.sample`.
+    Raises ValueError for a model that fills in, whose condition does not say what is known.
     """
+    if pipeline.fills and "known" not in cond:
+        raise ValueError("this model fills in parts of an image: it needs an image and a mask")
     guidance = _as_guidance(guidance)
     split, whole = placements(len(keys))
     x, cond, keys, known = jax.device_put((x, cond, keys, known), split)
     params, null_cond, negative = jax.device_put((pipeline.params, pipeline.null_cond, guidance.negative), whole)
+    null_cond, negative = (_null(part, cond) for part in (null_cond, negative))
     network = denoiser(pipeline.apply, params, pipeline.convert)
     denoise = guided(network, guidance._replace(negative=negative), null_cond, pipeline.codec.limit)
     if guidance.plus_plus and np.any(plan.past):
         raise ValueError("CFG++ needs a solver of one row a step: ddim or euler")
     return sample(denoise, plan, x, keys, cond, known=known, **options)
+
+
+def _null(null_cond: PyTree, cond: PyTree) -> PyTree:
+    """What stands for no condition, as long as cond is, and with what cond knows of the image."""
+    if null_cond is None:
+        return None
+
+    def lengthened(null: Array, leaf: Array) -> Array:
+        repeats = leaf.shape[1] // len(null) if null.ndim and null.ndim == leaf.ndim - 1 else 1
+        return jnp.concatenate([null] * repeats) if repeats > 1 else null
+
+    shared = {name: leaf for name, leaf in cond.items() if name == "known"}
+    return {name: lengthened(null, cond[name]) for name, null in null_cond.items()} | shared
 
 
 def decode(pipeline: Pipeline, x0: Float[Array, "batch h w c"]) -> Float[Array, "batch height width 3"]:

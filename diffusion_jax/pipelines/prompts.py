@@ -9,14 +9,11 @@ opened is a character, and so is a colon that no number and round bracket follow
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
-
-from diffusion_jax.models.text import TextEncoder
 
 EMPHASIS = 1.1
 ROUND, SQUARE = "()", "[]"
@@ -88,36 +85,13 @@ def _token_ids(text, tokenizer):
     return [i for part in parts for i, real in zip(part.ids, part.attention_mask, strict=True) if real]
 
 
-def encode(
-    apply: Callable[..., Float[Array, "rows length width"]],
-    params: dict,
-    ids: Int[Array | np.ndarray, "batch chunks length"],
-    weights: Float[Array | np.ndarray, "batch chunks length"],
-) -> Float[Array, "batch tokens width"]:
-    """Weighted embeddings of chunks, one after the other: tokens = chunks · length.
-
-        z' = (w · z) mean(z) / mean(w · z),    means over all tokens and channels of one chunk of one prompt
-
-    so that a weight moves emphasis between the tokens of a chunk and leaves the mean of their embeddings where the
-    denoiser knows it. With all weights 1, z' = z.
-
-    apply, params: of a `TextEncoder`, (params, ids, mask) -> z.
-    """
-    batch, chunks, length = ids.shape
-    ids, weights = (jnp.asarray(x).reshape(batch * chunks, length) for x in (ids, weights))
-    z = apply(params, ids, jnp.ones(ids.shape, bool))
-    weighted = z * weights[..., None]
-    means = [x.mean(axis=(1, 2), keepdims=True) for x in (z, weighted)]
-    return (weighted * (means[0] / means[1])).reshape(batch, chunks * length, -1)
-
-
-def embed(
-    encoder: TextEncoder, tokenizer: Tokenizer, prompts: Sequence[str]
-) -> tuple[Float[Array, "batch tokens width"], Bool[np.ndarray, "batch tokens"]]:
-    """Embeddings of prompts in this module's grammar and their mask, which is True everywhere.
+def chunked(
+    prompts: Sequence[str], tokenizer: Tokenizer
+) -> tuple[Int[np.ndarray, "batch chunks length"], Float[np.ndarray, "batch chunks length"]]:
+    """Token ids and weights of prompts in this module's grammar, in chunks.
 
     All come out as long as the longest needs, the others followed by empty chunks: guidance needs the prompt and the
-    negative prompt in one call. encoder, tokenizer: of CLIP, from the same folders.
+    negative prompt in one call. tokenizer: as `chunk` needs it.
     """
     made = [chunk(parse(prompt), tokenizer) for prompt in prompts]
     empty = chunk([], tokenizer)
@@ -126,5 +100,22 @@ def embed(
         np.stack([np.concatenate([rows[i], np.repeat(empty[i], most - len(rows[i]), axis=0)]) for rows in made])
         for i in range(2)
     )
-    z = encode(encoder.apply, encoder.params, ids, weights)
-    return z, np.ones(z.shape[:2], bool)
+    return ids, weights
+
+
+def emphasise(
+    z: Float[Array, "rows length width"], weights: Float[Array | np.ndarray, "batch chunks length"]
+) -> Float[Array, "batch tokens width"]:
+    """Weighted embeddings of chunks, one after the other: tokens = chunks · length.
+
+        z' = (w · z) mean(z) / mean(w · z),    means over all tokens and channels of one chunk of one prompt
+
+    so that a weight moves emphasis between the tokens of a chunk and leaves the mean of their embeddings where the
+    denoiser knows it. With all weights 1, z' = z.
+
+    z: what the encoder says of the chunks, rows = batch · chunks.
+    """
+    batch, chunks, length = weights.shape
+    weighted = z * weights.reshape(batch * chunks, length, 1)
+    means = [x.mean(axis=(1, 2), keepdims=True) for x in (z, weighted)]
+    return (weighted * (means[0] / means[1])).reshape(batch, chunks * length, -1)

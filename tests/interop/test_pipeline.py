@@ -288,11 +288,11 @@ def test_images_are_those_of_the_peer(kind, vocabulary, tmp_path):
     theirs = whole(PROMPTS[:2], latents=torch.tensor(noise), height=8, width=8, **options).images
 
     model = load_pipeline(tmp_path / "theirs")
-    pipeline, embed = from_published(model)
+    pipeline, conditioning = from_published(model)
     plan = solvers.ddim(model.schedule, 3, spacing=whole.scheduler.timesteps.double().numpy())
     keys = jax.random.split(jax.random.key(0), 2)
     x = jnp.asarray(noise.transpose(0, 2, 3, 1))
-    ours = from_noise(pipeline, x, embed(PROMPTS[:2]), keys, plan, 4.0)
+    ours = from_noise(pipeline, x, conditioning.of_prompts(PROMPTS[:2]), keys, plan, 4.0)
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
     assert np.std(theirs) > 0.1
 

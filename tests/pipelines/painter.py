@@ -42,7 +42,9 @@ def _as_it_is(stats, record, keys):
     return record
 
 
-PIXELS = Pipeline(gaussian, jnp.float32(1), process.from_x0, codecs.identity(), {"grey": np.zeros((1, 1, 1))}, SIZE)
+PIXELS = Pipeline(
+    gaussian, jnp.float32(1), process.from_x0, codecs.identity(), {"grey": np.zeros((1, 1, 1))}, (SIZE, SIZE)
+)
 LATENTS = PIXELS._replace(codec=blocks())
 
 

@@ -56,3 +56,29 @@ def test_the_name_changes_with_the_weights_alone(variables):
     assert name != codecs.autoencoder_kl(autoencoder(), jax.tree.map(lambda a: a + 1e-6, variables)).name
     renamed = {"params": {"other": variables["params"]}}
     assert codecs.fingerprint(renamed) != codecs.fingerprint(variables)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 3), (2, 9, 20, 3), (1, 3, 31, 3)])
+def test_tiles_fade_into_each_other(shape):
+    """Tiles of a decoder that looks at single cells add up to the whole; each pixel is a mean of the tiles over it."""
+    z = jax.random.normal(jax.random.key(0), shape)
+
+    def decode(z):
+        return jnp.repeat(jnp.repeat(2 * z, 2, axis=1), 2, axis=2)
+
+    np.testing.assert_allclose(codecs.in_tiles(decode, z, 8), decode(z), rtol=1e-5)
+
+    seen = codecs.in_tiles(lambda z: decode(z) + jnp.arange(16.0)[:, None, None][: 2 * z.shape[1]], 0 * z, 8)
+    assert seen.min() >= 0 and seen.max() <= 15
+
+
+def test_an_autoencoder_decodes_large_images_in_tiles(variables):
+    x0 = jax.random.normal(jax.random.key(0), (1, 20, 12, 2))
+    whole, tiled = (codecs.autoencoder_kl(autoencoder(), variables, tile) for tile in (0, 16))
+    images = [jax.jit(codec.decode)(codec.params, x0) for codec in (whole, tiled)]
+    assert images[0].shape == images[1].shape == (1, 40, 24, 3)
+    assert np.corrcoef(np.ravel(images[0]), np.ravel(images[1]))[0, 1] > 0.95
+    small = x0[:, :8, :8]
+    np.testing.assert_array_equal(*(jax.jit(codec.decode)(codec.params, small) for codec in (whole, tiled)))
+    with pytest.raises(ValueError, match="tile must be a multiple of 8 pixels, or 0 for none, got 12"):
+        codecs.autoencoder_kl(autoencoder(), variables, 12)

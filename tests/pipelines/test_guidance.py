@@ -71,7 +71,7 @@ def test_a_model_without_conditions_runs_once_a_step():
         batches.append(len(x))
         return 0 * x
 
-    pipeline = Pipeline(apply, {}, process.from_x0, codecs.identity(), {}, 4)
+    pipeline = Pipeline(apply, {}, process.from_x0, codecs.identity(), {}, (4, 4))
     text_to_image(pipeline, {}, keys(3), solvers.ddim(SCHEDULE, 2), 5.0)
     assert set(batches) == {3}
 

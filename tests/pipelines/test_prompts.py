@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diffusion_jax.models.text import TextEncoder
-from diffusion_jax.pipelines.prompts import chunk, embed, encode, parse
+from diffusion_jax.pipelines.prompts import chunk, chunked, emphasise, parse
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", *"abcdefghij", ","]
 LENGTH = 7  # room for 5
@@ -29,16 +28,16 @@ def tokenizer():
     return word_tokenizer("[BEGIN]", "$A", "[END]")
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    """An encoder in which every token sees the mean of those before it."""
+def encode(ids):
+    """An encoder in which every token sees the mean of those before it: (..., L) -> (rows, L, 6)."""
     table = jax.random.normal(jax.random.key(0), (len(WORDS), 6)) + 0.5
+    z = table[ids.reshape(-1, LENGTH)]
+    return z + jnp.cumsum(z, axis=1) / jnp.arange(1, LENGTH + 1)[:, None]
 
-    def apply(params, ids, mask):
-        z = params["table"][ids]
-        return z + jnp.cumsum(z, axis=1) / jnp.arange(1, ids.shape[1] + 1)[:, None]
 
-    return TextEncoder(lambda prompts: None, apply, {"table": table}, LENGTH, 6, "toy")
+def embed(prompts, tokenizer):
+    ids, weights = chunked(prompts, tokenizer)
+    return emphasise(encode(ids), weights)
 
 
 @pytest.mark.parametrize(
@@ -97,35 +96,33 @@ def test_other_tokenizers_are_refused():
         chunk(parse("a"), word_tokenizer("$A", "[END]"))
 
 
-def test_without_weights_nothing_changes(encoder, tokenizer):
-    z, mask = embed(encoder, tokenizer, ["a b c d e", "f, (g:1)"])
+def test_without_weights_nothing_changes(tokenizer):
+    z = embed(["a b c d e", "f, (g:1)"], tokenizer)
     ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(["a b c d e", "f, g"])])
-    np.testing.assert_array_equal(z, encoder.apply(encoder.params, ids, ids >= 0))
-    assert mask.shape == z.shape[:2]
-    assert mask.all()
+    np.testing.assert_array_equal(z, encode(ids))
 
 
-def test_weights_multiply_and_the_mean_stays(encoder, tokenizer):
+def test_weights_multiply_and_the_mean_stays(tokenizer):
     ids, weights = (x[None] for x in chunk(parse("a (b:1.5) c [d] (e:0) f (g:2)"), tokenizer))
-    plain = encode(encoder.apply, encoder.params, ids, np.ones_like(weights)).reshape(2, LENGTH, -1)
-    z = encode(encoder.apply, encoder.params, ids, weights).reshape(2, LENGTH, -1)
+    plain = encode(ids)
+    z = emphasise(plain, weights).reshape(plain.shape)
     np.testing.assert_allclose(z.mean(axis=(1, 2)), plain.mean(axis=(1, 2)), rtol=1e-5)
     ratio = z / plain / (z / plain)[:, :1]  # against the token that begins a chunk, of weight 1
     np.testing.assert_allclose(ratio, np.broadcast_to(weights[0][..., None], ratio.shape), rtol=1e-4, atol=1e-6)
 
 
-def test_one_weight_for_all_tokens_is_none(encoder, tokenizer):
+def test_one_weight_for_all_tokens_is_none(tokenizer):
     ids, weights = (x[None] for x in chunk(parse("a (b:1.5) c"), tokenizer))
-    z, other = (encode(encoder.apply, encoder.params, ids, w) for w in (weights, 3 * weights))
+    z, other = (emphasise(encode(ids), w) for w in (weights, 3 * weights))
     np.testing.assert_allclose(z, other, rtol=1e-5)
 
 
-def test_a_prompt_does_not_depend_on_its_batch(encoder, tokenizer):
+def test_a_prompt_does_not_depend_on_its_batch(tokenizer):
     prompts = ["a (b:1.4) c", "(c d:0.7) e f g h", ""]
-    together, _ = embed(encoder, tokenizer, prompts)
-    assert together.shape == (3, 2 * LENGTH, encoder.width)
+    together = embed(prompts, tokenizer)
+    assert together.shape == (3, 2 * LENGTH, 6)
     for i, prompt in enumerate(prompts):
-        alone, _ = embed(encoder, tokenizer, [prompt])
+        alone = embed([prompt], tokenizer)
         np.testing.assert_allclose(together[i, : alone.shape[1]], alone[0], rtol=1e-5)
     np.testing.assert_array_equal(together[0, LENGTH:], together[2, LENGTH:])  # both end in an empty chunk
     np.testing.assert_array_equal(together[2, :LENGTH], together[2, LENGTH:])

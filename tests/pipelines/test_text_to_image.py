@@ -16,7 +16,7 @@ def grey(params, x, t, cond):
     return jnp.broadcast_to(params * cond["label"][:, None, None, None].astype(jnp.float32), x.shape)
 
 
-PIPELINE = Pipeline(grey, jnp.float32(0.1), process.from_x0, codecs.identity(), {"label": np.int32(0)}, 4)
+PIPELINE = Pipeline(grey, jnp.float32(0.1), process.from_x0, codecs.identity(), {"label": np.int32(0)}, (4, 4))
 
 
 def draw(labels, seed=0, pipeline=PIPELINE, **options):

@@ -1,0 +1,55 @@
+"""Stable Diffusion 1, 2 and XL from their published checkpoints: sample, fine-tune, export.
+
+    SD="python main.py --config=configs/stable_diffusion.py --config.checkpoint=FOLDER"
+    $SD --mode=sample --prompt "a (red:1.3) castle"
+    $SD --mode=train --config.data.path=PHOTOS
+    $SD --mode=export
+
+FOLDER is what diffusers saves (model_index.json, unet/, vae/, …), or one .safetensors file in the original layout, to
+which --config.tokenizers=FOLDER gives the tokenizers of its family. The folders of inpainting models, whose U-Net sees
+the mask, are drawn from with --config.sample.image and --config.sample.mask.
+
+Fine-tuning trains the whole U-Net on a folder of images with captions (any data source will do): about 14 GB for
+Stable Diffusion 1 with its optimizer and average in float32, and activations on top. `configs/lora.py` needs less. The
+run's weights are then used by sample and export with the same --workdir. Nothing has been fine-tuned with it to the
+end yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """arg: none are known.
+
+    checkpoint: a folder or file. dtype: that networks compute in and, for sampling, keep their weights in; bfloat16 for
+    TPU and GPU. prediction: "eps", "v" or "x0" where the checkpoint does not say. tokenizers: a folder that has them,
+    for a single file. allow_pickle: read .bin and .ckpt files, of which tensors alone are admitted. loras: files that
+    are added to the weights, each with "@SCALE" after it where that is not 1. remat: recompute in the backward pass.
+    data.size: of training images, 0 for the model's own.
+    """
+    if arg:
+        raise ValueError(f"stable_diffusion has no presets, got {arg!r}; name the model by --config.checkpoint=FOLDER")
+    config = ConfigDict()
+    config.name = "stable_diffusion"
+    config.seed = 0
+    config.checkpoint = ""
+    config.dtype = "float32"
+    config.prediction = ""
+    config.tokenizers = ""
+    config.allow_pickle = False
+    config.loras = ()
+    config.remat = True
+    config.data = common.data("folder", size=0, flip=True)
+    config.data.upscale = True
+    config.objective = ConfigDict({"weight": "min_snr", "drop": 0.1})
+    config.optimizer = common.optimizer(1e-5, warmup=500)
+    config.train = common.train(steps=10_000, batch_size=8, ema=0.9999, every=500)
+    config.sample = common.sample(
+        ("a photograph of an astronaut riding a horse",), solver="dpmpp_2m", steps=25, guidance=7.5
+    )
+    config.sample.spacing = "published"
+    config.sample.batch_size = 4
+    config.eval = common.evaluation(images=100)
+    return config
