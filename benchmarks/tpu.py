@@ -1,0 +1,105 @@
+"""What the TPU compiler says of a program. It needs no TPU (`pip install "jax[tpu]"`), and nothing is run.
+
+Import this before jax is used: it sets the environment in which the compiler starts without a TPU.
+"""
+
+import os
+import re
+from typing import NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+from jax.experimental import topologies
+
+
+class Chip(NamedTuple):
+    """memory: bytes of HBM. flops: bf16 FLOP/s at peak. bandwidth: bytes/s of HBM. As Google Cloud states them.
+
+    clock: cycles/s, the peak over twice the multipliers of all matrix units.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    clock: float
+
+
+CHIPS = {
+    "v5e": Chip(16e9, 197e12, 819e9, 1.5e9),
+    "v6e": Chip(32e9, 918e12, 1640e9, 1.75e9),
+    "v5p": Chip(95e9, 459e12, 2765e9, 1.75e9),
+    "v4": Chip(32e9, 275e12, 1228e9, 1.05e9),
+}
+
+
+class Cost(NamedTuple):
+    """Of a compiled program, for each chip.
+
+    arguments, temporary, total: bytes of its inputs, of what it needs besides inputs and outputs, and of all of them,
+    donated memory counted once. flops, accessed: FLOPs and bytes read and written, the body of a loop counted once.
+    cycles: what the compiler expects, the body of a loop counted as often as it runs; kernels of one's own are not in
+    it, and what runs side by side is added up.
+    """
+
+    arguments: int
+    temporary: int
+    total: int
+    flops: float
+    accessed: float
+    cycles: int
+
+
+def devices(topology: str) -> list:
+    """The chips of a slice such as "v5e:2x4"."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def chip(topology: str) -> Chip:
+    """What each chip of a slice can do."""
+    return CHIPS[topology.split(":")[0]]
+
+
+def cost(compiled) -> Cost:
+    """The compiler's own account of `jax.jit(f).lower(…).compile()`."""
+    memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return Cost(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        total - memory.alias_size_in_bytes,
+        counted["flops"],
+        counted["bytes accessed"],
+        cycles(compiled.as_text()),
+    )
+
+
+def cycles(program: str) -> int:
+    """The sum of the estimates in a compiled program's text."""
+    computations, name = {}, None
+    for line in program.splitlines():
+        if head := re.match(r"(ENTRY )?%([\w.\-]+) ", line):
+            name = "ENTRY" if head[1] else head[2]
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+
+    def of(name: str) -> int:
+        return sum(of_line(line) for line in computations.get(name, ()))
+
+    def of_line(line: str) -> int:
+        if loop := re.search(r" while\(.*body=%([\w.\-]+)", line):
+            times = re.search(r"known_trip_count\D*(\d+)", line)
+            return int(times[1] if times else 1) * of(loop[1])
+        if " conditional(" in line:
+            listed = re.search(r"branch_computations={([^}]*)}", line)
+            branches = listed[1] if listed else " ".join(re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", line))
+            return max(of(branch) for branch in re.findall(r"%([\w.\-]+)", branches))
+        if called := re.search(r" call\(.*to_apply=%([\w.\-]+)", line):
+            return of(called[1])
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        return int(estimate[1]) if estimate else 0
+
+    return of("ENTRY")
