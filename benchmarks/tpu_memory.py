@@ -52,9 +52,9 @@ def main(_) -> None:
     optimizer = build.optimizer(config.optimizer, config.train.steps)
     step = make_train_step(loss, optimizer, config.train.ema, config.train.accumulate, devices)
 
-    params = jax.eval_shape(lambda: stages.init_unet(model.unet, 0))
+    params = jax.eval_shape(lambda: stages.trainable(model, 0))
     state = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
-    frozen = {"codec": codec.stats, "null_cond": model.conditioning.null}
+    frozen = {"codec": codec.stats, "null_cond": model.conditioning.null, "base": {}}
     compiled = step.lower(state, frozen, _batch(config, codec, model.conditioning, len(devices))).compile()
 
     name = _TOPOLOGY.value.split(":")[0]

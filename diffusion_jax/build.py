@@ -63,12 +63,20 @@ def choose(table: dict, name: str, what: str):
     return table[name]
 
 
+class Lora(NamedTuple):
+    """A LoRA to be trained: its rank, the scale alpha / rank and which linear maps it updates, see `models.lora`."""
+
+    rank: int
+    scale: float
+    targets: str
+
+
 class Model(NamedTuple):
     """A denoiser and what belongs to it, from the config's own sections or from a published checkpoint.
 
     unet; params: its variables, None where the work directory has them or is to have them. prediction: "eps", "x0", "v"
     or "flow". codec: None where the first stage is the work directory's. size: height and width of images in pixels.
-    published: what was loaded from config.checkpoint, or None.
+    published: what was loaded from config.checkpoint, or None. lora: what is trained in place of params, or None.
     """
 
     unet: UNet
@@ -79,6 +87,7 @@ class Model(NamedTuple):
     codec: Codec | None
     size: tuple[int, int]
     published: PublishedPipeline | None
+    lora: Lora | None
 
 
 def has_denoiser(config: ConfigDict) -> bool:
@@ -106,24 +115,28 @@ def model(config: ConfigDict, training: bool = False) -> Model:
         codec=None,
         size=_size(config, config.data.size, training),
         published=None,
+        lora=None,
     )
 
 
 def _published_model(config: ConfigDict, training: bool) -> Model:
     if not config.checkpoint:
         raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
-    dtype = choose(DTYPES, config.dtype, "dtype")
+    dtype, lora = choose(DTYPES, config.dtype, "dtype"), None
+    if "lora" in config:
+        lora = Lora(config.lora.rank, config.lora.alpha / max(config.lora.rank, 1), config.lora.targets)
     published = load_pipeline(
         config.checkpoint,
-        jnp.float32 if training else dtype,
+        jnp.float32 if training and lora is None else dtype,
         config.prediction or None,
         config.tokenizers or None,
         config.allow_pickle,
     )
-    for lora in config.loras:
-        path, _, scale = lora.rpartition("@")
-        published = merge_lora(published, path, float(scale)) if path else merge_lora(published, lora)
+    for file in config.loras:
+        published = merge_lora(published, *_file_and_scale(file))
     unet, autoencoder = published.unet.module, published.autoencoder.module
+    if training and unet.in_channels > unet.out_channels:
+        raise ValueError(f"{config.checkpoint} fills in parts of an image; such a model cannot be fine-tuned here")
     side = config.data.size or unet.sample_size * 2 ** (len(autoencoder.block_out_channels) - 1)
     size = _size(config, side, training)
     pipeline, conditioning = from_published(published, size, dtype, config.sample.tile)
@@ -136,7 +149,19 @@ def _published_model(config: ConfigDict, training: bool) -> Model:
         codec=pipeline.codec,
         size=size,
         published=published,
+        lora=lora,
     )
+
+
+def _file_and_scale(file: str) -> tuple[str, float]:
+    """FILE or FILE@SCALE."""
+    path, _, scale = file.rpartition("@")
+    if not path:
+        return file, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise ValueError(f"config.loras: expected FILE or FILE@SCALE with a number, got {file!r}") from None
 
 
 def _size(config: ConfigDict, side: int, training: bool) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from diffusion_jax.build import Model
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.interop import load_autoencoder, load_unet, save_autoencoder, save_pipeline, save_unet
+from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.pipelines import Pipeline
 from diffusion_jax.pipelines import codec as codecs
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -41,7 +42,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     _note_config(config, workdir)
 
     def snapshot(params: PyTree) -> np.ndarray:
-        pipeline = build.pipeline(model, params, codec)
+        pipeline = build.pipeline(model, stages.variables(model, params, model.params), codec)
         return drawing.sheet(config, list(drawing.draw(asked, pipeline, config.sample.batch_size)))
 
     stages.train_denoiser(config, workdir, source, model, codec, snapshot)
@@ -106,13 +107,16 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
 
 
 def export(config: ConfigDict, workdir: Path) -> None:
-    """Write the averaged weights to workdir/export, as float16 safetensors that diffusers reads too: the folders unet
-    and vae, or of a model from a checkpoint the whole pipeline.
+    """Write the averaged weights to workdir/export, as safetensors that diffusers reads too: the folders unet and vae,
+    of a model from a checkpoint the whole pipeline, of a LoRA one file. All but the LoRA in float16.
     """
     model, folder = build.model(config), workdir / "export"
     checkpoints = Checkpoints(workdir / "checkpoints")
-    params = _own_params(model, checkpoints)
-    if model.published is not None:
+    params = _trained(model, checkpoints)
+    if model.lora is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_lora(folder / "lora.safetensors", params, model.lora.scale)
+    elif model.published is not None:
         unet = model.published.unet._replace(params=params)
         save_pipeline(model.published._replace(unet=unet), folder, np.float16)
     else:
@@ -137,7 +141,8 @@ def _load_pipeline(config: ConfigDict, workdir: Path, model: Model) -> tuple[Pip
     if step is not None:
         codec = model.codec or stages.first_stage(config, workdir)
         origin = f"{checkpoints.folder}, step {step}, averaged"
-        return build.pipeline(model, _own_params(model, checkpoints), codec), origin
+        params = stages.variables(model, _trained(model, checkpoints), model.params)
+        return build.pipeline(model, params, codec), origin
     if model.params is not None:
         return build.pipeline(model, model.params, model.codec), config.checkpoint
     if config.weights and Path(config.weights).exists():
@@ -149,6 +154,6 @@ def _load_pipeline(config: ConfigDict, workdir: Path, model: Model) -> tuple[Pip
     raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
 
 
-def _own_params(model: Model, checkpoints: Checkpoints) -> PyTree:
+def _trained(model: Model, checkpoints: Checkpoints) -> PyTree:
     """The averaged weights of the newest checkpoint."""
-    return checkpoints.restore_ema(jax.eval_shape(lambda: stages.init_unet(model.unet, 0)))
+    return checkpoints.restore_ema(jax.eval_shape(lambda: stages.trainable(model, 0)))

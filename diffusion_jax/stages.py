@@ -20,9 +20,9 @@ from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform, to_float, to_uint8
 from diffusion_jax.interop import load_autoencoder, save_autoencoder
+from diffusion_jax.models import lora
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
 from diffusion_jax.models.denoiser import Denoiser
-from diffusion_jax.models.unet import UNet
 from diffusion_jax.objectives.denoising import denoising
 from diffusion_jax.pipelines import codec as codecs
 from diffusion_jax.pipelines.codec import Codec
@@ -102,14 +102,18 @@ def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray)
 
 def train_denoiser(config: ConfigDict, workdir: Path, source: Source, model: Model, codec: Codec, snapshot) -> None:
     """The second stage. snapshot: averaged weights -> picture, drawn now and then."""
-    params = init_unet(model.unet, config.seed) if model.params is None else model.params
+    params = trainable(model, config.seed)
     records, transform = _training_records(config, workdir, source, model.conditioning, codec)
     logging.info("U-Net: %.2fM parameters, %d training records", _millions(params), len(records))
     task = Task(
         name="denoiser",
         loss=denoiser_loss(config, model, codec),
         params=params,
-        frozen={"codec": codec.stats, "null_cond": model.conditioning.null},
+        frozen={
+            "codec": codec.stats,
+            "null_cond": model.conditioning.null,
+            "base": {} if model.lora is None else model.params,
+        },
         batches=build.batches(records, config.train, config.seed, transform),
         optimizer=build.optimizer(config.optimizer, config.train.steps),
         snapshot=snapshot,
@@ -120,12 +124,27 @@ def train_denoiser(config: ConfigDict, workdir: Path, source: Source, model: Mod
 def denoiser_loss(config: ConfigDict, model: Model, codec: Codec) -> Callable:
     """The loss of config.objective for the second stage."""
     weight, drop = build.weight(config), config.objective.drop
-    return denoising(Denoiser(model.unet), codec.draw, model.schedule, model.prediction, weight, drop)
+    of_unet = denoising(Denoiser(model.unet), codec.draw, model.schedule, model.prediction, weight, drop)
+
+    def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys) -> tuple:
+        return of_unet(variables(model, params, frozen["base"]), frozen, batch, keys)
+
+    return loss
 
 
-def init_unet(unet: UNet, seed: int) -> PyTree:
-    """Fresh variables of the denoiser."""
-    return jax.jit(unet.init)(jax.random.key(seed), *unet.example_inputs())
+def trainable(model: Model, seed: int) -> PyTree:
+    """What training begins with: a LoRA that changes nothing, the checkpoint's variables, or fresh ones."""
+    key = jax.random.key(seed)
+    if model.lora is not None:
+        return lora.init(model.params, model.lora.rank, key, model.lora.targets)
+    if model.params is not None:
+        return model.params
+    return jax.jit(model.unet.init)(key, *model.unet.example_inputs())
+
+
+def variables(model: Model, trained: PyTree, base: PyTree) -> PyTree:
+    """The U-Net's variables. trained: as `trainable`. base: those that a LoRA is added to."""
+    return trained if model.lora is None else lora.added(base, trained, model.lora.scale)
 
 
 def _training_records(

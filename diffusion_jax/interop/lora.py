@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from diffusion_jax.interop.names import torch_name
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.single_file import unet_name
-from diffusion_jax.interop.tensors import read_file, read_metadata
+from diffusion_jax.interop.tensors import read_file, read_metadata, write_file
 from diffusion_jax.messages import first_line
 
 KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
@@ -73,6 +73,20 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
         alpha = tensors.get("alpha", alphas.get(f"{part}.lora_alpha", len(down)))
         parts.setdefault(part, {})[target] = Update(down, up, np.asarray(alpha, np.float64).item())
     return parts
+
+
+def save_lora(path: str | Path, updates: PyTree, scale: float) -> None:
+    """Write updates of a U-Net, as `models.lora` trains them, to a .safetensors file in the layout of peft.
+
+    scale: alpha / rank, by which `up` is multiplied, so that readers find alpha equal to the rank.
+    """
+    tensors = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        *module, half = (key.key for key in keys)
+        name = "unet." + torch_name((*module, "kernel")).removesuffix(".weight")
+        letter, factor = {"down": ("A", 1.0), "up": ("B", scale)}[half]
+        tensors[f"{name}.lora_{letter}.weight"] = factor * np.asarray(leaf, np.float32).T
+    write_file(path, tensors, np.float32)
 
 
 def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0) -> PublishedPipeline:

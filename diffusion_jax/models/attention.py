@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
 
-BLOCK = 512  # queries at a time in "blocks": their scores then stay in the processor's cache
+BLOCK = 512  # queries at a time in "blocks"
+SCORES = 2**22  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
 
 
@@ -25,14 +26,15 @@ def attention(
     """softmax(q·kᵀ / sqrt(width))·v, the softmax in float32 (Vaswani et al. 2017, eq. 1).
 
     mask: True at the keys that may be seen; all of them without it.
-    implementation: "xla" one softmax over the whole score matrix; "blocks" the same for 512 queries at a time, the
-    scores recomputed in the backward pass, so that memory grows with queries and not with their square; "cudnn" the
+    implementation: "xla" one softmax over the whole score matrix; "blocks" the same for a few heads and at most 512
+    queries at a time, the scores of more queries recomputed in the backward pass, so that memory grows with queries and
+    not with their square; "cudnn" the
     fused kernel; "auto" blocks on CPU, cudnn on GPU where it can, xla elsewhere. Raises ValueError for another name.
     """
     if implementation == "auto":
         implementation = _best_implementation(q)
-    if implementation == "xla" or (implementation == "blocks" and q.shape[1] <= BLOCK):
-        return _softmax_attention(q, k, v, mask)
+    if implementation == "xla":
+        return _whole(q, k, v, mask)
     if implementation == "blocks":
         return _in_blocks(q, k, v, mask)
     if implementation == "cudnn":
@@ -50,18 +52,43 @@ def _best_implementation(q) -> str:
 
 
 def _softmax_attention(q, k, v, mask):
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    """q, k, v: (..., queries or keys, width). mask: (..., 1, keys) or None."""
+    scores = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if mask is not None:
-        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores).astype(v.dtype), v)
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("...qk,...kd->...qd", nn.softmax(scores).astype(v.dtype), v)
+
+
+def _whole(q, k, v, mask):
+    mask = None if mask is None else mask[:, None, None, :]
+    return _softmax_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
 
 
 def _in_blocks(q, k, v, mask):
     b, queries, heads, width = q.shape
-    padded = jnp.pad(q, [(0, 0), (0, -queries % BLOCK), (0, 0), (0, 0)])
-    blocks = padded.reshape(b, -1, BLOCK, heads, width).swapaxes(0, 1)
+    blocks = math.ceil(queries / BLOCK)
+    size = math.ceil(queries / blocks)
+    group = _largest_divisor(b * heads, SCORES // (size * k.shape[1]))
+    attend = functools.partial(_group_in_blocks, blocks=blocks)
+    q = jnp.pad(q, [(0, 0), (0, blocks * size - queries), (0, 0), (0, 0)])
+    # heads beside images: XLA on CPU multiplies matrices several times as fast when the axes before them are joined
+    q, k, v = (x.swapaxes(1, 2).reshape(-1, group, x.shape[1], width) for x in (q, k, v))
+    mask = None if mask is None else jnp.repeat(mask, heads, axis=0).reshape(-1, group, 1, mask.shape[1])
+    out = jax.lax.map(lambda each: attend(*each), (q, k, v, mask))
+    return out.reshape(b, heads, -1, width).swapaxes(1, 2)[:, :queries]
+
+
+def _group_in_blocks(q, k, v, mask, blocks):
+    """A few heads, (heads, queries, width)."""
+    if blocks == 1:
+        return _softmax_attention(q, k, v, mask)
+    split = q.reshape(len(q), blocks, -1, q.shape[-1]).swapaxes(0, 1)
     attend = jax.checkpoint(lambda block: _softmax_attention(block, k, v, mask))
-    return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(padded.shape)[:, :queries]
+    return jax.lax.map(attend, split).swapaxes(0, 1).reshape(q.shape)
+
+
+def _largest_divisor(number, limit):
+    return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(limit, 1))
 
 
 def _multi_head(x, context, mask, *, heads, width, bias, out_init, dtype, implementation):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import PyTree
 
 from diffusion_jax.core import process, solvers
 from diffusion_jax.interop.pipeline import PublishedPipeline
@@ -87,8 +87,8 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
     encoders = [jax.jit(part.module.clone(dtype=dtype).apply) for part in published.text_encoders]
     parts = list(zip(encoders, published.text_encoders, published.tokenizers, strict=True))
 
-    def encoded(ids: Sequence[Int[Array, "batch chunks length"]], weights: Float[Array, "..."]) -> PyTree:
-        """ids: of each text encoder. weights: (B, chunks, L)."""
+    def encoded(ids: Sequence[np.ndarray], weights: np.ndarray) -> PyTree:
+        """ids: of each text encoder, (B, chunks, L). weights: (B, chunks, L)."""
         layers, pooled = [], None
         for (apply, part, _), own in zip(parts, ids, strict=True):
             features = apply(part.params, jnp.asarray(own.reshape(-1, own.shape[-1])))

@@ -1,0 +1,27 @@
+"""A LoRA of Stable Diffusion: small updates of its attention, trained on a few captioned images.
+
+    LORA="python main.py --config=configs/lora.py --config.checkpoint=FOLDER"
+    $LORA --mode=train --config.data.path=PHOTOS
+    $LORA --mode=sample --prompt "…"
+    $LORA --mode=export                    # runs/lora/export/lora.safetensors, for diffusers and others too
+
+Later, or with somebody else's file: --config=configs/stable_diffusion.py --config.loras="('FILE@0.8',)".
+The weights of the checkpoint stay as they are, in config.dtype; only the updates have gradients, optimizer and average.
+Nothing of full size has been trained with it to the end yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, stable_diffusion
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """rank, alpha: the updates are alpha / rank up down. targets: a regular expression that the paths of linear maps
+    end in; by default those of all attention. The other fields are those of configs/stable_diffusion.py.
+    """
+    config = stable_diffusion.get_config(arg)
+    config.name = "lora"
+    config.lora = ConfigDict({"rank": 8, "alpha": 8.0, "targets": "attn[12]/to_(q|k|v|out_0)"})
+    config.optimizer = common.optimizer(1e-4, warmup=50)
+    config.train = common.train(steps=1000, batch_size=4, ema=0.99, every=100)
+    return config

@@ -1,0 +1,53 @@
+"""Low-rank updates of a network's linear maps, trained in their place (LoRA, Hu et al. 2021).
+
+    y = W x + (alpha / rank) up (down x),    down (in, rank) normal, up (rank, out) zero at first
+
+`layers.Dense` adds them where the variables have a collection "lora".
+"""
+
+import math
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+ATTENTION = r"attn[12]/to_(q|k|v|out_0)"
+
+
+def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTENTION) -> PyTree:
+    """{"down", "up"} for each linear map whose path, joined by "/", ends in a match of the regular expression
+    `targets`; float32, nested as the variables' "params" are. Such an update changes nothing yet.
+
+    Raises ValueError for a rank below 1 and where no map matches.
+    """
+    if rank < 1:
+        raise ValueError(f"a LoRA's rank must be at least 1, got {rank}")
+    made: dict = {}
+    for path, kernel in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        *module, name = (part.key for part in path)
+        joined = "/".join(module)
+        if name != "kernel" or not re.search(f"(?:{targets})$", joined):
+            continue
+        if math.prod(kernel.shape[:-2]) != 1:
+            raise ValueError(f"a LoRA updates linear maps, and {joined} has a kernel of shape {kernel.shape}")
+        inside = made
+        for part in module:
+            inside = inside.setdefault(part, {})
+        own = jax.random.fold_in(key, zlib.crc32(joined.encode()))
+        inside["down"] = jax.random.normal(own, (kernel.shape[-2], rank)) / rank
+        inside["up"] = jnp.zeros((rank, kernel.shape[-1]))
+    if not made:
+        raise ValueError(f"no linear map of the network matches {targets!r}")
+    return made
+
+
+def added(variables: PyTree, updates: PyTree, scale: float) -> PyTree:
+    """The variables of the network with its updates. scale: alpha / rank."""
+
+    def scaled(path: tuple, leaf: Array | np.ndarray) -> Array | np.ndarray:
+        return scale * leaf if path[-1].key == "up" else leaf
+
+    return {**variables, "lora": jax.tree_util.tree_map_with_path(scaled, updates)}

@@ -1,0 +1,164 @@
+"""configs/stable_diffusion.py and configs/lora.py, as their users meet them: on a checkpoint of tiny networks."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+import main
+from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
+from diffusion_jax.interop.lora import merge_lora
+from diffusion_jax.models.unet import UNet
+from tests.interop import test_pipeline
+from tests.interop.test_pipeline import filled, our_pipeline, vocabulary  # noqa: F401  (a fixture)
+from tests.test_main import ROOT
+
+TRAIN = [
+    "--mode=train",
+    "--config.train.steps=6",
+    "--config.train.batch_size=4",
+    "--config.train.log_every=3",
+    "--config.optimizer.learning_rate=0.02",
+    "--config.optimizer.warmup=1",
+    "--config.sample.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(vocabulary, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_pipeline(our_pipeline(tokenizers=(load_tokenizer(vocabulary),)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of noise with captions, some of them long."""
+    folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (11, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("the cat " * (1 + i % 3))
+    return folder
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, monkeypatch, capsys):
+    """python main.py --config=configs/NAME.py --config.checkpoint=… with flags -> its stderr."""
+
+    def call(name, *flags, status=0):
+        own = [f"--config=configs/{name}.py", f"--config.checkpoint={checkpoint}", f"--workdir={tmp_path}/{name}"]
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["main.py", *own, *flags])
+        cache = jax.config.jax_compilation_cache_dir
+        try:
+            with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+                main.run()
+        finally:
+            jax.config.update("jax_compilation_cache_dir", cache)
+        stderr = capsys.readouterr().err
+        assert (ended.value.code or 0) == status, stderr
+        return stderr
+
+    return call
+
+
+def pictures(folder):
+    return [np.asarray(Image.open(path)) for path in sorted((folder / "samples").glob("[0-9]*.png"))]
+
+
+def test_prompts_become_pictures_of_the_size_asked_for(run, tmp_path):
+    flags = ["--mode=sample", "--config.sample.steps=3", "--config.sample.height=12", "--config.sample.guidance=60"]
+    run("stable_diffusion", *flags, "--prompt=a (cat:1.3) and a very much longer prompt; a cat")
+    first = pictures(tmp_path / "stable_diffusion")
+    assert [picture.shape for picture in first] == [(12, 8, 3)] * 2
+    run("stable_diffusion", *flags, "--prompt=a cat", "--config.sample.negative_prompt=a (dog:1.2) that is long")
+    (other,) = pictures(tmp_path / "stable_diffusion")
+    assert other.shape == (12, 8, 3) and np.any(other != first[1])
+
+
+def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoint, photographs, tmp_path):
+    draw = ["--mode=sample", "--config.sample.steps=3", "--prompt=the cat"]
+    run("stable_diffusion", *draw)
+    before = pictures(tmp_path / "stable_diffusion")
+    run("stable_diffusion", *TRAIN, f"--config.data.path={photographs}")
+    run("stable_diffusion", *draw)
+    tuned = pictures(tmp_path / "stable_diffusion")
+    assert np.any(tuned[0] != before[0])
+    run("stable_diffusion", "--mode=export")
+    first, exported = load_pipeline(checkpoint), load_pipeline(tmp_path / "stable_diffusion" / "export")
+    assert exported.unet.module == first.unet.module and exported.prediction == first.prediction
+    kernels = [pipeline.unet.params["params"]["conv_in"]["kernel"] for pipeline in (first, exported)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+    run(
+        "stable_diffusion",
+        *draw,
+        f"--config.checkpoint={tmp_path}/stable_diffusion/export",
+        f"--workdir={tmp_path}/again",
+    )
+    np.testing.assert_allclose(np.int32(pictures(tmp_path / "again")), np.int32(tuned), atol=2)  # stored as float16
+
+
+def test_a_lora_is_trained_drawn_with_and_exported(run, checkpoint, photographs, tmp_path):
+    draw = ["--mode=sample", "--config.sample.steps=3", "--prompt=the cat"]
+    run("lora", *TRAIN, f"--config.data.path={photographs}")
+    run("lora", *draw)
+    run("lora", "--mode=export")
+    file = tmp_path / "lora" / "export" / "lora.safetensors"
+    run("stable_diffusion", *draw, f"--config.loras=('{file}@1.0',)")
+    ours, merged = pictures(tmp_path / "lora"), pictures(tmp_path / "stable_diffusion")
+    np.testing.assert_allclose(np.int32(ours), np.int32(merged), atol=1)
+    plain, updated = load_pipeline(checkpoint), merge_lora(load_pipeline(checkpoint), file)
+    query = "down_blocks_0", "attentions_0", "transformer_blocks_0", "attn2", "to_q", "kernel"
+    kernels = []
+    for pipeline in (plain, updated):
+        leaf = pipeline.unet.params["params"]
+        for part in query:
+            leaf = leaf[part]
+        kernels.append(leaf)
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+def test_an_inpainting_model_needs_its_image_and_mask(run, vocabulary, tmp_path):  # noqa: F811
+    unet = UNet(**test_pipeline.UNET | {"in_channels": 9})
+    model = our_pipeline(unet=filled(unet, *unet.example_inputs()), tokenizers=(load_tokenizer(vocabulary),))
+    save_pipeline(model, tmp_path / "filling")
+    flags = [f"--config.checkpoint={tmp_path}/filling", "--mode=sample", "--config.sample.steps=2", "--prompt=a cat"]
+    assert "this model fills in parts of an image" in run("stable_diffusion", *flags, status=2)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    run(
+        "stable_diffusion",
+        *flags,
+        f"--config.sample.image={tmp_path}/image.png",
+        f"--config.sample.mask={tmp_path}/mask.png",
+    )
+    (made,) = pictures(tmp_path / "stable_diffusion")
+    np.testing.assert_array_equal(made[4:], image[4:])
+    assert np.any(made[:4] != image[:4])
+    train = [*TRAIN, f"--config.checkpoint={tmp_path}/filling", f"--config.data.path={tmp_path}"]
+    assert "cannot be fine-tuned here" in run("stable_diffusion", *train, status=2)
+
+
+BAD = {
+    "config.checkpoint is empty: name a diffusers folder": ["--config.checkpoint="],
+    "nowhere/model_index.json: no such file": ["--config.checkpoint=nowhere"],
+    "height and width must be multiples of 2 pixels, got 13 and 8": ["--config.sample.height=13"],
+    "tile must be a multiple of 8 pixels, or 0 for none, got 3": ["--config.sample.tile=3"],
+    "expected FILE or FILE@SCALE with a number, got 'x@y'": ["--config.loras=('x@y',)"],
+    "unknown dtype 'float8'; known: bfloat16, float32": ["--config.dtype=float8"],
+    "steps must be in 1..1000": ["--config.sample.steps=0"],
+    "prediction: expected one of eps, v, x0, got 'w'": ["--config.prediction=w"],
+    "no presets, got 'xl'": ["--config=configs/stable_diffusion.py:xl"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_be_is_one_clear_line(message, run):
+    stderr = run("stable_diffusion", "--mode=sample", *BAD[message], status=2)
+    assert message in stderr.splitlines()[-1] and "Traceback" not in stderr
