@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from diffusion_jax.models.attention import AttentionBlock2D
 from diffusion_jax.models.blocks import DownBlock, MidBlock
-from diffusion_jax.models.layers import Downsample2D, GroupNorm, PointwiseConv, ResnetBlock2D, Upsample2D, conv
+from diffusion_jax.models.layers import Conv, Downsample2D, GroupNorm, PointwiseConv, ResnetBlock2D, Upsample2D
 
 
 class Encoder(nn.Module):
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = conv(self.channels[0], name="conv_in", dtype=self.dtype)(x)
+        x = Conv(self.channels[0], name="conv_in", dtype=self.dtype)(x)
         for i, width in enumerate(self.channels):
             downsample = functools.partial(Downsample2D, width, 0, self.dtype) if i < len(self.channels) - 1 else None
             x, _ = DownBlock(
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
             )(x, None)
         x = MidBlock(functools.partial(self.resnet, self.channels[-1]), self.attention, name="mid_block")(x, None)
         x = nn.silu(self.norm(name="conv_norm_out")(x))
-        return conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
+        return Conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
 
 
 class UpDecoderBlock(nn.Module):
@@ -69,13 +69,13 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z):
-        x = conv(self.channels[0], name="conv_in", dtype=self.dtype)(z)
+        x = Conv(self.channels[0], name="conv_in", dtype=self.dtype)(z)
         x = MidBlock(functools.partial(self.resnet, self.channels[0]), self.attention, name="mid_block")(x, None)
         for i, width in enumerate(self.channels):
             upsample = functools.partial(Upsample2D, width, self.dtype) if i < len(self.channels) - 1 else None
             x = UpDecoderBlock(self.layers, functools.partial(self.resnet, width), upsample, name=f"up_blocks_{i}")(x)
         x = nn.silu(self.norm(name="conv_norm_out")(x))
-        return conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
+        return Conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
 
 
 class AutoencoderKL(nn.Module):

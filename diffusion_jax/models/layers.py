@@ -6,6 +6,7 @@ residual branch, so that a fresh network starts as the identity along its residu
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -16,19 +17,49 @@ from jaxtyping import Array, Float, Num
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
+Padding = Sequence[tuple[int, int]]
 
 
-def conv(
-    features: int,
-    *,
-    name: str,
-    dtype: DTypeLike,
+def convolve(
+    x: Num[Array, "batch height width channels"],
+    kernel: Num[Array, "kernel_height kernel_width channels features"],
+    padding: Padding,
     stride: int = 1,
-    padding: int | Sequence[tuple[int, int]] = 1,
-    init=kernel_init,
-) -> nn.Conv:
-    """A 3x3 convolution."""
-    return nn.Conv(features, (3, 3), stride, padding, kernel_init=init, dtype=dtype, name=name)
+) -> Num[Array, "batch h w features"]:
+    """A convolution; padding: (before, after) of height and of width.
+
+    On CPU it is written as one product of matrices where the kernel is larger than the image: XLA's own convolution
+    then takes up to twice as long.
+    """
+    size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
+    if jax.default_backend() != "cpu" or len(x) * math.prod(size) >= kernel.shape[-1]:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    padded = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    tops, lefts = (
+        [slice(i, i + stride * (n - 1) + 1, stride) for i in range(k)] for n, k in zip(size, kernel.shape, strict=False)
+    )
+    patches = jnp.concatenate([padded[:, top, left] for top in tops for left in lefts], axis=-1)
+    y = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return y.reshape(len(x), *size, -1)
+
+
+class Conv(nn.Module):
+    """A 3x3 convolution. padding: on every side, or (before, after) of height and of width."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+    stride: int = 1
+    padding: int | Padding = 1
+    init: Callable = kernel_init
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
+        kernel = self.param("kernel", self.init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
+        padding = [(self.padding, self.padding)] * 2 if isinstance(self.padding, int) else self.padding
+        return convolve(x.astype(self.dtype), kernel, padding, self.stride) + bias
 
 
 class Dense(nn.Module):
@@ -144,7 +175,7 @@ class ResnetBlock2D(nn.Module):
         self, x: Float[Array, "batch height width _"], temb: Float[Array, "batch embedding"] | None = None
     ) -> Float[Array, "batch height width out"]:
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
-        h = conv(self.out_channels, name="conv1", dtype=self.dtype)(h)
+        h = Conv(self.out_channels, name="conv1", dtype=self.dtype)(h)
 
         scale, shift = 0.0, 0.0
         if temb is not None:
@@ -158,7 +189,7 @@ class ResnetBlock2D(nn.Module):
 
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(h) * (1 + scale) + shift)
         h = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)(h)
-        h = conv(self.out_channels, name="conv2", dtype=self.dtype, init=zeros_init)(h)
+        h = Conv(self.out_channels, name="conv2", dtype=self.dtype, init=zeros_init)(h)
 
         if x.shape[-1] != self.out_channels:
             x = PointwiseConv(self.out_channels, self.dtype, name="conv_shortcut")(x)
@@ -175,7 +206,7 @@ class Downsample2D(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width _"]) -> Float[Array, "batch h w out"]:
         padding = [(self.padding, max(self.padding, 1))] * 2
-        return conv(self.out_channels, stride=2, padding=padding, name="conv", dtype=self.dtype)(x)
+        return Conv(self.out_channels, stride=2, padding=padding, name="conv", dtype=self.dtype)(x)
 
 
 class UpsampledConv(nn.Module):
@@ -196,17 +227,14 @@ class UpsampledConv(nn.Module):
         b, h, w, c = x.shape
         kernel = self.param("kernel", kernel_init, (3, 3, c, self.features))
         bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
-        convolve = functools.partial(
-            jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
         x = x.astype(self.dtype)
         if size not in (None, (2 * h, 2 * w)):  # the crop's edge cuts a repeated pixel in two
             x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]]
-            return convolve(x, kernel.astype(self.dtype), padding=[(1, 1), (1, 1)]) + bias
+            return convolve(x, kernel.astype(self.dtype), [(1, 1), (1, 1)]) + bias
         rows = []
         for i in range(2):
             taps = [_repeated_taps(_repeated_taps(kernel, 0, i), 1, j).astype(self.dtype) for j in range(2)]
-            columns = [convolve(x, taps[j], padding=[(1 - i, i), (1 - j, j)]) for j in range(2)]
+            columns = [convolve(x, taps[j], [(1 - i, i), (1 - j, j)]) for j in range(2)]
             rows.append(jnp.stack(columns, axis=3))
         return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features) + bias
 

@@ -11,12 +11,12 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from diffusion_jax.models.attention import AttentionBlock2D, Transformer2DModel
 from diffusion_jax.models.blocks import DownBlock, MidBlock, UpBlock
 from diffusion_jax.models.layers import (
+    Conv,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
-    conv,
     kernel_init,
     sinusoidal_embedding,
     zeros_init,
@@ -124,7 +124,7 @@ class UNet(nn.Module):
         )
 
         temb = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), class_labels, text_embeds, time_ids)
-        x = conv(channels[0], name="conv_in", dtype=self.dtype)(x)
+        x = Conv(channels[0], name="conv_in", dtype=self.dtype)(x)
 
         skips = [x]
         for i, block_type in enumerate(self.down_block_types):
@@ -158,7 +158,7 @@ class UNet(nn.Module):
             )(x, skips, temb, *context)
 
         x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, name="conv_norm_out")(x))
-        return conv(self.out_channels, name="conv_out", dtype=jnp.float32, init=zeros_init)(x)
+        return Conv(self.out_channels, name="conv_out", dtype=jnp.float32, init=zeros_init)(x)
 
     def example_inputs(self) -> tuple:
         """The smallest zeros that this network takes, for `init` and for tracing its shapes."""

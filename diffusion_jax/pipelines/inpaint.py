@@ -39,16 +39,14 @@ def inpaint(
         x0 = encode(pipeline, image)
         x = noised(pipeline, x0, keys, plan)
         if pipeline.fills:
-            cond, known = cond | {"known": _seen(pipeline, image, mask)}, None
+            cond, known = cond | {"known": seen(pipeline, image, mask)}, None
         else:
             known = keep(x0, jnp.broadcast_to(_touched(mask, pipeline.codec.factor), (*x0.shape[:3], 1)), keys)
         made = from_noise(pipeline, x, cond, keys, plan, guidance, known=known, **options)
     return mask * made + (1 - mask) * pixels(image)
 
 
-def _seen(
-    pipeline: Pipeline, image: Images, mask: Float[Array, "#batch height width 1"]
-) -> Float[Array, "batch h w c"]:
+def seen(pipeline: Pipeline, image: Images, mask: Float[Array, "#batch height width 1"]) -> Float[Array, "batch h w c"]:
     """(B, h, w, 1 + channels) for a model that fills in: the mask, as it is at the corner of each cell, and the latent
     of the image with grey where it is to be new.
     """

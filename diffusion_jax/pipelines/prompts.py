@@ -11,6 +11,7 @@ opened is a character, and so is a colon that no number and round bracket follow
 import re
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
@@ -111,11 +112,14 @@ def emphasise(
         z' = (w · z) mean(z) / mean(w · z),    means over all tokens and channels of one chunk of one prompt
 
     so that a weight moves emphasis between the tokens of a chunk and leaves the mean of their embeddings where the
-    denoiser knows it. With all weights 1, z' = z.
+    denoiser knows it. With all weights 1, z' = z. A chunk whose mean is nothing beside its values has none to keep.
 
     z: what the encoder says of the chunks, rows = batch · chunks.
     """
     batch, chunks, length = weights.shape
     weighted = z * weights.reshape(batch * chunks, length, 1)
-    means = [x.mean(axis=(1, 2), keepdims=True) for x in (z, weighted)]
-    return (weighted * (means[0] / means[1])).reshape(batch, chunks * length, -1)
+    before, after = (x.mean(axis=(1, 2), keepdims=True) for x in (z, weighted))
+    least = 1e-4 * jnp.sqrt(jnp.square(z).mean(axis=(1, 2), keepdims=True))
+    kept = (jnp.abs(before) > least) & (jnp.abs(after) > least)
+    weighted = weighted * jnp.where(kept, before / jnp.where(kept, after, 1.0), 1.0)
+    return weighted.reshape(batch, chunks * length, -1)

@@ -10,13 +10,16 @@ import pytest
 
 from diffusion_jax.core import schedules, solvers
 from diffusion_jax.interop import load_pipeline, save_pipeline
+from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of, scheduler_config
 from diffusion_jax.interop.tensors import read_file, write_file
+from diffusion_jax.models import lora
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.pipelines.inpaint import seen
 from diffusion_jax.pipelines.pipeline import from_noise
-from diffusion_jax.pipelines.published import from_published
+from diffusion_jax.pipelines.published import from_published, published_times
 from tests.interop import test_single_file
 
 UNET = {
@@ -292,7 +295,7 @@ def test_images_are_those_of_the_peer(kind, vocabulary, tmp_path):
     plan = solvers.ddim(model.schedule, 3, spacing=whole.scheduler.timesteps.double().numpy())
     keys = jax.random.split(jax.random.key(0), 2)
     x = jnp.asarray(noise.transpose(0, 2, 3, 1))
-    ours = from_noise(pipeline, x, conditioning.of_prompts(PROMPTS[:2]), keys, plan, 4.0)
+    ours = from_noise(pipeline, x, conditioning.of_records({"caption": PROMPTS[:2]}), keys, plan, 4.0)
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
     assert np.std(theirs) > 0.1
 
@@ -300,3 +303,90 @@ def test_images_are_those_of_the_peer(kind, vocabulary, tmp_path):
 def test_a_model_without_tokenizers_is_refused():
     with pytest.raises(ValueError, match="expected a tokenizer for each of 1 text encoders, got 0"):
         from_published(our_pipeline())
+
+
+def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
+    """A U-Net that sees the mask: the same noise becomes the same image."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    parts = published("sd", vocabulary, tmp_path / "parts").components
+    torch.manual_seed(1)
+    parts["unet"] = diffusers.UNet2DConditionModel(**UNET | {"in_channels": 9})
+    parts["scheduler"] = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_end=0.012, clip_sample=False)
+    whole = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    whole.save_pretrained(tmp_path / "theirs")
+    whole.vae.encode = _without_noise(whole.vae.encode)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, 4, 4, 4)).astype(np.float32)
+    image = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    mask = np.zeros((1, 8, 8, 1), np.float32)
+    mask[:, :5, 2:] = 1
+    first = [torch.tensor(array.transpose(0, 3, 1, 2)) for array in (image, np.repeat(mask, 2, axis=0))]
+    options = dict(num_inference_steps=3, guidance_scale=4.0, output_type="np", strength=1.0)
+    theirs = whole(PROMPTS[:2], *first, latents=torch.tensor(noise), height=8, width=8, **options).images
+
+    pipeline, conditioning = from_published(load_pipeline(tmp_path / "theirs"))
+    plan = solvers.ddim(load_pipeline(tmp_path / "theirs").schedule, 3, whole.scheduler.timesteps.double().numpy())
+    cond = conditioning.of_records({"caption": PROMPTS[:2]}) | {"known": seen(pipeline, image, jnp.asarray(mask))}
+    keys = jax.random.split(jax.random.key(0), 2)
+    ours = from_noise(pipeline, jnp.asarray(noise.transpose(0, 2, 3, 1)), cond, keys, plan, 4.0)
+    np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
+    assert np.std(theirs) > 0.05
+
+
+def _without_noise(encode):
+    """The encoder with the mean for a draw."""
+
+    def wrapped(x):
+        out = encode(x)
+        out.latent_dist.sample = lambda generator=None: out.latent_dist.mode()
+        return out
+
+    return wrapped
+
+
+def test_a_trained_lora_is_what_the_peer_loads(vocabulary, tmp_path):
+    pytest.importorskip("peft")
+    import torch
+
+    whole = published("sd", vocabulary, tmp_path / "theirs")
+    pipeline = load_pipeline(tmp_path / "theirs")
+    made = lora.init(pipeline.unet.params, 3, jax.random.key(0))
+    made = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), made)
+    save_lora(tmp_path / "lora.safetensors", made, 0.2)
+    whole.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    with torch.no_grad():
+        theirs = whole.unet(torch.ones(1, 4, 4, 4), torch.tensor([500]), torch.ones(1, 9, 8)).sample
+    theirs = theirs.numpy().transpose(0, 2, 3, 1)
+    x, t, text = jnp.ones((1, 4, 4, 4)), jnp.array([500]), jnp.ones((1, 9, 8))
+    ours = pipeline.unet.module.apply(lora.added(pipeline.unet.params, made, 0.2), x, t, text)
+    plain = pipeline.unet.module.apply(pipeline.unet.params, x, t, text)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    assert np.abs(ours - plain).max() > 0.01 * np.abs(theirs).max()
+
+
+def test_weighted_and_long_prompts_of_both_encoders(vocabulary, tmp_path):
+    """All are as long as the longest; what a prompt says does not depend on the others."""
+    published("sdxl", vocabulary, tmp_path)
+    model = load_pipeline(tmp_path)
+    pipeline, conditioning = from_published(model, size=(12, 8))
+    together = conditioning.of_prompts(["(cat:1.5) dog", "a b c d e f g h i j", ""])
+    assert together["text"].shape == (3, 18, 20) and together["text_embeds"].shape == (3, 10)
+    np.testing.assert_array_equal(together["time_ids"], np.tile([12, 8, 0, 0, 12, 8], (3, 1)))
+    alone = conditioning.of_prompts(["(cat:1.5) dog"])
+    np.testing.assert_allclose(together["text"][0, :9], alone["text"][0], atol=1e-6)
+    plain = conditioning.of_prompts(["cat dog"])
+    assert np.abs(alone["text"] - plain["text"]).max() > 1e-3
+    np.testing.assert_allclose(alone["text_embeds"], plain["text_embeds"], atol=1e-6)  # weights move tokens alone
+    assert pipeline.shape == (6, 4, 4)
+
+
+def test_the_times_are_those_of_the_peer(vocabulary, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = our_pipeline()
+    for spacing, offset in (("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)):
+        config = {"timestep_spacing": spacing, "steps_offset": offset, "beta_schedule": "scaled_linear"}
+        scheduler = diffusers.DDIMScheduler(**config)
+        for steps in (2, 7, 20, 50):
+            scheduler.set_timesteps(steps)
+            ours = published_times(model._replace(scheduler=config), steps)
+            np.testing.assert_array_equal(ours, scheduler.timesteps.numpy(), err_msg=f"{config} {steps}")
