@@ -126,14 +126,25 @@ def sample(
         x = _blend(x, known, plan.start)
     total = plan.num_rows
     size = total if chunk is None else chunk
-    # made from x so that it lies on x's device, as every later state does: one program for all chunks
-    state, x0 = State(jnp.copy(x), jnp.broadcast_to(jnp.zeros_like(x), (1 + HISTORY, *x.shape))), x
+    state, x0 = _start(x), x
     for start in range(0, total, size):
         state, x0 = advance(as_pytree(denoise), _rows(plan, start, size), state, x0, keys, cond, known)
         done = min(start + size, total)
         if callback is not None and callback(done, x0):
             break
     return state.x
+
+
+def run_rows(
+    denoise: Denoise, rows: Rows, x: Float[Array, "batch *shape"], keys: Key[Array, "batch"], cond: PyTree = None
+) -> Float[Array, "batch *shape"]:
+    """`sample` with the plan as an input of your own `jax.jit`: rows are `rows(plan, at_least)`."""
+    return advance(as_pytree(denoise), rows, _start(x), x, keys, cond)[0].x
+
+
+def rows(plan: Plan, at_least: int = 0) -> Rows:
+    """The whole plan for `run_rows`, padded to at_least rows, so that shorter plans use the same program."""
+    return _rows(plan, 0, max(plan.num_rows, at_least))
 
 
 def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."], keys: Key[Array, "batch"]) -> Known:
@@ -145,6 +156,11 @@ def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."], keys: Key[
     if not _broadcasts(jnp.shape(mask), x0.shape):
         raise ValueError(f"a mask must have a shape that broadcasts to the image's {x0.shape}, got {jnp.shape(mask)}")
     return Known(x0, jnp.asarray(mask, x0.dtype), initial_noise(keys, x0.shape[1:], NoiseLevel(0.0, 0.0, 1.0)))
+
+
+def _start(x: Array) -> State:
+    # made from x so that it lies on x's device, as every later state does: one program for all chunks
+    return State(jnp.copy(x), jnp.broadcast_to(jnp.zeros_like(x), (1 + HISTORY, *x.shape)))
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

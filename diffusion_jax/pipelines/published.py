@@ -1,21 +1,21 @@
 """Published models of the Stable Diffusion family as pipelines of this library."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from diffusion_jax.core import process, solvers
+from diffusion_jax.core import process, sampling, solvers
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
 from diffusion_jax.pipelines.codec import autoencoder_kl, fingerprint
 from diffusion_jax.pipelines.conditioning import Conditioning
-from diffusion_jax.pipelines.pipeline import Pipeline
+from diffusion_jax.pipelines.pipeline import Guidance, Pipeline, guided
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
@@ -82,46 +82,85 @@ def _check(published: PublishedPipeline) -> None:
         )
 
 
-def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Conditioning:
-    wide = published.unet.module.addition_embed_type is not None
-    encoders = [jax.jit(part.module.clone(dtype=dtype).apply) for part in published.text_encoders]
-    parts = list(zip(encoders, published.text_encoders, published.tokenizers, strict=True))
+def generator(
+    published: PublishedPipeline, size: tuple[int, int] | None = None, dtype: DTypeLike = jnp.float32
+) -> tuple[Callable[..., Array], PyTree]:
+    """Token ids to pixels as one compiled function: (run, weights), for compiling ahead and for throughput.
 
-    def encoded(ids: Sequence[np.ndarray], weights: np.ndarray) -> PyTree:
-        """ids: of each text encoder, (B, chunks, L). weights: (B, chunks, L)."""
+    run(weights, ids, weights_of_tokens, keys, rows, scale) -> images (B, height, width, 3) in about [-1, 1]. ids: for
+    each text encoder (2B, chunks, L), the prompts and then as many negative prompts, with weights_of_tokens
+    (2B, chunks, L), as `prompts.chunked` makes them. keys: (B,). rows: `sampling.rows(plan, at_least)`; plans of no
+    more rows than at_least, other scales, seeds and prompts use the same program. scale: of guidance, a number or (B,).
+    size, dtype, errors: as in `from_published`.
+    """
+    pipeline, _ = from_published(published, size, dtype)
+    embed = _embedder(published, pipeline.size, dtype)
+    weights = {
+        "texts": [part.params for part in published.text_encoders],
+        "unet": pipeline.params,
+        "codec": pipeline.codec.params,
+    }
+
+    def run(weights: PyTree, ids: list, of_tokens: Array, keys: Array, rows: sampling.Rows, scale: Array) -> Array:
+        both = embed(weights["texts"], ids, of_tokens)
+        cond, negative = (
+            {name: leaf[half] for name, leaf in both.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
+        )
+        denoise = sampling.denoiser(pipeline.apply, weights["unet"], pipeline.convert)
+        x = sampling.initial_noise(keys, pipeline.shape, jax.tree.map(lambda leaf: leaf[0], rows.plan.level))
+        x0 = sampling.run_rows(guided(denoise, Guidance(scale, negative), pipeline.null_cond), rows, x, keys, cond)
+        return pipeline.codec.decode(weights["codec"], x0)
+
+    return jax.jit(run), weights
+
+
+def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Callable[..., PyTree]:
+    """(variables of each text encoder, ids of each (B, chunks, L), weights (B, chunks, L)) -> cond, pure."""
+    wide = published.unet.module.addition_embed_type is not None
+    encoders = [part.module.clone(dtype=dtype) for part in published.text_encoders]
+    height, width = size
+
+    def embed(params: Sequence[PyTree], ids: Sequence, weights) -> PyTree:
         layers, pooled = [], None
-        for (apply, part, _), own in zip(parts, ids, strict=True):
-            features = apply(part.params, jnp.asarray(own.reshape(-1, own.shape[-1])))
+        for encoder, own, rows in zip(encoders, params, ids, strict=True):
+            features = encoder.apply(own, jnp.reshape(rows, (-1, rows.shape[-1])))
             z = features.penultimate if wide else features.last_hidden_state
             layers.append(weighted.emphasise(z.astype(jnp.float32), weights))
             pooled = features.pooled
         if not wide:
             return {"text": layers[0]}
-        height, width = size
         return {
             "text": jnp.concatenate(layers, axis=-1),
             "text_embeds": pooled.reshape(*weights.shape[:2], -1)[:, 0].astype(jnp.float32),
             "time_ids": jnp.tile(jnp.float32([height, width, 0, 0, height, width]), (len(weights), 1)),
         }
 
-    def in_batches(ids: list, weights: np.ndarray) -> PyTree:
-        starts = range(0, len(weights), PROMPT_BATCH)
-        made = [encoded([own[i : i + PROMPT_BATCH] for own in ids], weights[i : i + PROMPT_BATCH]) for i in starts]
+    return embed
+
+
+def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Conditioning:
+    embed = jax.jit(_embedder(published, size, dtype))
+    params = [part.params for part in published.text_encoders]
+
+    def in_batches(ids: Sequence[np.ndarray], weights: np.ndarray) -> PyTree:
+        parts = [np.s_[start : start + PROMPT_BATCH] for start in range(0, len(weights), PROMPT_BATCH)]
+        made = [embed(params, [own[part] for own in ids], weights[part]) for part in parts]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *made)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        ids, weights = zip(*(weighted.chunked(prompts, tokenizer) for *_, tokenizer in parts), strict=True)
-        return in_batches(list(ids), weights[0])
+        ids, weights = zip(*(weighted.chunked(prompts, tokenizer) for tokenizer in published.tokenizers), strict=True)
+        return in_batches(ids, weights[0])
 
     def of_captions(captions: Sequence[str]) -> PyTree:
-        ids = [tokenize(captions, tokenizer, tokenizer.padding["length"])[0][:, None] for *_, tokenizer in parts]
+        ids = [tokenize(captions, each, each.padding["length"])[0][:, None] for each in published.tokenizers]
         return in_batches(ids, np.ones(ids[0].shape, np.float32))
 
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))
+    wide = published.unet.module.addition_embed_type is not None
     if wide and published.index.get("force_zeros_for_empty_prompt", True):
         null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds")}
     return Conditioning(
-        name=fingerprint([part.params for part in published.text_encoders]),
+        name=fingerprint(params),
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import schedules, solvers
-from diffusion_jax.interop import load_pipeline, save_pipeline
+from diffusion_jax.core import sampling, schedules, solvers
+from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of, scheduler_config
 from diffusion_jax.interop.tensors import read_file, write_file
@@ -17,9 +17,11 @@ from diffusion_jax.models import lora
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.pipelines import prompts as weighted
+from diffusion_jax.pipelines import text_to_image
 from diffusion_jax.pipelines.inpaint import seen
 from diffusion_jax.pipelines.pipeline import from_noise
-from diffusion_jax.pipelines.published import from_published, published_times
+from diffusion_jax.pipelines.published import from_published, generator, published_times
 from tests.interop import test_single_file
 
 UNET = {
@@ -390,3 +392,29 @@ def test_the_times_are_those_of_the_peer(vocabulary, tmp_path):
             scheduler.set_timesteps(steps)
             ours = published_times(model._replace(scheduler=config), steps)
             np.testing.assert_array_equal(ours, scheduler.timesteps.numpy(), err_msg=f"{config} {steps}")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_one_program_makes_the_images_of_the_parts(kind, vocabulary, tmp_path):
+    """Token ids to pixels in one call; other steps, solvers, seeds, prompts and scales compile nothing."""
+    parts = {"tokenizers": (load_tokenizer(vocabulary),)}
+    if kind == "sdxl":
+        unet = UNet(**UNET | ADDED)
+        texts = [ClipTextEncoder(**fields) for fields in (TEXT, TEXT_2)]
+        parts = {
+            "unet": filled(unet, *unet.example_inputs()),
+            "text_encoders": tuple(filled(text, *text.example_inputs()) for text in texts),
+            "tokenizers": 2 * parts["tokenizers"],
+            "index": {"force_zeros_for_empty_prompt": False},
+        }
+    model = our_pipeline(**parts)
+    pipeline, conditioning = from_published(model)
+    run, weights = generator(model)
+    for i, plan in enumerate([solvers.dpmpp_2m(model.schedule, 5), solvers.ddpm(model.schedule, 3)]):
+        prompts, scale, keys = [f"a (cat{'s' * i}:1.2)", "dogs"], 3.0 + i, jax.random.split(jax.random.key(i), 2)
+        chunked = [weighted.chunked([*prompts, "", ""], tokenizer) for tokenizer in model.tokenizers]
+        ids, of_tokens = [ids for ids, _ in chunked], chunked[0][1]
+        made = run(weights, ids, of_tokens, keys, sampling.rows(plan, 6), scale)
+        expected = text_to_image(pipeline, conditioning.of_prompts(prompts), keys, plan, scale)
+        np.testing.assert_allclose(made, expected, atol=1e-4)
+    assert run._cache_size() == 1
