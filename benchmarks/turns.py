@@ -33,8 +33,12 @@ def serve(run: Callable[[], object], warmups: int = 2) -> None:
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak": peak()}), flush=True)
+
+
+def peak() -> int:
+    """The most memory that this process has held so far, in bytes, the pages of mapped files among it."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(commands: dict[str, list[str]], turns: int, unmeasured: int = 1) -> dict[str, Side]:

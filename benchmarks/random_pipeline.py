@@ -1,0 +1,93 @@
+"""A folder of Stable Diffusion 1.5 as diffusers writes it, full size or tiny, with random weights of the peer's own.
+
+    python -m benchmarks.random_pipeline FOLDER [--quick]
+
+Its tokenizer knows single letters alone, under ids of CLIP's range; prompts have 77 tokens as they should.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+UNET = {  # what unet/config.json says beside the peer's defaults; of the other two networks likewise
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+AUTOENCODER = {
+    "sample_size": 512,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
+TINY = (
+    UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32},
+    AUTOENCODER | {"sample_size": 64, "block_out_channels": (32,) * 4, "layers_per_block": 1},
+    TEXT | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+)
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+}
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def write(folder: str | Path, quick: bool) -> None:
+    """Write the folder. quick: tiny networks."""
+    import torch
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet, autoencoder, text = TINY if quick else (UNET, AUTOENCODER, TEXT)
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**autoencoder),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        tokenizer=_tokenizer(Path(folder) / "tokenizer"),
+        unet=UNet2DConditionModel(**unet),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def _tokenizer(folder):
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    vocabulary = {word: i for i, word in enumerate(words)} | {BOS: 49406, EOS: 49407}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--quick", action="store_true", help="tiny networks")
+    flags = parser.parse_args()
+    write(flags.folder, flags.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Stable Diffusion 1.5 in full size with random weights, ours beside diffusers on torch.
+
+    pip install -r requirements-peer.txt
+    python -m benchmarks.stable_diffusion unet --folder /tmp/sd15
+
+Parts: `unet`, one guided step: batch 2, latents of 64 x 64 x 4, 77 x 768 of text. `vae`, one latent to 512 x 512
+pixels. `image`, a prompt to 512 x 512 pixels with DPM-Solver++(2M) and guidance 7.5. `start`, from the start of a
+process to the end of its first step. All in float32 but the sides with bf16 in their names. The folder is written where
+it does not exist (4.3 GB, a minute). Each side of the peer takes turns with ours (`turns.py`).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import random_pipeline, turns
+
+PROMPT, GUIDANCE = "a photograph of an astronaut riding a horse", 7.5
+PEERS = {  # sides beside ours of each part
+    "unet": ("torch", "torch-compiled", "torch-bf16"),
+    "vae": ("torch", "torch-compiled"),
+    "image": ("torch",),
+}
+GIB = 2**30
+
+
+def ours(part: str, folder: Path, steps: int) -> Callable[[], object]:
+    """A function that does the part once. steps: of `image`."""
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion_jax.interop import load_autoencoder, load_unet
+
+    if part == "image":
+        run = our_image(folder)
+        run(1)  # the program serves any number of steps
+        return lambda: run(steps)
+    if part == "vae":
+        vae, params = load_autoencoder(folder / "vae")
+        side = vae.sample_size // 8
+        z = jax.random.normal(jax.random.key(0), (1, side, side, 4))
+        decode = jax.jit(lambda params, z: vae.apply(params, z, method="decode"))
+        return lambda: decode(params, z).block_until_ready()
+    unet, params = load_unet(folder / "unet")
+    x = jax.random.normal(jax.random.key(0), (2, unet.sample_size, unet.sample_size, 4))
+    text = jax.random.normal(jax.random.key(1), (2, 77, unet.cross_attention_dim))
+    apply = jax.jit(unet.apply)
+    return lambda: apply(params, x, jnp.full((2,), 500.0), text).block_until_ready()
+
+
+def our_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> Callable[..., object]:
+    """A function of the number of steps that draws the prompt. laps: told when the weights begin and end to load."""
+    import jax
+
+    from diffusion_jax.core import solvers
+    from diffusion_jax.interop import load_pipeline
+    from diffusion_jax.pipelines import pipeline as pipelines
+    from diffusion_jax.pipelines.published import from_published
+
+    laps("import")
+    published = load_pipeline(folder)
+    jax.block_until_ready([part.params for part in (published.unet, published.autoencoder)])
+    laps("load")
+    pipeline, conditioning = from_published(published)
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def run(steps: int, decode: bool = True):
+        plan = solvers.dpmpp_2m(published.schedule, steps)
+        noise = pipelines.noise(pipeline, keys, plan.start)
+        x0 = pipelines.solve(pipeline, noise, conditioning.of_prompts([PROMPT]), keys, plan, GUIDANCE)
+        return jax.block_until_ready(pipelines.decode(pipeline, x0) if decode else x0)
+
+    return run
+
+
+def peer(part: str, folder: Path, steps: int, kind: str = "torch") -> Callable[[], object]:
+    """The same with diffusers. kind: "torch", "torch-compiled" or "torch-bf16"."""
+    import diffusers
+    import torch
+
+    dtype = torch.bfloat16 if kind == "torch-bf16" else torch.float32
+    finish = torch.compile if kind == "torch-compiled" else lambda function: function
+    if part == "image":
+        run = peer_image(folder)
+        run(1)
+        return lambda: run(steps)
+    if part == "vae":
+        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
+        side = vae.config.sample_size // 8
+        z = torch.randn(1, 4, side, side, dtype=dtype)
+        decode = finish(lambda z: vae.decode(z).sample)
+        return torch.no_grad()(lambda: decode(z))
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+    x = torch.randn(2, 4, unet.config.sample_size, unet.config.sample_size, dtype=dtype)
+    text = torch.randn(2, 77, unet.config.cross_attention_dim, dtype=dtype)
+    apply, t = finish(unet), torch.full((2,), 500.0)
+    return torch.no_grad()(lambda: apply(x, t, text).sample)
+
+
+def peer_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> Callable[..., object]:
+    """As `our_image`."""
+    import diffusers
+    import torch
+
+    laps("import")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    laps("load")
+
+    def run(steps: int, decode: bool = True):
+        output = "pt" if decode else "latent"
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(
+            PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, output_type=output, generator=generator
+        ).images
+
+    return run
+
+
+def first_step(side: str, folder: Path) -> None:
+    """What a process of the part `start` does; prints the seconds of its laps."""
+    seconds, last = {}, time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        seconds[name], last = time.perf_counter() - last, time.perf_counter()
+
+    run = (our_image if side == "ours" else peer_image)(folder, lap)
+    run(1, decode=False)
+    lap("step")
+    print(json.dumps(seconds | {"peak": turns.peak()}))
+
+
+def start(arguments: list[str], count: int) -> None:
+    """Time whole processes: ours with an empty compilation cache, ours with it filled, the peer."""
+    print("| from process start to the first step | all | weights | all but weights | peak |\n|---|---|---|---|---|")
+    cache = tempfile.mkdtemp()
+    for name, side in [("ours, cold", "ours"), *[("ours, warm", "ours")] * count, *[("torch", "torch")] * count]:
+        command = [sys.executable, "-m", "benchmarks.stable_diffusion", "start", "--serve", side, *arguments]
+        begin = time.perf_counter()
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
+        )
+        seconds = time.perf_counter() - begin
+        laps = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"| {name} | {seconds:.1f} s | {laps['load']:.1f} s | {seconds - laps['load']:.1f} s | "
+            f"{laps['peak'] / GIB:.2f} GiB |",
+            flush=True,
+        )
+    shutil.rmtree(cache)
+
+
+def compare(part: str, sides: list[str], arguments: list[str], count: int) -> None:
+    """Time ours beside each of the peer's sides."""
+    print("| beside | ours | peer | ours / peer | peak of ours | of the peer |\n|---|---|---|---|---|---|")
+    for side in sides:
+        commands = turns.commands("benchmarks.stable_diffusion", ("ours", side), [part, *arguments])
+        measured = turns.measure(commands, count, unmeasured=0)
+        mine, theirs = (statistics.median(measured[name].seconds) for name in ("ours", side))
+        peaks = " | ".join(f"{measured[name].peak / GIB:.2f} GiB" for name in ("ours", side))
+        print(f"| {side} | {mine:.2f} s | {theirs:.2f} s | {mine / theirs:.2f} | {peaks} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=[*PEERS, "start"])
+    parser.add_argument("--folder", type=Path, required=True, help="of the pipeline; written where it does not exist")
+    parser.add_argument("--turns", type=int, default=3, help="measured runs of each side")
+    parser.add_argument("--steps", type=int, default=20, help="of `image`")
+    parser.add_argument("--sides", nargs="*", help="of the peer; all where left out")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny networks: shows that the script works, no measurement"
+    )
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.serve and flags.part == "start":
+        return first_step(flags.serve, flags.folder)
+    if flags.serve:
+        make = ours if flags.serve == "ours" else peer
+        kind = {} if flags.serve == "ours" else {"kind": flags.serve}
+        return turns.serve(
+            make(flags.part, flags.folder, flags.steps, **kind), warmups=0 if flags.part == "image" else 2
+        )
+
+    if not flags.folder.exists():
+        quick = ["--quick"] if flags.quick else []
+        subprocess.run([sys.executable, random_pipeline.__file__, flags.folder, *quick], check=True)
+    print(f"{flags.part}, {os.cpu_count()} CPUs" + (", tiny networks: no measurement" if flags.quick else ""))
+    arguments = ["--folder", str(flags.folder), "--steps", str(flags.steps)]
+    if flags.part == "start":
+        return start(arguments, flags.turns)
+    compare(flags.part, flags.sides or list(PEERS[flags.part]), arguments, flags.turns)
+
+
+if __name__ == "__main__":
+    main()
