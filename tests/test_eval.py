@@ -1,24 +1,20 @@
 """--mode=eval, and the report behind it on a network of one weight."""
 
 import json
-import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
-import main
 from diffusion_jax.core import process, schedules
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord
 from diffusion_jax.evaluation.likelihood import evaluate_likelihood
 from diffusion_jax.pipelines import Pipeline, codec
 from diffusion_jax.pipelines.conditioning import class_labels
-from tests import test_main
-from tests.test_main import ROOT, TINY, finish, start
+from tests import command_line, test_main
+from tests.test_main import TINY, finish, start
 
 compiled, trained = test_main.compiled, test_main.trained  # fixtures
 PIXELS = codec.identity()
@@ -109,17 +105,10 @@ BAD = {
 @pytest.mark.parametrize("expected", BAD)
 def test_bad_input_is_one_clear_line(expected, tmp_path, capfd, monkeypatch):
     workdir = tmp_path / "run"
-    monkeypatch.chdir(ROOT)
     base = [] if "--config=" in BAD[expected] else TINY
-    monkeypatch.setattr(sys, "argv", ["main.py", *base, BAD[expected], "--mode=eval", f"--workdir={workdir}"])
-    cache = jax.config.jax_compilation_cache_dir
-    try:
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            main.run()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
+    status = command_line.run(monkeypatch, *base, BAD[expected], "--mode=eval", f"--workdir={workdir}")
     stderr = capfd.readouterr().err
-    assert ended.value.code == 2
+    assert status == 2
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     assert expected in stderr
     assert not workdir.exists()

@@ -7,18 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from absl.testing import flagsaver
 from PIL import Image
 
-import main
+from tests import command_line
+from tests.command_line import ROOT
 
-ROOT = Path(main.__file__).parent
 TINY = [
     "--config=configs/digits.py",
     "--config.model.block_out_channels=8,16",
@@ -258,16 +256,9 @@ def test_bad_input_is_one_clear_line_and_status_2(expected, tmp_path, capfd, mon
     workdir = tmp_path / "run"
     (tmp_path / "empty").mkdir()
     flags = [flag.replace("EMPTY", str(tmp_path / "empty")) for flag in BAD[expected]]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["main.py", *flags, f"--workdir={workdir}"])
-    cache = jax.config.jax_compilation_cache_dir
-    try:
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            main.run()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
+    status = command_line.run(monkeypatch, *flags, f"--workdir={workdir}")
     stderr = capfd.readouterr().err
-    assert ended.value.code == 2
+    assert status == 2
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
     assert expected in stderr
     assert not workdir.exists(), "what was never started leaves nothing behind"

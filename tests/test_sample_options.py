@@ -1,15 +1,11 @@
 """The options of --mode=sample, as users meet them: pictures from pictures, and one clear line for what cannot be."""
 
-import sys
-
-import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from PIL import Image
 
-import main
-from tests.test_main import ROOT, TINY
+from tests import command_line
+from tests.test_main import TINY
 
 DEMO = ["--config=configs/latent_cfg.py", "--config.sample.steps=2", "--prompt=pizza"]
 
@@ -36,15 +32,7 @@ def sample(base, fields, paths, workdir, monkeypatch):
     flags = [
         next((f"{flag[: -len(name)]}{paths[name]}" for name in paths if flag.endswith(name)), flag) for flag in flags
     ]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["main.py", *base, "--mode=sample", f"--workdir={workdir}", *flags])
-    cache = jax.config.jax_compilation_cache_dir
-    try:
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            main.run()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
-    return ended.value.code
+    return command_line.run(monkeypatch, *base, "--mode=sample", f"--workdir={workdir}", *flags)
 
 
 BAD = {

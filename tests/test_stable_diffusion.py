@@ -1,20 +1,15 @@
 """configs/stable_diffusion.py and configs/lora.py, as their users meet them: on a checkpoint of tiny networks."""
 
-import sys
-
-import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from PIL import Image
 
-import main
 from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
 from diffusion_jax.interop.lora import merge_lora
 from diffusion_jax.models.unet import UNet
+from tests import command_line
 from tests.interop import test_pipeline
 from tests.interop.test_pipeline import filled, our_pipeline, vocabulary  # noqa: F401  (a fixture)
-from tests.test_main import ROOT
 
 TRAIN = [
     "--mode=train",
@@ -50,16 +45,9 @@ def run(checkpoint, tmp_path, monkeypatch, capsys):
 
     def call(name, *flags, status=0):
         own = [f"--config=configs/{name}.py", f"--config.checkpoint={checkpoint}", f"--workdir={tmp_path}/{name}"]
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["main.py", *own, *flags])
-        cache = jax.config.jax_compilation_cache_dir
-        try:
-            with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-                main.run()
-        finally:
-            jax.config.update("jax_compilation_cache_dir", cache)
+        ended = command_line.run(monkeypatch, *own, *flags)
         stderr = capsys.readouterr().err
-        assert (ended.value.code or 0) == status, stderr
+        assert ended == status, stderr
         return stderr
 
     return call

@@ -1,0 +1,25 @@
+"""main.py run inside the tests' own process."""
+
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl.testing import flagsaver
+
+import main
+
+ROOT = Path(main.__file__).parent
+
+
+def run(monkeypatch, *arguments) -> int:
+    """python main.py with these arguments, in the project's folder -> the exit status."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    cache = jax.config.jax_compilation_cache_dir
+    try:
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            main.run()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    return ended.value.code or 0
