@@ -17,6 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from diffusion_jax.interop.tensors import release
+
 # Names in which the number is the peer's own spelling and not the index of a list.
 NUMBERED = re.compile(r"(linear|wi)_\d+")
 # The attention of the oldest autoencoder and U-Net checkpoints, as the peer renames it too.
@@ -53,8 +55,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
             )
 
     def convert(path, leaf):
-        tensor = _kernel_from_torch(path, tensors[torch_name(path)])
-        return jnp.array(tensor, dtype or leaf.dtype)  # a copy: the tensor may be a piece of a mapped file
+        tensor = tensors[torch_name(path)]
+        # a copy, as the tensor may be a piece of a mapped file, whose memory is not to add up with that of the copies
+        array = jnp.array(_kernel_from_torch(path, tensor), dtype or leaf.dtype).block_until_ready()
+        release(tensor)
+        return array
 
     return jax.tree.unflatten(jax.tree.structure(like), [convert(path, leaf) for path, leaf in _leaves(like)])
 

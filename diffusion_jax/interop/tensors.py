@@ -7,6 +7,7 @@ it is used, and a model is read one tensor at a time.
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,22 @@ def write_file(
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def release(tensor: np.ndarray) -> None:
+    """Give back the memory that a piece of a mapped file took when it was used; used again, it is read again.
+
+    Nothing happens to a tensor that is no such piece, nor where the system cannot do it.
+    """
+    base = tensor
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = tensor.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first, last = -(-start // mmap.PAGESIZE), (start + tensor.nbytes) // mmap.PAGESIZE  # its neighbours keep theirs
+    if last > first:
+        base.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def read_json(path: str | Path) -> dict:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
 
 BLOCK = 512  # queries at a time in "blocks"
-SCORES = 2**22  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
+SCORES = 2**21  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
 
 
@@ -28,8 +28,8 @@ def attention(
     mask: True at the keys that may be seen; all of them without it.
     implementation: "xla" one softmax over the whole score matrix; "blocks" the same for a few heads and at most 512
     queries at a time, the scores of more queries recomputed in the backward pass, so that memory grows with queries and
-    not with their square; "cudnn" the
-    fused kernel; "auto" blocks on CPU, cudnn on GPU where it can, xla elsewhere. Raises ValueError for another name.
+    not with their square; "cudnn" the fused kernel; "auto" blocks on CPU, cudnn on GPU where it can, xla elsewhere.
+    Raises ValueError for another name.
     """
     if implementation == "auto":
         implementation = _best_implementation(q)
@@ -56,7 +56,9 @@ def _softmax_attention(q, k, v, mask):
     scores = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("...qk,...kd->...qd", nn.softmax(scores).astype(v.dtype), v)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("...qk,...kd->...qd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)  # divided late: there are fewer of them
 
 
 def _whole(q, k, v, mask):

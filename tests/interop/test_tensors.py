@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
-from diffusion_jax.interop.tensors import read_file, read_tensors, write_file
+from diffusion_jax.interop.tensors import read_file, read_tensors, release, write_file
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -37,6 +37,17 @@ def test_the_reference_reads_ours_and_we_read_the_reference(tmp_path):
     assert_same(load_file(tmp_path / "ours.safetensors"), TENSORS)
     save_file(TENSORS, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert_same(read_file(tmp_path / "theirs.safetensors"), TENSORS)
+
+
+def test_a_released_tensor_and_its_neighbours_keep_their_values(tmp_path):
+    tensors = {name: np.random.default_rng(0).normal(size=(300, 301)).astype(np.float32) for name in "abc"}
+    write_file(tmp_path / "x.safetensors", tensors)
+    read = read_file(tmp_path / "x.safetensors")
+    release(read["b"])
+    release(read["b"].T[:2])
+    release(tensors["a"])
+    for name in tensors:
+        np.testing.assert_array_equal(read[name], tensors[name])
 
 
 def test_writing_converts_floats_and_leaves_no_temporary_file(tmp_path):
