@@ -228,8 +228,10 @@ class UpsampledConv(nn.Module):
         kernel = self.param("kernel", kernel_init, (3, 3, c, self.features))
         bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
-        if size not in (None, (2 * h, 2 * w)):  # the crop's edge cuts a repeated pixel in two
-            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]]
+        cut = size not in (None, (2 * h, 2 * w))  # the edge then goes through a repeated pixel
+        if cut or 4 * b * h * w < self.features:  # of a large kernel and a small image the sums would cost the most
+            height, width = size or (2 * h, 2 * w)
+            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
             return convolve(x, kernel.astype(self.dtype), [(1, 1), (1, 1)]) + bias
         rows = []
         for i in range(2):
