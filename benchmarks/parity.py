@@ -44,6 +44,7 @@ NOISE = {
 }
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **NOISE}
 DPMPP = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2, **NOISE}
+DPMPP["timestep_spacing"] = "trailing"  # "leading" is another sequence in each of the peer's schedulers
 AUTOENCODER = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,

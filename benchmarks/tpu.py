@@ -89,10 +89,14 @@ def cycles(program: str) -> int:
     def of(name: str) -> int:
         return sum(of_line(line) for line in computations.get(name, ()))
 
+    def trips(condition: str) -> int:
+        # a scan counts from 0 to the one number that its condition compares with
+        (count,) = re.findall(r"constant\((\d+)\)", "".join(computations[condition])) or [1]
+        return int(count)
+
     def of_line(line: str) -> int:
-        if loop := re.search(r" while\(.*body=%([\w.\-]+)", line):
-            times = re.search(r"known_trip_count\D*(\d+)", line)
-            return int(times[1] if times else 1) * of(loop[1])
+        if loop := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+            return trips(loop[1]) * of(loop[2])
         if " conditional(" in line:
             listed = re.search(r"branch_computations={([^}]*)}", line)
             branches = listed[1] if listed else " ".join(re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", line))
