@@ -156,9 +156,7 @@ def start(arguments: list[str], count: int) -> None:
             env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
         )
         laps = json.loads(done.stdout.splitlines()[-1])
-        whole = (
-            time.perf_counter() - begin - laps["step"]
-        )  # the second one is told apart
+        whole = time.perf_counter() - begin - laps["step"]  # the second one is told apart
         seconds = whole, laps["load"], laps["step"], whole - laps["load"] - laps["step"]
         print(f"| {name} | {' | '.join(f'{s:.1f} s' for s in seconds)} | {laps['peak'] / GIB:.2f} GiB |", flush=True)
     shutil.rmtree(cache)

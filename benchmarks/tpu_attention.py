@@ -37,18 +37,12 @@ LARGEST_TILE = 512  # pixels at a time in the kernel; 128, its default, makes 16
 Heads = Float[Array, "batch pixels heads width"]
 
 
-def softmax(q: Heads, k: Heads, v: Heads) -> Heads:
-    """The textbook's formula: scores, their softmax in float32, the weighted sum."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
-
-
 def padded(q: Heads, k: Heads, v: Heads) -> Heads:
-    """The same of heads filled up with zeros to a multiple of 128."""
+    """One softmax of heads filled up with zeros to a multiple of 128."""
     width = q.shape[-1]
     wide = _fill(q)
-    scale = math.sqrt(wide.shape[-1] / width)  # `softmax` divides by the root of the width it sees
-    return softmax(wide * scale, _fill(k), _fill(v))[..., :width]
+    scale = math.sqrt(wide.shape[-1] / width)  # `attention` divides by the root of the width it sees
+    return attention(wide * scale, _fill(k), _fill(v), implementation="xla")[..., :width]
 
 
 def flash(q: Heads, k: Heads, v: Heads) -> Heads:
@@ -65,7 +59,6 @@ def _fill(h):
 
 
 IMPLEMENTATIONS = {
-    "softmax": softmax,
     "xla": lambda q, k, v: attention(q, k, v, implementation="xla"),
     "blocks": lambda q, k, v: attention(q, k, v, implementation="blocks"),
     "padded": padded,

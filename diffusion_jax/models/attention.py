@@ -28,8 +28,8 @@ def attention(
     mask: True at the keys that may be seen; all of them without it.
     implementation: "xla" one softmax over the whole score matrix; "blocks" the same for a few heads and at most 512
     queries at a time, the scores of more queries recomputed in the backward pass, so that memory grows with queries and
-    not with their square; "cudnn" the fused kernel; "auto" blocks on CPU, cudnn on GPU where it can, xla elsewhere.
-    Raises ValueError for another name.
+    not with their square; "cudnn" the fused kernel; "auto" blocks on CPU and for long sequences on TPU, cudnn on GPU
+    where it can, xla elsewhere. Raises ValueError for another name.
     """
     if implementation == "auto":
         implementation = _best_implementation(q)
@@ -47,23 +47,18 @@ def _best_implementation(q) -> str:
     backend = jax.default_backend()
     if backend == "cpu":
         return "blocks"
+    if backend == "tpu":  # by the compiler's account, docs/tpu.md
+        long = q.shape[1] * k.shape[1] >= 4096**2
+        return "blocks" if long and (q.shape[-1] > 64 or q.shape[1] > 4096) else "xla"
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if backend == "gpu" and fused else "xla"
 
 
-def _softmax_attention(q, k, v, mask):
-    """q, k, v: (..., queries or keys, width). mask: (..., 1, keys) or None."""
-    scores = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum("...qk,...kd->...qd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)  # divided late: there are fewer of them
-
-
 def _whole(q, k, v, mask):
-    mask = None if mask is None else mask[:, None, None, :]
-    return _softmax_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores).astype(v.dtype), v)
 
 
 def _in_blocks(q, k, v, mask):
@@ -80,12 +75,22 @@ def _in_blocks(q, k, v, mask):
     return out.reshape(b, heads, -1, width).swapaxes(1, 2)[:, :queries]
 
 
+def _block(q, k, v, mask):
+    """q, k, v: (heads, queries or keys, width). mask: (heads, 1, keys) or None."""
+    scores = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)  # divided late: there are fewer of them
+
+
 def _group_in_blocks(q, k, v, mask, blocks):
     """A few heads, (heads, queries, width)."""
     if blocks == 1:
-        return _softmax_attention(q, k, v, mask)
+        return _block(q, k, v, mask)
     split = q.reshape(len(q), blocks, -1, q.shape[-1]).swapaxes(0, 1)
-    attend = jax.checkpoint(lambda block: _softmax_attention(block, k, v, mask))
+    attend = jax.checkpoint(lambda block: _block(block, k, v, mask))
     return jax.lax.map(attend, split).swapaxes(0, 1).reshape(q.shape)
 
 
