@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks import families
+
 BOUND = 2e-5  # largest difference of a network's outputs, in units of the largest output
 PIXEL, SHARE = 1 / 255, 0.999  # how far apart the pixels of an image may be, and how many must not be farther
 STEPS, GUIDANCE = 20, 7.5
@@ -45,22 +47,8 @@ NOISE = {
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **NOISE}
 DPMPP = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2, **NOISE}
 DPMPP["timestep_spacing"] = "trailing"  # "leading" is another sequence in each of the peer's schedulers
-AUTOENCODER = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 EOS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # as published; 2 stands for the largest id
-CLIP_L = EOS | {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-}
+CLIP_L = EOS | families.CLIP_L
 CLIP_H = CLIP_L | {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -68,14 +56,7 @@ CLIP_H = CLIP_L | {
     "num_attention_heads": 16,
     "hidden_act": "gelu",
 }
-CLIP_BIG_G = CLIP_L | {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
+CLIP_BIG_G = EOS | families.CLIP_BIG_G | {"num_hidden_layers": 8}
 
 
 class Model(NamedTuple):
@@ -94,7 +75,7 @@ class Model(NamedTuple):
 MODELS = {
     "SD 1.5": Model(
         unet={"sample_size": 64, "cross_attention_dim": 768},
-        autoencoder=AUTOENCODER | {"sample_size": 512, "scaling_factor": 0.18215},
+        autoencoder=families.AUTOENCODER | {"sample_size": 512, "scaling_factor": 0.18215},
         texts=(CLIP_L,),
         scheduler=DDIM,
         narrowed="nothing",
@@ -107,26 +88,14 @@ MODELS = {
             "use_linear_projection": True,
             "upcast_attention": True,
         },
-        autoencoder=AUTOENCODER | {"sample_size": 768, "scaling_factor": 0.18215},
+        autoencoder=families.AUTOENCODER | {"sample_size": 768, "scaling_factor": 0.18215},
         texts=(CLIP_H,),
         scheduler=DDIM | {"prediction_type": "v_prediction"},
         narrowed="nothing",
     ),
     "SDXL": Model(
-        unet={
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": 2048,
-            "attention_head_dim": (5, 10, 20),
-            "transformer_layers_per_block": (1, 2, 2),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        autoencoder=AUTOENCODER | {"sample_size": 1024, "scaling_factor": 0.13025},
+        unet=families.SDXL_UNET | {"transformer_layers_per_block": (1, 2, 2)},
+        autoencoder=families.AUTOENCODER | {"sample_size": 1024, "scaling_factor": 0.13025},
         texts=(CLIP_L, CLIP_BIG_G),
         scheduler=DPMPP,
         narrowed="the transformers of the coarsest level have 2 layers of 10, the second text encoder has 8 of 32",

@@ -9,20 +9,15 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks import families
+
 UNET = {  # what unet/config.json says beside the peer's defaults; of the other two networks likewise
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-AUTOENCODER = {
-    "sample_size": 512,
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
+AUTOENCODER = families.AUTOENCODER | {"sample_size": 512}
 TEXT = {
     "vocab_size": 49408,
     "hidden_size": 768,

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import tpu
+from benchmarks.families import CLIP_BIG_G, CLIP_L, SDXL_UNET
 
 # isort: split
 import argparse
@@ -35,15 +36,6 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.pipeline import guided
 
 STEPS, GUIDANCE, TOKENS = 20, 7.5, 77
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-CLIP_BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
 
 
 class Model(NamedTuple):
@@ -56,22 +48,7 @@ class Model(NamedTuple):
 
 MODELS = {
     "sd15": Model({"cross_attention_dim": 768}, (CLIP_L,), 512),
-    "sdxl": Model(
-        {
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": 2048,
-            "attention_head_dim": (5, 10, 20),
-            "transformer_layers_per_block": (1, 2, 10),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        (CLIP_L, CLIP_BIG_G),
-        1024,
-    ),
+    "sdxl": Model(SDXL_UNET, (CLIP_L, CLIP_BIG_G), 1024),
 }
 
 
