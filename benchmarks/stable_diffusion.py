@@ -5,7 +5,7 @@
 
 Parts: `unet`, one guided step: batch 2, latents of 64 x 64 x 4, 77 x 768 of text. `vae`, one latent to 512 x 512
 pixels. `image`, a prompt to 512 x 512 pixels with DPM-Solver++(2M) and guidance 7.5. `start`, from the start of a
-process to the end of its first step. All in float32 but the sides with bf16 in their names. The folder is written where
+process to the end of its first step. All in float32; beside "torch-bf16" both in bfloat16. The folder is written where
 it does not exist (4.3 GB, a minute). Each side of the peer takes turns with ours (`turns.py`).
 """
 
@@ -26,33 +26,34 @@ from benchmarks import random_pipeline, turns
 PROMPT, GUIDANCE = "a photograph of an astronaut riding a horse", 7.5
 PEERS = {  # sides beside ours of each part
     "unet": ("torch", "torch-compiled", "torch-bf16"),
-    "vae": ("torch", "torch-compiled"),
+    "vae": ("torch", "torch-compiled", "torch-bf16"),
     "image": ("torch",),
 }
 GIB = 2**30
 
 
-def ours(part: str, folder: Path, steps: int) -> Callable[[], object]:
-    """A function that does the part once. steps: of `image`."""
+def ours(part: str, folder: Path, steps: int, kind: str = "ours") -> Callable[[], object]:
+    """A function that does the part once. steps: of `image`. kind: "ours" or "ours-bf16"."""
     import jax
     import jax.numpy as jnp
 
     from diffusion_jax.interop import load_autoencoder, load_unet
 
+    dtype = jnp.bfloat16 if kind == "ours-bf16" else jnp.float32
     if part == "image":
         run = our_image(folder)
         run(1)  # the program serves any number of steps
         return lambda: run(steps)
     if part == "vae":
-        vae, params = load_autoencoder(folder / "vae")
+        vae, params = load_autoencoder(folder / "vae", dtype)
         side = vae.sample_size // 8
         z = jax.random.normal(jax.random.key(0), (1, side, side, 4))
-        decode = jax.jit(lambda params, z: vae.apply(params, z, method="decode"))
+        decode = jax.jit(lambda params, z: vae.clone(dtype=dtype).apply(params, z, method="decode"))
         return lambda: decode(params, z).block_until_ready()
-    unet, params = load_unet(folder / "unet")
+    unet, params = load_unet(folder / "unet", dtype)
     x = jax.random.normal(jax.random.key(0), (2, unet.sample_size, unet.sample_size, 4))
     text = jax.random.normal(jax.random.key(1), (2, 77, unet.cross_attention_dim))
-    apply = jax.jit(unet.apply)
+    apply = jax.jit(unet.clone(dtype=dtype).apply)
     return lambda: apply(params, x, jnp.full((2,), 500.0), text).block_until_ready()
 
 
@@ -166,10 +167,11 @@ def compare(part: str, sides: list[str], arguments: list[str], count: int) -> No
     """Time ours beside each of the peer's sides."""
     print("| beside | ours | peer | ours / peer | peak of ours | of the peer |\n|---|---|---|---|---|---|")
     for side in sides:
-        commands = turns.commands("benchmarks.stable_diffusion", ("ours", side), [part, *arguments])
+        pair = "ours-bf16" if side == "torch-bf16" else "ours", side
+        commands = turns.commands("benchmarks.stable_diffusion", pair, [part, *arguments])
         measured = turns.measure(commands, count, unmeasured=0)
-        mine, theirs = (statistics.median(measured[name].seconds) for name in ("ours", side))
-        peaks = " | ".join(f"{measured[name].peak / GIB:.2f} GiB" for name in ("ours", side))
+        mine, theirs = (statistics.median(measured[name].seconds) for name in pair)
+        peaks = " | ".join(f"{measured[name].peak / GIB:.2f} GiB" for name in pair)
         print(f"| {side} | {mine:.2f} s | {theirs:.2f} s | {mine / theirs:.2f} | {peaks} |", flush=True)
 
 
@@ -188,11 +190,9 @@ def main() -> None:
     if flags.serve and flags.part == "start":
         return first_step(flags.serve, flags.folder)
     if flags.serve:
-        make = ours if flags.serve == "ours" else peer
-        kind = {} if flags.serve == "ours" else {"kind": flags.serve}
-        return turns.serve(
-            make(flags.part, flags.folder, flags.steps, **kind), warmups=0 if flags.part == "image" else 2
-        )
+        make = ours if flags.serve.startswith("ours") else peer
+        run = make(flags.part, flags.folder, flags.steps, flags.serve)
+        return turns.serve(run, warmups=0 if flags.part == "image" else 2)
 
     if not flags.folder.exists():
         quick = ["--quick"] if flags.quick else []

@@ -154,9 +154,10 @@ def _training_records(
     once.
     """
     transform = build.transform(config)
-    if codec.name or conditioning.name:
+    names = {"codec": codec.name(), "conditioning": conditioning.name()}
+    if any(names.values()):
         fields = {"latent": lambda batch: codec.encode(batch["image"]), "cond": conditioning.of_records}
-        key = {"data": config.data.to_dict(), "codec": codec.name, "conditioning": conditioning.name}
+        key = {"data": config.data.to_dict(), **names}
         return cached(source, workdir / "cache", key, fields, ENCODE_BATCH, transform), None
 
     def to_training(record: dict, rng: np.random.Generator) -> dict:

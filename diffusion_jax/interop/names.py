@@ -7,12 +7,13 @@ Join the path with dots; an index behind an underscore is an index behind a dot;
 and embedding are all called weight. Nothing here knows a model.
 """
 
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -21,6 +22,7 @@ from diffusion_jax.interop.tensors import release
 
 # Names in which the number is the peer's own spelling and not the index of a list.
 NUMBERED = re.compile(r"(linear|wi)_\d+")
+LOADERS = 8  # tensors converted at the same time, at most
 # The attention of the oldest autoencoder and U-Net checkpoints, as the peer renames it too.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -38,7 +40,7 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dtype: DTypeLike | None = None) -> PyTree:
-    """A torch state dict -> Flax variables of the structure and shapes of `like`, converted one at a time.
+    """A torch state dict -> Flax variables of the structure and shapes of `like`, converted a few at a time.
 
     source: the file, for the message. like: arrays or shapes, e.g. `jax.eval_shape(module.init, key, *inputs)`.
     dtype: of the variables, those of `like` where None.
@@ -56,12 +58,17 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
 
     def convert(path, leaf):
         tensor = tensors[torch_name(path)]
+        kernel = _kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
         # a copy, as the tensor may be a piece of a mapped file, whose memory is not to add up with that of the copies
-        array = jnp.array(_kernel_from_torch(path, tensor), dtype or leaf.dtype).block_until_ready()
+        with jax.default_device(device):
+            array = jax.device_put(kernel, may_alias=False).block_until_ready()
         release(tensor)
         return array
 
-    return jax.tree.unflatten(jax.tree.structure(like), [convert(path, leaf) for path, leaf in _leaves(like)])
+    device = jax.config.jax_default_device  # of this thread, others have their own
+    with ThreadPoolExecutor(min(LOADERS, os.cpu_count() or 1)) as pool:
+        leaves = list(pool.map(lambda named: convert(*named), _leaves(like)))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 class Differences(NamedTuple):

@@ -29,11 +29,12 @@ def convolve(
     """A convolution; padding: (before, after) of height and of width.
 
     On CPU it is written as one product of matrices where the kernel is larger than the image, and as one for each of
-    the kernel's taps in bfloat16: XLA's own convolution then takes up to three times as long.
+    the kernel's taps in bfloat16 and many channels: XLA's own convolution then takes up to three times as long.
     """
     size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
     few = len(x) * math.prod(size) < kernel.shape[-1]
-    if jax.default_backend() != "cpu" or not (few or x.dtype == jnp.bfloat16):
+    wide = x.dtype == jnp.bfloat16 and x.shape[-1] > 256
+    if jax.default_backend() != "cpu" or not (few or wide):
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )

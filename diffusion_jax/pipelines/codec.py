@@ -19,7 +19,7 @@ Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.nd
 class Codec(NamedTuple):
     """Images (B, H, W, 3) <-> x0 (B, H / factor, W / factor, channels).
 
-    name: says which weights, part of cache keys; "" when there is nothing worth caching.
+    name: a function that says which weights, part of cache keys; "" when there is nothing worth caching.
     encode: images, uint8 or in [-1, 1] -> record (B, ...), what is stored of them.
     draw: (stats, record, keys (B,)) -> x0, of about unit variance; with keys None its mean. stats: the numbers that
     `draw` needs.
@@ -27,7 +27,7 @@ class Codec(NamedTuple):
     limit: x0 is known to lie within [-limit, limit]; None when nothing is known.
     """
 
-    name: str
+    name: Callable[[], str]
     encode: Callable[[Any], Any]
     draw: Callable[[PyTree, Array, Array | None], Array]
     stats: PyTree
@@ -46,7 +46,7 @@ def pixels(images: Images) -> Float[Array | np.ndarray, "batch height width 3"]:
 def identity() -> Codec:
     """Pixels as they are: records are the images, x0 is in [-1, 1]."""
     return Codec(
-        name="",
+        name=lambda: "",
         encode=lambda images: images,
         draw=lambda stats, record, keys: pixels(record),
         stats={},
@@ -71,7 +71,7 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Co
     stats = {"scale": jnp.float32(model.scaling_factor), "shift": jnp.float32(model.shift_factor or 0.0)}
     encode = jax.jit(lambda variables, images: model.apply(variables, pixels(images), method="encode"))
     return Codec(
-        name=fingerprint(variables),
+        name=functools.partial(fingerprint, variables),
         encode=functools.partial(encode, variables),
         draw=_draw_latent,
         stats=stats,

@@ -12,13 +12,13 @@ from diffusion_jax.models.text import TextEncoder
 
 
 class Conditioning(NamedTuple):
-    """name: part of cache keys; "" when there is nothing worth caching.
+    """name: a function that says which weights, part of cache keys; "" when there is nothing worth caching.
 
     of_records: stacked records -> cond, leaves (B, ...). of_prompts: prompts -> cond, leaves (B, ...).
     null: what stands for no condition, leaves without the batch axis.
     """
 
-    name: str
+    name: Callable[[], str]
     of_records: Callable[[Record], PyTree]
     of_prompts: Callable[[Sequence[str]], PyTree]
     null: PyTree
@@ -26,7 +26,7 @@ class Conditioning(NamedTuple):
 
 def unconditional() -> Conditioning:
     """Nothing; prompts only say how many images."""
-    return Conditioning("", lambda records: {}, lambda prompts: {}, {})
+    return Conditioning(lambda: "", lambda records: {}, lambda prompts: {}, {})
 
 
 def class_labels(num_classes: int) -> Conditioning:
@@ -38,7 +38,9 @@ def class_labels(num_classes: int) -> Conditioning:
             raise ValueError(f"this model knows classes: expected a number in 0..{num_classes - 1}, got {wrong[0]!r}")
         return {"label": np.array([int(p) for p in prompts], np.int32)}
 
-    return Conditioning("", lambda records: {"label": records["label"]}, of_prompts, {"label": np.int32(num_classes)})
+    return Conditioning(
+        lambda: "", lambda records: {"label": records["label"]}, of_prompts, {"label": np.int32(num_classes)}
+    )
 
 
 def text(encoder: TextEncoder) -> Conditioning:
@@ -52,7 +54,7 @@ def text(encoder: TextEncoder) -> Conditioning:
         return {"text": np.asarray(embed(encoder.params, ids, mask)), "mask": mask}
 
     return Conditioning(
-        name=encoder.name,
+        name=lambda: encoder.name,
         of_records=lambda records: of_prompts(list(records["caption"])),
         of_prompts=of_prompts,
         null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),

@@ -1,5 +1,6 @@
 """Published models of the Stable Diffusion family as pipelines of this library."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -160,7 +161,7 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
     if wide and published.index.get("force_zeros_for_empty_prompt", True):
         null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds")}
     return Conditioning(
-        name=fingerprint(params),
+        name=functools.partial(fingerprint, params),
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,

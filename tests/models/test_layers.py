@@ -72,15 +72,15 @@ def test_downsampling_halves(padding):
 @pytest.mark.parametrize("features", [4, 256])  # fewer and more than there are pixels
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_forms_of_a_convolution_are_equal(dtype, features, stride):
-    x = image.astype(dtype)
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, features)).astype(dtype)
+    x = jnp.tile(image, 40).astype(dtype)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 320, features)).astype(dtype)
     padding = [(0, 1), (1, 2)]
     out = layers.convolve(x, kernel, padding, stride)
     assert out.dtype == dtype
     wide = {"params": {"conv": {"kernel": kernel.astype(jnp.float32), "bias": 0.0}}}
     expected = convolve(x.astype(jnp.float32), wide, stride, padding)
-    tolerance = 2**-8 if dtype == jnp.bfloat16 else 1e-6  # float32 sums, rounded once
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=tolerance, atol=1e-5)
+    tolerance = 2**-8 if dtype == jnp.bfloat16 else 1e-5  # float32 sums, rounded once
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=tolerance, atol=1e-3)
 
 
 def test_pointwise_is_a_1x1_convolution():

@@ -51,9 +51,9 @@ def test_records_are_the_moments_of_the_pixels(variables):
 
 
 def test_the_name_changes_with_the_weights_alone(variables):
-    name = codecs.autoencoder_kl(autoencoder(), variables).name
-    assert name == codecs.autoencoder_kl(autoencoder(scaling_factor=2.0), jax.tree.map(jnp.copy, variables)).name
-    assert name != codecs.autoencoder_kl(autoencoder(), jax.tree.map(lambda a: a + 1e-6, variables)).name
+    name = codecs.autoencoder_kl(autoencoder(), variables).name()
+    assert name == codecs.autoencoder_kl(autoencoder(scaling_factor=2.0), jax.tree.map(jnp.copy, variables)).name()
+    assert name != codecs.autoencoder_kl(autoencoder(), jax.tree.map(lambda a: a + 1e-6, variables)).name()
     renamed = {"params": {"other": variables["params"]}}
     assert codecs.fingerprint(renamed) != codecs.fingerprint(variables)
 
