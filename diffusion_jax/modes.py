@@ -108,7 +108,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
 
 def export(config: ConfigDict, workdir: Path) -> None:
     """Write the averaged weights to workdir/export, as safetensors that diffusers reads too: the folders unet and vae,
-    of a model from a checkpoint the whole pipeline, of a LoRA one file. All but the LoRA in float16.
+    of a model from a checkpoint the whole pipeline, of a LoRA one file. Stored in float16, a pipeline in config.dtype,
+    as the peer opens half precision only when told so, a LoRA in float32.
     """
     model, folder = build.model(config), workdir / "export"
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -118,7 +119,7 @@ def export(config: ConfigDict, workdir: Path) -> None:
         save_lora(folder / "lora.safetensors", params, model.lora.scale)
     elif model.published is not None:
         unet = model.published.unet._replace(params=params)
-        save_pipeline(model.published._replace(unet=unet), folder, np.float16)
+        save_pipeline(model.published._replace(unet=unet), folder, build.DTYPES[config.dtype])
     else:
         save_unet(model.unet, params, folder / "unet", np.float16)
         if config.autoencoder.kind == "kl":

@@ -28,8 +28,8 @@ def convolve(
 ) -> Num[Array, "batch h w features"]:
     """A convolution; padding: (before, after) of height and of width.
 
-    On CPU it is written as one product of matrices where the kernel is larger than the image, and as one for each of
-    the kernel's taps in bfloat16 and many channels: XLA's own convolution then takes up to three times as long.
+    On CPU it is written as one product of matrices where the kernel is larger than the image, and as one for each tap
+    of the kernel where many channels are bfloat16: XLA's own convolution then takes up to three times as long.
     """
     size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
     few = len(x) * math.prod(size) < kernel.shape[-1]
@@ -57,7 +57,7 @@ def multiply(
     All axes of x but the last are joined before the product: XLA on CPU then finds the kernel's gradient up to twice as
     fast.
     """
-    sums = jnp.float32 if jax.default_backend() == "cpu" else None
+    sums = jnp.promote_types(x.dtype, jnp.float32) if jax.default_backend() == "cpu" else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=sums)
     return y.reshape(*x.shape[:-1], -1)
 
