@@ -15,6 +15,7 @@ from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.interop import load_autoencoder, load_unet, save_autoencoder, save_pipeline, save_unet
 from diffusion_jax.interop.lora import save_lora
+from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.pipelines import Pipeline
 from diffusion_jax.pipelines import codec as codecs
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -113,7 +114,7 @@ def export(config: ConfigDict, workdir: Path) -> None:
     """
     model, folder = build.model(config), workdir / "export"
     checkpoints = Checkpoints(workdir / "checkpoints")
-    params = _trained(model, checkpoints)
+    params = _trained(config, workdir, model, checkpoints)
     if model.lora is not None:
         folder.mkdir(parents=True, exist_ok=True)
         save_lora(folder / "lora.safetensors", params, model.lora.scale)
@@ -142,7 +143,7 @@ def _load_pipeline(config: ConfigDict, workdir: Path, model: Model) -> tuple[Pip
     if step is not None:
         codec = model.codec or stages.first_stage(config, workdir)
         origin = f"{checkpoints.folder}, step {step}, averaged"
-        params = stages.variables(model, _trained(model, checkpoints), model.params)
+        params = stages.variables(model, _trained(config, workdir, model, checkpoints), model.params)
         return build.pipeline(model, params, codec), origin
     if model.params is not None:
         return build.pipeline(model, model.params, model.codec), config.checkpoint
@@ -155,6 +156,13 @@ def _load_pipeline(config: ConfigDict, workdir: Path, model: Model) -> tuple[Pip
     raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
 
 
-def _trained(model: Model, checkpoints: Checkpoints) -> PyTree:
-    """The averaged weights of the newest checkpoint."""
+def _trained(config: ConfigDict, workdir: Path, model: Model, checkpoints: Checkpoints) -> PyTree:
+    """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that they know nothing of."""
+    if model.published is not None and model.lora is None:
+        known = read_json(workdir / "config.json")["loras"]
+        if list(config.loras) != known:
+            raise ValueError(
+                f"config.loras: the weights in {workdir} were trained with {', '.join(known) or 'none'}; for others "
+                "run --mode=export and name its folder as --config.checkpoint, with another --workdir"
+            )
     return checkpoints.restore_ema(jax.eval_shape(lambda: stages.trainable(model, 0)))

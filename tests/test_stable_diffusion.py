@@ -1,11 +1,13 @@
 """configs/stable_diffusion.py and configs/lora.py, as their users meet them: on a checkpoint of tiny networks."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
-from diffusion_jax.interop.lora import merge_lora
+from diffusion_jax.interop.lora import merge_lora, save_lora
+from diffusion_jax.models import lora
 from diffusion_jax.models.unet import UNet
 from tests import command_line
 from tests.interop import test_pipeline
@@ -75,6 +77,10 @@ def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoin
     run("stable_diffusion", *draw)
     tuned = pictures(tmp_path / "stable_diffusion")
     assert np.any(tuned[0] != before[0])
+    updates = lora.init(load_pipeline(checkpoint).unet.params, 1, jax.random.key(0))
+    save_lora(tmp_path / "style.safetensors", updates, 1.0)
+    adding = f"--config.loras=('{tmp_path}/style.safetensors',)"
+    assert "were trained with none; for others run --mode=export" in run("stable_diffusion", *draw, adding, status=2)
     run("stable_diffusion", "--mode=export")
     first, exported = load_pipeline(checkpoint), load_pipeline(tmp_path / "stable_diffusion" / "export")
     assert exported.unet.module == first.unet.module and exported.prediction == first.prediction
@@ -83,6 +89,7 @@ def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoin
     run(
         "stable_diffusion",
         *draw,
+        adding,
         f"--config.checkpoint={tmp_path}/stable_diffusion/export",
         f"--workdir={tmp_path}/again",
     )

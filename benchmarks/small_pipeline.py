@@ -1,0 +1,94 @@
+"""A small untrained model of the Stable Diffusion family and drawings to train it on, without torch or downloads.
+
+    python -m benchmarks.small_pipeline FOLDER
+
+FOLDER/model: the trained first stage of weights/latent_cfg, a random CLIP text encoder whose tokenizer knows letters
+alone, a random U-Net. FOLDER/drawings: 16 drawings of OpenMoji with their names; FOLDER/swapped: the same with red
+and blue exchanged.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+from PIL import Image
+
+from diffusion_jax.core import schedules
+from diffusion_jax.data import sources
+from diffusion_jax.interop import load_autoencoder, load_tokenizer, save_pipeline
+from diffusion_jax.interop.pipeline import STABLE_DIFFUSION, Part, PublishedPipeline
+from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.unet import UNet
+
+NAMES = (
+    *("banana", "blossom", "cactus", "cherries", "grinning cat", "mushroom", "octopus", "pear", "pizza"),
+    *("red apple", "red heart", "rocket", "snowman", "sun", "tiger face", "tulip"),
+)
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    write_drawings(folder)
+    write_model(folder / "model")
+
+
+def write_drawings(folder: Path) -> None:
+    source = sources.openmoji(64)
+    for name in ("drawings", "swapped"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for record in map(source.read, range(source.size)):
+        if record["caption"] in NAMES:
+            for name, image in (("drawings", record["image"]), ("swapped", record["image"][..., ::-1])):
+                file = folder / name / f"{record['caption'].replace(' ', '_')}.png"
+                Image.fromarray(image).save(file)
+                file.with_suffix(".txt").write_text(record["caption"])
+
+
+def write_model(folder: Path) -> None:
+    tokenizer = _tokenizer(folder / "tokenizer")
+    text = ClipTextEncoder(
+        vocab_size=54, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    unet = UNet(
+        sample_size=8,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+    )
+    save_pipeline(
+        PublishedPipeline(
+            unet=_random(unet),
+            autoencoder=Part(*load_autoencoder(Path(__file__).parent.parent / "weights" / "latent_cfg" / "vae")),
+            text_encoders=(_random(text),),
+            tokenizers=(tokenizer,),
+            schedule=schedules.scaled_linear(),
+            prediction="eps",
+            scheduler=STABLE_DIFFUSION,
+        ),
+        folder,
+    )
+
+
+def _random(module: UNet | ClipTextEncoder) -> Part:
+    return Part(module, jax.jit(module.init)(jax.random.key(0), *module.example_inputs()))
+
+
+def _tokenizer(folder: Path):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(letter + "</w>" for letter in letters), BOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+if __name__ == "__main__":
+    main()
