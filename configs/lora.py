@@ -7,7 +7,7 @@
 
 Later, or with somebody else's file: --config=configs/stable_diffusion.py --config.loras="('FILE@0.8',)".
 The weights of the checkpoint stay as they are, in config.dtype; only the updates have gradients, optimizer and average.
-Nothing of full size has been trained with it to the end yet.
+A small model was given one (docs/results.md), no published one yet.
 """
 
 from ml_collections import ConfigDict

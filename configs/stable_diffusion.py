@@ -11,8 +11,8 @@ the mask, are drawn from with --config.sample.image and --config.sample.mask.
 
 Fine-tuning trains the whole U-Net on a folder of images with captions (any data source will do): about 14 GB for
 Stable Diffusion 1 with its optimizer and average in float32, and activations on top. `configs/lora.py` needs less. The
-run's weights are then used by sample and export with the same --workdir. Nothing has been fine-tuned with it to the
-end yet.
+run's weights are then used by sample and export with the same --workdir. A small model was fine-tuned with it
+(docs/results.md), no published one yet.
 """
 
 from ml_collections import ConfigDict
