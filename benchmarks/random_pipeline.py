@@ -64,15 +64,20 @@ def write(folder: str | Path, quick: bool) -> None:
     ).save_pretrained(folder)
 
 
-def _tokenizer(folder):
-    from transformers import CLIPTokenizer
-
+def write_vocabulary(folder: Path, first_mark: int) -> None:
+    """A vocabulary of CLIP's kind: letters, the last ones of words, and from first_mark on the marks of both ends."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(letter + "</w>" for letter in letters)]
-    vocabulary = {word: i for i, word in enumerate(words)} | {BOS: 49406, EOS: 49407}
+    vocabulary = {word: i for i, word in enumerate(words)} | {BOS: first_mark, EOS: first_mark + 1}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def _tokenizer(folder):
+    from transformers import CLIPTokenizer
+
+    write_vocabulary(folder, TEXT["bos_token_id"])
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 from PIL import Image
 
+from benchmarks import random_pipeline
 from diffusion_jax.core import schedules
 from diffusion_jax.data import sources
 from diffusion_jax.interop import load_autoencoder, load_tokenizer, save_pipeline
@@ -25,7 +26,6 @@ NAMES = (
     *("banana", "blossom", "cactus", "cherries", "grinning cat", "mushroom", "octopus", "pear", "pizza"),
     *("red apple", "red heart", "rocket", "snowman", "sun", "tiger face", "tulip"),
 )
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def main() -> None:
@@ -80,12 +80,8 @@ def _random(module: UNet | ClipTextEncoder) -> Part:
 
 
 def _tokenizer(folder: Path):
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(letter + "</w>" for letter in letters), BOS, EOS]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": EOS}
+    random_pipeline.write_vocabulary(folder, first_mark=52)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": random_pipeline.EOS}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return load_tokenizer(folder)
 

@@ -12,7 +12,10 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
+import jax
 from jax.experimental import topologies
+
+jax.default_backend = lambda: "tpu"  # by which networks choose the forms of their operations; the host is a CPU
 
 
 class Chip(NamedTuple):

@@ -8,41 +8,31 @@ bytes for each chip and FLOPs. Nothing is run: hours of training are what the FL
 estimate and no measurement.
 """
 
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import tpu
+
+# isort: split
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 from ml_collections import config_flags
 
 from diffusion_jax import build, stages
 from diffusion_jax.pipelines import codec as codecs
 from diffusion_jax.training.step import init_state, make_train_step
 
-CHIPS = {
-    "v5e": (16e9, 197e12),
-    "v6e": (32e9, 918e12),
-    "v5p": (95e9, 459e12),
-    "v4": (32e9, 275e12),
-}  # bytes, bf16 FLOP/s
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "As for main.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", f"The slice, one of {', '.join(CHIPS)} and its shape.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", f"The slice, one of {', '.join(tpu.CHIPS)} and its shape.")
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Assumed share of the chips' peak, for the estimate of hours.")
 
 
 def main(_) -> None:
     config = _CONFIG.value
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value).devices
+    devices, chip = tpu.devices(_TOPOLOGY.value), tpu.chip(_TOPOLOGY.value)
     model = build.model(config, training=True)
     model = model._replace(unet=model.unet.clone(attention_implementation="xla"))
     codec = codecs.identity()
@@ -55,26 +45,20 @@ def main(_) -> None:
     params = jax.eval_shape(lambda: stages.trainable(model, 0))
     state = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
     frozen = {"codec": codec.stats, "null_cond": model.conditioning.null, "base": {}}
-    compiled = step.lower(state, frozen, _batch(config, codec, model.conditioning, len(devices))).compile()
+    batch = _batch(config, codec, model.conditioning, len(devices))
+    cost = tpu.cost(step.lower(state, frozen, batch).compile())
 
-    name = _TOPOLOGY.value.split(":")[0]
-    capacity, peak = CHIPS[name]
-    memory = compiled.memory_analysis()
-    # the donated state's buffers are the new state's: counted once
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    total -= memory.alias_size_in_bytes
-    flops = compiled.cost_analysis()["flops"]
-    hours = config.train.steps * flops / (peak * _UTILISATION.value) / 3600
+    hours = config.train.steps * cost.flops / (chip.flops * _UTILISATION.value) / 3600
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{config.name} on {_TOPOLOGY.value}: {len(devices)} chips, U-Net of {count / 1e6:.0f}M parameters")
     print(f"  batch {config.train.batch_size}, {config.train.batch_size // len(devices)} a chip")
     print(
-        f"  bytes a chip: {total / 1e9:.2f} GB of {capacity / 1e9:.0f} GB, "
-        f"{memory.temp_size_in_bytes / 1e9:.2f} GB of them temporary"
+        f"  bytes a chip: {cost.total / 1e9:.2f} GB of {chip.memory / 1e9:.0f} GB, "
+        f"{cost.temporary / 1e9:.2f} GB of them temporary"
     )
-    print(f"  FLOPs a chip and step, as the compiler counts: {flops / 1e12:.2f} T")
+    print(f"  FLOPs a chip and step, as the compiler counts: {cost.flops / 1e12:.2f} T")
     print(f"  estimate: {hours:.0f} h for {config.train.steps} steps at {_UTILISATION.value:.0%} of peak")
-    sys.exit(total > capacity)
+    sys.exit(cost.total > chip.memory)
 
 
 def _batch(config, codec, conditioning, num_devices):
