@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 import diffusion_jax
 from diffusion_jax import modes
+from diffusion_jax.compilation import configure
 from diffusion_jax.configuration import parse_flags
 from diffusion_jax.training.loop import Diverged, Stopped
 
@@ -36,10 +37,9 @@ def main(_: list[str]) -> int:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
     if _PROMPT.value is not None:
         config.sample.prompts = _prompts(_PROMPT.value)
+    configure(low_memory=_MODE.value != "train")
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
-    if jax.config.jax_compilation_cache_dir is None:  # a second start compiles nothing
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "diffusion_jax" / "xla"))
     MODES[_MODE.value](config, Path(_WORKDIR.value or own_folder))
     return 0
 

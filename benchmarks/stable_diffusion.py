@@ -187,6 +187,10 @@ def main() -> None:
     )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.serve and flags.serve.startswith("ours"):
+        from diffusion_jax.compilation import configure
+
+        configure()
     if flags.serve and flags.part == "start":
         return first_step(flags.serve, flags.folder)
     if flags.serve:

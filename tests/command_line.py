@@ -1,5 +1,6 @@
 """main.py run inside the tests' own process."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def run(monkeypatch, *arguments) -> int:
     """python main.py with these arguments, in the project's folder -> the exit status."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     cache = jax.config.jax_compilation_cache_dir
     try:
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:

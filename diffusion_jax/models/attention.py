@@ -13,6 +13,7 @@ from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_
 
 BLOCK = 512  # queries at a time in "blocks"
 SCORES = 2**21  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
+TOKENS = 1024  # at a time in `FeedForward` on CPU
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
 
 
@@ -182,12 +183,25 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A GEGLU four times as wide as its input, and a linear map back."""
+    """A GEGLU four times as wide as its input, and a linear map back; on CPU for at most 1024 tokens at a time.
+
+    What is between them, eight times the input, then stays in the processor's cache.
+    """
 
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
+        tokens = math.prod(x.shape[:2])
+        size = _largest_divisor(tokens, TOKENS)
+        if jax.default_backend() != "cpu" or not TOKENS // 4 <= size < tokens:
+            return self._map(x)
+        shared = {"variable_broadcast": ("params", "lora"), "split_rngs": {"params": False}}
+        in_blocks = nn.scan(lambda self, carry, block: (carry, self._map(block)), **shared)
+        _, out = in_blocks(self, None, x.reshape(-1, size, x.shape[-1]))
+        return out.reshape(x.shape)
+
+    def _map(self, x):
         h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
         return Dense(x.shape[-1], self.dtype, name="net_2")(h)
 

@@ -6,8 +6,7 @@ residual branch, so that a fresh network starts as the identity along its residu
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -15,51 +14,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from diffusion_jax.models.convolution import Padding, convolve, convolve_repeated, multiply
+
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
-Padding = Sequence[tuple[int, int]]
-
-
-def convolve(
-    x: Num[Array, "batch height width channels"],
-    kernel: Num[Array, "kernel_height kernel_width channels features"],
-    padding: Padding,
-    stride: int = 1,
-) -> Num[Array, "batch h w features"]:
-    """A convolution; padding: (before, after) of height and of width.
-
-    On CPU it is written as one product of matrices where the kernel is larger than the image, and as one for each tap
-    of the kernel where many channels are bfloat16: XLA's own convolution then takes up to three times as long.
-    """
-    size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
-    few = len(x) * math.prod(size) < kernel.shape[-1]
-    wide = x.dtype == jnp.bfloat16 and x.shape[-1] > 256
-    if jax.default_backend() != "cpu" or not (few or wide):
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-    padded = jnp.pad(x, [(0, 0), *padding, (0, 0)])
-    tops, lefts = (
-        [slice(i, i + stride * (n - 1) + 1, stride) for i in range(k)] for n, k in zip(size, kernel.shape, strict=False)
-    )
-    patches = [padded[:, top, left] for top in tops for left in lefts]
-    taps = kernel.reshape(-1, *kernel.shape[2:])
-    if few:
-        patches, taps = [jnp.concatenate(patches, axis=-1)], taps.reshape(1, -1, kernel.shape[-1])
-    return sum(map(multiply, patches, taps)).astype(x.dtype)
-
-
-def multiply(
-    x: Num[Array, "*batch channels"], kernel: Num[Array, "channels features"]
-) -> Float[Array, "*batch features"]:
-    """x · kernel; on CPU the float32 sums as they are, since XLA multiplies bfloat16 three times as fast into them.
-
-    All axes of x but the last are joined before the product: XLA on CPU then finds the kernel's gradient up to twice as
-    fast.
-    """
-    sums = jnp.promote_types(x.dtype, jnp.float32) if jax.default_backend() == "cpu" else None
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=sums)
-    return y.reshape(*x.shape[:-1], -1)
 
 
 class Conv(nn.Module):
@@ -223,11 +181,7 @@ class Downsample2D(nn.Module):
 
 
 class UpsampledConv(nn.Module):
-    """A 3x3 convolution of an image whose pixels were repeated twice in both directions.
-
-    Each output pixel sees only 2x2 different input pixels, so this is four 2x2 convolutions of the small image, one for
-    the even and the odd pixels of either axis, with sums of the kernel's taps: 16 products in place of 36.
-    """
+    """A 3x3 convolution of an image whose pixels were repeated twice in both directions (`convolve_repeated`)."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -237,28 +191,9 @@ class UpsampledConv(nn.Module):
         self, x: Float[Array, "batch height width _"], size: tuple[int, int] | None = None
     ) -> Float[Array, "batch h w features"]:
         """size: crop the repeated image to it before the convolution."""
-        b, h, w, c = x.shape
-        kernel = self.param("kernel", kernel_init, (3, 3, c, self.features))
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
-        x = x.astype(self.dtype)
-        cut = size not in (None, (2 * h, 2 * w))  # the edge then goes through a repeated pixel
-        if cut or 4 * b * h * w < self.features:  # of a large kernel and a small image the sums would cost the most
-            height, width = size or (2 * h, 2 * w)
-            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
-            return convolve(x, kernel.astype(self.dtype), [(1, 1), (1, 1)]) + bias
-        rows = []
-        for i in range(2):
-            taps = [_repeated_taps(_repeated_taps(kernel, 0, i), 1, j).astype(self.dtype) for j in range(2)]
-            columns = [convolve(x, taps[j], [(1 - i, i), (1 - j, j)]) for j in range(2)]
-            rows.append(jnp.stack(columns, axis=3))
-        return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features) + bias
-
-
-def _repeated_taps(kernel, axis, parity):
-    """Three taps over repeated pixels -> two over the pixels: even outputs see [x-1 | x x], odd ones [x x | x+1]."""
-    left, middle, right = jnp.split(kernel, 3, axis)
-    pair = [left, middle + right] if parity == 0 else [left + middle, right]
-    return jnp.concatenate(pair, axis)
+        return convolve_repeated(x.astype(self.dtype), kernel, size) + bias
 
 
 class Upsample2D(nn.Module):

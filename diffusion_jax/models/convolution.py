@@ -1,0 +1,181 @@
+"""Products of matrices and convolutions, each in the form that is fastest where the process runs."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+Padding = Sequence[tuple[int, int]]
+SAME = [(1, 1)] * 2
+
+
+def convolve(
+    x: Num[Array, "batch height width channels"],
+    kernel: Num[Array, "kernel_height kernel_width channels features"],
+    padding: Padding,
+    stride: int = 1,
+) -> Num[Array, "batch h w features"]:
+    """A convolution; padding: (before, after) of height and of width.
+
+    On CPU, where XLA's own takes up to twice as long, 3x3 convolutions of many channels are Winograd's.
+    """
+    same = kernel.shape[:2] == (3, 3) and stride == 1 and [tuple(sides) for sides in padding] == SAME
+    if same and _is_large(kernel, math.prod(x.shape[:3]), x.dtype):
+        return _minimal(x, kernel)
+    return _convolve(x, kernel, padding, stride)
+
+
+def convolve_repeated(
+    x: Num[Array, "batch height width channels"],
+    kernel: Num[Array, "3 3 channels features"],
+    size: tuple[int, int] | None = None,
+) -> Num[Array, "batch h w features"]:
+    """A 3x3 convolution, padded by 1, of an image whose pixels were repeated twice in both directions.
+
+    size: crop the repeated image to it before the convolution.
+    Each output pixel sees only 2x2 different input pixels, so this is four 2x2 convolutions of the small image, one for
+    the even and the odd pixels of either axis, with sums of the kernel's taps: 16 products in place of 36, on CPU 9.
+    """
+    b, h, w, _ = x.shape
+    pixels = 4 * b * h * w
+    cut = size not in (None, (2 * h, 2 * w))  # the edge then goes through a repeated pixel
+    if not cut and _is_large(kernel, pixels, x.dtype):
+        return _minimal_repeated(x, kernel.astype(x.dtype))
+    if cut or pixels < kernel.shape[-1]:  # of a large kernel and a small image the sums would cost the most
+        height, width = size or (2 * h, 2 * w)
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
+        return convolve(x, kernel.astype(x.dtype), SAME)
+    return _convolve_repeated(x, kernel)
+
+
+def multiply(
+    x: Num[Array, "*batch channels"], kernel: Num[Array, "channels features"]
+) -> Float[Array, "*batch features"]:
+    """x · kernel; on CPU the float32 sums as they are, since XLA multiplies bfloat16 three times as fast into them.
+
+    All axes of x but the last are joined before the product: XLA on CPU then finds the kernel's gradient up to twice as
+    fast.
+    """
+    sums = jnp.promote_types(x.dtype, jnp.float32) if jax.default_backend() == "cpu" else None
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=sums)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _convolve(x, kernel, padding, stride=1):
+    """On CPU as one product where the kernel is larger than the image, as one a tap of many channels in bfloat16."""
+    size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
+    few = len(x) * math.prod(size) < kernel.shape[-1]
+    wide = x.dtype == jnp.bfloat16 and x.shape[-1] > 256
+    if jax.default_backend() != "cpu" or not (few or wide):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    padded = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    tops, lefts = (
+        [slice(i, i + stride * (n - 1) + 1, stride) for i in range(k)] for n, k in zip(size, kernel.shape, strict=False)
+    )
+    patches = [padded[:, top, left] for top in tops for left in lefts]
+    taps = kernel.reshape(-1, *kernel.shape[2:])
+    if few:
+        patches, taps = [jnp.concatenate(patches, axis=-1)], taps.reshape(1, -1, kernel.shape[-1])
+    return sum(map(multiply, patches, taps)).astype(x.dtype)
+
+
+def _convolve_repeated(x, kernel):
+    b, h, w, _ = x.shape
+    rows = []
+    for i in range(2):
+        taps = [_repeated_taps(_repeated_taps(kernel, 0, i), 1, j).astype(x.dtype) for j in range(2)]
+        columns = [_convolve(x, taps[j], [(1 - i, i), (1 - j, j)]) for j in range(2)]
+        rows.append(jnp.stack(columns, axis=3))
+    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
+
+
+def _repeated_taps(kernel, axis, parity):
+    """Three taps over repeated pixels -> two over the pixels: even outputs see [x-1 | x x], odd ones [x x | x+1]."""
+    left, middle, right = jnp.split(kernel, 3, axis)
+    pair = [left, middle + right] if parity == 0 else [left + middle, right]
+    return jnp.concatenate(pair, axis)
+
+
+def _is_large(kernel, pixels, dtype):
+    """Whether a convolution on CPU gains more by fewer products than it loses by the sums around them."""
+    large = min(kernel.shape[2:]) >= 256 and pixels >= 512
+    return jax.default_backend() == "cpu" and large and dtype == jnp.float32
+
+
+class Filtering(NamedTuple):
+    """Two pixels of a convolution of a line with three taps, by fewer than six products (Winograd 1980).
+
+    pixels(tile(d) * taps(g)), d: the inputs that two pixels see, `inputs` of them, from each two pixels to the next
+    `step` further.
+    """
+
+    inputs: int
+    step: int
+    tile: Callable
+    taps: Callable
+    pixels: Callable
+
+
+# F(2, 3) of Lavin & Gray 2015, section 4.1, and the same where d0 d1 | d1 d2 are repeated pixels: a product is 0.
+MINIMAL = Filtering(
+    inputs=4,
+    step=2,
+    tile=lambda d: [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]],
+    taps=lambda g: [g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]],
+    pixels=lambda m: [m[0] + m[1] + m[2], m[1] - m[2] - m[3]],
+)
+MINIMAL_REPEATED = Filtering(
+    inputs=3,
+    step=1,
+    tile=lambda d: [d[0] - d[1], d[1], d[1] - d[2]],
+    taps=lambda g: [g[0], g[0] + g[1] + g[2], g[2]],
+    pixels=lambda m: [m[0] + m[1], m[1] - m[2]],
+)
+
+
+def _filter(filtering, x, kernel):
+    """The filtering of rows and columns: two by two pixels from a tile of x. Lavin & Gray 2015, eq. 8.
+
+    One row of the filtered tiles after another, so that no array is larger than x, kernel and the result.
+    """
+    inputs, step, tile, taps, pixels = filtering
+    b, height, width, channels = x.shape
+    rows, columns = -(-height // step), -(-width // step)
+    padded = jnp.pad(x, [(0, 0), (1, 1 + height % step), (1, 1 + width % step), (0, 0)])
+
+    def add(y, row):
+        of_tile, of_taps, of_pixels = row
+        line = sum(of_tile[i] * padded[:, i : i + step * (rows - 1) + 1 : step] for i in range(inputs))
+        tiles = tile([line[:, :, j : j + step * (columns - 1) + 1 : step].reshape(-1, channels) for j in range(inputs)])
+        kernels = taps([sum(of_taps[i] * kernel[i, j] for i in range(3)) for j in range(3)])
+        pair = jnp.stack(pixels(list(map(jnp.dot, tiles, kernels))), axis=1)
+        return y + of_pixels[:, None] * pair.reshape(b, rows, 1, -1), None
+
+    units = [np.eye(n, dtype=np.float32) for n in (inputs, 3, inputs)]
+    matrices = np.stack(tile(units[0])), np.stack(taps(units[1])), np.stack(pixels(units[2]), axis=1)
+    y, _ = jax.lax.scan(add, jnp.zeros((b, rows, 2, columns * 2 * kernel.shape[-1]), x.dtype), matrices)
+    size = [n * 2 // step for n in (height, width)]
+    return y.reshape(b, 2 * rows, 2 * columns, -1)[:, : size[0], : size[1]]
+
+
+def _bilinear(fast, slow):
+    """`fast` with the derivatives of `slow`, which XLA can transpose; both are linear in each argument."""
+    function = jax.custom_jvp(fast)
+
+    @function.defjvp
+    def jvp(primals, tangents):
+        (x, kernel), (dx, dkernel) = primals, tangents
+        return function(x, kernel), slow(dx, kernel) + slow(x, dkernel)
+
+    return function
+
+
+_minimal = _bilinear(functools.partial(_filter, MINIMAL), functools.partial(_convolve, padding=SAME))
+_minimal_repeated = _bilinear(functools.partial(_filter, MINIMAL_REPEATED), _convolve_repeated)
