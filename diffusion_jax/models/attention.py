@@ -68,7 +68,8 @@ def _in_blocks(q, k, v, mask):
     size = math.ceil(queries / blocks)
     group = _largest_divisor(b * heads, SCORES // (size * k.shape[1]))
     attend = functools.partial(_group_in_blocks, blocks=blocks)
-    q = jnp.pad(q, [(0, 0), (0, blocks * size - queries), (0, 0), (0, 0)])
+    # scaled early: q has fewer numbers than the scores
+    q = jnp.pad(q / math.sqrt(width), [(0, 0), (0, blocks * size - queries), (0, 0), (0, 0)])
     # heads beside images: XLA on CPU multiplies matrices several times as fast when the axes before them are joined
     q, k, v = (x.swapaxes(1, 2).reshape(-1, group, x.shape[1], width) for x in (q, k, v))
     mask = None if mask is None else jnp.repeat(mask, heads, axis=0).reshape(-1, group, 1, mask.shape[1])
@@ -77,8 +78,8 @@ def _in_blocks(q, k, v, mask):
 
 
 def _block(q, k, v, mask):
-    """q, k, v: (heads, queries or keys, width). mask: (heads, 1, keys) or None."""
-    scores = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    """q, divided by sqrt(width), k, v: (heads, queries or keys, width). mask: (heads, 1, keys) or None."""
+    scores = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
