@@ -16,7 +16,8 @@ print(jax.config.jax_compilation_cache_dir)
 
 def process(argument: str, **environment: str) -> tuple[int, str]:
     """Temporary bytes of a program and the folder of the compilation cache after `configure(argument)`."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    theirs = "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"
+    inherited = {name: value for name, value in os.environ.items() if name not in theirs}
     command = [sys.executable, "-c", PROGRAM.format(argument)]
     done = subprocess.run(command, env=inherited | environment, stdout=subprocess.PIPE, text=True, check=True)
     memory, folder = done.stdout.splitlines()
