@@ -150,17 +150,20 @@ def _filter(filtering, x, kernel):
     rows, columns = -(-height // step), -(-width // step)
     padded = jnp.pad(x, [(0, 0), (1, 1 + height % step), (1, 1 + width % step), (0, 0)])
 
-    def add(y, row):
-        of_tile, of_taps, of_pixels = row
+    def add(state, following):
+        y, (of_tile, of_taps, of_pixels) = state
         line = sum(of_tile[i] * padded[:, i : i + step * (rows - 1) + 1 : step] for i in range(inputs))
         tiles = tile([line[:, :, j : j + step * (columns - 1) + 1 : step].reshape(-1, channels) for j in range(inputs)])
         kernels = taps([sum(of_taps[i] * kernel[i, j] for i in range(3)) for j in range(3)])
         pair = jnp.stack(pixels(list(map(jnp.dot, tiles, kernels))), axis=1)
-        return y + of_pixels[:, None] * pair.reshape(b, rows, 1, -1), None
+        return (y + of_pixels[:, None] * pair.reshape(b, rows, 1, -1), following), None
 
     units = [np.eye(n, dtype=np.float32) for n in (inputs, 3, inputs)]
     matrices = np.stack(tile(units[0])), np.stack(taps(units[1])), np.stack(pixels(units[2]), axis=1)
-    y, _ = jax.lax.scan(add, jnp.zeros((b, rows, 2, columns * 2 * kernel.shape[-1]), x.dtype), matrices)
+    y = jnp.zeros((b, rows, 2, columns * 2 * kernel.shape[-1]), x.dtype)
+    # a row comes with the state: XLA on CPU would look up those of a scan again for every number
+    first, following = [m[0] for m in matrices], [np.roll(m, -1, axis=0) for m in matrices]
+    (y, _), _ = jax.lax.scan(add, (y, first), following)
     size = [n * 2 // step for n in (height, width)]
     return y.reshape(b, 2 * rows, 2 * columns, -1)[:, : size[0], : size[1]]
 
