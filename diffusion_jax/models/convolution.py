@@ -146,16 +146,16 @@ def _filter(filtering, x, kernel):
     One row of the filtered tiles after another, so that no array is larger than x, kernel and the result.
     """
     inputs, step, tile, taps, pixels = filtering
-    b, height, width, channels = x.shape
+    b, height, width, _ = x.shape
     rows, columns = -(-height // step), -(-width // step)
     padded = jnp.pad(x, [(0, 0), (1, 1 + height % step), (1, 1 + width % step), (0, 0)])
 
     def add(state, following):
         y, (of_tile, of_taps, of_pixels) = state
         line = sum(of_tile[i] * padded[:, i : i + step * (rows - 1) + 1 : step] for i in range(inputs))
-        tiles = tile([line[:, :, j : j + step * (columns - 1) + 1 : step].reshape(-1, channels) for j in range(inputs)])
+        tiles = tile([line[:, :, j : j + step * (columns - 1) + 1 : step] for j in range(inputs)])
         kernels = taps([sum(of_taps[i] * kernel[i, j] for i in range(3)) for j in range(3)])
-        pair = jnp.stack(pixels(list(map(jnp.dot, tiles, kernels))), axis=1)
+        pair = jnp.stack(pixels(list(map(multiply, tiles, kernels))), axis=3)
         return (y + of_pixels[:, None] * pair.reshape(b, rows, 1, -1), following), None
 
     units = [np.eye(n, dtype=np.float32) for n in (inputs, 3, inputs)]
