@@ -1,22 +1,66 @@
-"""Guidance: denoiser -> denoiser. Nothing here touches a solver."""
+"""Guidance: denoiser -> denoiser. Nothing here touches a solver.
 
-from collections.abc import Callable
+Levels are of () or (B,): a teacher inside a loss sees one noise level for each image.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from diffusion_jax.core.denoiser import Denoise, as_pytree
 from diffusion_jax.core.process import NoiseLevel, Prediction, expand
 
-Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]
+
+class Guidance(NamedTuple):
+    """How the condition is followed. The fields bear the names of the functions of this module.
+
+    scale: 1 for no guidance; one number or (B,).
+    negative: a condition to lead away from instead of "no condition"; leaves with or without the batch axis.
+    rescale: in [0, 1]. How much of the contrast of the unguided image is kept.
+    interval: (low, high). Guide only where low < sigma / alpha <= high; None for everywhere.
+    cfg_pp: put the unguided noise back. The scale is then in [0, 1], and the plan has one row a step.
+    dynamic_threshold: percentile in [0, 1], for models of pixels; None clips x0 instead.
+    """
+
+    scale: float | Float[Array, "batch"] = 1.0
+    negative: PyTree = None
+    rescale: float = 0.0
+    interval: tuple[float, float] | None = None
+    cfg_pp: bool = False
+    dynamic_threshold: float | None = None
 
 
-def as_pytree(denoise: Denoise) -> Denoise:
-    """A denoiser that can be an argument of a compiled function: a pytree as it is, a plain function wrapped."""
-    return Partial(denoise) if jax.tree_util.all_leaves([denoise]) else denoise
+def guided(denoise: Denoise, guidance: Guidance, null_cond: PyTree, limit: float | None = None) -> Denoise:
+    """The denoiser as `guidance` asks for.
+
+    null_cond: the model's "no condition".
+    limit: x0 is kept within [-limit, limit]; None where nothing is known of it.
+    Raises ValueError for numbers out of range and for choices that exclude each other.
+    """
+    null_cond = null_cond if guidance.negative is None else guidance.negative
+    if guidance.cfg_pp and guidance.rescale:
+        raise ValueError("CFG++ and rescaled guidance exclude each other: leave one out")
+    if guidance.dynamic_threshold is not None and limit is None:
+        raise ValueError("dynamic thresholding is for models of pixels; this model's latents have no limit")
+    plain = as_pytree(denoise)
+    if guidance.cfg_pp:
+        denoise = cfg_pp(plain, guidance.scale, null_cond)
+    elif guidance.rescale:
+        denoise = rescale(plain, guidance.scale, null_cond, guidance.rescale)
+    else:
+        denoise = classifier_free(plain, guidance.scale, null_cond)
+    if not jax.tree.leaves(null_cond):  # no condition, nothing to lead away from
+        denoise = plain
+    if guidance.interval is not None:
+        denoise = interval(denoise, plain, *guidance.interval)
+    if guidance.dynamic_threshold is not None:
+        return dynamic_threshold(denoise, guidance.dynamic_threshold, limit)
+    return denoise if limit is None else clip_x0(denoise, limit)
 
 
 def _number(value: ArrayLike, name: str, low: float = 0.0, high: float = np.inf) -> Array:
@@ -30,12 +74,28 @@ def _number(value: ArrayLike, name: str, low: float = 0.0, high: float = np.inf)
 def classifier_free(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), on x0 and eps alike.
 
-    scale: 1 is no guidance, above 1 more of the condition; one number or one for each image, (B,).
+    Both branches run in one call of the network, on a batch of 2B in which an image's two branches are neighbours, so
+    that a batch split over devices stays where it is. A scale known to be 1 or 0 needs one branch and runs that alone.
+
+    scale: () or (B,). 1 is no guidance, above 1 more of the condition.
     null_cond: what stands for "no condition", or a negative prompt; leaves as those of cond, with or without the batch
-    axis. Both branches run in one call of the network, on a batch of 2B in which an image's two branches are
-    neighbours, so that a batch split over devices stays where it is.
+      axis. A leaf of cond that it lacks, such as the known part of an image, is shared by both branches.
     """
-    return Partial(_classifier_free, as_pytree(denoise), _number(scale, "guidance"), null_cond)
+    number = _number(scale, "guidance")
+    if _is_all(scale, 1):
+        return as_pytree(denoise)
+    if _is_all(scale, 0):
+        return Partial(_unconditional, as_pytree(denoise), null_cond)
+    return Partial(_classifier_free, as_pytree(denoise), number, null_cond)
+
+
+def _is_all(value: ArrayLike, number: float) -> bool:
+    """Whether the value is known, and that number for every image."""
+    return not isinstance(value, jax.core.Tracer) and bool(np.all(np.asarray(value) == number))
+
+
+def _unconditional(denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:
+    return denoise(x, level, _without(cond, null_cond))
 
 
 def _classifier_free(
@@ -45,15 +105,23 @@ def _classifier_free(
     return _extrapolate(null, conditional, scale, x)
 
 
+def _without(cond: PyTree, null_cond: PyTree) -> PyTree:
+    """cond with the leaves that null_cond has replaced by its own, in cond's shapes."""
+    if isinstance(cond, dict):
+        null_cond = cond | null_cond
+    return jax.tree.map(lambda leaf, null: jnp.broadcast_to(null, leaf.shape).astype(leaf.dtype), cond, null_cond)
+
+
 def _both(
     denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree
 ) -> tuple[Prediction, Prediction]:
     """The predictions with the condition and without it, from one call of the network."""
 
     def interleave(a: Array, b: Array) -> Array:
-        return jnp.stack([a, jnp.broadcast_to(b, a.shape).astype(a.dtype)], axis=1).reshape(-1, *a.shape[1:])
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
-    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, null_cond))
+    level = jax.tree.map(lambda value: jnp.repeat(value, 2) if jnp.ndim(value) else value, level)
+    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, _without(cond, null_cond)))
     pairs = jax.tree.map(lambda out: out.reshape(-1, 2, *out.shape[1:]), both)
     return jax.tree.map(lambda out: out[:, 0], pairs), jax.tree.map(lambda out: out[:, 1], pairs)
 
@@ -73,7 +141,8 @@ def rescale(denoise: Denoise, scale: ArrayLike, null_cond: PyTree, phi: float = 
     """Classifier-free guidance whose x0 keeps the contrast of the conditional one (Lin et al. 2023, eq. 15 and 16).
 
     x0 = phi x0_guided std(x0_conditional) / std(x0_guided) + (1 - phi) x0_guided, the deviations over each image.
-    scale, null_cond: as in `classifier_free`. phi: in [0, 1], 0 is plain guidance.
+    scale, null_cond: as in `classifier_free`.
+    phi: in [0, 1]. 0 is plain guidance.
     """
     return Partial(
         _rescale, as_pytree(denoise), _number(scale, "guidance"), null_cond, _number(phi, "rescale's phi", high=1.0)
@@ -93,8 +162,9 @@ def _rescale(
 def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     """CFG++ (Chung et al. 2024, algorithm 2): x0 is guided, the noise that is put back is the unconditional one.
 
-    x0 = null + scale (conditional - null), eps = null.  scale: in [0, 1]. The pair is not tied to x: meant for ddim and
-    euler, whose steps are alpha' x0 + sigma' eps.
+    x0 = null + scale (conditional - null), eps = null. The pair is not tied to x: meant for ddim and euler, whose steps
+    are alpha' x0 + sigma' eps.
+    scale: in [0, 1].
     """
     return Partial(_cfg_pp, as_pytree(denoise), _number(scale, "the scale of CFG++", high=1.0), null_cond)
 
@@ -107,7 +177,8 @@ def _cfg_pp(denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: 
 def autoguidance(denoise: Denoise, weaker: Denoise, scale: ArrayLike) -> Denoise:
     """Guidance away from a weaker model of the same kind (Karras et al. 2024): weaker + scale (denoise - weaker).
 
-    weaker: a smaller or less trained denoiser, given the same condition. scale: 1 is no guidance.
+    weaker: a smaller or less trained denoiser, given the same condition.
+    scale: 1 is no guidance.
     """
     return Partial(_autoguidance, as_pytree(denoise), as_pytree(weaker), _number(scale, "guidance"))
 
@@ -121,7 +192,8 @@ def _autoguidance(
 def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denoise:
     """Guidance at some noise levels only (Kynkäänniemi et al. 2024): `guided` where low < sigma / alpha <= high.
 
-    plain: used elsewhere, the denoiser without guidance; there the network runs once and not twice.
+    plain: the denoiser without guidance, used elsewhere; there the network runs once and not twice, unless the images
+      have levels of their own.
     """
     if not 0 <= low < high:
         raise ValueError(f"a guidance interval must have 0 <= low < high, got {low} and {high}")
@@ -132,6 +204,9 @@ def _interval(
     guided: Denoise, plain: Denoise, low: Array, high: Array, x: Array, level: NoiseLevel, cond: PyTree
 ) -> Prediction:
     inside = (level.sigma > low * level.alpha) & (level.sigma <= high * level.alpha)
+    if jnp.ndim(inside):
+        both = guided(x, level, cond), plain(x, level, cond)
+        return jax.tree.map(lambda a, b: jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), a, b), *both)
     return jax.lax.cond(inside, guided, plain, x, level, cond)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float, Key, PyTree
 
-from diffusion_jax.core.guidance import Denoise, as_pytree
+from diffusion_jax.core.denoiser import Denoise, as_pytree
 from diffusion_jax.core.process import NoiseLevel, add_noise, expand, snr, velocity
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers.plan import times

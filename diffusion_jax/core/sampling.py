@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from diffusion_jax.core.guidance import Denoise, as_pytree
-from diffusion_jax.core.process import NoiseLevel, Prediction, add_noise, from_eps
+from diffusion_jax.core.denoiser import Denoise, as_pytree, check_levels
+from diffusion_jax.core.process import NoiseLevel, add_noise
 from diffusion_jax.core.solvers import HISTORY, Plan
 
 
@@ -63,7 +62,7 @@ def advance(
 ) -> tuple[State, Array]:
     """Run a chunk of rows; returns the state after it and the last x0 predicted, `x0` if none was.
 
-    `denoise` is a pytree (see `guidance.as_pytree`), so nothing in it is recompiled for. The old state's memory is used
+    `denoise` is a pytree (see `denoiser.as_pytree`), so nothing in it is recompiled for. The old state's memory is used
     for the new one.
     """
 
@@ -105,23 +104,19 @@ def sample(
     """Carry x from the plan's first level to its last.
 
     denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial` (as
-      `denoiser` and the functions of `guidance` do) and new values of them do not recompile.
+      `denoiser.denoiser` and the functions of `guidance` do) and new values of them do not recompile.
     plan: from `solvers`. x: (B, ...) at the plan's first level, see `initial_noise`. keys: (B,), one for each image: an
       image does not depend on the batch it was made in. cond: pytree handed to `denoise`, leaves (B, ...).
     chunk: rows run by one call of the compiled program, padded with rows that skip the network, so any number of steps
       reuses it; None runs all rows in one call, the form to use inside your own `jax.jit`.
     known: for inpainting, the part of x to hold on to at every level (see `keep`).
     callback: after each chunk called with (rows done, prediction of x0); returning True stops there.
-    Returns x (B, ...) at the plan's last level, float32 as x is. Raises ValueError for a network that predicts eps on a
-    plan that starts from noise alone, alpha = 0, where eps says nothing about the image.
+    Returns x (B, ...) at the plan's last level, float32 as x is. Raises ValueError for a plan that evaluates a network
+    where its errors grow without use, as those of eps do on noise alone (`denoiser.check_levels`).
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row or None for all rows, got {chunk}")
-    if np.any(plan.level.alpha == 0) and from_eps in _conversions(denoise):
-        raise ValueError(
-            "the schedule starts from noise alone (zero terminal SNR), where a network that predicts eps says nothing "
-            "of the image: use one that predicts v or x0"
-        )
+    check_levels(denoise, plan.level)
     if known is not None:
         x = _blend(x, known, plan.start)
     total = plan.num_rows
@@ -172,14 +167,6 @@ def _blend(x: Array, known: Known, level: NoiseLevel) -> Array:
     return known.mask * x + (1 - known.mask) * add_noise(known.x0, known.noise, level)
 
 
-def _conversions(denoise: PyTree) -> set[Callable]:
-    """The conversions of the networks inside a denoiser."""
-    if not isinstance(denoise, jax.tree_util.Partial):
-        return set()
-    own = {denoise.func.convert} if isinstance(denoise.func, _Network) else set()
-    return own.union(*(_conversions(argument) for argument in denoise.args))
-
-
 def _rows(plan: Plan, start: int, size: int) -> Rows:
     """Rows start..start+size of the plan in float32; past its end x <- eps, which is x where `active` is False."""
     index = np.arange(start, start + size)
@@ -196,27 +183,3 @@ def _rows(plan: Plan, start: int, size: int) -> Rows:
     )
     return Rows(rows, index, active)
 
-
-def denoiser(
-    apply: Callable[[PyTree, Array, Array, PyTree], Array],
-    params: PyTree,
-    convert: Callable[[Array, Array, NoiseLevel], Prediction],
-) -> Denoise:
-    """A denoiser from a network.
-
-    apply: (params, x (B, ...), t (B,), cond) -> output (B, ...). convert: what the output means, `process.from_eps`,
-    `from_x0` or `from_v`. Keep both the same objects between calls: they are what the compiled program is looked up by.
-    """
-    return jax.tree_util.Partial(_Network(apply, convert), params)
-
-
-@dataclass(frozen=True)
-class _Network:
-    """`apply` and `convert` joined; equal when both are, so that a new denoiser finds the old compiled program."""
-
-    apply: Callable[[PyTree, Array, Array, PyTree], Array]
-    convert: Callable[[Array, Array, NoiseLevel], Prediction]
-
-    def __call__(self, params: PyTree, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:
-        out = self.apply(params, x, jnp.broadcast_to(level.t, x.shape[:1]), cond)
-        return self.convert(x, out.astype(x.dtype), level)

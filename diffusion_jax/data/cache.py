@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.loader import Reader, stack
 from diffusion_jax.data.sources import Captions, Source
 from diffusion_jax.data.transforms import Record, Transform
@@ -81,16 +82,11 @@ def _batches(source: Source, batch_size: int, transform: Transform | None) -> It
     reader = Reader(source, transform)
     reads = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
     ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
-    indices: list[int] = []
-    records: list[Record] = []
     bar = tqdm(reads.to_iter_dataset(ahead), desc=f"caching {source.name}", total=len(source), unit="records")
-    for index, record in bar:
-        if record is not None:
-            indices.append(index)
-            records.append(record)
-        if len(records) == batch_size or (records and index == len(source) - 1):
-            yield indices, stack(records + records[-1:] * (batch_size - len(records)))
-            indices, records = [], []
+    good = ((index, record) for index, record in bar if record is not None)
+    for count, batch in filled_batches(good, batch_size):
+        indices, records = zip(*batch, strict=True)
+        yield list(indices[:count]), stack(records)
 
 
 def _flatten(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:

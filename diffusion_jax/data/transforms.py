@@ -41,11 +41,6 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(size: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:
-    """`crop` to size x size."""
-    return crop(size, size, random_crop, flip, upscale)
-
-
 def crop(height: int, width: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:
     """A transform that makes record["image"] height x width: resized until one side fits and the other is no shorter,
     then cropped.
@@ -72,6 +67,21 @@ def crop(height: int, width: int, random_crop: bool = False, flip: bool = False,
         return record | {"image": np.ascontiguousarray(image)}
 
     return transform
+
+
+def variants(transform: Transform, crops: int, flip: bool) -> Transform:
+    """A transform that makes record["image"] all of its augmented forms, (variants, H, W, 3), for a cache of them.
+
+    transform: makes one crop.
+    crops: how many of them.
+    flip: each of them mirrored too.
+    """
+
+    def all_variants(record: Record, rng: np.random.Generator) -> Record:
+        images = np.stack([transform(record, rng)["image"] for _ in range(crops)])
+        return record | {"image": np.concatenate([images, images[:, :, ::-1]]) if flip else images}
+
+    return all_variants
 
 
 def to_float(images: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:

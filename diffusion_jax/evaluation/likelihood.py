@@ -9,16 +9,15 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 from tqdm import tqdm
 
+from diffusion_jax import parallel
 from diffusion_jax.core import likelihood
 from diffusion_jax.core.guidance import clip_x0
-from diffusion_jax.core.sampling import denoiser
 from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.loader import Reader, stack
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
-from diffusion_jax.pipelines import Pipeline
-from diffusion_jax.pipelines.conditioning import Conditioning
-from diffusion_jax.pipelines.pipeline import placements
+from diffusion_jax.model import DiffusionModel
 
 LEAST = {"images": 1, "steps": 1, "probes": 1, "terms": 0, "batch_size": 1, "seed": 0}
 
@@ -33,9 +32,7 @@ def check_section(section, schedule: Schedule) -> None:
         raise ValueError(f"eval.steps must be less than the schedule's {T} steps, got {section.steps}")
 
 
-def evaluate_likelihood(
-    pipeline: Pipeline, schedule: Schedule, source: Source, transform: Transform, conditioning: Conditioning, section
-) -> dict:
+def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transform, section) -> dict:
     """The report of a model on a source, given the captions or classes: of "flow", the negative log likelihood by the
     probability flow, and "bound", the variational bound, with its terms, the mean and its standard error over images.
 
@@ -50,47 +47,42 @@ def evaluate_likelihood(
     says whether they are of use. Raises ValueError if no record of the source can be read.
     """
     total = min(section.images, len(source))
-    size = min(section.batch_size, total)
-    size += -size % jax.local_device_count()
-    found = []
+    size = parallel.divisible(min(section.batch_size, total))
+    model, found = model.placed(), []
     with tqdm(desc="likelihood", total=total, unit="images") as bar:
-        for batch in _batches(source, transform, total, size, section.seed):
+        for count, batch in filled_batches(_good_records(source, transform, total, section.seed), size):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(section.seed), bar.n + np.arange(size))
-            full = stack(batch + batch[-1:] * (size - len(batch)))
-            figures = _figures(pipeline, schedule, full["image"], conditioning.of_records(full), keys, section)
-            found.append(jax.tree.map(lambda values: np.asarray(values)[: len(batch)], figures))  # noqa: B023
-            bar.update(len(batch))
+            records = stack(batch)
+            figures = _figures(model, records["image"], model.conditioning.of_records(records), keys, section)
+            found.append(jax.tree.map(lambda values: np.asarray(values)[:count], figures))  # noqa: B023
+            bar.update(count)
     figures = jax.tree.map(lambda *values: _summary(np.concatenate(values)), *found)
-    space = {"of": "pixels", "unit": "bits/dim"} if _of_pixels(pipeline) else {"of": "latents", "unit": "nats/dim"}
+    space = {"of": "pixels", "unit": "bits/dim"} if _of_pixels(model) else {"of": "latents", "unit": "nats/dim"}
     return {name: section[name] for name in LEAST} | {"data": source.name, "images": bar.n} | space | figures
 
 
-def _batches(source: Source, transform: Transform, total: int, size: int, seed: int) -> Iterator[list[Record]]:
-    """`total` good records in an order drawn from the seed, or as many as there are, `size` at a time."""
+def _good_records(source: Source, transform: Transform, total: int, seed: int) -> Iterator[Record]:
+    """`total` good records in an order drawn from the seed, or as many as there are."""
     reader, rng = Reader(source, transform), np.random.default_rng(seed)
-    records = (record for index in rng.permutation(len(source)) if (record := reader(int(index), rng)) is not None)
-    chosen = itertools.islice(records, total)
-    while batch := list(itertools.islice(chosen, size)):
-        yield batch
+    records = (reader(int(index), rng) for index in rng.permutation(len(source)))
+    return itertools.islice((record for record in records if record is not None), total)
 
 
 def _figures(
-    pipeline: Pipeline,
-    schedule: Schedule,
+    model: DiffusionModel,
     images: UInt8[np.ndarray, "batch height width 3"],
     cond: PyTree,
     keys: Key[Array, "batch"],
     section,
 ) -> dict[str, Float[Array, "batch"]]:
     """The figures of each image by name, spread over this host's devices."""
-    split, whole = placements(len(images))
-    codec, pixels = pipeline.codec, _of_pixels(pipeline)
-    draw_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
-    x0 = jnp.asarray(codec.draw(codec.stats, codec.encode(images), draw_keys))
+    codec, pixels, schedule = model.codec, _of_pixels(model), model.schedule
+    x0_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
+    x0 = jnp.asarray(codec.sample(codec.stats, codec.encode(images), x0_keys))
     x = likelihood.dequantize(x0, spread_keys) if pixels else x0
-    x0, x, cond, flow_keys, bound_keys = jax.device_put((x0, x, cond, flow_keys, bound_keys), split)
+    x0, x, cond, flow_keys, bound_keys = parallel.spread((x0, x, cond, flow_keys, bound_keys), len(images))
 
-    network = denoiser(pipeline.apply, jax.device_put(pipeline.params, whole), pipeline.convert)
+    network = model.denoiser(parallel.whole(model.params, len(images)))
     nats = -likelihood.log_likelihood(network, schedule, x, flow_keys, cond, steps=section.steps, probes=section.probes)
     bound = likelihood.variational_bound(
         clip_x0(network, codec.limit) if pixels else network,
@@ -109,8 +101,8 @@ def _figures(
     return {"flow": per_dim(nats, likelihood.PIXEL), "bound": per_dim(bound.total)} | terms
 
 
-def _of_pixels(pipeline: Pipeline) -> bool:
-    return pipeline.codec.limit is not None
+def _of_pixels(model: DiffusionModel) -> bool:
+    return model.codec.limit is not None
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:

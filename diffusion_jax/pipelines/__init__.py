@@ -1,16 +1,15 @@
-"""From prompts and pixels to pixels: pure functions over a denoiser, a codec and a plan."""
+"""From prompts and pixels to pixels: pure functions over a model and a plan."""
 
+from diffusion_jax.core.guidance import Guidance
+from diffusion_jax.pipelines.generate import from_noise
 from diffusion_jax.pipelines.image_to_image import image_to_image, invert
 from diffusion_jax.pipelines.inpaint import inpaint
 from diffusion_jax.pipelines.interpolation import mix, slerp, variations
-from diffusion_jax.pipelines.pipeline import Guidance, Pipeline, from_noise, guided
 from diffusion_jax.pipelines.text_to_image import text_to_image
 
 __all__ = [
     "Guidance",
-    "Pipeline",
     "from_noise",
-    "guided",
     "image_to_image",
     "inpaint",
     "invert",

@@ -1,51 +1,55 @@
-"""Image and prompt -> image; and an image back to the noise it would be drawn from."""
+"""Image and prompt -> image; and an image back to its noise."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from diffusion_jax.codec import Images, pixels
 from diffusion_jax.core.process import NoiseLevel, add_noise
 from diffusion_jax.core.solvers import Plan
-from diffusion_jax.pipelines.codec import Images, pixels
-from diffusion_jax.pipelines.pipeline import Guided, Pipeline, encode, from_noise, noise, solve
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines.generate import Callback, Guided, encode, from_noise, noise, solve
 
 
 def image_to_image(
-    pipeline: Pipeline,
+    model: DiffusionModel,
     image: Images,
     cond: PyTree,
     keys: Key[Array, "batch"],
     plan: Plan,
     guidance: Guided = 1.0,
-    **options,
+    callback: Callback = None,
 ) -> Float[Array, "batch height width 3"]:
-    """The image noised to `plan.start` and drawn anew from there (SDEdit, Meng et al. 2022, section 3).
+    """The image noised to `plan.start` and generated anew from there (SDEdit, Meng et al. 2022, section 3).
 
-    image: uint8 or in [-1, 1], of the model's size. plan: a solver on `solvers.strength_times(schedule, steps,
-    strength)`; without rows, strength 0, the image comes back unchanged. Strength 1 draws what `text_to_image` does,
-    up to the alpha that the schedule leaves of the image at its noisiest time. All else as in `text_to_image`.
+    image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size.
+    plan: a solver on `solvers.strength_times(schedule, steps, strength)`. Without rows, strength 0, the image comes
+      back unchanged. Strength 1 generates what `text_to_image` does, up to the alpha that the schedule leaves of the
+      image at its noisiest time.
+    All else as in `text_to_image`.
     """
     if plan.num_rows == 0:
         return jnp.asarray(pixels(image))
-    x = noised(pipeline, encode(pipeline, image), keys, plan)
-    return from_noise(pipeline, x, cond, keys, plan, guidance, **options)
+    x = noised(model, encode(model, image), keys, plan)
+    return from_noise(model, x, cond, keys, plan, guidance, callback)
 
 
 def noised(
-    pipeline: Pipeline, x0: Float[Array, "batch h w c"], keys: Key[Array, "batch"], plan: Plan
+    model: DiffusionModel, x0: Float[Array, "batch h w c"], keys: Key[Array, "batch"], plan: Plan
 ) -> Float[Array, "batch h w c"]:
     """x0 with the noise of the keys, at `plan.start`."""
-    return add_noise(x0, noise(pipeline, keys, NoiseLevel(0.0, 0.0, 1.0)), plan.start)
+    return add_noise(x0, noise(model, keys, NoiseLevel(0.0, 0.0, 1.0)), plan.start)
 
 
 def invert(
-    pipeline: Pipeline, image: Images, cond: PyTree, plan: Plan, guidance: Guided = 1.0, **options
+    model: DiffusionModel, image: Images, cond: PyTree, plan: Plan, guidance: Guided = 1.0, callback: Callback = None
 ) -> Float[Array, "batch h w c"]:
-    """The noise from which `ddim` draws the image (Song et al. 2021, section 4.3).
+    """The noise from which `ddim` generates the image (Song et al. 2021, section 4.3).
 
-    plan: `solvers.ddim_inversion`. `from_noise` with `ddim` on the same times and the same cond brings the image back,
-    with another cond edits it; the more steps, the closer. Without guidance it is closest. All else as in
-    `image_to_image`.
+    `from_noise` with `ddim` on the same times and the same cond brings the image back; another cond edits it. More
+    steps bring it closer, and so does guidance of 1.
+    plan: `solvers.ddim_inversion`.
+    All else as in `image_to_image`.
     """
     unused = jax.random.split(jax.random.key(0), len(image))  # the plan adds no noise
-    return solve(pipeline, encode(pipeline, image), cond, unused, plan, guidance, **options)
+    return solve(model, encode(model, image), cond, unused, plan, guidance, callback)

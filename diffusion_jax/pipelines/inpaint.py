@@ -4,54 +4,58 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
+from diffusion_jax.codec import Images, pixels
 from diffusion_jax.core.sampling import keep
 from diffusion_jax.core.solvers import Plan
-from diffusion_jax.pipelines.codec import Images, pixels
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines.generate import Callback, Guided, encode, from_noise
 from diffusion_jax.pipelines.image_to_image import noised
-from diffusion_jax.pipelines.pipeline import Guided, Pipeline, encode, from_noise
 
 
 def inpaint(
-    pipeline: Pipeline,
+    model: DiffusionModel,
     image: Images,
     mask: Shaped[Array | np.ndarray, "..."],
     cond: PyTree,
     keys: Key[Array, "batch"],
     plan: Plan,
     guidance: Guided = 1.0,
-    **options,
+    callback: Callback = None,
 ) -> Float[Array, "batch height width 3"]:
     """A new image where mask is 1, the old one where it is 0.
 
-    A model that fills in (`Pipeline.fills`) is told what is known: 1 where a cell of the latent is new, and the latent
-    of the image without its masked pixels (Rombach et al. 2022, section 4.5). With any other the known part is held at
-    every level of the plan (Lugmayr et al. 2022, algorithm 1). Where mask is 0 the result is the given image exactly.
-    image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size. mask: (B or 1, H, W, 1), in [0, 1], values between
-    blend; what a latent's cell touches of it is made new. plan: from noise alone, or on `solvers.strength_times` for
-    new parts that begin with the old ones; `solvers.with_resampling(plan, repeats)` fits the parts together better.
-    All else as in `text_to_image`. Raises ValueError for a mask of another shape.
+    A model that fills in (`Network.known_channels`) is told what is known: 1 where a cell of the latent is new, and the
+    latent of the image without its masked pixels (Rombach et al. 2022, section 4.5). With any other model the known
+    part is held at every level of the plan (Lugmayr et al. 2022, algorithm 1). Where mask is 0 the result is the given
+    image exactly.
+    image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size.
+    mask: (B or 1, H, W, 1), in [0, 1]. Values between blend. Every latent cell that overlaps the mask is generated.
+    plan: from noise alone, or on `solvers.strength_times` for new parts that begin with the old ones.
+      `solvers.with_resampling(plan, repeats)` fits the parts together better.
+    All else as in `text_to_image`.
+    Raises ValueError for a mask of another shape.
     """
     if mask.shape not in [(batch, *image.shape[1:3], 1) for batch in (1, len(image))]:
         raise ValueError(f"a mask must be of shape (B or 1, H, W, 1) for images of {image.shape}, got {mask.shape}")
     mask = jnp.asarray(mask, jnp.float32)
     made = pixels(image)
     if plan.num_rows:
-        x0 = encode(pipeline, image)
-        x = noised(pipeline, x0, keys, plan)
-        if pipeline.fills:
-            cond, known = cond | {"known": seen(pipeline, image, mask)}, None
+        x0 = encode(model, image)
+        x = noised(model, x0, keys, plan)
+        if model.network.known_channels:
+            cond, known = cond | {"known": seen(model, image, mask)}, None
         else:
-            known = keep(x0, jnp.broadcast_to(_touched(mask, pipeline.codec.factor), (*x0.shape[:3], 1)), keys)
-        made = from_noise(pipeline, x, cond, keys, plan, guidance, known=known, **options)
+            known = keep(x0, jnp.broadcast_to(_touched(mask, model.codec.factor), (*x0.shape[:3], 1)), keys)
+        made = from_noise(model, x, cond, keys, plan, guidance, callback, known)
     return mask * made + (1 - mask) * pixels(image)
 
 
-def seen(pipeline: Pipeline, image: Images, mask: Float[Array, "#batch height width 1"]) -> Float[Array, "batch h w c"]:
+def seen(model: DiffusionModel, image: Images, mask: Float[Array, "#batch height width 1"]) -> Float[Array, "batch h w c"]:
     """(B, h, w, 1 + channels) for a model that fills in: the mask, as it is at the corner of each cell, and the latent
     of the image with grey where it is to be new.
     """
-    new, factor = mask > 0.5, pipeline.codec.factor
-    latent = encode(pipeline, jnp.where(new, 0.0, pixels(image)))
+    new, factor = mask > 0.5, model.codec.factor
+    latent = encode(model, jnp.where(new, 0.0, pixels(image)))
     cells = jnp.broadcast_to(new[:, ::factor, ::factor], (*latent.shape[:3], 1))
     return jnp.concatenate([cells.astype(latent.dtype), latent], axis=-1)
 

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.process import expand
 from diffusion_jax.core.solvers import Plan
-from diffusion_jax.pipelines.pipeline import Pipeline, noise
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines.generate import noise
 
 Weight = float | Float[Array | np.ndarray, "batch"]
 
@@ -56,10 +57,10 @@ def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
 
 
 def variations(
-    pipeline: Pipeline, keys: Key[Array, "batch"], other_keys: Key[Array, "batch"], plan: Plan, strength: Weight
+    model: DiffusionModel, keys: Key[Array, "batch"], other_keys: Key[Array, "batch"], plan: Plan, strength: Weight
 ) -> Float[Array, "batch h w c"]:
     """The noise of `keys`, turned a little towards that of `other_keys`, for `from_noise`.
 
-    strength: 0 for the images of `keys`, 1 for those of `other_keys`; one number or (B,).
+    strength: () or (B,). 0 for the images of `keys`, 1 for those of `other_keys`.
     """
-    return slerp(noise(pipeline, keys, plan.start), noise(pipeline, other_keys, plan.start), strength)
+    return slerp(noise(model, keys, plan.start), noise(model, other_keys, plan.start), strength)

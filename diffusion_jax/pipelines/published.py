@@ -1,4 +1,4 @@
-"""Published models of the Stable Diffusion family as pipelines of this library."""
+"""Published models of the Stable Diffusion family as models of this library."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,54 +9,55 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core import process, sampling, solvers
+from diffusion_jax.codec import autoencoder_kl, fingerprint
+from diffusion_jax.conditioning import Conditioning
+from diffusion_jax.core import sampling, solvers
+from diffusion_jax.core.guidance import Guidance, guided
+from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.models.denoiser import Denoiser
+from diffusion_jax.model import DiffusionModel, Network
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
-from diffusion_jax.pipelines.codec import autoencoder_kl, fingerprint
-from diffusion_jax.pipelines.conditioning import Conditioning
-from diffusion_jax.pipelines.pipeline import Guidance, Pipeline, guided
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
 
 def from_published(
     published: PublishedPipeline,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] = (0, 0),
     dtype: DTypeLike = jnp.float32,
     tile: int = 0,
-) -> tuple[Pipeline, Conditioning]:
-    """A pipeline and what makes its conditions of prompts. The schedule for plans is `published.schedule`.
+) -> DiffusionModel:
+    """The published model as one value.
 
     Conditions are {"text": (B, L, D)}, the last layer of the text encoder (SD 1 and 2); of SDXL (Podell et al. 2023)
     the layers before the last ones, side by side, with {"text_embeds": (B, P), "time_ids": (B, 6)}, the vector of the
     whole prompt and the sizes of an image that was neither scaled nor cropped. Prompts may be weighted and of any
     length (`pipelines.prompts`), captions of records are cut to one chunk. No condition is the empty prompt, or zeros
     where the model's authors say so.
-    size: height and width of the images in pixels, the model's own by default. dtype: that networks compute in.
+    size: height and width of the images in pixels, the model's own by default; 0 for one that is its own.
+    dtype: that networks compute in.
     tile: see `codec.autoencoder_kl`.
     Raises ValueError for a size that the autoencoder cannot make, for a model without tokenizers, and for one that also
     needs an aesthetic score.
     """
-    module = published.unet.module.clone(dtype=dtype)
+    unet = published.unet.module.clone(dtype=dtype)
     _check(published)
     autoencoder = published.autoencoder
     codec = autoencoder_kl(autoencoder.module.clone(dtype=dtype), autoencoder.params, tile)
-    size = size or (module.sample_size * codec.factor,) * 2
+    size = tuple(side or unet.sample_size * codec.factor for side in size)
     if any(pixels < codec.factor or pixels % codec.factor for pixels in size):
         raise ValueError(f"height and width must be multiples of {codec.factor} pixels, got {size[0]} and {size[1]}")
-    conditioning = _conditioning(published, size, dtype)
-    pipeline = Pipeline(
-        apply=Denoiser(module),
+    return DiffusionModel(
+        network=Network(unet.apply, lambda key: published.unet.params, unet.known_channels),
         params=published.unet.params,
-        convert=process.CONVERSIONS[published.prediction],
+        schedule=published.schedule,
+        parameterization=NAMED[published.prediction],
         codec=codec,
-        null_cond=conditioning.null,
+        conditioning=_conditioning(published, size, dtype),
         size=size,
-        fills=module.in_channels > module.out_channels,
+        own_times={"published": functools.partial(published_times, published)},
     )
-    return pipeline, conditioning
 
 
 def published_times(published: PublishedPipeline, steps: int) -> np.ndarray:
@@ -84,7 +85,7 @@ def _check(published: PublishedPipeline) -> None:
 
 
 def generator(
-    published: PublishedPipeline, size: tuple[int, int] | None = None, dtype: DTypeLike = jnp.float32
+    published: PublishedPipeline, size: tuple[int, int] = (0, 0), dtype: DTypeLike = jnp.float32
 ) -> tuple[Callable[..., Array], PyTree]:
     """Token ids to pixels as one compiled function: (run, weights), for compiling ahead and for throughput.
 
@@ -94,12 +95,12 @@ def generator(
     more rows than at_least, other scales, seeds and prompts use the same program. scale: of guidance, a number or (B,).
     size, dtype, errors: as in `from_published`.
     """
-    pipeline, _ = from_published(published, size, dtype)
-    embed = _embedder(published, pipeline.size, dtype)
+    model = from_published(published, size, dtype)
+    embed = _embedder(published, model.size, dtype)
     weights = {
         "texts": [part.params for part in published.text_encoders],
-        "unet": pipeline.params,
-        "codec": pipeline.codec.params,
+        "unet": model.params,
+        "codec": model.codec.params,
     }
 
     def run(weights: PyTree, ids: list, of_tokens: Array, keys: Array, rows: sampling.Rows, scale: Array) -> Array:
@@ -107,10 +108,9 @@ def generator(
         cond, negative = (
             {name: leaf[half] for name, leaf in both.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
         )
-        denoise = sampling.denoiser(pipeline.apply, weights["unet"], pipeline.convert)
-        x = sampling.initial_noise(keys, pipeline.shape, jax.tree.map(lambda leaf: leaf[0], rows.plan.level))
-        x0 = sampling.run_rows(guided(denoise, Guidance(scale, negative), pipeline.null_cond), rows, x, keys, cond)
-        return pipeline.codec.decode(weights["codec"], x0)
+        denoise = guided(model.denoiser(weights["unet"]), Guidance(scale, negative), model.conditioning.null)
+        x = sampling.initial_noise(keys, model.shape, jax.tree.map(lambda leaf: leaf[0], rows.plan.level))
+        return model.codec.decode(weights["codec"], sampling.run_rows(denoise, rows, x, keys, cond))
 
     return jax.jit(run), weights
 
@@ -161,7 +161,7 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
     if wide and published.index.get("force_zeros_for_empty_prompt", True):
         null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds")}
     return Conditioning(
-        name=functools.partial(fingerprint, params),
+        cache_key=functools.partial(fingerprint, params),
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from diffusion_jax import parallel
 from diffusion_jax.messages import first_line
 from diffusion_jax.training.step import TrainState
 
@@ -43,7 +43,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        state = jax.device_get(state)
+        state = parallel.to_host(state)
         rest, ema = _split(state)
         data = {"hosts": _of_all_hosts(data_state)}
         items = ocp.args.Composite(
@@ -103,8 +103,7 @@ def _of_all_hosts(data_state: dict) -> list[dict]:
     padded = np.frombuffer(text.ljust(MOST_DATA_STATE), np.uint8)
     if len(padded) > MOST_DATA_STATE:
         raise ValueError(f"the data position takes {len(text)} bytes, at most {MOST_DATA_STATE} fit a checkpoint")
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row.tobytes()) for row in rows.reshape(-1, MOST_DATA_STATE)]
+    return [json.loads(row.tobytes()) for row in parallel.from_all_hosts(padded)]
 
 
 def _own(data_states: list[dict]) -> dict:

@@ -4,11 +4,12 @@ import json
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from diffusion_jax import parallel
 
 
 class RunLog:
@@ -18,7 +19,7 @@ class RunLog:
         self.batch_size = batch_size
         self._pending: list[dict] = []
         self._since = time.perf_counter()
-        self._main = jax.process_index() == 0
+        self._main = parallel.is_main()
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -50,7 +51,7 @@ class RunLog:
 
     def write(self, step: int) -> None:
         """Write the means over the steps since the last call, and the speed (images/s)."""
-        values = jax.device_get(self._pending)
+        values = parallel.to_host(self._pending)
         now = time.perf_counter()
         means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
         means["images_per_second"] = len(values) * self.batch_size / (now - self._since)

@@ -12,9 +12,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from diffusion_jax import parallel
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
-from diffusion_jax.training.step import init_state, make_train_step, replicate, split_batch
+from diffusion_jax.training.step import init_state, make_train_step
 
 KEPT_CHECKPOINTS = 2  # should the newest be damaged, there is one more
 
@@ -22,16 +23,19 @@ KEPT_CHECKPOINTS = 2  # should the newest be damaged, there is one more
 class Task(NamedTuple):
     """What to train.
 
-    name: shown in the progress bar. loss: (params, frozen, batch, keys) -> (loss, metrics). params: initial weights.
-    frozen: pytree the loss reads and training leaves alone. batches: an iterator of numpy batches with get_state and
-    set_state (`data.loader`). optimizer: optax. snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, drawn
-    now and then.
+    name: shown in the progress bar.
+    loss: (params, frozen, batch, keys) -> (loss, metrics), see `objectives`.
+    params: initial weights.
+    frozen: dict. What the loss reads and training leaves alone.
+    batches: an iterator of numpy batches with get_state and set_state (`data.loader`).
+    optimizer: optax.
+    snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, made now and then.
     """
 
     name: str
     loss: Callable
     params: PyTree
-    frozen: PyTree
+    frozen: dict
     batches: object
     optimizer: optax.GradientTransformation
     snapshot: Callable[[PyTree], np.ndarray] | None = None
@@ -55,21 +59,21 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     workdir = Path(workdir)
     check_batch_size(train.batch_size, train.accumulate)
     checkpoints = Checkpoints(workdir / "checkpoints", KEPT_CHECKPOINTS)
-    state = replicate(init_state(task.params, task.optimizer, seed))
+    state = parallel.replicate(init_state(task.params, task.optimizer, seed))
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         task.batches.set_state(data_state)
         logging.info("going on from step %d of %s", int(state.step), checkpoints.folder)
     start = int(state.step)
     if start >= train.steps:
-        return jax.device_get(state.ema)
+        return parallel.to_host(state.ema)
 
     train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate)
-    frozen = replicate(task.frozen)
+    frozen = parallel.replicate(task.frozen)
     with RunLog(workdir, start, train.steps, train.batch_size, task.name) as log, _StopSignal() as stop:
         previous = None
         for step in range(start + 1, train.steps + 1):
-            batch = split_batch(next(task.batches), jax.local_device_count())
+            batch = parallel.split(next(task.batches))
             state, metrics = train_step(state, frozen, batch)
             log.step(metrics)
             _check_finite(previous, train.max_bad_steps, step - 1, checkpoints)
@@ -82,13 +86,13 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
                 checkpoints.save(state, task.batches.get_state())
-            if task.snapshot and jax.process_index() == 0 and (step % train.snapshot_every == 0 or step == train.steps):
-                log.image(step, task.snapshot(jax.device_get(state.ema)))
-            if stopped or (step == train.steps and stop.requested(step)):  # or while the last picture was drawn
+            if task.snapshot and parallel.is_main() and (step % train.snapshot_every == 0 or step == train.steps):
+                log.image(step, task.snapshot(parallel.to_host(state.ema)))
+            if stopped or (step == train.steps and stop.requested(step)):  # or while the last picture was made
                 raise Stopped(
                     f"stopped by SIGTERM after step {step}; saved to {checkpoints.folder}; run again to go on"
                 )
-    return jax.device_get(state.ema)
+    return parallel.to_host(state.ema)
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:

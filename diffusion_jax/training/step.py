@@ -1,23 +1,24 @@
-"""The training state and one data-parallel step: gradients averaged over devices, EMA, and bad updates skipped."""
+"""The training state and one step: gradients averaged over devices, EMA, and bad updates skipped."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree, UInt32
+
+from diffusion_jax import parallel
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes. The same on every device.
 
-    step: updates tried. ema: exponential moving average of params. key: root of all randomness as plain integers, never
-    advanced: step and example number are folded in. bad_steps: updates skipped for a loss or gradient that was not
-    finite; bad_in_row:
-    the latest run of them.
+    step: updates tried.
+    ema: exponential moving average of params.
+    key: root of all randomness as plain integers, never advanced: step and example number are folded in.
+    bad_steps: updates skipped for a loss or gradient that was not finite.
+    bad_in_row: the latest run of them.
     """
 
     step: Int[Array, ""]
@@ -38,17 +39,6 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: in
     )
 
 
-def replicate(tree: PyTree, devices: list | None = None) -> PyTree:
-    """Place a pytree whole on every device (all of the slice by default); all hosts must hold the same."""
-    mesh = Mesh(np.array(jax.devices() if devices is None else devices), ("data",))
-    return jax.device_put(jax.device_get(tree), NamedSharding(mesh, PartitionSpec()))
-
-
-def split_batch(batch: PyTree, num_devices: int) -> PyTree:
-    """Leaves (B, ...) of this host -> (num_devices, B / num_devices, ...)."""
-    return jax.tree.map(lambda a: a.reshape(num_devices, -1, *a.shape[1:]), batch)
-
-
 def make_train_step(
     loss: Callable,
     optimizer: optax.GradientTransformation,
@@ -56,19 +46,23 @@ def make_train_step(
     accumulate: int = 1,
     devices: list | None = None,
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
-    """The compiled step (state, frozen, batch) -> (state, metrics), over all devices by pmap; the old state is donated.
+    """The compiled step (state, frozen, batch) -> (state, metrics), see `parallel.compile_step`.
 
-    loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over its examples. batch: leaves (devices, per
-    device, ...).
-    accumulate: micro-batches that one device's share is worked through in. metrics: loss, grad_norm, those of the loss,
-    and the counts of skipped updates. An example's randomness depends on the key, the step and its number in the global
-    batch alone, so the gradient is the same for any number of devices, to rounding.
+    An example's randomness depends on the key, the step and its number in the global batch alone, so the gradient is
+    the same for any number of devices, to rounding.
+
+    loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over its examples. It finds "step" and "ema" of the
+      state among `frozen`.
+    ema_decay: in [0, 1). Of the average, which is shorter while training is young.
+    accumulate: micro-batches that one device's share is worked through in.
+    devices: all of the slice by default.
+    metrics: loss, grad_norm, those of the loss, and the counts of skipped updates.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
         keys = _example_keys(state, len(jax.tree.leaves(batch)[0]))
-        grads, metrics = _gradient(loss, state.params, frozen, batch, keys, accumulate)
-        grads, metrics = jax.lax.pmean((grads, metrics), "data")
+        seen = frozen | {"step": state.step, "ema": state.ema}
+        grads, metrics = parallel.mean(_gradient(loss, state.params, seen, batch, keys, accumulate))
         metrics["grad_norm"] = optax.global_norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
@@ -87,14 +81,13 @@ def make_train_step(
         state = TrainState(state.step + 1, *kept, state.key, state.bad_steps + jnp.where(good, 0, 1), bad_in_row)
         return state, metrics | {"bad_steps": state.bad_steps, "bad_in_row": bad_in_row}
 
-    return jax.pmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices)
+    return parallel.compile_step(step, devices)
 
 
 def _example_keys(state: TrainState, count: int) -> Key[Array, "batch"]:
     """One key for each example of this device's share of the batch."""
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    number = jax.lax.axis_index("data") * count + jnp.arange(count)
-    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(number)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(parallel.example_numbers(count))
 
 
 def _gradient(

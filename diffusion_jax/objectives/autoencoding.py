@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from diffusion_jax.codec import pixels
+
 
 def kl_to_standard_normal(
     mean: Float[Array, "batch *shape"], logvar: Float[Array, "batch *shape"]
@@ -16,7 +18,7 @@ def kl_to_standard_normal(
 
 def autoencoding(
     encode: Callable[[PyTree, Array], Array],
-    draw: Callable[[Array, Array], Array],
+    sample: Callable[[Array, Array], Array],
     decode: Callable[[PyTree, Array], Array],
     perceptual: Callable[[PyTree, Array, Array], Array] | None,
     discriminate: Callable[[PyTree, Array], Array] | None,
@@ -24,19 +26,21 @@ def autoencoding(
 ) -> Callable:
     """The loss |x - x'| + perceptual LPIPS(x, x') + kl KL + adversarial hinge, means over pixels.
 
-    encode: (params, image (B, H, W, 3)) -> moments (B, h, w, 2C). draw: (moments, keys (B,)) -> z. decode: (params, z)
-    -> image.
-    perceptual: (frozen params, x, x') -> distance (B,), or None. discriminate: (params, image) -> logits, or None.
+    encode: (params, image (B, H, W, 3)) -> moments (B, h, w, 2C).
+    sample: (moments, keys (B,)) -> z.
+    decode: (params, z) -> image.
+    perceptual: (frozen params, x, x') -> distance (B,), or None.
+    discriminate: (params, image) -> logits, or None.
     weights: {"l1", "l2", "perceptual", "kl", "adversarial"}.
     Parameters are {"autoencoder": ...} and, with `discriminate`, {"discriminator": ...} beside it: one optimizer step
-    updates both, since each term's gradient reaches only the network it is meant for. batch = {"image": (B, H, W, 3) in
-    [-1, 1]}.
+    updates both, since each term's gradient reaches only the network it is meant for. batch = {"image": (B, H, W, 3),
+    uint8 or in [-1, 1]}.
     """
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
-        image = batch["image"]
+        image = pixels(batch["image"])
         moments = encode(params["autoencoder"], image)
-        output = decode(params["autoencoder"], draw(moments, keys))
+        output = decode(params["autoencoder"], sample(moments, keys))
         mse = jnp.mean(jnp.square(image - output))
         l1 = jnp.mean(jnp.abs(image - output))
         kl = jnp.mean(kl_to_standard_normal(*jnp.split(moments, 2, axis=-1)))

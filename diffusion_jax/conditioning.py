@@ -1,4 +1,4 @@
-"""What a denoiser is told besides x_t: nothing, a class, or a text."""
+"""The condition of a denoiser: none, a class, or a text."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,20 +12,22 @@ from diffusion_jax.models.text import TextEncoder
 
 
 class Conditioning(NamedTuple):
-    """name: a function that says which weights, part of cache keys; "" when there is nothing worth caching.
+    """Records and prompts -> what a denoiser is told besides x_t.
 
-    of_records: stacked records -> cond, leaves (B, ...). of_prompts: prompts -> cond, leaves (B, ...).
-    null: what stands for no condition, leaves without the batch axis.
+    cache_key: () -> a name of the weights, part of the key of cached records; "" when nothing is worth caching.
+    of_records: stacked records -> cond, leaves (B, ...).
+    of_prompts: prompts -> cond, leaves (B, ...).
+    null: stands for no condition; leaves without the batch axis.
     """
 
-    name: Callable[[], str]
+    cache_key: Callable[[], str]
     of_records: Callable[[Record], PyTree]
     of_prompts: Callable[[Sequence[str]], PyTree]
     null: PyTree
 
 
 def unconditional() -> Conditioning:
-    """Nothing; prompts only say how many images."""
+    """No condition. The number of prompts sets the number of images."""
     return Conditioning(lambda: "", lambda records: {}, lambda prompts: {}, {})
 
 
@@ -54,7 +56,7 @@ def text(encoder: TextEncoder) -> Conditioning:
         return {"text": np.asarray(embed(encoder.params, ids, mask)), "mask": mask}
 
     return Conditioning(
-        name=lambda: encoder.name,
+        cache_key=lambda: encoder.name,
         of_records=lambda records: of_prompts(list(records["caption"])),
         of_prompts=of_prompts,
         null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),

@@ -19,17 +19,18 @@ Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.nd
 class Codec(NamedTuple):
     """Images (B, H, W, 3) <-> x0 (B, H / factor, W / factor, channels).
 
-    name: a function that says which weights, part of cache keys; "" when there is nothing worth caching.
+    cache_key: () -> a name of the weights, part of the key of cached records; "" when nothing is worth caching.
     encode: images, uint8 or in [-1, 1] -> record (B, ...), what is stored of them.
-    draw: (stats, record, keys (B,)) -> x0, of about unit variance; with keys None its mean. stats: the numbers that
-    `draw` needs.
-    decode: (params, x0) -> images, about [-1, 1]. params: what `decode` needs.
+    sample: (stats, record, keys (B,)) -> x0, of about unit variance; with keys None its mean.
+    stats: the numbers that `sample` needs.
+    decode: (params, x0) -> images, about [-1, 1].
+    params: what `decode` needs.
     limit: x0 is known to lie within [-limit, limit]; None when nothing is known.
     """
 
-    name: Callable[[], str]
+    cache_key: Callable[[], str]
     encode: Callable[[Any], Any]
-    draw: Callable[[PyTree, Array, Array | None], Array]
+    sample: Callable[[PyTree, Array, Array | None], Array]
     stats: PyTree
     decode: Callable[[PyTree, Array], Array]
     params: PyTree
@@ -46,9 +47,9 @@ def pixels(images: Images) -> Float[Array | np.ndarray, "batch height width 3"]:
 def identity() -> Codec:
     """Pixels as they are: records are the images, x0 is in [-1, 1]."""
     return Codec(
-        name=lambda: "",
+        cache_key=lambda: "",
         encode=lambda images: images,
-        draw=lambda stats, record, keys: pixels(record),
+        sample=lambda stats, record, keys: pixels(record),
         stats={},
         decode=lambda params, x0: x0,
         params={},
@@ -61,8 +62,8 @@ def identity() -> Codec:
 def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Codec:
     """Latents of a KL autoencoder: records are moments, x0 = (z - shift_factor) scaling_factor.
 
-    tile: larger images are decoded in tiles of so many pixels a side, which overlap by a quarter and are faded into
-    each other: less memory, for seams that can be faintly seen, as each tile is normalised by itself. 0 for never.
+    tile: pixels a side, 0 for none. Larger images are decoded in tiles of this size, which overlap by a quarter and are
+      faded into each other. This saves memory; faint seams can be seen, as each tile is normalised by itself.
     Raises ValueError for a tile that is not a multiple of four cells of the latent.
     """
     factor = 2 ** (len(model.block_out_channels) - 1)
@@ -71,9 +72,9 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Co
     stats = {"scale": jnp.float32(model.scaling_factor), "shift": jnp.float32(model.shift_factor or 0.0)}
     encode = jax.jit(lambda variables, images: model.apply(variables, pixels(images), method="encode"))
     return Codec(
-        name=functools.partial(fingerprint, variables),
+        cache_key=functools.partial(fingerprint, variables),
         encode=functools.partial(encode, variables),
-        draw=_draw_latent,
+        sample=_sample_latent,
         stats=stats,
         decode=functools.partial(_decode_latent, model, tile // factor),
         params=stats | {"variables": variables},
@@ -83,7 +84,7 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Co
     )
 
 
-def _draw_latent(stats: PyTree, moments: Array, keys: Array | None) -> Array:
+def _sample_latent(stats: PyTree, moments: Array, keys: Array | None) -> Array:
     z = mode(moments) if keys is None else sample_moments(moments, keys)
     return (z - stats["shift"]) * stats["scale"]
 

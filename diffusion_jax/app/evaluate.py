@@ -1,0 +1,33 @@
+"""--mode=eval: how likely held-out data is."""
+
+import json
+from pathlib import Path
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from diffusion_jax.app import build, weights
+from diffusion_jax.data.transforms import crop
+from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Measure how likely held-out data is, as config.eval says; every figure goes to workdir/eval.json."""
+    if jax.process_count() > 1:
+        raise ValueError("evaluation runs on one host: leave out --distributed")
+    if not build.has_denoiser(config):
+        raise ValueError("--mode=eval measures a denoiser, and this config trains a first stage alone")
+    model = build.model(config)
+    check_section(config.eval, model.schedule)
+    model, origin = weights.load(config, workdir, model)
+    logging.info("weights: %s", origin)
+    source = build.source(config, "validation", model.size[0])
+    report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "eval.json").write_text(json.dumps({"weights": origin} | report, indent=2) + "\n")
+    logging.info(
+        "flow %.4f, bound %.4f %s of the %s of %d images of %s; wrote %s",
+        *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),
+        *(report["data"], workdir / "eval.json"),
+    )

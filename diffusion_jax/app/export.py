@@ -1,0 +1,51 @@
+"""--mode=export: the weights as other programs read them."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax.app import build, first_stage, weights
+from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline, save_unet
+from diffusion_jax.interop.lora import save_lora
+from diffusion_jax.training.checkpoints import Checkpoints
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Write the averaged weights to workdir/export, as safetensors that diffusers reads too.
+
+    A model of the config's own becomes the folders unet and vae, in float16; one from a checkpoint a whole pipeline, in
+    config.dtype, as diffusers opens half precision only when told so; a LoRA one file in float32.
+    """
+    folder = workdir / "export"
+    step = Checkpoints(workdir / "checkpoints").latest_step()
+    if step is None:
+        raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}: train first, or name another --workdir")
+    if "checkpoint" in config:
+        _export_published(config, workdir, folder)
+    else:
+        _export_own(config, workdir, folder)
+    logging.info("wrote step %d of %s to %s", step, workdir, folder)
+
+
+def _export_own(config: ConfigDict, workdir: Path, folder: Path) -> None:
+    model = build.model(config)
+    save_unet(build.network(config), weights.trained(config, workdir, model), folder / "unet", np.float16)
+    if config.autoencoder.kind == "kl":
+        trained = load_autoencoder(config.autoencoder.checkpoint or first_stage.folder(workdir))
+        save_autoencoder(*trained, folder / "vae", np.float16)
+
+
+def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:
+    model = build.model(config)
+    trained = weights.trained(config, workdir, model)
+    if "lora" in config:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_lora(folder / "lora.safetensors", trained, build.lora_scale(config))
+        return
+    published = build.published(config)
+    unet = published.unet._replace(params=trained)
+    save_pipeline(published._replace(unet=unet), folder, build.DTYPES[config.dtype])

@@ -1,0 +1,139 @@
+"""The first stage of latent diffusion: the autoencoder, trained, loaded and looked at."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax import codec as codecs
+from diffusion_jax import parallel
+from diffusion_jax.app import build, pictures
+from diffusion_jax.codec import Codec
+from diffusion_jax.data.loader import loader
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Transform, to_float, to_uint8
+from diffusion_jax.interop import load_autoencoder, save_autoencoder
+from diffusion_jax.models.autoencoder import AutoencoderKL, mode
+from diffusion_jax.training.loop import Task, fit
+
+BATCH = 64  # images that the autoencoder works on at once
+SHOWN = 8  # held-out images that the first stage is watched on
+SCALE_IMAGES = 1024  # images that the latents' standard deviation is estimated from
+
+
+def folder(workdir: Path) -> Path:
+    """Where a run keeps its first stage."""
+    return workdir / "autoencoder"
+
+
+def is_missing(config: ConfigDict, workdir: Path) -> bool:
+    """Whether a first stage is still to be trained in the work directory."""
+    if "checkpoint" in config or config.autoencoder.kind != "kl" or config.autoencoder.checkpoint:
+        return False
+    return not (folder(workdir) / "config.json").exists()
+
+
+def codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
+    """The codec of a model, with the weights of config.autoencoder.checkpoint or of the work directory where the
+    config has an autoencoder of its own.
+    """
+    if "checkpoint" in config or config.autoencoder.kind != "kl":
+        return untrained
+    weights = config.autoencoder.checkpoint or folder(workdir)
+    return codecs.autoencoder_kl(*load_autoencoder(weights), config.sample.tile)
+
+
+def train(config: ConfigDict, folder: Path) -> None:
+    """Train the autoencoder. In the end `folder` holds its averaged weights in the form that `load_autoencoder` reads,
+    with the scale of its latents, and validation.json with its PSNR on held-out images.
+    """
+    section, size = config.autoencoder, config.data.size
+    model = build.autoencoder(config)
+    source = build.source(config, "first_stage", size)
+    transform = _images_only(build.transform(config, (size, size)))
+    augment = _images_only(build.transform(config, (size, size), section.flip))
+    loss, params, frozen = build.objective(section.loss, model, jax.random.key(config.seed))
+    held_out = build.source(config, "validation", size)
+    shown = next(_some_images(held_out, transform, SHOWN))[:SHOWN]
+    logging.info("autoencoder: %.2fM parameters, %d images", millions(params["autoencoder"]), len(source))
+    task = Task(
+        name="autoencoder",
+        loss=loss,
+        params=params,
+        frozen=frozen,
+        batches=build.batches(source, section.train, config.seed, augment),
+        optimizer=build.optimizer(section.optimizer, section.train.steps),
+        snapshot=lambda params: reconstructions(model, params["autoencoder"], shown),
+    )
+    variables = fit(task, folder, section.train, config.seed)["autoencoder"]
+    if parallel.is_main():
+        scale = 1 / _latent_std(model, variables, build.source(config, "train", size), transform, config.seed)
+        report = _reconstruction(model, variables, held_out, transform)
+        logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"], report["images"])
+        (folder / "validation.json").write_text(json.dumps(report) + "\n")
+        save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
+
+
+def reconstruct_held_out(config: ConfigDict, folder: Path) -> np.ndarray:
+    """A sheet of held-out images and their reconstructions by the first stage in `folder`."""
+    size = config.data.size
+    transform = _images_only(build.transform(config, (size, size)))
+    images = next(_some_images(build.source(config, "validation", size), transform, SHOWN))[:SHOWN]
+    return reconstructions(*load_autoencoder(folder), images)
+
+
+def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray) -> np.ndarray:
+    """A sheet of uint8 images (B, H, W, 3), each above what comes back from the mean of its latent."""
+    back = to_uint8(jax.jit(model.apply)(variables, to_float(images)))
+    return pictures.grid([*images, *np.asarray(back)], columns=len(images))
+
+
+def _images_only(transform: Transform) -> Transform:
+    return lambda record, rng: {"image": transform(record, rng)["image"]}
+
+
+def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform, seed: int) -> float:
+    """Standard deviation of the latents' means (Rombach et al. 2022, appendix D.1, scale its inverse), of images drawn
+    at random by the seed, as a source may be sorted.
+    """
+    encode = jax.jit(lambda images: mode(model.apply(variables, to_float(images), method="encode")))
+    latents = [encode(images) for images in _some_images(source, transform, SCALE_IMAGES, seed)]
+    return float(np.std(np.concatenate(latents)))
+
+
+def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform) -> dict:
+    """PSNR in dB, the mean over images, of what comes back from the mean of the latent, clipped to the pixels'
+    range.
+    """
+
+    @jax.jit
+    def psnr(images):
+        images = to_float(images)
+        error = jnp.clip(model.apply(variables, images), -1, 1) - images
+        return 10 * jnp.log10(4 / jnp.mean(jnp.square(error), axis=(1, 2, 3)))
+
+    values = np.concatenate([psnr(images) for images in _some_images(source, transform, len(source))])
+    return {"images": len(values), "psnr": float(np.mean(values))}
+
+
+def _some_images(
+    source: Source, transform: Transform, count: int, seed: int | None = None
+) -> Iterator[np.ndarray]:
+    """Batches of uint8 images, `count` in all or as many as there are: in the source's order, or shuffled by a seed."""
+    size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)  # leaves no remainder
+    images = loader(source, size, seed or 0, transform=transform, shuffle=seed is not None, repeat=False)
+    for i, batch in enumerate(images):
+        if i * size >= count:
+            return
+        yield batch["image"]
+
+
+def millions(params: PyTree) -> float:
+    """How many million numbers a pytree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6

@@ -1,0 +1,177 @@
+"""--mode=sample: what config.sample asks for, generated batch by batch."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Bool, Key, PyTree, UInt8
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion_jax import parallel
+from diffusion_jax.app import build, first_stage, pictures, weights
+from diffusion_jax.core.guidance import Guidance, guided
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.data.batching import filled_batches
+from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
+from diffusion_jax.pipelines.generate import Callback
+
+NOT_NOTED = ("prompts", "num_images", "batch_size", "seed")  # fields that say nothing of a single picture
+
+
+class Request(NamedTuple):
+    """What config.sample asks for.
+
+    prompts, cond: the prompts and their conditions, leaves (prompts, ...).
+    jobs: (number of the prompt, seed) of every image.
+    image: (H, W, 3) uint8 of the model's size, None for pictures from prompts alone.
+    mask: (H, W, 1), True where the image is made new; None for no mask.
+    """
+
+    prompts: tuple[str, ...]
+    cond: PyTree
+    jobs: list[tuple[int, int]]
+    plan: Plan
+    guidance: Guidance
+    image: UInt8[np.ndarray, "height width 3"] | None
+    mask: Bool[np.ndarray, "height width 1"] | None
+
+
+class Generated(NamedTuple):
+    """One generated image, uint8 (H, W, 3), and what made it."""
+
+    prompt: str
+    seed: int
+    image: np.ndarray
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Generate config.sample.num_images for each of config.sample.prompts into workdir/samples.
+
+    With config.sample.image they are that picture made anew, with config.sample.mask a part of it. A config without a
+    denoiser shows held-out images, each above its reconstruction.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("sampling runs on one host: leave out --distributed")
+    folder = workdir / "samples"
+    if not build.has_denoiser(config):
+        shown = first_stage.reconstruct_held_out(config, workdir)
+        folder.mkdir(exist_ok=True)
+        pictures.save(folder / "grid.png", shown, {"weights": str(workdir)})
+        logging.info("wrote %s", folder / "grid.png")
+        return
+    model = build.model(config, (config.sample.height, config.sample.width))
+    asked = request(config, model)
+    model, origin = weights.load(config, workdir, model)
+    logging.info("weights: %s", origin)
+    made = []
+    for one in generate(asked, model, config.sample.batch_size, progress=True):
+        if not made:
+            _clear(folder)
+        texts = _texts(config, one.prompt, one.seed, origin)
+        pictures.save(folder / f"{len(made):04d}.png", one.image, texts)
+        made.append(one)
+    texts = _texts(config, "; ".join(config.sample.prompts), config.sample.seed, origin)
+    pictures.save(folder / "grid.png", sheet(config, made), texts)
+    logging.info("wrote %d images and %s", len(made), folder / "grid.png")
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder of samples, without pictures of an earlier run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
+
+
+def request(config: ConfigDict, model: DiffusionModel) -> Request:
+    """What config.sample asks for. Raises ValueError for what is wrong with it, before any network is there."""
+    section = config.sample
+    prompts = tuple(section.prompts)
+    jobs = [(i, section.seed + k) for i in range(len(prompts)) for k in range(section.num_images)]
+    if not jobs:
+        raise ValueError("nothing to generate: sample.prompts is empty or sample.num_images is 0")
+    if section.mask and not section.image:
+        raise ValueError("sample.mask says where an image is made new: name the image too, sample.image")
+    if section.resample != 1 and not section.mask:
+        raise ValueError("sample.resample fits new parts to old ones: it needs sample.image and sample.mask")
+    # together, so that all come out of one length
+    cond = model.conditioning.of_prompts([*prompts, *([section.negative_prompt] if section.negative_prompt else [])])
+    negative = jax.tree.map(lambda leaf: leaf[-1], cond) if section.negative_prompt else None
+    plan, guidance = build.plan(config, model), build.guidance(config, negative)
+    # what is wrong with its numbers raises here
+    guided(lambda x, level, cond: None, guidance, model.conditioning.null, 1.0)
+    return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
+
+
+def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    section = config.sample
+    if not section.image:
+        return None, None
+    resize, rng = crop(*size, upscale=True), np.random.default_rng(0)  # the crop is the centre's
+    image, mask = _read(section.image, "sample.image"), None
+    if section.mask:
+        mask = _read(section.mask, "sample.mask")
+        if mask.shape != image.shape:
+            sizes = [f"{width}x{height}" for height, width, _ in (mask.shape, image.shape)]
+            raise ValueError(f"sample.mask is {sizes[0]} pixels and sample.image {sizes[1]}: they must be of one size")
+        mask = resize({"image": mask}, rng)["image"][..., :1] > 127
+    return resize({"image": image}, rng)["image"], mask
+
+
+def _read(path: str, field: str) -> np.ndarray:
+    try:
+        return decode(path)
+    except BadRecord as error:
+        raise ValueError(f"{field} {path}: {error}") from error
+
+
+def generate(
+    request: Request, model: DiffusionModel, batch_size: int, progress: bool = False
+) -> Iterator[Generated]:
+    """Every job of the request, in batches of one size. progress: show a bar of the steps."""
+    jobs, plan = request.jobs, request.plan
+    size = parallel.divisible(min(batch_size, len(jobs)))
+    model = model.placed()
+    total = plan.num_rows * -(-len(jobs) // size)
+    with tqdm(total=total, desc="sampling", unit="step", disable=not progress) as bar:
+        for i, (count, batch) in enumerate(filled_batches(jobs, size)):
+
+            def show(done: int, x0: jax.Array, before: int = i * plan.num_rows) -> None:
+                jax.block_until_ready(x0)
+                bar.update(before + done - bar.n)
+
+            which, seeds = np.array(batch).T
+            cond = jax.tree.map(lambda leaf: leaf[which], request.cond)  # noqa: B023
+            keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
+            images = np.asarray(to_uint8(_images(request, model, cond, keys, show if progress else None)))
+            for (prompt, seed), image in zip(batch[:count], images, strict=False):
+                yield Generated(request.prompts[prompt], seed, image)
+
+
+def _images(
+    request: Request, model: DiffusionModel, cond: PyTree, keys: Key[Array, "batch"], callback: Callback
+) -> jax.Array:
+    """One batch by the pipeline that the request needs."""
+    rest = (cond, keys, request.plan, request.guidance, callback)
+    if request.image is None:
+        return text_to_image(model, *rest)
+    image = np.repeat(request.image[None], len(keys), axis=0)
+    if request.mask is None:
+        return image_to_image(model, image, *rest)
+    return inpaint(model, image, request.mask[None], *rest)
+
+
+def sheet(config: ConfigDict, made: Sequence[Generated]) -> np.ndarray:
+    """All images on one sheet, those of a prompt in a row."""
+    return pictures.grid([one.image for one in made], config.sample.num_images, [one.prompt for one in made])
+
+
+def _texts(config: ConfigDict, prompt: str, seed: int, origin: str) -> dict[str, str]:
+    """What a picture says of how it was made, for its PNG text chunk."""
+    fields = {name: str(value) for name, value in config.sample.items() if name not in NOT_NOTED and value is not None}
+    return {"prompt": prompt, "seed": str(seed), **fields, "weights": origin, "config": config.to_json_best_effort()}

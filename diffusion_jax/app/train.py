@@ -1,0 +1,91 @@
+"""--mode=train: the first stage if the work directory has none, then the denoiser."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax.app import build, first_stage, sample
+from diffusion_jax.data.cache import cached
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Transform
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.training.loop import Task, check_batch_size, fit
+
+ENCODE_BATCH = 64  # images that the autoencoder encodes at once
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Train what the config describes. A stopped run goes on where it was."""
+    if not build.has_denoiser(config):
+        _note_config(config, workdir)
+        first_stage.train(config, workdir)
+        return
+    # everything that the config describes is built before hours of training rather than after
+    check_batch_size(config.train.batch_size, config.train.accumulate)
+    model = build.model(config, training=True)
+    asked = sample.request(config, model)
+    optimizer = build.optimizer(config.optimizer, config.train.steps)
+    source = build.source(config, "train", model.size[0])
+    loss, params, frozen = build.objective(config.objective, model, jax.random.key(config.seed))
+    if first_stage.is_missing(config, workdir):
+        _note_config(config, workdir)
+        first_stage.train(config, first_stage.folder(workdir))
+    model = model._replace(codec=first_stage.codec(config, workdir, model.codec))
+    _note_config(config, workdir)
+
+    def snapshot(trained: PyTree) -> np.ndarray:
+        current = model._replace(params=model.adapter.join(trained, frozen["rest"]))
+        return sample.sheet(config, list(sample.generate(asked, current, config.sample.batch_size)))
+
+    records, transform = _training_records(config, workdir, source, model)
+    logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), len(records))
+    task = Task(
+        name="denoiser",
+        loss=loss,
+        params=params,
+        frozen=frozen | {"codec": model.codec.stats},
+        batches=build.batches(records, config.train, config.seed, transform),
+        optimizer=optimizer,
+        snapshot=snapshot,
+    )
+    fit(task, workdir, config.train, config.seed)
+
+
+def _note_config(config: ConfigDict, workdir: Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+
+
+def _training_records(
+    config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel
+) -> tuple[Source, Transform]:
+    """Records {"latent", "cond"}, and what is left to do to them.
+
+    What frozen networks make of a record is computed once, for every variant of it that augmentation may ask for.
+    """
+    codec, conditioning = model.codec, model.conditioning
+    keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}
+    if not any(keys.values()):
+        transform = build.transform(config, model.size)
+
+        def to_training(record: dict, rng: np.random.Generator) -> dict:
+            record = transform(record, rng)
+            return {"latent": record["image"], "cond": conditioning.of_records(record)}
+
+        return source, to_training
+
+    def of_variants(batch: dict) -> np.ndarray:
+        images = batch["image"]
+        encoded = np.asarray(codec.encode(images.reshape(-1, *images.shape[2:])))
+        return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
+
+    def any_variant(record: dict, rng: np.random.Generator) -> dict:
+        return record | {"latent": record["latent"][rng.integers(len(record["latent"]))]}
+
+    fields = {"latent": of_variants, "cond": conditioning.of_records}
+    key = {"data": config.data.to_dict(), "size": model.size, **keys}
+    return cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.variants(config, model.size)), any_variant

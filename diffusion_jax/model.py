@@ -1,0 +1,83 @@
+"""The one value for a diffusion model: own or published, of latents or of pixels."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+from diffusion_jax import parallel
+from diffusion_jax.codec import Codec
+from diffusion_jax.conditioning import Conditioning
+from diffusion_jax.core.denoiser import Denoise, denoiser
+from diffusion_jax.core.parameterization import Parameterization
+from diffusion_jax.core.schedules import NOISE_ALONE, Schedule, below
+from diffusion_jax.models.adapters import WHOLE, Adapter
+
+
+def _no_variables(key: Key[Array, ""]) -> PyTree:
+    raise ValueError("this network does not say how its variables begin: give Network an `init`")
+
+
+class Network(NamedTuple):
+    """A network as training and sampling call it.
+
+    apply: (params, x (B, h, w, c), t (B,), cond, keys=None) -> output (B, h, w, c); with keys (B,), dropout is on.
+    init: key -> params, what training begins with.
+    known_channels: channels of cond["known"], what the network is told of the image that it fills in; see `inpaint`.
+    """
+
+    apply: Callable[..., Array]
+    init: Callable[[Key[Array, ""]], PyTree] = _no_variables
+    known_channels: int = 0
+
+
+class DiffusionModel(NamedTuple):
+    """Everything that training, sampling, evaluation and export need to know of a model.
+
+    network: predicts from a noisy x, its time and a condition.
+    params: its variables. Before they are trained or loaded, their shapes (`jax.ShapeDtypeStruct`).
+    schedule: time -> noise level.
+    parameterization: what the network is given and what its output means.
+    codec: images <-> x0.
+    conditioning: prompts and records -> cond, and "no condition".
+    size: height and width of an image, pixels.
+    adapter: what training changes of the variables.
+    own_plans: name -> (steps, strength) -> Plan, the samplers that came with the model.
+    own_times: name -> steps -> times, where its authors let a solver evaluate it.
+    """
+
+    network: Network
+    params: PyTree
+    schedule: Schedule
+    parameterization: Parameterization
+    codec: Codec
+    conditioning: Conditioning
+    size: tuple[int, int]
+    adapter: Adapter = WHOLE
+    own_plans: Mapping[str, Callable] = MappingProxyType({})
+    own_times: Mapping[str, Callable] = MappingProxyType({})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of the x0 of one image."""
+        height, width = self.size
+        return height // self.codec.factor, width // self.codec.factor, self.codec.channels
+
+    @property
+    def useful_schedule(self) -> Schedule:
+        """The schedule to build plans on: without the levels at which the network's errors grow without use."""
+        noisiest = self.schedule(np.float64(self.schedule.t_max))
+        with np.errstate(divide="ignore"):
+            worst = self.parameterization.magnification(noisiest)
+        return self.schedule if worst <= NOISE_ALONE else below(self.schedule)
+
+    def denoiser(self, params: PyTree) -> Denoise:
+        """The network with these variables as a denoiser."""
+        return denoiser(self.network.apply, params, self.parameterization)
+
+    def placed(self) -> "DiffusionModel":
+        """The model with its weights on this host's devices, so that many batches use them where they are."""
+        params, decoder = parallel.whole((self.params, self.codec.params))
+        return self._replace(params=params, codec=self.codec._replace(params=decoder))

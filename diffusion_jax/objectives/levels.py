@@ -1,0 +1,73 @@
+"""Which noise levels training sees, and how much the error at each of them counts.
+
+The levels of training and the path of sampling are two things: a model trained on a distribution of log-SNR that is
+dense where it matters is still sampled along its whole schedule.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from diffusion_jax.core.parameterization import Parameterization
+from diffusion_jax.core.process import NoiseLevel, snr
+from diffusion_jax.core.schedules import Schedule
+
+Levels = Callable[[Schedule, Key[Array, "batch"]], NoiseLevel]
+Weight = Callable[[NoiseLevel, Parameterization], Float[Array, "batch"]]
+
+
+def uniform(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
+    """Uniform in the schedule's time: one of 0..T-1, or anywhere in [t_min, t_max] where time is continuous."""
+
+    def time(key: Key[Array, ""]) -> Array:
+        if schedule.num_steps:
+            return jax.random.randint(key, (), 0, schedule.num_steps)
+        return jax.random.uniform(key, (), minval=schedule.t_min, maxval=schedule.t_max)
+
+    return schedule(jax.vmap(time)(keys))
+
+
+def laplace(schedule: Schedule, keys: Key[Array, "batch"], mean: float = 0.0, scale: float = 0.5) -> NoiseLevel:
+    """Log-SNR from Laplace(mean, scale), dense around equal parts of image and noise (Hang et al. 2024, table 1)."""
+    return _at(schedule, mean + scale * jax.vmap(jax.random.laplace)(keys))
+
+
+def lognormal(schedule: Schedule, keys: Key[Array, "batch"], mean: float = -1.2, std: float = 1.2) -> NoiseLevel:
+    """log(sigma / alpha) from N(mean, std^2), as EDM is trained (Karras et al. 2022, table 1)."""
+    return _at(schedule, -2 * (mean + std * jax.vmap(jax.random.normal)(keys)))
+
+
+def logit_normal(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
+    """logit(u) from N(0, 1) for u = sigma / (alpha + sigma), as rectified flows are trained (Esser et al. 2024, section
+    3.1).
+    """
+    return _at(schedule, -2 * jax.vmap(jax.random.normal)(keys))
+
+
+def _at(schedule: Schedule, logsnr: Float[Array, "batch"]) -> NoiseLevel:
+    """The schedule's levels at these log-SNR, those beyond its ends at its ends."""
+    return schedule(schedule.t_of_logsnr(logsnr))
+
+
+def uniform_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
+    """Weight 1 on the squared error of whatever the network predicts (L_simple, Ho et al. 2020, eq. 14)."""
+    return jnp.ones_like(level.sigma)
+
+
+def min_snr_weight(
+    level: NoiseLevel, parameterization: Parameterization, gamma: float = 5.0
+) -> Float[Array, "batch"]:
+    """min(SNR, gamma) on the squared error of x0 (Hang et al. 2023, section 3.4)."""
+    return _on_x0(jnp.minimum(snr(level), gamma), level, parameterization)
+
+
+def truncated_snr_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
+    """max(SNR, 1) on the squared error of x0 (Salimans & Ho 2022, section 4)."""
+    return _on_x0(jnp.maximum(snr(level), 1.0), level, parameterization)
+
+
+def _on_x0(weight: Array, level: NoiseLevel, parameterization: Parameterization) -> Array:
+    """From a weight on the squared error of x0 to that on the squared error of the network's answer."""
+    return weight * parameterization.magnification(level) ** 2

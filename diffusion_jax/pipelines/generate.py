@@ -1,0 +1,103 @@
+"""The one path from noise to pixels."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from diffusion_jax import parallel
+from diffusion_jax.codec import Images
+from diffusion_jax.core.guidance import Guidance, guided
+from diffusion_jax.core.process import NoiseLevel
+from diffusion_jax.core.sampling import Known, initial_noise, sample
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.model import DiffusionModel
+
+Guided = Guidance | float | Float[Array, "batch"]
+Callback = Callable[[int, Array], bool | None] | None
+
+
+def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
+    """The x0 of images, uint8 or in [-1, 1]; of an autoencoder, the mean of its posterior.
+
+    Raises ValueError for images of another size than the model's.
+    """
+    (height, width), codec = model.size, model.codec
+    if image.shape[1:3] != (height, width):
+        raise ValueError(f"this model's images are {width}x{height} pixels, got {image.shape[2]}x{image.shape[1]}")
+    return jnp.asarray(codec.sample(codec.stats, codec.encode(image), None))
+
+
+def noise(model: DiffusionModel, keys: Key[Array, "batch"], level: NoiseLevel) -> Float[Array, "batch h w c"]:
+    """The noise that images of these keys start from at a level, `plan.start`."""
+    return initial_noise(keys, model.shape, level)
+
+
+def solve(
+    model: DiffusionModel,
+    x: Float[Array, "batch h w c"],
+    cond: PyTree,
+    keys: Key[Array, "batch"],
+    plan: Plan,
+    guidance: Guided = 1.0,
+    callback: Callback = None,
+    known: Known | None = None,
+) -> Float[Array, "batch h w c"]:
+    """Carry x from the plan's first level to its last, spread over this host's devices when B divides by their number.
+
+    cond: leaves (B, ...), of whatever kind the model was trained with. A text may be several times as long as that of
+      the model's null condition, which is then repeated.
+    keys: (B,), one for each image. An image depends on its key and condition, not on the batch.
+    guidance: scale of classifier-free guidance, 1 for none, one number or (B,); or a `Guidance`.
+    callback: after each chunk of rows called with (rows done, prediction of x0); returning True stops there.
+    known: for inpainting, the part of x to hold on to; see `core.sampling.keep`.
+    Raises ValueError for a model that fills in, whose condition does not say what is known, and for what
+    `core.guidance.guided` and `core.sampling.sample` refuse.
+    """
+    if model.network.known_channels and "known" not in cond:
+        raise ValueError("this model fills in parts of an image: it needs an image and a mask")
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    if guidance.cfg_pp and np.any(plan.past):
+        raise ValueError("CFG++ needs a solver of one row a step: ddim or euler")
+    x, cond, keys, known = parallel.spread((x, cond, keys, known), len(keys))
+    nulls = model.conditioning.null, guidance.negative
+    params, (null_cond, negative) = parallel.whole((model.params, nulls), len(keys))
+    null_cond, negative = (_lengthened(null, cond) for null in (null_cond, negative))
+    denoise = guided(model.denoiser(params), guidance._replace(negative=negative), null_cond, model.codec.limit)
+    return sample(denoise, plan, x, keys, cond, known=known, callback=callback)
+
+
+def _lengthened(null_cond: PyTree, cond: PyTree) -> PyTree:
+    """What stands for no condition, its texts repeated until they are as long as those of cond."""
+
+    def lengthened(null: Array, leaf: Array) -> Array:
+        repeats = leaf.shape[1] // len(null) if null.ndim and null.ndim == leaf.ndim - 1 else 1
+        return jnp.concatenate([null] * repeats) if repeats > 1 else null
+
+    return null_cond and {name: lengthened(null, cond[name]) for name, null in null_cond.items()}
+
+
+def decode(model: DiffusionModel, x0: Float[Array, "batch h w c"]) -> Float[Array, "batch height width 3"]:
+    """The images of x0, in about [-1, 1]."""
+    params = parallel.whole(model.codec.params, len(x0))
+    return jax.jit(model.codec.decode)(params, parallel.spread(x0, len(x0)))
+
+
+def from_noise(
+    model: DiffusionModel,
+    x: Float[Array, "batch h w c"],
+    cond: PyTree,
+    keys: Key[Array, "batch"],
+    plan: Plan,
+    guidance: Guided = 1.0,
+    callback: Callback = None,
+    known: Known | None = None,
+) -> Float[Array, "batch height width 3"]:
+    """Images in about [-1, 1] from the state x at `plan.start`: noise, or an image part of the way to it.
+
+    All else as in `solve`.
+    """
+    return decode(model, solve(model, x, cond, keys, plan, guidance, callback, known))
