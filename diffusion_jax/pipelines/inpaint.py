@@ -41,7 +41,7 @@ def inpaint(
         if pipeline.fills:
             cond, known = cond | {"known": seen(pipeline, image, mask)}, None
         else:
-            known = keep(x0, jnp.broadcast_to(_touched(mask, pipeline.codec.factor), (*x0.shape[:3], 1)), keys)
+            known = keep(x0, jnp.broadcast_to(_touched(mask, pipeline.codec.factor), (*x0.shape[:3], 1)))
         made = from_noise(pipeline, x, cond, keys, plan, guidance, known=known, **options)
     return mask * made + (1 - mask) * pixels(image)
 
