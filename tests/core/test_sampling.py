@@ -152,6 +152,15 @@ def test_the_known_part_is_noised_afresh_at_every_level():
     assert fill_in(0.95, solvers.ddpm(schedules.linear(), 60)).std() < 0.45
 
 
+def test_inpainting_recompiles_for_no_image_mask_key_or_solver():
+    denoise = guidance.as_pytree(lambda x, level, cond: mixture.denoise(x, level))
+    plans = [getattr(solvers, name)(schedules.linear(), 7) for name in ("ddim", "ddpm", "dpmpp_2m")]
+    before = sampling.advance._cache_size()
+    for i, plan in enumerate([*plans, solvers.with_resampling(plans[0], 3)]):
+        draw(plan, seed=i, denoise=denoise, known=sampling.keep(jnp.full((4, 2), float(i)), jnp.array([0.0, i / 3])))
+    assert sampling.advance._cache_size() - before == 1
+
+
 def known_noise(plan, keys):
     """The noise of the known part at the level of each row's network, (R, B, 2), and that of the start."""
     seen = []
