@@ -10,15 +10,15 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import FrozenConfigDict, config_flags
 
 import diffusion_jax
-from diffusion_jax import modes
+from diffusion_jax.app import evaluate, export, sample, train
+from diffusion_jax.app.configuration import parse_flags
 from diffusion_jax.compilation import configure
-from diffusion_jax.configuration import parse_flags
 from diffusion_jax.training.loop import Diverged, Stopped
 
-MODES = {"train": modes.train, "sample": modes.sample, "eval": modes.evaluate, "export": modes.export}
+MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE changes it.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
@@ -36,11 +36,12 @@ def main(_: list[str]) -> int:
     if _MODE.value not in MODES:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
     if _PROMPT.value is not None:
+        config = config.copy_and_resolve_references()
         config.sample.prompts = _prompts(_PROMPT.value)
     configure(low_memory=_MODE.value != "train")
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
-    MODES[_MODE.value](config, Path(_WORKDIR.value or own_folder))
+    MODES[_MODE.value](FrozenConfigDict(config), Path(_WORKDIR.value or own_folder))
     return 0
 
 

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.schedule = common.schedule("linear")
-    config.objective = ConfigDict({"prediction": "eps", "weight": "uniform", "drop": 0.0})
+    config.objective = common.objective("eps", "uniform", drop=0.0)
     config.optimizer = common.optimizer(2e-4, warmup=5000)
     config.train = common.train(steps=800_000, batch_size=128, ema=0.9999, every=10_000)
     config.train.log_every = 100

@@ -82,14 +82,34 @@ def evaluation(images: int) -> ConfigDict:
 
 
 def schedule(name: str, T: int = 1000) -> ConfigDict:
-    """name: linear, scaled_linear, cosine, sigmoid, laplace, of T steps; or flow, of continuous time, with a shift."""
-    return ConfigDict({"name": name, "T": T, "shift": 1.0, "zero_terminal_snr": False})
+    """name: linear, scaled_linear, cosine, sigmoid, of T steps; or of continuous time flow, with a shift, and edm, from
+    sigma_min to sigma_max.
+    """
+    return ConfigDict(
+        {"name": name, "T": T, "shift": 1.0, "sigma_min": 0.002, "sigma_max": 80.0, "zero_terminal_snr": False}
+    )
+
+
+def objective(prediction: str = "v", weight: str = "min_snr", drop: float = 0.1) -> ConfigDict:
+    """prediction: eps, x0, v, flow, or edm with its sigma_data. weight: uniform, min_snr or truncated. levels: which
+    noise levels training sees: uniform, laplace, lognormal or logit_normal. drop: how often the condition is left out.
+    """
+    return ConfigDict(
+        {
+            "name": "denoising",
+            "prediction": prediction,
+            "sigma_data": 0.5,
+            "weight": weight,
+            "levels": "uniform",
+            "drop": drop,
+        }
+    )
 
 
 def data(source: str, size: int, flip: bool = False) -> ConfigDict:
     """source: "openmoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side. data_dir: of TFDS, ""
     its default. splits: what the source calls the images to train on, those to validate on, and those that a first
-    stage is trained on.
+    stage is trained on. crops: of each image, where random_crop is on and latents are cached.
     """
     return ConfigDict(
         {
@@ -99,6 +119,7 @@ def data(source: str, size: int, flip: bool = False) -> ConfigDict:
             "splits": {"train": "train", "validation": "validation", "first_stage": "train"},
             "size": size,
             "random_crop": False,
+            "crops": 4,
             "flip": flip,
             "upscale": False,
         }

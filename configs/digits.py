@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.schedule = common.schedule("cosine")
-    config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
+    config.objective = common.objective()
     config.optimizer = common.optimizer(2e-3, warmup=50, decay="cosine")
     config.train = common.train(steps=700, batch_size=64, ema=0.99, every=700)
     config.sample = common.sample(tuple("0123456789"), solver="dpmpp_2m", steps=20, guidance=2.0, num_images=8)

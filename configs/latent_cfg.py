@@ -128,7 +128,7 @@ def _latent(name: str, data: ConfigDict) -> ConfigDict:
     config.weights = ""
     config.data = data
     config.schedule = common.schedule("cosine")
-    config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
+    config.objective = common.objective()
     config.eval = common.evaluation(images=1000)
     return config
 
@@ -151,6 +151,7 @@ def _autoencoder(
                 "norm_num_groups": groups,
             },
             "loss": {
+                "name": "autoencoding",
                 "l1": 1.0,
                 "l2": 2.0,
                 "perceptual": 0.1,

@@ -44,7 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.remat = True
     config.data = common.data("folder", size=0, flip=True)
     config.data.upscale = True
-    config.objective = ConfigDict({"weight": "min_snr", "drop": 0.1})
+    config.objective = common.objective()
+    del config.objective.prediction, config.objective.sigma_data
     config.optimizer = common.optimizer(1e-5, warmup=500)
     config.train = common.train(steps=10_000, batch_size=8, ema=0.9999, every=500)
     config.sample = common.sample(

@@ -31,6 +31,7 @@ from diffusion_jax.model import DiffusionModel, Network
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
 from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
+from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.models.discriminator import PatchDiscriminator
 from diffusion_jax.models.lpips import lpips
 from diffusion_jax.models.unet import UNet
@@ -97,7 +98,7 @@ def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = 
     unet = network(config)
     init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
     return DiffusionModel(
-        network=Network(unet.apply, init, unet.known_channels),
+        network=Network(Denoiser(unet), init, unet.in_channels - unet.out_channels),
         params=jax.eval_shape(init, jax.random.key(0)),
         schedule=schedule(config),
         parameterization=_parameterization(config),
@@ -110,7 +111,7 @@ def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = 
 def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool) -> DiffusionModel:
     loaded, dtype = published(config, training), choose(DTYPES, config.dtype, "dtype")
     unet = loaded.unet.module
-    if training and unet.known_channels:
+    if training and unet.in_channels > unet.out_channels:
         raise ValueError(f"{config.checkpoint} fills in parts of an image; such a model cannot be fine-tuned here")
     if training and config.remat:
         loaded = loaded._replace(unet=loaded.unet._replace(module=unet.clone(remat=True)))

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.process import NoiseLevel, Prediction
-from diffusion_jax.core.solvers.singlestep import NOISE_ALONE
+from diffusion_jax.core.schedules import NOISE_ALONE
 
 Apply = Callable[..., Array]
 Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from diffusion_jax.core import process
 from diffusion_jax.core.process import NoiseLevel, Prediction, expand
-from diffusion_jax.core.solvers.singlestep import NOISE_ALONE
+from diffusion_jax.core.schedules import NOISE_ALONE
 
 
 def _as_it_is(x_t: Array, level: NoiseLevel) -> tuple[Array, ArrayLike]:

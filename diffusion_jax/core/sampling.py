@@ -7,11 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.denoiser import Denoise, as_pytree, check_levels
 from diffusion_jax.core.process import NoiseLevel, add_noise
 from diffusion_jax.core.solvers import HISTORY, Plan
+
+KNOWN = 2**31 - 1  # folded into an image's key for the noise of its known part; no plan has as many rows
 
 
 class State(NamedTuple):
@@ -23,12 +26,11 @@ class State(NamedTuple):
 
 class Known(NamedTuple):
     """What inpainting keeps: x0 (B, ...) of the known image; mask, broadcast to x0, 1 where a new image is to be made
-    and 0 where the known one stays; noise (B, ...), unit normal, that the known image is noised with.
+    and 0 where the known one stays.
     """
 
     x0: Array
     mask: Array
-    noise: Array
 
 
 class Rows(NamedTuple):
@@ -84,7 +86,7 @@ def advance(
         x = plan.x0 * x0 + plan.eps * eps + sum(plan.past[slot] * past[slot] for slot in range(len(past)))
         x = jax.lax.cond(plan.noise != 0, lambda: x + plan.noise * fresh_noise(row.index), lambda: x)
         if known is not None:
-            x = jax.lax.cond(row.active, lambda: _blend(x, known, plan.next), lambda: x)
+            x = jax.lax.cond(row.active, lambda: _blend(x, known, plan.next, keys, 1 + row.index), lambda: x)
         return (State(x, past), x0), None
 
     return jax.lax.scan(body, (state, x0), rows)[0]
@@ -109,7 +111,7 @@ def sample(
       image does not depend on the batch it was made in. cond: pytree handed to `denoise`, leaves (B, ...).
     chunk: rows run by one call of the compiled program, padded with rows that skip the network, so any number of steps
       reuses it; None runs all rows in one call, the form to use inside your own `jax.jit`.
-    known: for inpainting, the part of x to hold on to at every level (see `keep`).
+    known: for inpainting, the part of x to hold on to at every level (see `keep`), each time with fresh noise.
     callback: after each chunk called with (rows done, prediction of x0); returning True stops there.
     Returns x (B, ...) at the plan's last level, float32 as x is. Raises ValueError for a plan that evaluates a network
     where its errors grow without use, as those of eps do on noise alone (`denoiser.check_levels`).
@@ -118,7 +120,7 @@ def sample(
         raise ValueError(f"chunk must be at least 1 row or None for all rows, got {chunk}")
     check_levels(denoise, plan.level)
     if known is not None:
-        x = _blend(x, known, plan.start)
+        x = _blend(x, known, plan.start, keys, 0)
     total = plan.num_rows
     size = total if chunk is None else chunk
     state, x0 = _start(x), x
@@ -142,15 +144,16 @@ def rows(plan: Plan, at_least: int = 0) -> Rows:
     return _rows(plan, 0, max(plan.num_rows, at_least))
 
 
-def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."], keys: Key[Array, "batch"]) -> Known:
+def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."]) -> Known:
     """What `sample` needs to make a new image where mask is 1 and keep x0 where it is 0 (Lugmayr et al. 2022, eq. 8).
 
-    x0: (B, ...) the known image. mask: values in [0, 1] of a shape that broadcasts to x0's. keys: (B,), those of
-    `sample`.
+    x0: (B, ...) the known image.
+    mask: values in [0, 1] of a shape that broadcasts to x0's.
+    Raises ValueError for a mask of another shape.
     """
     if not _broadcasts(jnp.shape(mask), x0.shape):
         raise ValueError(f"a mask must have a shape that broadcasts to the image's {x0.shape}, got {jnp.shape(mask)}")
-    return Known(x0, jnp.asarray(mask, x0.dtype), initial_noise(keys, x0.shape[1:], NoiseLevel(0.0, 0.0, 1.0)))
+    return Known(x0, jnp.asarray(mask, x0.dtype))
 
 
 def _start(x: Array) -> State:
@@ -162,9 +165,14 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
-def _blend(x: Array, known: Known, level: NoiseLevel) -> Array:
-    """The made part of x, and the known image noised to the level of x."""
-    return known.mask * x + (1 - known.mask) * add_noise(known.x0, known.noise, level)
+def _blend(x: Array, known: Known, level: NoiseLevel, keys: Array, rows: ArrayLike) -> Array:
+    """The made part of x after so many rows, and the known image with fresh noise at the level of x."""
+
+    def draw(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, KNOWN), rows), x.shape[1:])
+
+    noise = jax.vmap(draw)(keys).astype(x.dtype)
+    return known.mask * x + (1 - known.mask) * add_noise(known.x0, noise, level)
 
 
 def _rows(plan: Plan, start: int, size: int) -> Rows:

@@ -2,10 +2,13 @@
 
 A schedule is a callable `schedule(t) -> NoiseLevel` with `t_of_logsnr(l)`, `t_min` and `t_max`. Given numpy it answers
 in numpy float64 (plans are built there, exactly); given jax arrays it answers in float32 and can be traced.
+
+A schedule has its own time, which runs from t_min to t_max. `NoiseLevel.t` is the time that the network sees; it may be
+on another scale, so give a schedule only its own times, or find them by `t_of_logsnr`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -14,6 +17,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax.core.process import NoiseLevel
+
+NOISE_ALONE = 200.0  # sigma / alpha from which on a state says nothing of the image; linear ends at 157, edm at 80
 
 
 @runtime_checkable
@@ -35,6 +40,9 @@ class Schedule(Protocol):
 
     def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
         """The time at which the log-SNR is `logsnr`, any shape; clipped to [t_min, t_max]."""
+
+    def until(self, t: float) -> "Schedule":
+        """The same schedule without the times above t, a time of it."""
 
 
 def _xp(t: ArrayLike):
@@ -119,6 +127,10 @@ class DiscreteSchedule:
         left = (1 + xp.exp(-table[-2])) ** 0.5 * (1 + xp.exp(-logsnr)) ** -0.5
         return xp.where(logsnr < table[-2], self.t_max - left, t)[()]
 
+    def until(self, t: float) -> "DiscreteSchedule":
+        """The same schedule without the steps above t, in [0, T-1]."""
+        return replace(self, logsnr_table=self.logsnr_table[: int(t) + 1])
+
 
 @dataclass(frozen=True)
 class EDMSchedule:
@@ -143,47 +155,81 @@ class EDMSchedule:
         xp = _xp(logsnr)
         return xp.clip(xp.exp(-0.5 * logsnr), self.t_min, self.t_max)
 
+    def until(self, t: float) -> "EDMSchedule":
+        """The same schedule with sigma_max = t."""
+        return replace(self, t_max=float(t))
+
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [1/1000, 1]."""
+    """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [1/1000, t_max].
+
+    The network sees 1000 t, as in published flow models: sinusoidal embeddings of time are made for 0 to 1000.
+    """
 
     shift: float
+    t_max: float = 1.0
     t_min = 1e-3
-    t_max = 1.0
     resolution = 1e-3
     num_steps = None
 
     def __call__(self, t: ArrayLike) -> NoiseLevel:
         """t, any shape -> NoiseLevel of that shape."""
         t = _time(t)
-        u = self.shift * t / (1 + (self.shift - 1) * t)
-        return NoiseLevel(t, 1 - u, u)
+        clean, noisy = 1 - t, self.shift * t  # a form that is exact at t = 1
+        return NoiseLevel(1000 * t, clean / (clean + noisy), noisy / (clean + noisy))
 
     def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
-        """The time at which the log-SNR is `logsnr`, clipped to [t_min, t_max]."""
+        """t = 1 / (1 + shift exp(logsnr / 2)), clipped to [t_min, t_max]."""
         xp = _xp(logsnr)
-        u = 1 / (1 + xp.exp(0.5 * logsnr))
-        return xp.clip(u / (self.shift + (1 - self.shift) * u), self.t_min, self.t_max)
+        return xp.clip(1 / (1 + self.shift * xp.exp(0.5 * logsnr)), self.t_min, self.t_max)
+
+    def until(self, t: float) -> "FlowSchedule":
+        """The same schedule with t_max = t."""
+        return replace(self, t_max=float(t))
 
 
 def from_betas(betas: Sequence | np.ndarray) -> DiscreteSchedule:
     """The schedule of a forward chain with variances `betas` (T,), each in (0, 1): alpha_bar_t = prod(1 - beta_s)."""
+    return _from_log_alpha_bar(_log_alpha_bar(betas))
+
+
+def _log_alpha_bar(betas: Sequence | np.ndarray) -> np.ndarray:
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):
         raise ValueError(f"betas must be one row of values inside (0, 1), got shape {betas.shape}")
-    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    return np.cumsum(np.log1p(-betas))
+
+
+def _from_log_alpha_bar(log_alpha_bar: np.ndarray) -> DiscreteSchedule:
     return DiscreteSchedule(log_alpha_bar - np.log(-np.expm1(log_alpha_bar)))
 
 
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
-    """Betas linear in t (Ho et al. 2020, section 4)."""
-    return from_betas(np.linspace(beta_start, beta_end, T))
+    """Betas linear in t (Ho et al. 2020, section 4).
+
+    T: steps. However many, they end equally noisy: alpha_bar is that of the chain of 1000 steps at every 1000/T-th of
+      them. For T betas of your own, use `from_betas`.
+    beta_start, beta_end: the first and the last beta of the chain of 1000 steps.
+    """
+    return _in_steps(T, np.linspace(beta_start, beta_end, 1000))
 
 
 def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
-    """sqrt(beta) linear in t (Rombach et al. 2022; the schedule of Stable Diffusion)."""
-    return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
+    """sqrt(beta) linear in t (Rombach et al. 2022; the schedule of Stable Diffusion). Arguments: as in `linear`."""
+    return _in_steps(T, np.linspace(beta_start**0.5, beta_end**0.5, 1000) ** 2)
+
+
+def _in_steps(T: int, betas: np.ndarray) -> DiscreteSchedule:
+    """The chain with variances `betas` in T steps of equal length; log alpha_bar is interpolated linearly."""
+    _check_steps(T)
+    done = np.arange(1, T + 1) * len(betas) / T
+    return _from_log_alpha_bar(np.interp(done, np.arange(len(betas) + 1), np.append(0.0, _log_alpha_bar(betas))))
+
+
+def _check_steps(T: int) -> None:
+    if T < 1:
+        raise ValueError(f"T, the number of steps, must be at least 1, got {T}")
 
 
 def cosine(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
@@ -204,22 +250,9 @@ def sigmoid(
 
 def _from_alpha_bar(alpha_bar, T: int, max_beta: float) -> DiscreteSchedule:
     """Discretise a continuous alpha_bar(u), u in [0, 1], by beta_t = 1 - alpha_bar((t+1)/T) / alpha_bar(t/T)."""
-    if T < 1:
-        raise ValueError(f"T, the number of steps, must be at least 1, got {T}")
+    _check_steps(T)
     u = np.arange(T + 1) / T
     return from_betas(np.clip(1 - alpha_bar(u[1:]) / alpha_bar(u[:-1]), 1e-12, max_beta))
-
-
-def laplace(T: int = 1000, mean: float = 0.0, scale: float = 0.5) -> DiscreteSchedule:
-    """Log-SNR distributed as Laplace(mean, scale) over uniform t (Hang et al. 2024, table 1), at T midpoints u of [0,
-    1].
-
-    logsnr(u) = mean - scale sgn(1/2 - u) log(1 - 2 |u - 1/2|)
-    """
-    if T < 1 or scale <= 0:
-        raise ValueError(f"a laplace schedule needs T of at least 1 and a scale above 0, got T {T}, scale {scale}")
-    u = (np.arange(T) + 0.5) / T
-    return DiscreteSchedule(mean - scale * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(u - 0.5)))
 
 
 def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
@@ -233,6 +266,25 @@ def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     with np.errstate(divide="ignore"):
         return DiscreteSchedule(np.log(alpha_bar) - np.log1p(-alpha_bar))
+
+
+def below(schedule: Schedule, ratio: float = NOISE_ALONE) -> Schedule:
+    """The schedule restricted to the times at which sigma / alpha is at most `ratio`, itself where all are.
+
+    Sample on it with a network that predicts eps: x0 = (x_t - sigma eps) / alpha magnifies the network's error by
+    sigma / alpha, which is 20,000 on the last step of cosine and without bound at zero terminal SNR. The state at a
+    ratio of 200 is noise alone in practice, so sampling may start there.
+    schedule: any. Of a schedule of T steps the first ones are left, whose number is the new T.
+    ratio: greatest sigma / alpha. Raises ValueError where the schedule is noisier than that at all times.
+    """
+    limit = -2 * np.log(ratio)
+    if schedule(schedule.t_max).logsnr >= limit:
+        return schedule
+    least_noisy = schedule(schedule.t_min)
+    if not least_noisy.logsnr >= limit:
+        least = least_noisy.sigma / least_noisy.alpha
+        raise ValueError(f"the ratio must be at least {least:g}, that of the schedule's least noisy time, got {ratio}")
+    return schedule.until(schedule.t_of_logsnr(limit))
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> EDMSchedule:

@@ -190,14 +190,14 @@ def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, 
     source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind.
     """
     kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
-    ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     try:
         if config.get("trained_betas") is not None:
             schedule = schedules.from_betas(config["trained_betas"])
         else:
             schedule = {
-                "linear": lambda: schedules.linear(steps, *ends),
-                "scaled_linear": lambda: schedules.scaled_linear(steps, *ends),
+                "linear": lambda: schedules.from_betas(np.linspace(start, end, steps)),
+                "scaled_linear": lambda: schedules.from_betas(np.linspace(start**0.5, end**0.5, steps) ** 2),
                 "squaredcos_cap_v2": lambda: schedules.cosine(steps),
             }[kind]()
         if config.get("rescale_betas_zero_snr"):

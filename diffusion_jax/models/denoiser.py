@@ -12,7 +12,7 @@ ARGUMENTS = {"text": "encoder_hidden_states", "mask": "encoder_attention_mask", 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """apply(params, x, t, cond, key=None) -> output; with a key, dropout is on. Equal for equal networks, so that what
+    """apply(params, x, t, cond, keys=None) -> output; with keys, dropout is on. Equal for equal networks, so that what
     was compiled for one serves the other.
 
     cond: any of {"text": (B, L, D), "mask": (B, L), "label": (B,)}, of SDXL "text_embeds" and "time_ids" (see
@@ -27,10 +27,10 @@ class Denoiser:
         x: Float[Array, "batch height width channels"],
         t: Num[Array, "batch"],
         cond: PyTree,
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch height width out"]:
         inputs = {ARGUMENTS.get(name, name): leaf for name, leaf in cond.items()}
         if "known" in inputs:
             x = jnp.concatenate([x, inputs.pop("known")], axis=-1)
-        rngs = None if key is None else {"dropout": key}
-        return self.unet.apply(params, x, t, **inputs, deterministic=key is None, rngs=rngs)
+        rngs = None if keys is None else {"dropout": keys[0]}
+        return self.unet.apply(params, x, t, **inputs, deterministic=keys is None, rngs=rngs)

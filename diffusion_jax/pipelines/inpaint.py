@@ -45,7 +45,7 @@ def inpaint(
         if model.network.known_channels:
             cond, known = cond | {"known": seen(model, image, mask)}, None
         else:
-            known = keep(x0, jnp.broadcast_to(_touched(mask, model.codec.factor), (*x0.shape[:3], 1)), keys)
+            known = keep(x0, jnp.broadcast_to(_touched(mask, model.codec.factor), (*x0.shape[:3], 1)))
         made = from_noise(model, x, cond, keys, plan, guidance, callback, known)
     return mask * made + (1 - mask) * pixels(image)
 

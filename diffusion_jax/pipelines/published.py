@@ -16,6 +16,7 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.model import DiffusionModel, Network
+from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
 
@@ -49,7 +50,7 @@ def from_published(
     if any(pixels < codec.factor or pixels % codec.factor for pixels in size):
         raise ValueError(f"height and width must be multiples of {codec.factor} pixels, got {size[0]} and {size[1]}")
     return DiffusionModel(
-        network=Network(unet.apply, lambda key: published.unet.params, unet.known_channels),
+        network=Network(Denoiser(unet), lambda key: published.unet.params, unet.in_channels - unet.out_channels),
         params=published.unet.params,
         schedule=published.schedule,
         parameterization=NAMED[published.prediction],

@@ -119,28 +119,79 @@ def test_inpainting_keeps_what_is_known():
     keys = jax.random.split(jax.random.key(0), 4)
     x = sampling.initial_noise(keys, (2,), plan.start)
     image = jnp.array([[0.5, 0.4], [-1.0, 2.0], [0.0, 0.0], [3.0, 1.0]])
-    made = sampling.sample(mixture.denoise, plan, x, keys, known=sampling.keep(image, jnp.array([1.0, 0.0]), keys))
+    made = sampling.sample(mixture.denoise, plan, x, keys, known=sampling.keep(image, jnp.array([1.0, 0.0])))
     np.testing.assert_array_equal(made[:, 1], image[:, 1])
     assert jnp.all(made[:, 0] != image[:, 0])
-    everything = sampling.sample(mixture.denoise, plan, x, keys, known=sampling.keep(image, jnp.ones(2), keys))
+    everything = sampling.sample(mixture.denoise, plan, x, keys, known=sampling.keep(image, jnp.ones(2)))
     np.testing.assert_array_equal(everything, sampling.sample(mixture.denoise, plan, x, keys))
 
 
-def test_inpainting_draws_from_the_conditional_law():
-    """Given x_1 of a correlated Gaussian, x_0 has the mean and deviation of the conditional, with resampling."""
-    covariance = np.array([[1.0, 0.8], [0.8, 1.0]])
+def fill_in(correlation, plan):
+    """4000 draws of x_0 given x_1 = 1.5, of a Gaussian of unit variance whose denoiser is known."""
+    covariance = np.array([[1.0, correlation], [correlation, 1.0]])
 
     def denoise(x, level, cond):
         gain = level.alpha * covariance @ jnp.linalg.inv(level.alpha**2 * covariance + level.sigma**2 * np.eye(2))
         x0 = x @ gain.T
         return process.Prediction(x0, (x - level.alpha * x0) / level.sigma)
 
-    plan = solvers.with_resampling(solvers.ddpm(schedules.linear(), 60), 8)
     keys = jax.random.split(jax.random.key(0), 4000)
     x = sampling.initial_noise(keys, (2,), plan.start)
-    known = sampling.keep(jnp.full((4000, 2), 1.5), jnp.array([1.0, 0.0]), keys)
-    made = sampling.sample(denoise, plan, x, keys, known=known)[:, 0]
+    known = sampling.keep(jnp.full((4000, 2), 1.5), jnp.array([1.0, 0.0]))
+    return sampling.sample(denoise, plan, x, keys, known=known)[:, 0]
+
+
+def test_inpainting_draws_from_the_conditional_law():
+    """Given x_1 of a correlated Gaussian, x_0 has the mean and deviation of the conditional, with resampling."""
+    made = fill_in(0.8, solvers.with_resampling(solvers.ddpm(schedules.linear(), 60), 8))
     assert abs(made.mean() - 0.8 * 1.5) < 0.1 and abs(made.std() - 0.6) < 0.1
+
+
+def test_the_known_part_is_noised_afresh_at_every_level():
+    """One noise for all levels does not average out: it spreads the new part far beyond the truth, 0.31."""
+    assert fill_in(0.95, solvers.ddpm(schedules.linear(), 60)).std() < 0.45
+
+
+def test_inpainting_recompiles_for_no_image_mask_key_or_solver():
+    denoise = guidance.as_pytree(lambda x, level, cond: mixture.denoise(x, level))
+    plans = [getattr(solvers, name)(schedules.linear(), 7) for name in ("ddim", "ddpm", "dpmpp_2m")]
+    before = sampling.advance._cache_size()
+    for i, plan in enumerate([*plans, solvers.with_resampling(plans[0], 3)]):
+        draw(plan, seed=i, denoise=denoise, known=sampling.keep(jnp.full((4, 2), float(i)), jnp.array([0.0, i / 3])))
+    assert sampling.advance._cache_size() - before == 1
+
+
+def known_noise(plan, keys):
+    """The noise of the known part at the level of each row's network, (R, B, 2), and that of the start."""
+    seen = []
+
+    def denoise(x, level, cond):
+        jax.debug.callback(lambda x, alpha, sigma: seen.append((x - alpha * 0.7) / sigma), x, level.alpha, level.sigma)
+        return process.Prediction(jnp.zeros_like(x), jnp.zeros_like(x))
+
+    x = sampling.initial_noise(keys, (2,), plan.start)
+    known = sampling.keep(jnp.full((len(keys), 2), 0.7), jnp.zeros(2))
+    made = sampling.sample(denoise, plan, x, keys, known=known, chunk=3)
+    np.testing.assert_array_equal(made, known.x0)
+    jax.effects_barrier()
+    return np.array(seen), x
+
+
+def test_the_known_part_has_its_own_unit_noise_for_each_image_and_row():
+    """Whether the solver draws noise or not, and whatever the batch."""
+    keys = jax.random.split(jax.random.key(1), 2000)
+    for solver in (solvers.ddim, solvers.ddpm):
+        plan = solver(schedules.linear(), 4)
+        noise, start = known_noise(plan, keys)
+        solver_noise = [
+            jax.vmap(lambda key, row=row: jax.random.normal(jax.random.fold_in(key, 1 + row), (2,)))(keys)
+            for row in range(plan.num_rows)
+        ]
+        draws = np.concatenate([noise, [start], solver_noise])
+        correlation = np.corrcoef(draws[:, :, 0])
+        assert np.all(np.abs(correlation - np.eye(len(draws))) < 0.1)
+        np.testing.assert_allclose(noise.std(axis=(1, 2)), 1, atol=0.05)
+        np.testing.assert_allclose(known_noise(plan, keys[7:9])[0], noise[:, 7:9], atol=1e-5)
 
 
 def test_a_network_of_eps_is_refused_on_noise_alone():
@@ -159,7 +210,7 @@ def test_a_network_of_eps_is_refused_on_noise_alone():
 @pytest.mark.parametrize("shape", [(3,), (4, 2, 2), (3, 2)])
 def test_a_mask_of_the_wrong_shape_is_refused(shape):
     with pytest.raises(ValueError, match="a mask must have a shape that broadcasts"):
-        sampling.keep(jnp.zeros((4, 2)), jnp.ones(shape), jax.random.split(jax.random.key(0), 4))
+        sampling.keep(jnp.zeros((4, 2)), jnp.ones(shape))
 
 
 def test_a_chunk_of_nothing_is_refused():

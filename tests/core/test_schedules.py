@@ -67,6 +67,69 @@ def test_no_steps_is_refused():
         schedules.cosine(0)
 
 
+@pytest.mark.parametrize("name", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("T", [1, 8, 10, 50, 100, 250, 3000])
+def test_any_number_of_steps_ends_as_noisy_as_a_thousand(name, T):
+    """And is as noisy on the way there."""
+    few, many = ALL[name](T), ALL[name](1000)
+    assert few.num_steps == T
+    np.testing.assert_allclose(few.alphas_bar[-1], many.alphas_bar[-1], rtol=1e-12)
+    if 1000 % T == 0:
+        np.testing.assert_allclose(few.alphas_bar, many.alphas_bar[1000 // T - 1 :: 1000 // T], rtol=1e-12)
+    if T % 1000 == 0:
+        np.testing.assert_allclose(few.alphas_bar[T // 1000 - 1 :: T // 1000], many.alphas_bar, rtol=1e-12)
+
+
+def test_few_steps_have_nearly_the_betas_scaled_by_hand():
+    """1000 / T times those of 1000 steps, as in Dhariwal & Nichol 2021."""
+    by_hand = schedules.from_betas(np.linspace(1e-4 * 4, 0.02 * 4, 250))
+    np.testing.assert_allclose(schedules.linear(250).alphas_bar, by_hand.alphas_bar, atol=0.02)
+
+
+@pytest.mark.parametrize("ends", [(1e-4, 0.02), (5e-4, 0.01)])
+def test_a_thousand_steps_have_the_betas_that_are_given(ends):
+    def assert_equal(schedule, betas):
+        np.testing.assert_array_equal(schedule.logsnr_table, schedules.from_betas(betas).logsnr_table)
+
+    assert_equal(schedules.linear(1000, *ends), np.linspace(*ends, 1000))
+    assert_equal(schedules.scaled_linear(1000, *ends), np.linspace(ends[0] ** 0.5, ends[1] ** 0.5, 1000) ** 2)
+
+
+CUT = {
+    "cosine": schedules.cosine(),
+    "sigmoid": schedules.sigmoid(),
+    "cosine of 50 steps": schedules.cosine(50),
+    "zero terminal SNR": schedules.zero_terminal_snr(schedules.scaled_linear()),
+    "flow": schedules.flow(),
+    "shifted flow": schedules.flow(shift=3.0),
+    "wide edm": schedules.edm(0.002, 1000.0),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("ratio", [2.0, 200.0])
+def test_below_leaves_out_the_times_that_are_too_noisy_and_no_others(name, ratio):
+    whole = CUT[name]
+    cut = schedules.below(whole, ratio)
+    assert cut.t_min == whole.t_min and cut.t_max < whole.t_max
+    t = np.linspace(cut.t_min, cut.t_max, 313)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), cut(t), whole(t))
+    level = cut(cut.t_max)
+    assert level.sigma <= ratio * level.alpha * (1 + 1e-12)
+    if whole.num_steps:
+        beyond = whole(cut.t_max + 1)
+        assert beyond.sigma > ratio * beyond.alpha and cut.num_steps == cut.t_max + 1
+    else:
+        np.testing.assert_allclose(level.sigma / level.alpha, ratio, rtol=1e-12)
+
+
+def test_below_is_the_schedule_itself_where_nothing_is_too_noisy():
+    for schedule in (schedules.linear(), schedules.scaled_linear(), schedules.edm()):
+        assert schedules.below(schedule) is schedule
+    for schedule in CUT.values():
+        assert schedules.below(schedule, np.inf) is schedule
+
+
 def test_zero_terminal_snr_ends_in_noise_and_keeps_the_first_step():
     """Lin et al. 2023, algorithm 1, written in betas as it is published."""
     plain = schedules.scaled_linear()
@@ -100,7 +163,20 @@ def test_edm_is_sigma_and_flow_is_a_straight_line():
     np.testing.assert_allclose(shifted.sigma, 3 * u / (1 + 2 * u))
 
 
-@pytest.mark.parametrize("schedule", [schedules.edm(), schedules.flow(), schedules.flow(shift=3.0)])
+@pytest.mark.parametrize("shift", [0.1, 0.3, 0.45, 1.0, 3.0, 7.0])
+def test_flow_ends_on_noise_alone_exactly(shift):
+    schedule = schedules.flow(shift)
+    for level in (schedule(1.0), jax.jit(schedule)(jnp.float32(1))):
+        assert level.alpha == 0 and level.sigma == 1
+
+
+def test_the_network_of_a_flow_sees_its_time_in_thousandths():
+    t = np.linspace(0.001, 1, 9)
+    np.testing.assert_allclose(schedules.flow(shift=3.0)(t).t, 1000 * t)
+    np.testing.assert_allclose(jax.jit(schedules.flow())(jnp.asarray(t)).t, 1000 * t, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [schedules.edm(), *(schedules.flow(shift) for shift in (0.3, 1.0, 3.0))])
 def test_continuous_times_come_back_from_logsnr(schedule):
     t = np.linspace(schedule.t_min, 0.99 * schedule.t_max, 50)
     np.testing.assert_allclose(schedule.t_of_logsnr(schedule(t).logsnr), t, rtol=1e-9)
@@ -122,6 +198,10 @@ def test_laplace_has_its_distribution_of_logsnr():
         (lambda: schedules.flow(0.0), "shift of a flow schedule"),
         (lambda: schedules.laplace(10, scale=-1.0), "scale above 0"),
         (lambda: schedules.zero_terminal_snr(schedules.linear(1)), "at least 2 steps"),
+        (lambda: schedules.linear(0), "at least 1"),
+        (lambda: schedules.linear(10, 0.0, 0.02), "inside"),
+        (lambda: schedules.below(schedules.edm(0.5, 2.0), 0.1), "at least 0.5, .* got 0.1"),
+        (lambda: schedules.below(schedules.cosine(), 0.001), "least noisy time, got 0.001"),
     ],
 )
 def test_bad_schedules_are_one_clear_line(build, message):

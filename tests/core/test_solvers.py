@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
 from diffusion_jax.core import process, sampling, schedules, solvers
-from diffusion_jax.core.process import NoiseLevel
-from diffusion_jax.core.solvers.singlestep import NOISE_ALONE
+from diffusion_jax.core.process import NoiseLevel, Prediction
+from diffusion_jax.core.schedules import NOISE_ALONE
 from tests.core import mixture
 from tests.core.mixture import HIGH, PLANE
 
@@ -189,6 +189,57 @@ def test_every_plan_is_sound_on_any_schedule_and_from_any_strength(name, betas, 
     left = solvers.strength_times(schedule, steps, strength, spacing)
     if len(left):
         check(ALL[name].build(schedule, len(left), spacing=left))
+
+
+CONTINUOUS = {f"flow {shift}": schedules.flow(shift) for shift in (0.3, 1.0, 3.0)} | {
+    "edm": schedules.edm(),
+    "flow below": schedules.below(schedules.flow()),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000, 1500])
+@pytest.mark.parametrize("spacing", solvers.SPACINGS)
+@pytest.mark.parametrize("schedule", CONTINUOUS)
+def test_continuous_times_stay_in_their_range_and_are_taken_as_they_are(schedule, spacing, steps):
+    schedule = CONTINUOUS[schedule]
+    t = solvers.times(schedule, steps, spacing)
+    assert t.shape == (steps,) and np.all(np.diff(t) < 0)
+    assert schedule.t_min <= t[-1] and t[0] <= schedule.t_max
+    np.testing.assert_array_equal(solvers.times(schedule, steps, t), t)
+    np.testing.assert_array_equal(solvers.strength_times(schedule, steps, 1.0, spacing), t)
+    for name in ALL if steps <= 7 else ("dpmpp_3m", "dpmpp_sde"):
+        check(ALL[name].build(schedule, steps, spacing=t))
+
+
+def test_a_plan_holds_the_times_of_the_network():
+    plan = solvers.ddim(schedules.flow(shift=3.0), 4)
+    np.testing.assert_allclose(plan.level.t, [1000, 750, 500, 250])
+    np.testing.assert_allclose(plan.next.t, [750, 500, 250, 1])
+
+
+def near_a_mode(x: np.ndarray) -> float:
+    """The share of samples within 3.5 standard deviations of a Gaussian of the mixture."""
+    distances = np.linalg.norm(x[:, None] - PLANE.means, axis=-1)
+    return np.mean(np.any(distances < 3.5 * PLANE.stds, axis=1))
+
+
+def imperfect(x: np.ndarray, level: NoiseLevel) -> Prediction:
+    """The mixture's denoiser as a network that predicts eps, with an error of up to a hundredth."""
+    eps = PLANE.denoise(x, level).eps * (1 + 0.01 * np.sin(3 * x[:, ::-1] + level.t / 50))
+    return Prediction((x - level.sigma * eps) / level.alpha, eps)
+
+
+@pytest.mark.parametrize("spacing", solvers.SPACINGS)
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "edm"])  # too few steps for edm
+def test_below_noise_alone_a_network_of_eps_may_err(schedule, spacing):
+    noise = np.random.default_rng(0).normal(size=(500, 2))
+
+    def found(schedule):
+        return near_a_mode(mixture.run(solvers.dpmpp_2m(schedule, 20, spacing), noise, imperfect))
+
+    assert found(schedules.below(SCHEDULES[schedule])) > 0.95
+    if schedule in ("cosine", "sigmoid") and spacing in ("linspace", "trailing", "quadratic"):
+        assert found(SCHEDULES[schedule]) < 0.9
 
 
 def check(plan: solvers.Plan) -> None:

@@ -118,6 +118,7 @@ def test_every_discrete_schedule_survives(schedule, prediction):
         {"beta_schedule": "linear"},
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction"},
         {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True, "num_train_timesteps": 100},
+        {"beta_schedule": "linear", "num_train_timesteps": 50, "beta_end": 0.2},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"trained_betas": [0.1, 0.2, 0.4], "num_train_timesteps": 3},
     ],

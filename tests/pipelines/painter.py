@@ -16,8 +16,8 @@ VARIANCE = 0.04
 
 def gaussian(params, x, t, cond):
     """The best x0 when pixels are independent, of mean cond["grey"] and a variance of 0.04, on the flow schedule."""
-    t = t[:, None, None, None]
-    alpha, sigma = 1 - t, t
+    sigma = t[:, None, None, None] / 1000
+    alpha = 1 - sigma
     mean = params * cond["grey"]
     return mean + alpha * VARIANCE / (alpha**2 * VARIANCE + sigma**2) * (x - alpha * mean)
 

@@ -93,7 +93,8 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
       karras    sigma / alpha on a rho = 7 ramp (Karras et al. 2022, eq. 5)
       logsnr    evenly in log-SNR (Lu et al. 2022, section 3.3)
       quadratic squares of an even ramp of sqrt(t) (Song et al. 2021, appendix D.3)
-    The first three are whole numbers on a schedule of T steps.
+    The first three are whole numbers on a schedule of T steps. In continuous time, leading goes evenly up from t_min,
+    one part of `steps` short of t_max; trailing goes evenly down to t_max / steps, or to t_min if that is noisier.
     Raises ValueError for steps outside 1..T and for an unknown spacing.
     """
     t_min, t_max, T = schedule.t_min, schedule.t_max, schedule.num_steps
@@ -112,14 +113,16 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
     ramp = np.linspace(0, 1, steps)
     match spacing:
         case "leading":
-            return np.arange(steps)[::-1] * float(T // steps) if T else t_min + np.arange(steps)[::-1] / steps * t_max
+            up = np.arange(steps)[::-1]
+            return up * float(T // steps) if T else t_min + up / steps * (t_max - t_min)
         case "linspace":
             # upwards from t_min, so that a tie is rounded as it is elsewhere; one step starts from t_max
             even = np.linspace(t_min, t_max, steps)[::-1] if steps > 1 else np.array([t_max])
             return np.round(even) if T else even
         case "trailing":
-            down = np.arange(steps, 0, -1) / steps
-            return np.round(down * T) - 1.0 if T else down * t_max
+            if T:
+                return np.round(np.arange(steps, 0, -1) / steps * T) - 1.0
+            return np.linspace(t_max, max(t_max / steps, t_min), steps)
         case "quadratic":
             t = (t_max**0.5 + ramp * (t_min**0.5 - t_max**0.5)) ** 2
         case _:
@@ -132,7 +135,7 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
             else:
                 t = schedule.t_of_logsnr(high + ramp * (low - high))
     t[0] = t_max  # which rounding may have missed
-    return t
+    return np.clip(t, t_min, t_max)
 
 
 def path(schedule: Schedule, steps: int, spacing: Spacing) -> list[Step]:
@@ -144,7 +147,7 @@ def path(schedule: Schedule, steps: int, spacing: Spacing) -> list[Step]:
     if not isinstance(spacing, str) and len(spacing) and isinstance(spacing[0], tuple):
         return list(spacing)
     levels = [NoiseLevel(*row) for row in zip(*schedule(times(schedule, steps, spacing)), strict=True)]
-    levels.append(NoiseLevel(t=schedule.t_min, alpha=1.0, sigma=0.0))
+    levels.append(schedule(schedule.t_min)._replace(alpha=1.0, sigma=0.0))
     return list(itertools.pairwise(levels))
 
 

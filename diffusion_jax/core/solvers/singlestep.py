@@ -14,10 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from diffusion_jax.core.process import NoiseLevel
-from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.core.schedules import NOISE_ALONE, Schedule
 from diffusion_jax.core.solvers.plan import EPS, PAST, X0, Plan, Row, Spacing, Step, Z, path, renoised, stack, state
-
-NOISE_ALONE = 200.0  # sigma / alpha from which on a state says nothing of the image; linear ends at 157, edm at 80
 
 Solver = Callable[..., Plan]
 
