@@ -298,9 +298,9 @@ def _our_networks(published, given):
 def _our_image(published, noise):
     import jax
     import jax.numpy as jnp
+    from diffusion_jax.pipelines.pipeline import Guidance, from_noise
 
     from diffusion_jax.core import solvers
-    from diffusion_jax.pipelines.pipeline import Guidance, from_noise
     from diffusion_jax.pipelines.published import from_published, published_times
 
     pipeline, conditioning = from_published(published, size=(8 * noise.shape[1], 8 * noise.shape[2]))

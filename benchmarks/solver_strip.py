@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from diffusion_jax.pipelines.codec import autoencoder_kl
 
 from configs import latent_cfg
 from diffusion_jax import build, pictures
@@ -14,7 +15,6 @@ from diffusion_jax.core import solvers
 from diffusion_jax.data.transforms import to_uint8
 from diffusion_jax.interop import load_autoencoder, load_unet
 from diffusion_jax.pipelines import text_to_image
-from diffusion_jax.pipelines.codec import autoencoder_kl
 
 ROOT = Path(__file__).parent.parent
 SOLVERS = {

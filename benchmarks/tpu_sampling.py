@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from diffusion_jax.pipelines.pipeline import guided
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.core import process, schedules, solvers
@@ -33,7 +34,6 @@ from diffusion_jax.core.sampling import denoiser, initial_noise, sample
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.pipelines.pipeline import guided
 
 STEPS, GUIDANCE, TOKENS = 20, 7.5, 77
 

@@ -1,7 +1,6 @@
 import pytest
-from ml_collections import ConfigDict
-
 from diffusion_jax.configuration import check_field
+from ml_collections import ConfigDict
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax.core import process, schedules
+from diffusion_jax import codec
+from diffusion_jax.conditioning import class_labels
+from diffusion_jax.core import parameterization, schedules
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord
 from diffusion_jax.evaluation.likelihood import evaluate_likelihood
-from diffusion_jax.pipelines import Pipeline, codec
-from diffusion_jax.pipelines.conditioning import class_labels
+from diffusion_jax.model import DiffusionModel, Network
 from tests import command_line, test_main
 from tests.test_main import TINY, finish, start
 
@@ -39,10 +40,9 @@ def shades(count, bad=()):
 
 def report(source, params=0.0, codec=PIXELS, **changes):
     section = ConfigDict({"images": 100, "steps": 8, "probes": 1, "terms": 6, "batch_size": 4, "seed": 0} | changes)
-    pipeline = Pipeline(apply, jnp.float32(params), process.from_x0, codec, {"label": np.int32(5)}, (4, 4))
-    found = evaluate_likelihood(
-        pipeline, schedules.cosine(20), source, lambda record, rng: record, class_labels(5), section
-    )
+    schedule, says = schedules.cosine(20), parameterization.x0
+    model = DiffusionModel(Network(apply), jnp.float32(params), schedule, says, codec, class_labels(5), (4, 4))
+    found = evaluate_likelihood(model, source, lambda record, rng: record, section)
     json.dumps(found, allow_nan=False)
     return found
 

@@ -38,7 +38,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.objectives import levels
 from diffusion_jax.objectives.autoencoding import autoencoding
 from diffusion_jax.objectives.denoising import denoising, frozen_parts
-from diffusion_jax.pipelines.published import from_published, published_times
+from diffusion_jax.pipelines.published import from_published
 
 SCHEDULES = {
     "linear": lambda section: schedules.linear(section.T),
@@ -120,7 +120,10 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 
 
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
-    """The checkpoint of a config with the LoRAs it names. training: float32 variables, unless a LoRA alone is trained."""
+    """The checkpoint of a config with the LoRAs it names.
+
+    training: float32 variables, unless a LoRA alone is trained.
+    """
     if not config.checkpoint:
         raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
     dtype = choose(DTYPES, config.dtype, "dtype")
@@ -299,7 +302,9 @@ def batches(source: Source, train: ConfigDict, seed: int, transform: Transform |
     )
 
 
-def objective(section: ConfigDict, model: DiffusionModel | AutoencoderKL, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:
+def objective(
+    section: ConfigDict, model: DiffusionModel | AutoencoderKL, key: Key[Array, ""]
+) -> tuple[Callable, PyTree, dict]:
     """(loss, params, frozen) of a stage: what to train, from where, and what the loss reads besides.
 
     section: config.objective for a DiffusionModel, config.autoencoder.loss for a first stage.

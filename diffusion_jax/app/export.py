@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.app import build, first_stage, weights

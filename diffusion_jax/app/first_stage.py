@@ -122,9 +122,7 @@ def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, tra
     return {"images": len(values), "psnr": float(np.mean(values))}
 
 
-def _some_images(
-    source: Source, transform: Transform, count: int, seed: int | None = None
-) -> Iterator[np.ndarray]:
+def _some_images(source: Source, transform: Transform, count: int, seed: int | None = None) -> Iterator[np.ndarray]:
     """Batches of uint8 images, `count` in all or as many as there are: in the source's order, or shuffled by a seed."""
     size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)  # leaves no remainder
     images = loader(source, size, seed or 0, transform=transform, shuffle=seed is not None, repeat=False)

@@ -130,9 +130,7 @@ def _read(path: str, field: str) -> np.ndarray:
         raise ValueError(f"{field} {path}: {error}") from error
 
 
-def generate(
-    request: Request, model: DiffusionModel, batch_size: int, progress: bool = False
-) -> Iterator[Generated]:
+def generate(request: Request, model: DiffusionModel, batch_size: int, progress: bool = False) -> Iterator[Generated]:
     """Every job of the request, in batches of one size. progress: show a bar of the steps."""
     jobs, plan = request.jobs, request.plan
     size = parallel.divisible(min(batch_size, len(jobs)))

@@ -35,7 +35,7 @@ def denoiser(apply: Apply, params: PyTree, parameterization: Parameterization) -
 
 @dataclass(frozen=True)
 class _Network:
-    """A network and its parameterization; equal when both are, so that a new denoiser finds the old compiled program."""
+    """A network and its parameterization; equal when both are, so that a new denoiser finds the compiled program."""
 
     apply: Apply
     parameterization: Parameterization
@@ -57,8 +57,8 @@ def check_levels(denoise: PyTree, level: NoiseLevel) -> None:
         if worst > 1.001 * NOISE_ALONE:  # a level found by its log-SNR differs by rounding
             raise ValueError(
                 f"the plan evaluates the network at a level where an error of its answer becomes {worst:.0f} times as "
-                f"large in x0, and at most {NOISE_ALONE:g} times is of use: build the plan on schedules.below(schedule), "
-                "or use a network that predicts v or x0"
+                f"large in x0, and at most {NOISE_ALONE:g} times is of use: build the plan on "
+                "schedules.below(schedule), or use a network that predicts v or x0"
             )
 
 

@@ -82,9 +82,9 @@ def classifier_free(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> De
       axis. A leaf of cond that it lacks, such as the known part of an image, is shared by both branches.
     """
     number = _number(scale, "guidance")
-    if _is_all(scale, 1):
+    if _is_all(scale, 1.0):
         return as_pytree(denoise)
-    if _is_all(scale, 0):
+    if _is_all(scale, 0.0):
         return Partial(_unconditional, as_pytree(denoise), null_cond)
     return Partial(_classifier_free, as_pytree(denoise), number, null_cond)
 

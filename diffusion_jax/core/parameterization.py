@@ -9,7 +9,9 @@ Every parameterization is linear in the pair (x0, eps): the network is trained t
     x0      1                   0
     v       -sigma              alpha                 Salimans & Ho 2022, appendix D
     flow    -1                  1                     Liu et al. 2022, eq. 1
-    edm     sigma / (s n)       -s alpha / n          Karras et al. 2022, table 1; s = sigma_data, n^2 = sigma^2 + s^2 alpha^2
+    edm     sigma / (s n)       -s alpha / n          Karras et al. 2022, table 1
+
+In edm s is sigma_data and n^2 = sigma^2 + s^2 alpha^2.
 """
 
 import functools
@@ -70,8 +72,10 @@ NAMED = {"eps": eps, "x0": x0, "v": v, "flow": flow}  # the words of configs and
 def edm(sigma_data: float = 0.5) -> Parameterization:
     """The preconditioning of Karras et al. 2022, table 1, written for any alpha; theirs is alpha = 1.
 
-    The network says F of x0 = c_skip x_t + c_out F. It is given c_in x_t = x_t / n and c_noise = log(sigma / alpha) / 4,
-    so that its input and its target have unit variance at every level. All levels that are noise alone share one time.
+    The network says F of x0 = c_skip x_t + c_out F. It is given c_in x_t = x_t / n and c_noise =
+    log(sigma / alpha) / 4, so that its input and its target have unit variance at every level. All levels that
+    are noise alone share one time.
+
     sigma_data: standard deviation of the data, above 0.
     Raises ValueError for another sigma_data.
     """

@@ -190,4 +190,3 @@ def _rows(plan: Plan, start: int, size: int) -> Rows:
         past=np.where(active[:, None], past, 0),
     )
     return Rows(rows, index, active)
-

@@ -56,9 +56,7 @@ def uniform_weight(level: NoiseLevel, parameterization: Parameterization) -> Flo
     return jnp.ones_like(level.sigma)
 
 
-def min_snr_weight(
-    level: NoiseLevel, parameterization: Parameterization, gamma: float = 5.0
-) -> Float[Array, "batch"]:
+def min_snr_weight(level: NoiseLevel, parameterization: Parameterization, gamma: float = 5.0) -> Float[Array, "batch"]:
     """min(SNR, gamma) on the squared error of x0 (Hang et al. 2023, section 3.4)."""
     return _on_x0(jnp.minimum(snr(level), gamma), level, parameterization)
 

@@ -50,7 +50,9 @@ def inpaint(
     return mask * made + (1 - mask) * pixels(image)
 
 
-def seen(model: DiffusionModel, image: Images, mask: Float[Array, "#batch height width 1"]) -> Float[Array, "batch h w c"]:
+def seen(
+    model: DiffusionModel, image: Images, mask: Float[Array, "#batch height width 1"]
+) -> Float[Array, "batch h w c"]:
     """(B, h, w, 1 + channels) for a model that fills in: the mask, as it is at the corner of each cell, and the latent
     of the image with grey where it is to be new.
     """

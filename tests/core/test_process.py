@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import process, schedules
+from diffusion_jax.core import parameterization, process, schedules
+from diffusion_jax.objectives import levels
 
 
 @pytest.fixture
@@ -43,23 +44,23 @@ def test_noising_maps_over_a_batch_and_compiles(noised):
     np.testing.assert_allclose(mapped, x_t, rtol=1e-6)
 
 
-@pytest.mark.parametrize("weight", [process.uniform_weight, process.min_snr_weight, process.truncated_snr_weight])
+@pytest.mark.parametrize("weight", [levels.uniform_weight, levels.min_snr_weight, levels.truncated_snr_weight])
 def test_weights_of_all_predictions_are_one_weight_on_x0(weight):
     """Except for the uniform weight, which is uniform in each prediction's own space."""
     level = schedules.cosine()(jnp.arange(0, 1000, 37))
     snr = process.snr(level)
     on_x0 = {
-        "eps": weight(level, "eps") * snr,
-        "x0": weight(level, "x0"),
-        "v": weight(level, "v") * (snr + 1),
+        "eps": weight(level, parameterization.eps) * snr,
+        "x0": weight(level, parameterization.x0),
+        "v": weight(level, parameterization.v) * (snr + 1),
     }
     expected = {
-        process.min_snr_weight: jnp.minimum(snr, 5),
-        process.truncated_snr_weight: jnp.maximum(snr, 1),
+        levels.min_snr_weight: jnp.minimum(snr, 5),
+        levels.truncated_snr_weight: jnp.maximum(snr, 1),
     }
     for name, value in on_x0.items():
-        if weight is process.uniform_weight:
-            np.testing.assert_array_equal(weight(level, name), 1)
+        if weight is levels.uniform_weight:
+            np.testing.assert_array_equal(weight(level, parameterization.NAMED[name]), 1)
         else:
             np.testing.assert_allclose(value, expected[weight], rtol=1e-3)
 
@@ -67,9 +68,4 @@ def test_weights_of_all_predictions_are_one_weight_on_x0(weight):
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 def test_min_snr_is_finite_at_zero_terminal_snr(prediction):
     level = process.NoiseLevel(t=jnp.array([999.0]), alpha=jnp.array([0.0]), sigma=jnp.array([1.0]))
-    assert jnp.all(jnp.isfinite(process.min_snr_weight(level, prediction)))
-
-
-def test_unknown_prediction_is_refused():
-    with pytest.raises(ValueError, match="one of"):
-        process.min_snr_weight(schedules.linear()(jnp.array([1.0])), "score")
+    assert jnp.all(jnp.isfinite(levels.min_snr_weight(level, parameterization.NAMED[prediction])))

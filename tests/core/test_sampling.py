@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import guidance, process, sampling, schedules, solvers
+from diffusion_jax.core import guidance, parameterization, process, sampling, schedules, solvers
+from diffusion_jax.core.denoiser import as_pytree, denoiser
 from tests.core import mixture
 
 
@@ -36,7 +37,7 @@ def test_nothing_recompiles():
     def plain(x, level, cond):
         return mixture.denoise(x + 0 * cond, level)
 
-    denoise = guidance.as_pytree(plain)
+    denoise = as_pytree(plain)
     plans = [
         *(
             getattr(solvers, name)(schedule, 7)
@@ -51,7 +52,7 @@ def test_nothing_recompiles():
     ]
     before = sampling.advance._cache_size()
     for i, plan in enumerate(plans):
-        guided = guidance.classifier_free(denoise, 1.0 + i, jnp.full(1, float(i)))
+        guided = guidance.classifier_free(denoise, 1.5 + i, jnp.full(1, float(i)))
         draw(plan, seed=i, cond=jnp.full((4, 1), float(i)), denoise=guided)
     assert sampling.advance._cache_size() - before == 1
 
@@ -68,7 +69,7 @@ def test_solver_mathematics_stay_float32_around_a_bfloat16_network(solver):
     results = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         rounded = functools.partial(lambda dtype, params, x, t, cond: apply(dtype, x, t, cond), dtype)
-        results[dtype] = draw(plan, 64, denoise=sampling.denoiser(rounded, {}, process.from_v))
+        results[dtype] = draw(plan, 64, denoise=denoiser(rounded, {}, parameterization.v))
     assert results[jnp.bfloat16].dtype == jnp.float32
     error = jnp.abs(results[jnp.bfloat16] - results[jnp.float32])
     scale = jnp.maximum(jnp.abs(results[jnp.float32]), 1)
@@ -200,10 +201,10 @@ def test_a_network_of_eps_is_refused_on_noise_alone():
     def apply(params, x, t, cond):
         return x
 
-    for convert in (process.from_v, process.from_x0):
-        draw(solvers.ddim(schedule, 3), denoise=sampling.denoiser(apply, {}, convert))
-    guided = guidance.classifier_free(sampling.denoiser(apply, {}, process.from_eps), 2.0, None)
-    with pytest.raises(ValueError, match="use one that predicts v or x0"):
+    for convert in (parameterization.v, parameterization.x0):
+        draw(solvers.ddim(schedule, 3), denoise=denoiser(apply, {}, convert))
+    guided = guidance.classifier_free(denoiser(apply, {}, parameterization.eps), 2.0, None)
+    with pytest.raises(ValueError, match="use a network that predicts v or x0"):
         draw(solvers.ddim(schedule, 3), denoise=guided)
 
 

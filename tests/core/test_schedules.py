@@ -10,7 +10,6 @@ ALL = {
     "scaled_linear": schedules.scaled_linear,
     "cosine": schedules.cosine,
     "sigmoid": schedules.sigmoid,
-    "laplace": schedules.laplace,
 }
 
 
@@ -184,19 +183,11 @@ def test_continuous_times_come_back_from_logsnr(schedule):
     assert schedule.t_of_logsnr(np.float64(-1e9)) == schedule.t_max
 
 
-def test_laplace_has_its_distribution_of_logsnr():
-    """The quantiles of Laplace(0, 1/2): uniform t, exponential tails."""
-    logsnr = schedules.laplace(4000)(np.arange(4000)).logsnr
-    np.testing.assert_allclose(np.quantile(logsnr, 0.75), 0.5 * np.log(2), rtol=1e-3)
-    np.testing.assert_allclose(np.mean(np.abs(logsnr)), 0.5, rtol=1e-2)
-
-
 @pytest.mark.parametrize(
     "build, message",
     [
         (lambda: schedules.edm(1.0, 0.5), "0 < sigma_min < sigma_max"),
         (lambda: schedules.flow(0.0), "shift of a flow schedule"),
-        (lambda: schedules.laplace(10, scale=-1.0), "scale above 0"),
         (lambda: schedules.zero_terminal_snr(schedules.linear(1)), "at least 2 steps"),
         (lambda: schedules.linear(0), "at least 1"),
         (lambda: schedules.linear(10, 0.0, 0.02), "inside"),

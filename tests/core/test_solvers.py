@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-from diffusion_jax.core import process, sampling, schedules, solvers
+from diffusion_jax.core import parameterization, sampling, schedules, solvers
+from diffusion_jax.core.denoiser import denoiser
 from diffusion_jax.core.process import NoiseLevel, Prediction
 from diffusion_jax.core.schedules import NOISE_ALONE
 from tests.core import mixture
@@ -79,7 +80,6 @@ SCHEDULES = {
     "scaled_linear": schedules.scaled_linear(),
     "cosine": schedules.cosine(),
     "sigmoid": schedules.sigmoid(),
-    "laplace": schedules.laplace(),
     "edm": schedules.edm(),
     "flow": schedules.flow(shift=3.0),
     "zero terminal SNR": schedules.zero_terminal_snr(schedules.scaled_linear()),
@@ -265,12 +265,13 @@ def modest(params, x, t, cond):
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 def test_samples_are_finite_for_every_prediction(name, prediction):
     """At few steps, on every schedule."""
-    denoise = sampling.denoiser(modest, {}, getattr(process, f"from_{prediction}"))
+    denoise = denoiser(modest, {}, parameterization.NAMED[prediction])
     for schedule in SCHEDULES:
         if prediction == "eps" and schedule in ENDS_IN_NOISE:
             continue
+        useful = schedules.below(SCHEDULES[schedule]) if prediction == "eps" else SCHEDULES[schedule]
         for steps in (1, 3, 10):
-            assert jnp.all(jnp.isfinite(draw(ALL[name].build(SCHEDULES[schedule], steps), 2, denoise=denoise)))
+            assert jnp.all(jnp.isfinite(draw(ALL[name].build(useful, steps), 2, denoise=denoise)))
 
 
 def test_ddpm_row_is_the_posterior_of_the_paper():

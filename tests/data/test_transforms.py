@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.transforms import BadRecord, decode, square, to_float, to_uint8
+from diffusion_jax.data.transforms import BadRecord, decode, to_float, to_uint8
+from diffusion_jax.data.transforms import crop as crop_to
 
 
 def encode(image: Image.Image, **options) -> bytes:
@@ -26,19 +27,19 @@ def coordinates(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("random_crop", [False, True])
 def test_every_shape_becomes_the_square_and_a_flat_colour_stays(shape, random_crop):
     image = np.full((*shape, 3), (10, 200, 77), np.uint8)
-    result = square(16, random_crop=random_crop, flip=True)({"image": image}, np.random.default_rng(0))["image"]
+    result = crop_to(16, 16, random_crop=random_crop, flip=True)({"image": image}, np.random.default_rng(0))["image"]
     assert result.dtype == np.uint8
     assert result.shape == (16, 16, 3)
     assert (result == image[0, 0]).all()
 
 
 def test_centre_crop_takes_the_centre_without_resampling():
-    result = square(16)({"image": coordinates(16, 40)}, np.random.default_rng(0))["image"]
+    result = crop_to(16, 16)({"image": coordinates(16, 40)}, np.random.default_rng(0))["image"]
     np.testing.assert_array_equal(result, coordinates(16, 40)[:, 12:28])
 
 
 def test_random_crops_are_windows_that_reach_both_ends():
-    crop, image = square(16, random_crop=True), coordinates(16, 18)
+    crop, image = crop_to(16, 16, random_crop=True), coordinates(16, 18)
     rng = np.random.default_rng(0)
     lefts = set()
     for _ in range(50):
@@ -50,7 +51,7 @@ def test_random_crops_are_windows_that_reach_both_ends():
 
 
 def test_flip_mirrors_about_half():
-    flip, image = square(16, flip=True), coordinates(16, 16)
+    flip, image = crop_to(16, 16, flip=True), coordinates(16, 16)
     rng = np.random.default_rng(0)
     results = [flip({"image": image}, rng)["image"] for _ in range(200)]
     mirrored = sum(np.array_equal(result, image[:, ::-1]) for result in results)
@@ -61,12 +62,12 @@ def test_flip_mirrors_about_half():
 def test_small_pictures_are_bad_unless_they_may_be_enlarged():
     record = {"image": coordinates(8, 30)}
     with pytest.raises(BadRecord, match="30x8 pixels, smaller than the 16x16 crop"):
-        square(16)(record, np.random.default_rng(0))
-    assert square(16, upscale=True)(record, np.random.default_rng(0))["image"].shape == (16, 16, 3)
+        crop_to(16, 16)(record, np.random.default_rng(0))
+    assert crop_to(16, 16, upscale=True)(record, np.random.default_rng(0))["image"].shape == (16, 16, 3)
 
 
 def test_other_fields_pass():
-    result = square(8)({"image": coordinates(8, 8), "caption": "a"}, np.random.default_rng(0))
+    result = crop_to(8, 8)({"image": coordinates(8, 8), "caption": "a"}, np.random.default_rng(0))
     assert result["caption"] == "a"
 
 

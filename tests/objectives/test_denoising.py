@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax import codec as codecs
+from diffusion_jax.conditioning import unconditional
 from diffusion_jax.core import process, schedules
-from diffusion_jax.objectives.denoising import TARGETS, denoising, drop_condition
+from diffusion_jax.core.parameterization import NAMED
+from diffusion_jax.model import DiffusionModel, Network
+from diffusion_jax.objectives import levels
+from diffusion_jax.objectives.denoising import denoising, drop_condition
 
 SCHEDULE = schedules.cosine()
 NULL = {"text": jnp.full((3, 4), -1.0), "mask": jnp.array([True, False, False])}
@@ -18,9 +23,14 @@ def batch(size):
     return {"latent": x0, "cond": {"x0": x0}}
 
 
-def loss_of(apply, prediction, weight=process.uniform_weight, drop=0.0, size=256):
-    loss = denoising(apply, lambda stats, record, keys: stats * record, SCHEDULE, prediction, weight, drop)
-    frozen = {"codec": jnp.float32(1.0), "null_cond": {"x0": jnp.full(5, 9.0)}}
+def model(apply, sample, prediction):
+    codec = codecs.identity()._replace(sample=sample)
+    return DiffusionModel(Network(apply), {}, SCHEDULE, NAMED[prediction], codec, unconditional(), (1, 5))
+
+
+def loss_of(apply, prediction, weight=levels.uniform_weight, drop=0.0, size=256):
+    loss = denoising(model(apply, lambda stats, record, keys: stats * record, prediction), weight, drop)
+    frozen = {"codec": jnp.float32(1.0), "null_cond": {"x0": jnp.full(5, 9.0)}, "rest": {}}
     keys = jax.random.split(jax.random.key(0), size)
     return loss(None, frozen, batch(size), keys)
 
@@ -29,18 +39,18 @@ def truth(prediction):
     def apply(params, x, t, cond, key):
         level = SCHEDULE(t)
         eps = (x - process.expand(level.alpha, x) * cond["x0"]) / process.expand(level.sigma, x)
-        return TARGETS[prediction](cond["x0"], eps, level)
+        return NAMED[prediction].target(cond["x0"], eps, level)
 
     return apply
 
 
-@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("prediction", NAMED)
 def test_the_truth_has_no_loss(prediction):
     value, metrics = loss_of(truth(prediction), prediction)
     assert value < 1e-6 and metrics["mse"] < 1e-6
 
 
-@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("prediction", NAMED)
 def test_any_other_answer_has_a_loss(prediction):
     def off(*arguments):
         return truth(prediction)(*arguments) + 0.1
@@ -50,14 +60,14 @@ def test_any_other_answer_has_a_loss(prediction):
 
 def test_saying_nothing_costs_the_variance_of_the_target():
     """eps, x0 and (alpha^2 + sigma^2 = 1) v all have variance 1 here, flow's eps - x0 has 2."""
-    for prediction in TARGETS:
+    for prediction in NAMED:
         variance = 2 if prediction == "flow" else 1
         value, _ = loss_of(lambda params, x, t, cond, key: jnp.zeros_like(x), prediction, size=4000)
         error = 4 * variance * np.sqrt(2 / (4000 * 5))  # four standard errors of a mean of squares
         assert abs(value - variance) < error, prediction
 
 
-@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("prediction", NAMED)
 def test_the_weight_multiplies_the_error_of_each_example(prediction):
     def off(params, x, t, cond, key):
         return truth(prediction)(params, x, t, cond, key) + jnp.sqrt(t + 1)[:, None] / 100
@@ -71,7 +81,7 @@ def test_the_weight_multiplies_the_error_of_each_example(prediction):
     value, metrics = loss_of(off, prediction, weight)
     np.testing.assert_allclose(value, 1e-4, rtol=1e-2)
     assert metrics["mse"] > 1e-3
-    assert [name for _, name in seen] == [prediction]
+    assert [name for _, name in seen] == [NAMED[prediction]]
 
 
 def test_times_are_uniform():
@@ -115,12 +125,11 @@ def test_one_in_ten_conditions_is_dropped_whole():
 
 
 def test_an_example_does_not_depend_on_its_batch():
-    loss = denoising(
-        lambda params, x, t, cond, key: jnp.sin(x),
-        lambda stats, record, keys: record + jax.vmap(lambda key: jax.random.normal(key, (5,)))(keys),
-        SCHEDULE, "v", process.min_snr_weight, 0.1,
-    )  # fmt: skip
-    frozen = {"codec": {}, "null_cond": {"x0": jnp.zeros(5)}}
+    def sample(stats, record, keys):
+        return record + jax.vmap(lambda key: jax.random.normal(key, (5,)))(keys)
+
+    loss = denoising(model(lambda params, x, t, cond, keys: jnp.sin(x), sample, "v"), levels.min_snr_weight, 0.1)
+    frozen = {"codec": {}, "null_cond": {"x0": jnp.zeros(5)}, "rest": {}}
     keys = jax.random.split(jax.random.key(0), 4)
     whole, _ = loss(None, frozen, batch(4), keys)
     alone = [loss(None, frozen, jax.tree.map(lambda a: a[i : i + 1], batch(4)), keys[i : i + 1])[0] for i in range(4)]  # noqa: B023

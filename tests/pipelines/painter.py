@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.core import process, schedules
-from diffusion_jax.pipelines import Pipeline
-from diffusion_jax.pipelines import codec as codecs
-from diffusion_jax.pipelines.codec import pixels
+from diffusion_jax import codec as codecs
+from diffusion_jax.codec import pixels
+from diffusion_jax.conditioning import Conditioning
+from diffusion_jax.core import parameterization, schedules
+from diffusion_jax.model import DiffusionModel, Network
 
 SIZE = 8
 SCHEDULE = schedules.flow()  # its noisiest time is noise alone
@@ -31,7 +32,7 @@ def blocks() -> codecs.Codec:
 
     return codecs.identity()._replace(
         encode=encode,
-        draw=_as_it_is,
+        sample=_as_it_is,
         decode=lambda params, x0: jnp.repeat(jnp.repeat(x0, 2, axis=1), 2, axis=2),
         factor=2,
         limit=None,
@@ -42,9 +43,14 @@ def _as_it_is(stats, record, keys):
     return record
 
 
-PIXELS = Pipeline(
-    gaussian, jnp.float32(1), process.from_x0, codecs.identity(), {"grey": np.zeros((1, 1, 1))}, (SIZE, SIZE)
-)
+def painted(apply, params, null, size=SIZE, schedule=SCHEDULE, codec=None) -> DiffusionModel:
+    """A model of pixels whose network says x0, and whose conditions are told as they are."""
+    conditioning = Conditioning(lambda: "", lambda records: records, lambda prompts: prompts, null)
+    codec = codec or codecs.identity()
+    return DiffusionModel(Network(apply), params, schedule, parameterization.x0, codec, conditioning, (size, size))
+
+
+PIXELS = painted(gaussian, jnp.float32(1), {"grey": np.zeros((1, 1, 1))})
 LATENTS = PIXELS._replace(codec=blocks())
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax import codec as codecs
 from diffusion_jax.data.transforms import to_float
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode, sample_moments
-from diffusion_jax.pipelines import codec as codecs
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
 KEYS = jax.random.split(jax.random.key(0), 2)
@@ -24,7 +24,7 @@ def autoencoder(**fields):
 
 def test_pixels_come_back_as_they_were():
     codec = codecs.identity()
-    x0 = codec.draw(codec.stats, codec.encode(IMAGES), KEYS)
+    x0 = codec.sample(codec.stats, codec.encode(IMAGES), KEYS)
     assert jnp.max(jnp.abs(x0)) <= codec.limit
     np.testing.assert_array_equal(codec.decode(codec.params, x0), to_float(IMAGES))
 
@@ -35,7 +35,7 @@ def test_the_scale_and_shift_of_latents_are_undone(variables):
         codec = codecs.autoencoder_kl(model, variables)
         moments = codec.encode(IMAGES)
         z = sample_moments(moments, KEYS)
-        x0 = codec.draw(codec.stats, moments, KEYS)
+        x0 = codec.sample(codec.stats, moments, KEYS)
         assert x0.shape == (2, 8 // codec.factor, 8 // codec.factor, codec.channels)
         scaled = (z - fields.get("shift_factor", 0)) * fields["scaling_factor"]
         np.testing.assert_allclose(x0, scaled, rtol=1e-5, atol=1e-6)
@@ -51,9 +51,9 @@ def test_records_are_the_moments_of_the_pixels(variables):
 
 
 def test_the_name_changes_with_the_weights_alone(variables):
-    name = codecs.autoencoder_kl(autoencoder(), variables).name()
-    assert name == codecs.autoencoder_kl(autoencoder(scaling_factor=2.0), jax.tree.map(jnp.copy, variables)).name()
-    assert name != codecs.autoencoder_kl(autoencoder(), jax.tree.map(lambda a: a + 1e-6, variables)).name()
+    name = codecs.autoencoder_kl(autoencoder(), variables).cache_key()
+    assert name == codecs.autoencoder_kl(autoencoder(scaling_factor=2.0), jax.tree.map(jnp.copy, variables)).cache_key()
+    assert name != codecs.autoencoder_kl(autoencoder(), jax.tree.map(lambda a: a + 1e-6, variables)).cache_key()
     renamed = {"params": {"other": variables["params"]}}
     assert codecs.fingerprint(renamed) != codecs.fingerprint(variables)
 

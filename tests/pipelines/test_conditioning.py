@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from diffusion_jax import conditioning
 from diffusion_jax.models.text import TextEncoder
-from diffusion_jax.pipelines import conditioning
 
 
 def letters(length=4):

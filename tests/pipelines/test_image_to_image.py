@@ -58,7 +58,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_nothing_recompiles():
     def draw(count, strength, solver):
-        guidance = Guidance(1.0 + count, negative={"grey": told(0.1 * count)["grey"][0]}, limits=(0.1 * count, 5.0))
+        guidance = Guidance(1.5 + count, negative={"grey": told(0.1 * count)["grey"][0]}, interval=(0.1 * count, 5.0))
         return change(
             strength, steps=24 - 7 * count, solver=solver, seed=count, guidance=guidance, greys=(0.1, 0.2, 0.3)
         )

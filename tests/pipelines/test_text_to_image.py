@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import process, schedules, solvers
-from diffusion_jax.pipelines import Pipeline, text_to_image
-from diffusion_jax.pipelines import codec as codecs
+from diffusion_jax import codec as codecs
+from diffusion_jax.core import schedules, solvers
+from diffusion_jax.pipelines import text_to_image
+from tests.pipelines.painter import painted
 
 PLAN = solvers.ddim(schedules.cosine(), 7)
 
@@ -16,7 +17,7 @@ def grey(params, x, t, cond):
     return jnp.broadcast_to(params * cond["label"][:, None, None, None].astype(jnp.float32), x.shape)
 
 
-PIPELINE = Pipeline(grey, jnp.float32(0.1), process.from_x0, codecs.identity(), {"label": np.int32(0)}, (4, 4))
+PIPELINE = painted(grey, jnp.float32(0.1), {"label": np.int32(0)}, 4, schedules.cosine())
 
 
 def draw(labels, seed=0, pipeline=PIPELINE, **options):
@@ -55,6 +56,8 @@ def test_a_latent_is_decoded():
 
 
 def test_a_callback_can_stop_between_chunks():
-    seen = []
-    draw([1], chunk=2, callback=lambda done, x0: seen.append(done) or done >= 4)
-    assert seen == [2, 4]
+    seen, plan = [], solvers.ddim(schedules.cosine(), 45)
+    keys = jax.random.split(jax.random.key(0), 1)
+    cond, stop = {"label": np.array([1], np.int32)}, lambda done, x0: seen.append(done) or done >= 20
+    text_to_image(PIPELINE, cond, keys, plan, callback=stop)
+    assert seen == [10, 20]

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax import parallel
 from diffusion_jax.training import loop
 from diffusion_jax.training.checkpoints import Checkpoints
 from tests.training import linear
@@ -42,7 +43,7 @@ def fit(workdir, steps=12):
 
     task = loop.Task("linear", loss, params, linear.FROZEN, linear.batches(8), optax.adam(0.05))
     loop.fit(task, workdir, linear.section(steps=steps, checkpoint_every=3), seed=0)
-    return Checkpoints(workdir / "checkpoints").restore(loop.replicate(loop.init_state(params, task.optimizer, 0)))
+    return Checkpoints(workdir / "checkpoints").restore(parallel.replicate(loop.init_state(params, task.optimizer, 0)))
 
 
 @pytest.mark.parametrize("foreseen", [True, False])

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax import parallel
 from diffusion_jax.training import loop
 from diffusion_jax.training.checkpoints import Checkpoints
 from tests.training import linear
@@ -47,7 +48,7 @@ def fit(workdir, batches=None, params=None, **fields):
 def saved(workdir):
     """Everything that the newest checkpoint holds, as numpy arrays."""
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state = loop.replicate(loop.init_state(linear.initial(), optax.adam(0.05), 0))
+    state = parallel.replicate(loop.init_state(linear.initial(), optax.adam(0.05), 0))
     state, data = checkpoints.restore(state)
     return jax.device_get(state), data
 
@@ -168,7 +169,7 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(whole, tmp_path):
     checkpoints = Checkpoints(whole / "checkpoints")
     for other in ({"w": np.zeros(5, np.float32), "b": np.float32(0)}, {"v": np.zeros(3, np.float32)}):
         with pytest.raises(ValueError, match="does not fit this config") as error:
-            checkpoints.restore_ema(loop.replicate(other))
+            checkpoints.restore_ema(parallel.replicate(other))
         assert "\n" not in str(error.value)
 
 

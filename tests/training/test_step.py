@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax import parallel
 from diffusion_jax.training import step as steps
 from tests.training import linear
 
@@ -26,9 +27,9 @@ def run(batch, accumulate=1, count=1, devices=1, state=None, optimizer=optax.sgd
     chosen = jax.devices()[:devices]
     train_step = compiled(optimizer, rate, 0.5, accumulate, devices)
     state = steps.init_state(linear.initial(), optimizer(rate), 0) if state is None else state
-    state, frozen = steps.replicate(state, chosen), steps.replicate(linear.FROZEN, chosen)
+    state, frozen = parallel.replicate(state, chosen), parallel.replicate(linear.FROZEN, chosen)
     for _ in range(count):
-        state, metrics = train_step(state, frozen, steps.split_batch(batch, devices))
+        state, metrics = train_step(state, frozen, parallel.split(batch, devices))
     return state, jax.device_get(metrics)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import digits, latent_cfg
-from diffusion_jax import build, stages
+from diffusion_jax.app import build, first_stage
 
 
 class Caught(Exception):
@@ -25,9 +25,9 @@ def images_trained_on(config, tmp_path, monkeypatch) -> np.ndarray:
     def fit(task, *_):
         raise Caught(np.concatenate([next(task.batches)["image"] for _ in range(4)]))
 
-    monkeypatch.setattr(stages, "fit", fit)
+    monkeypatch.setattr(first_stage, "fit", fit)
     with pytest.raises(Caught) as caught:
-        stages.train_autoencoder(config, tmp_path)
+        first_stage.train(config, tmp_path)
     return caught.value.args[0]
 
 
@@ -40,17 +40,17 @@ def members(images, source) -> np.ndarray:
 def test_it_learns_from_the_split_that_the_config_names(split, config, tmp_path, monkeypatch):
     config.autoencoder.flip, config.data.splits.first_stage = False, split
     images = images_trained_on(config, tmp_path, monkeypatch)
-    assert members(images, build.source(config, split)).all()
+    assert members(images, build.source(config, split, 8)).all()
 
 
 def test_half_of_its_images_are_mirrored_and_no_others(config, tmp_path, monkeypatch):
     config.autoencoder.flip = True
     images = images_trained_on(config, tmp_path, monkeypatch)
-    source = build.source(config, "train")
+    source = build.source(config, "train", 8)
     as_they_are, mirrored = members(images, source), members(images[:, :, ::-1], source)
     assert (as_they_are | mirrored).all()
     assert 0.3 < as_they_are.mean() < 0.7
-    record = build.transform(config)(source[0], np.random.default_rng(0))
+    record = build.transform(config, (8, 8))(source[0], np.random.default_rng(0))
     np.testing.assert_array_equal(record["image"], source[0]["image"])
 
 
@@ -58,7 +58,7 @@ def test_a_flip_asked_of_the_transform_is_added_to_that_of_the_data(config):
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 
     def mirrored(**flip) -> int:
-        transform, rng = build.transform(config, **flip), np.random.default_rng(0)
+        transform, rng = build.transform(config, (8, 8), **flip), np.random.default_rng(0)
         return sum(not np.array_equal(transform({"image": image}, rng)["image"], image) for _ in range(100))
 
     assert mirrored() == 0 and 30 < mirrored(flip=True) < 70
