@@ -298,17 +298,17 @@ def _our_networks(published, given):
 def _our_image(published, noise):
     import jax
     import jax.numpy as jnp
-    from diffusion_jax.pipelines.pipeline import Guidance, from_noise
 
     from diffusion_jax.core import solvers
+    from diffusion_jax.pipelines import Guidance, from_noise
     from diffusion_jax.pipelines.published import from_published, published_times
 
-    pipeline, conditioning = from_published(published, size=(8 * noise.shape[1], 8 * noise.shape[2]))
+    model = from_published(published, size=(8 * noise.shape[1], 8 * noise.shape[2]))
     solver = solvers.ddim if published.scheduler["_class_name"] == "DDIMScheduler" else solvers.dpmpp_2m
     plan = solver(published.schedule, STEPS, spacing=published_times(published, STEPS))
-    cond, negative = (conditioning.of_prompts([prompt]) for prompt in (PROMPT, NEGATIVE))
+    cond, negative = (model.conditioning.of_prompts([prompt]) for prompt in (PROMPT, NEGATIVE))
     keys = jax.random.split(jax.random.key(0), len(noise))
-    image = from_noise(pipeline, jnp.asarray(noise), cond, keys, plan, Guidance(GUIDANCE, negative))
+    image = from_noise(model, jnp.asarray(noise), cond, keys, plan, Guidance(GUIDANCE, negative))
     return np.clip(image / 2 + 0.5, 0, 1)
 
 

@@ -34,12 +34,13 @@ def ours(name: str, steps: int) -> Callable[[], object]:
     import jax
     import jax.numpy as jnp
 
-    from diffusion_jax.core import process, sampling, schedules, solvers
+    from diffusion_jax.core import parameterization, sampling, schedules, solvers
+    from diffusion_jax.core.denoiser import denoiser
 
     plan = getattr(solvers, name)(schedules.linear(), steps)
     keys = jax.random.split(jax.random.key(0), BATCH)
     x = sampling.initial_noise(keys, (SIDE, SIDE, CHANNELS), plan.start)
-    denoise = sampling.denoiser(free, jnp.zeros(()), process.from_eps)
+    denoise = denoiser(free, jnp.zeros(()), parameterization.eps)
     return lambda: sampling.sample(denoise, plan, x, keys).block_until_ready()
 
 

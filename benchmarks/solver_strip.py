@@ -7,13 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from diffusion_jax.pipelines.codec import autoencoder_kl
 
 from configs import latent_cfg
-from diffusion_jax import build, pictures
+from diffusion_jax.app import build, pictures, weights
 from diffusion_jax.core import solvers
 from diffusion_jax.data.transforms import to_uint8
-from diffusion_jax.interop import load_autoencoder, load_unet
 from diffusion_jax.pipelines import text_to_image
 
 ROOT = Path(__file__).parent.parent
@@ -34,16 +32,14 @@ GUIDANCE, SEED = 3.0, 1
 
 def main() -> None:
     config = latent_cfg.get_config()
-    model = build.model(config)
-    unet, params = load_unet(ROOT / config.weights / "unet")
-    codec = autoencoder_kl(*load_autoencoder(ROOT / config.weights / "vae"))
-    pipeline = build.pipeline(model._replace(unet=unet), params, codec)
+    config.weights = str(ROOT / config.weights)
+    model, _ = weights.load(config, Path("no run of its own"), build.model(config))
     cond = model.conditioning.of_prompts(PROMPTS)
     keys = jax.vmap(jax.random.key)(np.full(len(PROMPTS), SEED, np.uint32))
     images, captions = [], []
     for name, solver in SOLVERS.items():
-        drawn = [to_uint8(text_to_image(pipeline, cond, keys, solver(model.schedule, n), GUIDANCE)) for n in STEPS]
-        images += [np.asarray(drawn[j][i]) for i in range(len(PROMPTS)) for j in range(len(STEPS))]
+        made = [to_uint8(text_to_image(model, cond, keys, solver(model.schedule, n), GUIDANCE)) for n in STEPS]
+        images += [np.asarray(made[j][i]) for i in range(len(PROMPTS)) for j in range(len(STEPS))]
         captions += [f"{name}, {n} steps" for _ in PROMPTS for n in STEPS]
     columns = len(PROMPTS) * len(STEPS)
     sheet = pictures.grid(images, columns, captions)

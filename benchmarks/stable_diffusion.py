@@ -63,21 +63,21 @@ def our_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> 
 
     from diffusion_jax.core import solvers
     from diffusion_jax.interop import load_pipeline
-    from diffusion_jax.pipelines import pipeline as pipelines
+    from diffusion_jax.pipelines import generate
     from diffusion_jax.pipelines.published import from_published
 
     laps("import")
     published = load_pipeline(folder)
     jax.block_until_ready([part.params for part in (published.unet, published.autoencoder)])
     laps("load")
-    pipeline, conditioning = from_published(published)
+    model = from_published(published)
     keys = jax.random.split(jax.random.key(0), 1)
 
     def run(steps: int, decode: bool = True):
         plan = solvers.dpmpp_2m(published.schedule, steps)
-        noise = pipelines.noise(pipeline, keys, plan.start)
-        x0 = pipelines.solve(pipeline, noise, conditioning.of_prompts([PROMPT]), keys, plan, GUIDANCE)
-        return jax.block_until_ready(pipelines.decode(pipeline, x0) if decode else x0)
+        noise = generate.noise(model, keys, plan.start)
+        x0 = generate.solve(model, noise, model.conditioning.of_prompts([PROMPT]), keys, plan, GUIDANCE)
+        return jax.block_until_ready(generate.decode(model, x0) if decode else x0)
 
     return run
 

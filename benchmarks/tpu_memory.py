@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import build, stages
-from diffusion_jax.pipelines import codec as codecs
+from diffusion_jax.app import build
 from diffusion_jax.training.step import init_state, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "As for main.py.")
@@ -33,19 +32,22 @@ _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Assumed share of the chip
 def main(_) -> None:
     config = _CONFIG.value
     devices, chip = tpu.devices(_TOPOLOGY.value), tpu.chip(_TOPOLOGY.value)
-    model = build.model(config, training=True)
-    model = model._replace(unet=model.unet.clone(attention_implementation="xla"))
-    codec = codecs.identity()
-    if config.autoencoder.kind == "kl":
-        codec = codecs.autoencoder_kl(build.autoencoder(config), {})
-    loss = stages.denoiser_loss(config, model, codec)
+    if "model" in config:
+        config.model.attention_implementation = "xla"
+    model, losses = build.model(config, training=True), []
+
+    def arrays() -> tuple:
+        loss, *made = build.objective(config.objective, model, jax.random.key(0))
+        losses.append(loss)
+        return tuple(made)
+
+    params, frozen = jax.eval_shape(arrays)
+    (loss,) = losses
     optimizer = build.optimizer(config.optimizer, config.train.steps)
     step = make_train_step(loss, optimizer, config.train.ema, config.train.accumulate, devices)
 
-    params = jax.eval_shape(lambda: stages.trainable(model, 0))
     state = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
-    frozen = {"codec": codec.stats, "null_cond": model.conditioning.null, "base": {}}
-    batch = _batch(config, codec, model.conditioning, len(devices))
+    batch = _batch(config, model.codec, model.conditioning, len(devices))
     cost = tpu.cost(step.lower(state, frozen, batch).compile())
 
     hours = config.train.steps * cost.flops / (chip.flops * _UTILISATION.value) / 3600

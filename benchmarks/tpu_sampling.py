@@ -26,11 +26,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diffusion_jax.pipelines.pipeline import guided
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion_jax.core import process, schedules, solvers
-from diffusion_jax.core.sampling import denoiser, initial_noise, sample
+from diffusion_jax.core import parameterization, schedules, solvers
+from diffusion_jax.core.denoiser import denoiser
+from diffusion_jax.core.guidance import Guidance, guided
+from diffusion_jax.core.sampling import initial_noise, sample
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
@@ -165,7 +166,7 @@ def text_to_image(model: Model, modules: Networks, params: Networks, ids: jax.Ar
     def apply(variables, x, t, cond):
         return modules.unet.apply(variables, x, t, **cond)
 
-    denoise = guided(denoiser(apply, params.unet, process.from_eps), GUIDANCE, negative)
+    denoise = guided(denoiser(apply, params.unet, parameterization.eps), Guidance(GUIDANCE), negative)
     plan = solvers.dpmpp_2m(schedules.scaled_linear(), STEPS)
     x = initial_noise(keys, (model.size // 8, model.size // 8, 4), jax.tree.map(jnp.float32, plan.start))
     return pixels(modules, params, sample(denoise, plan, x, keys, cond, chunk=None))
