@@ -1,5 +1,5 @@
 import pytest
-from diffusion_jax.configuration import check_field
+from diffusion_jax.app.configuration import check_field
 from ml_collections import ConfigDict
 
 
