@@ -36,8 +36,8 @@ class Encoder(nn.Module):
             downsample = functools.partial(Downsample2D, width, 0, self.dtype) if i < len(self.channels) - 1 else None
             x, _ = DownBlock(
                 self.layers, functools.partial(self.resnet, width), None, downsample, name=f"down_blocks_{i}"
-            )(x, None)
-        x = MidBlock(functools.partial(self.resnet, self.channels[-1]), self.attention, name="mid_block")(x, None)
+            )(x, ())
+        x = MidBlock(functools.partial(self.resnet, self.channels[-1]), self.attention, name="mid_block")(x, ())
         x = nn.silu(self.norm(name="conv_norm_out")(x))
         return Conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
 
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z):
         x = Conv(self.channels[0], name="conv_in", dtype=self.dtype)(z)
-        x = MidBlock(functools.partial(self.resnet, self.channels[0]), self.attention, name="mid_block")(x, None)
+        x = MidBlock(functools.partial(self.resnet, self.channels[0]), self.attention, name="mid_block")(x, ())
         for i, width in enumerate(self.channels):
             upsample = functools.partial(Upsample2D, width, self.dtype) if i < len(self.channels) - 1 else None
             x = UpDecoderBlock(self.layers, functools.partial(self.resnet, width), upsample, name=f"up_blocks_{i}")(x)

@@ -1,6 +1,7 @@
 """One level of a U-Net or an autoencoder: residual blocks, attention between them, a change of size at the end.
 
-The blocks are given what makes their submodules from a name, so that they know no size, norm or kind of attention.
+The blocks are given what makes their submodules from a name, so that they know no size, norm or kind of attention, and
+`seen`: what every residual block is told besides the image.
 """
 
 from collections.abc import Callable
@@ -22,10 +23,10 @@ class DownBlock(nn.Module):
     downsample: Callable | None
 
     @nn.compact
-    def __call__(self, x, temb, *context):
+    def __call__(self, x, seen, *context):
         skips = []
         for i in range(self.layers):
-            x = self.resnet(name=f"resnets_{i}")(x, temb)
+            x = self.resnet(name=f"resnets_{i}")(x, *seen)
             if self.attention:
                 x = self.attention(name=f"attentions_{i}")(x, *context)
             skips.append(x)
@@ -42,11 +43,11 @@ class MidBlock(nn.Module):
     attention: Callable | None
 
     @nn.compact
-    def __call__(self, x, temb, *context):
-        x = self.resnet(name="resnets_0")(x, temb)
+    def __call__(self, x, seen, *context):
+        x = self.resnet(name="resnets_0")(x, *seen)
         if self.attention:
             x = self.attention(name="attentions_0")(x, *context)
-        return self.resnet(name="resnets_1")(x, temb)
+        return self.resnet(name="resnets_1")(x, *seen)
 
 
 class UpBlock(nn.Module):
@@ -58,9 +59,9 @@ class UpBlock(nn.Module):
     upsample: Callable | None
 
     @nn.compact
-    def __call__(self, x, skips, temb, *context):
+    def __call__(self, x, skips, seen, *context):
         for i in range(self.layers):
-            x = self.resnet(name=f"resnets_{i}")(jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1), temb)
+            x = self.resnet(name=f"resnets_{i}")(jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1), *seen)
             if self.attention:
                 x = self.attention(name=f"attentions_{i}")(x, *context)
         if self.upsample:

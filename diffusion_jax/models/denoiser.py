@@ -32,5 +32,4 @@ class Denoiser:
         inputs = {ARGUMENTS.get(name, name): leaf for name, leaf in cond.items()}
         if "known" in inputs:
             x = jnp.concatenate([x, inputs.pop("known")], axis=-1)
-        rngs = None if keys is None else {"dropout": keys[0]}
-        return self.unet.apply(params, x, t, **inputs, deterministic=keys is None, rngs=rngs)
+        return self.unet.apply(params, x, t, **inputs, keys=keys)

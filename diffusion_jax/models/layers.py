@@ -6,13 +6,14 @@ residual branch, so that a fresh network starts as the identity along its residu
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Key, Num
 
 from diffusion_jax.models.convolution import Padding, convolve, convolve_repeated, multiply
 
@@ -125,11 +126,24 @@ class GroupNorm(nn.Module):
         return jnp.repeat(by_group, x.shape[-1] // self.groups, axis=-1)[:, None, None, :]
 
 
+def dropout(
+    x: Float[Array, "batch *shape"], rate: float, keys: Key[Array, "batch"], place: int
+) -> Float[Array, "batch *shape"]:
+    """x with each number set to 0 with probability `rate` and the others enlarged (Srivastava et al. 2014).
+
+    keys: one for each image, so that what an image loses does not depend on its batch.
+    place: where in the network, so that no two layers lose the same.
+    """
+    own = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(own, x / (1 - rate), 0)
+
+
 class ResnetBlock2D(nn.Module):
     """Residual block of DDPM / ADM: norm, SiLU, conv, time, norm, SiLU, dropout, conv, plus the input.
 
     out_channels: channels of the result; the input passes a 1x1 convolution when it has another number.
-    groups, eps: of the norms. dropout: rate, 0 when sampling.
+    groups, eps: of the norms.
+    dropout: rate in [0, 1), of networks that are given keys.
     time_scale_shift: "default" adds the projected time embedding after the first convolution (DDPM), "scale_shift" lets
     it modulate the second norm (ADM, Dhariwal & Nichol 2021). Without `temb` there is no time projection.
     """
@@ -143,8 +157,12 @@ class ResnetBlock2D(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width _"], temb: Float[Array, "batch embedding"] | None = None
+        self,
+        x: Float[Array, "batch height width _"],
+        temb: Float[Array, "batch embedding"] | None = None,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch height width out"]:
+        """keys: one for each image. With them dropout is on."""
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
         h = Conv(self.out_channels, name="conv1", dtype=self.dtype)(h)
 
@@ -159,7 +177,8 @@ class ResnetBlock2D(nn.Module):
                 h = h + temb.astype(h.dtype)
 
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(h) * (1 + scale) + shift)
-        h = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)(h)
+        if keys is not None and self.dropout:
+            h = dropout(h, self.dropout, keys, zlib.crc32("/".join(self.path).encode()))
         h = Conv(self.out_channels, name="conv2", dtype=self.dtype, init=zeros_init)(h)
 
         if x.shape[-1] != self.out_channels:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from diffusion_jax.models.attention import AttentionBlock2D, Transformer2DModel
 from diffusion_jax.models.blocks import DownBlock, MidBlock, UpBlock
@@ -100,14 +100,14 @@ class UNet(nn.Module):
         class_labels: Int[Array, " batch"] | None = None,
         text_embeds: Float[Array, "batch pooled"] | None = None,
         time_ids: Num[Array, "batch numbers"] | None = None,
-        deterministic: bool = True,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch height width out"]:
         """x: the noisy image. t: its time as the network knows it, one for each image or one for all.
 
         encoder_hidden_states, encoder_attention_mask: the text, and True where it is no padding.
         text_embeds, time_ids: the vector and the numbers of addition_embed_type. For SDXL the numbers are the height
         and width of the original image, top and left of the crop, height and width of the result, all in pixels.
-        deterministic: False applies dropout, whose key is the rng named "dropout".
+        keys: one for each image. With them dropout is on, and what an image loses does not depend on its batch.
         Raises ValueError for fields that contradict each other, and for a condition that is missing or not known.
         """
         self._check(x, encoder_hidden_states, class_labels)
@@ -118,12 +118,12 @@ class UNet(nn.Module):
             self._rematted(ResnetBlock2D),
             groups=self.norm_num_groups,
             eps=self.norm_eps,
-            dropout=0.0 if deterministic else self.dropout,
+            dropout=self.dropout,
             time_scale_shift=self.resnet_time_scale_shift,
             dtype=self.dtype,
         )
 
-        temb = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), class_labels, text_embeds, time_ids)
+        seen = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), class_labels, text_embeds, time_ids), keys
         x = Conv(channels[0], name="conv_in", dtype=self.dtype)(x)
 
         skips = [x]
@@ -136,14 +136,14 @@ class UNet(nn.Module):
                 attention,
                 downsample if i < levels - 1 else None,
                 name=f"down_blocks_{i}",
-            )(x, temb, *context)
+            )(x, seen, *context)
             skips += new
 
         if self.mid_block_type is not None:
             attention, context = self._attention(
                 self.mid_block_type, levels - 1, encoder_hidden_states, encoder_attention_mask
             )
-            x = MidBlock(functools.partial(resnet, channels[-1]), attention, name="mid_block")(x, temb, *context)
+            x = MidBlock(functools.partial(resnet, channels[-1]), attention, name="mid_block")(x, seen, *context)
 
         for i, block_type in enumerate(self.up_block_types):
             level = levels - 1 - i
@@ -155,7 +155,7 @@ class UNet(nn.Module):
                 attention,
                 upsample if level > 0 else None,
                 name=f"up_blocks_{i}",
-            )(x, skips, temb, *context)
+            )(x, skips, seen, *context)
 
         x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, name="conv_norm_out")(x))
         return Conv(self.out_channels, name="conv_out", dtype=jnp.float32, init=zeros_init)(x)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.models.layers import dropout
 from diffusion_jax.models.unet import UNet
 
 TEXT = UNet(
@@ -114,12 +115,25 @@ def test_padding_of_the_text_is_not_seen():
     np.testing.assert_array_equal(text_apply(variables, x, t, text, mask), text_apply(variables, x, t, padded, mask))
 
 
-def test_dropout_needs_its_key_alone():
+def test_dropout_of_an_image_depends_on_its_key_alone():
+    """Not on its batch: so a gradient does not depend on how a batch is divided."""
     variables, x = randomised(PIXELS_1), inputs(PIXELS_1)
-    drop = jax.jit(lambda key: PIXELS_1.apply(variables, *x, deterministic=False, rngs={"dropout": key}))
-    assert jnp.any(drop(jax.random.key(0)) != drop(jax.random.key(1)))
-    np.testing.assert_array_equal(drop(jax.random.key(0)), drop(jax.random.key(0)))
+    both = [part if part is None else jnp.concatenate([part, part]) for part in x]
+    drop = jax.jit(lambda keys, *x: PIXELS_1.apply(variables, *x, keys=keys))
+    keys = jax.random.split(jax.random.key(0), 2 * len(x[0]))
+    together = drop(keys, *both)
+    halves = drop(keys[: len(x[0])], *x), drop(keys[len(x[0]) :], *x)
+    np.testing.assert_allclose(together, jnp.concatenate(halves), atol=1e-5)
+    assert jnp.all(jnp.any(halves[0] != halves[1], axis=(1, 2, 3)))
     np.testing.assert_array_equal(pixels_apply(variables, *x), pixels_apply(variables, *x))
+
+
+def test_dropout_has_its_rate_and_another_mask_in_every_layer():
+    keys, x = jax.random.split(jax.random.key(0), 3), jnp.ones((3, 32, 32, 8))
+    first, second = (dropout(x, 0.3, keys, place) for place in (0, 1))
+    np.testing.assert_allclose(np.unique(first), [0, 1 / 0.7], rtol=1e-6)
+    assert abs(jnp.mean(first == 0) - 0.3) < 4 * np.sqrt(0.21 / x.size)
+    assert abs(jnp.mean((first == 0) & (second == 0)) - 0.09) < 4 * np.sqrt(0.09 * 0.91 / x.size)
 
 
 def test_ddpm_and_stable_diffusion_have_their_published_sizes():
