@@ -14,13 +14,10 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.name = "cifar10"
-    config.seed = 0
-    config.weights = ""
+    config = common.own("cifar10")
     config.data = common.data("tfds:cifar10", size=32, flip=True)
     config.data.splits.validation = "test"
-    config.condition = ConfigDict({"kind": "none"})
+    config.condition = common.unconditional()
     config.autoencoder = ConfigDict({"kind": "identity"})
     config.model = ConfigDict(
         {
@@ -40,7 +37,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.schedule = common.schedule("linear")
-    config.objective = ConfigDict({"prediction": "eps", "weight": "uniform", "drop": 0.0})
+    config.objective = common.objective("uniform", drop=0.0, prediction="eps")
     config.optimizer = common.optimizer(2e-4, warmup=5000)
     config.train = common.train(steps=800_000, batch_size=128, ema=0.9999, every=10_000)
     config.train.log_every = 100

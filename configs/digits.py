@@ -10,12 +10,9 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.name = "digits"
-    config.seed = 0
-    config.weights = ""
+    config = common.own("digits")
     config.data = common.data("digits", size=8)
-    config.condition = ConfigDict({"kind": "class", "num_classes": 10})
+    config.condition = common.by_class(10)
     config.autoencoder = ConfigDict({"kind": "identity"})
     config.model = ConfigDict(
         {
@@ -32,7 +29,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.schedule = common.schedule("cosine")
-    config.objective = ConfigDict({"prediction": "v", "weight": "min_snr", "drop": 0.1})
+    config.objective = common.objective("min_snr", drop=0.1, prediction="v")
     config.optimizer = common.optimizer(2e-3, warmup=50, decay="cosine")
     config.train = common.train(steps=700, batch_size=64, ema=0.99, every=700)
     config.sample = common.sample(tuple("0123456789"), solver="dpmpp_2m", steps=20, guidance=2.0, num_images=8)

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from diffusion_jax.app.agreement import check_network
 from diffusion_jax.core import process, schedules, solvers
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers import Plan
@@ -19,6 +20,7 @@ from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform, square, to_float
 from diffusion_jax.interop import load_pipeline
+from diffusion_jax.interop.folders import autoencoder_of, read_config
 from diffusion_jax.interop.lora import merge_lora
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.text import minilm
@@ -30,7 +32,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.objectives.autoencoder import autoencoding
 from diffusion_jax.pipelines import Guidance, Pipeline
 from diffusion_jax.pipelines import conditioning as conditionings
-from diffusion_jax.pipelines.codec import Codec
+from diffusion_jax.pipelines.codec import Codec, check_size
 from diffusion_jax.pipelines.conditioning import Conditioning
 from diffusion_jax.pipelines.published import from_published, published_times
 
@@ -106,14 +108,19 @@ def model(config: ConfigDict, training: bool = False) -> Model:
         return _published_model(config, training)
     prediction = config.objective.prediction
     choose(process.CONVERSIONS, prediction, "prediction")
+    unet, size = UNet(**_fields(config.model)), _size(config, config.data.size, training)
+    factor, channels = _latent_shape(config)
+    check_size(size, factor)
+    told = conditioning(config)
+    check_network(unet, channels, told.null)
     return Model(
-        unet=UNet(**_fields(config.model)),
+        unet=unet,
         params=None,
         schedule=schedule(config),
         prediction=prediction,
-        conditioning=conditioning(config),
+        conditioning=told,
         codec=None,
-        size=_size(config, config.data.size, training),
+        size=size,
         published=None,
         lora=None,
     )
@@ -166,6 +173,17 @@ def _file_and_scale(file: str) -> tuple[str, float]:
 
 def _size(config: ConfigDict, side: int, training: bool) -> tuple[int, int]:
     return (side, side) if training else (config.sample.height or side, config.sample.width or side)
+
+
+def _latent_shape(config: ConfigDict) -> tuple[int, int]:
+    """Pixels of a side for one cell of x0, and the channels of x0, as config.autoencoder makes it."""
+    section = config.autoencoder
+
+    def of_latents() -> tuple[int, int]:
+        module = autoencoder_of(*read_config(section.checkpoint))[0] if section.checkpoint else autoencoder(config)
+        return 2 ** (len(module.block_out_channels) - 1), module.latent_channels
+
+    return choose({"identity": lambda: (1, 3), "kl": of_latents}, section.kind, "autoencoder kind")()
 
 
 def pipeline(model: Model, params: PyTree, codec: Codec) -> Pipeline:

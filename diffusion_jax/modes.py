@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, drawing, pictures, stages
+from diffusion_jax.app.agreement import check_condition, check_records
 from diffusion_jax.build import Model
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
@@ -25,6 +26,7 @@ from diffusion_jax.training.loop import check_batch_size
 def train(config: ConfigDict, workdir: Path) -> None:
     """Train the first stage if the work directory has none, then the denoiser. A stopped run goes on where it was."""
     if not build.has_denoiser(config):
+        stages.check_first_stage(config)
         _note_config(config, workdir)
         stages.train_autoencoder(config, workdir)
         return
@@ -35,8 +37,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
     model = build.model(config, training=True)
     config.data.size = model.size[0]
     source = build.source(config, "train")
+    check_condition(config, source)
+    check_records(config.train, source)
+    stages.check_resumed(workdir, model)
     asked = drawing.request(config, model)
     if model.codec is None and stages.needs_first_stage(config, workdir):
+        stages.check_first_stage(config)
         _note_config(config, workdir)
         stages.train_autoencoder(config, stages.first_stage_folder(workdir))
     codec = model.codec or stages.first_stage(config, workdir)
@@ -96,6 +102,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     check_section(config.eval, model.schedule)
     pipeline, origin = _load_pipeline(config, workdir, model)
     logging.info("weights: %s", origin)
+    check_condition(config, build.source(config, "validation"))
     source, transform = build.source(config, "validation"), crop(*model.size, upscale=config.data.upscale)
     report = evaluate_likelihood(pipeline, model.schedule, source, transform, model.conditioning, config.eval)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, pictures
+from diffusion_jax.app.agreement import check_records
 from diffusion_jax.build import Model
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import loader
@@ -25,9 +26,10 @@ from diffusion_jax.models.autoencoder import AutoencoderKL, mode
 from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.objectives.denoising import denoising
 from diffusion_jax.pipelines import codec as codecs
-from diffusion_jax.pipelines.codec import Codec
+from diffusion_jax.pipelines.codec import Codec, check_size
 from diffusion_jax.pipelines.conditioning import Conditioning
-from diffusion_jax.training.loop import Task, fit
+from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.loop import Task, check_batch_size, fit
 
 ENCODE_BATCH = 64  # images that the autoencoder encodes at once
 SHOWN = 8  # held-out images that the first stage is watched on
@@ -56,6 +58,23 @@ def needs_first_stage(config: ConfigDict, workdir: Path) -> bool:
     section = config.autoencoder
     trained = (first_stage_folder(workdir) / "config.json").exists()
     return section.kind == "kl" and not section.checkpoint and not trained
+
+
+def check_first_stage(config: ConfigDict) -> None:
+    """Raise ValueError for what is wrong with the first stage, before anything is written."""
+    section, model = config.autoencoder, build.autoencoder(config)
+    check_size((config.data.size,) * 2, 2 ** (len(model.block_out_channels) - 1))
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, config.data.size, config.data.size, 3)))
+    build.optimizer(section.optimizer, section.train.steps)
+    check_batch_size(section.train.batch_size, section.train.accumulate)
+    check_records(section.train, build.source(config, "first_stage"))
+
+
+def check_resumed(workdir: Path, model: Model) -> None:
+    """Raise ValueError for a work directory whose checkpoint is that of another model."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if checkpoints.latest_step() is not None:
+        checkpoints.check(jax.eval_shape(lambda: trainable(model, 0)))
 
 
 def train_autoencoder(config: ConfigDict, folder: Path) -> None:

@@ -38,6 +38,20 @@ class Codec(NamedTuple):
     limit: float | None
 
 
+def check_size(size: tuple[int, int], factor: int) -> None:
+    """Raise ValueError, with the nearest sizes that work, unless images of this size have whole latents.
+
+    size: height and width in pixels.
+    factor: pixels of a side for one cell of the latent.
+    """
+    if any(pixels % factor or pixels < factor for pixels in size):
+        nearest = [max(round(pixels / factor), 1) * factor for pixels in size]
+        raise ValueError(
+            f"height and width must be multiples of {factor} pixels, got {size[0]} and {size[1]}; "
+            f"the nearest that work are {nearest[0]} and {nearest[1]}"
+        )
+
+
 def pixels(images: Images) -> Float[Array | np.ndarray, "batch height width 3"]:
     """Images as numbers in [-1, 1], from uint8 or from such numbers."""
     return to_float(images) if images.dtype == np.uint8 else images

@@ -14,7 +14,7 @@ from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
-from diffusion_jax.pipelines.codec import autoencoder_kl, fingerprint
+from diffusion_jax.pipelines.codec import autoencoder_kl, check_size, fingerprint
 from diffusion_jax.pipelines.conditioning import Conditioning
 from diffusion_jax.pipelines.pipeline import Guidance, Pipeline, guided
 
@@ -44,8 +44,7 @@ def from_published(
     autoencoder = published.autoencoder
     codec = autoencoder_kl(autoencoder.module.clone(dtype=dtype), autoencoder.params, tile)
     size = size or (module.sample_size * codec.factor,) * 2
-    if any(pixels < codec.factor or pixels % codec.factor for pixels in size):
-        raise ValueError(f"height and width must be multiples of {codec.factor} pixels, got {size[0]} and {size[1]}")
+    check_size(size, codec.factor)
     conditioning = _conditioning(published, size, dtype)
     pipeline = Pipeline(
         apply=Denoiser(module),
