@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.tree_util import keystr
 from jaxtyping import PyTree
 
 from diffusion_jax.messages import first_line
@@ -85,8 +86,8 @@ class Checkpoints:
         expected = _shapes(like)
         for name in sorted(saved.keys() | expected.keys()):
             if saved.get(name) != expected.get(name):
-                theirs, ours = (shapes.get(name, "is missing") for shapes in (saved, expected))
-                raise self._other_config(f"{name} {theirs} there, and {ours} in the config's model")
+                theirs, ours = (shapes.get(name, "missing") for shapes in (saved, expected))
+                raise self._other_config(f"{name}: {theirs} there, {ours} in the config's model")
 
     def _newest(self) -> int:
         step = self.latest_step()
@@ -120,7 +121,7 @@ def _split(state: TrainState) -> tuple[dict, PyTree]:
 def _shapes(tree: PyTree) -> dict[str, str]:
     """The shape of each array by its path; of a checkpoint's metadata too."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(part.key) for part in path): f"has shape {tuple(leaf.shape)}" for path, leaf in leaves}
+    return {keystr(path, simple=True, separator="/"): f"shape {tuple(leaf.shape)}" for path, leaf in leaves}
 
 
 def _of_all_hosts(data_state: dict) -> list[dict]:
