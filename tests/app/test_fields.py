@@ -139,6 +139,7 @@ DISAGREEING = {
         "--prompt=3",
     ],
     "needs data with captions, and": [LATENT, "--config.data.path=CLASSES", "--mode=train"],
+    "got 10, and CLASSES-": [DIGITS, "--config.data.path=CLASSES", "--mode=train", "--prompt=3"],
     "sample.image LONG: 1000000x1 pixels, expected sides of at most 32 to 1": [
         DIGITS,
         "--config.sample.image=LONG",
