@@ -13,9 +13,10 @@ from absl import app, flags, logging
 from ml_collections import FrozenConfigDict, config_flags
 
 import diffusion_jax
-from diffusion_jax.app import evaluate, export, sample, train
+from diffusion_jax.app import evaluate, export, fields, sample, train
 from diffusion_jax.app.configuration import parse_flags
 from diffusion_jax.compilation import configure
+from diffusion_jax.messages import one_line
 from diffusion_jax.training.loop import Diverged, Stopped
 
 MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run}
@@ -38,6 +39,7 @@ def main(_: list[str]) -> int:
     if _PROMPT.value is not None:
         config = config.copy_and_resolve_references()
         config.sample.prompts = _prompts(_PROMPT.value)
+    fields.check(config)
     configure(low_memory=_MODE.value != "train")
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
@@ -56,11 +58,18 @@ def _quiet_libraries() -> None:
 
 def _prompts(flag: str) -> tuple[str, ...]:
     """The prompts of --prompt: one a line of a file, or split at semicolons."""
-    lines = Path(flag[1:]).read_text().splitlines() if flag.startswith("@") else flag.split(";")
+    lines = _lines(Path(flag[1:])) if flag.startswith("@") else flag.split(";")
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ValueError(f'--prompt names no prompt: expected "a; b" or a file with one a line, "@FILE", got {flag!r}')
     return prompts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt: expected a file of text in UTF-8, got {path} ({error})") from error
 
 
 def run() -> None:
@@ -69,9 +78,11 @@ def run() -> None:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
-        # of a message that quotes a traceback, the last line tells
-        print("error:", str(error).strip().splitlines()[-1], file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
 
 

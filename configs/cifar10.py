@@ -14,13 +14,10 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.name = "cifar10"
-    config.seed = 0
-    config.weights = ""
+    config = common.own("cifar10")
     config.data = common.data("tfds:cifar10", size=32, flip=True)
     config.data.splits.validation = "test"
-    config.condition = ConfigDict({"kind": "none"})
+    config.condition = common.unconditional()
     config.autoencoder = ConfigDict({"kind": "identity"})
     config.model = ConfigDict(
         {

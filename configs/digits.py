@@ -10,12 +10,9 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.name = "digits"
-    config.seed = 0
-    config.weights = ""
+    config = common.own("digits")
     config.data = common.data("digits", size=8)
-    config.condition = ConfigDict({"kind": "class", "num_classes": 10})
+    config.condition = common.by_class(10)
     config.autoencoder = ConfigDict({"kind": "identity"})
     config.model = ConfigDict(
         {

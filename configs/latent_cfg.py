@@ -49,7 +49,7 @@ def get_config(preset: str = "openmoji") -> ConfigDict:
 def _openmoji(first_stage_steps: int, steps: int) -> ConfigDict:
     config = _latent("latent_cfg", common.data("openmoji", size=64))
     config.weights = "weights/latent_cfg"
-    config.condition = ConfigDict({"kind": "text", "length": 16})
+    config.condition = common.by_text(length=16)
     config.data.splits.first_stage = "train+unnamed"
     config.autoencoder = _autoencoder(
         channels=(8, 16, 64, 64), layers=1, groups=1, learning_rate=3e-3, steps=first_stage_steps, batch_size=8
@@ -77,7 +77,7 @@ def _coco256() -> ConfigDict:
     config = _latent("coco256", common.data("tfds:coco_captions", size=256, flip=True))
     config.data.upscale = True
     config.data.splits.validation = "val"
-    config.condition = ConfigDict({"kind": "text", "length": 64})
+    config.condition = common.by_text(length=64)
     config.autoencoder = _autoencoder(
         channels=(128, 256, 512, 512), layers=2, groups=32, learning_rate=1e-4, steps=200_000, batch_size=64
     )
@@ -102,7 +102,7 @@ def _coco256() -> ConfigDict:
 def _imagenet256() -> ConfigDict:
     config = _latent("imagenet256", common.data("tfds:imagenet2012", size=256, flip=True))
     config.data.upscale = True
-    config.condition = ConfigDict({"kind": "class", "num_classes": 1000})
+    config.condition = common.by_class(1000)
     config.autoencoder = _autoencoder(
         channels=(128, 256, 512, 512), layers=2, groups=32, learning_rate=1e-4, steps=200_000, batch_size=64
     )
@@ -122,10 +122,7 @@ def _imagenet256() -> ConfigDict:
 
 def _latent(name: str, data: ConfigDict) -> ConfigDict:
     """What all presets share."""
-    config = ConfigDict()
-    config.name = name
-    config.seed = 0
-    config.weights = ""
+    config = common.own(name)
     config.data = data
     config.schedule = common.schedule("cosine")
     config.objective = common.objective()
@@ -150,15 +147,7 @@ def _autoencoder(
                 "latent_channels": 4,
                 "norm_num_groups": groups,
             },
-            "loss": {
-                "name": "autoencoding",
-                "l1": 1.0,
-                "l2": 2.0,
-                "perceptual": 0.1,
-                "perceptual_net": "alex",
-                "kl": 1e-6,
-                "adversarial": 0.0,
-            },
+            "loss": common.reconstruction(),
             "optimizer": common.optimizer(learning_rate, warmup=100, decay="cosine"),
             "train": common.train(steps, batch_size, ema=0.995, every=500),
         }

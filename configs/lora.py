@@ -16,12 +16,12 @@ from configs import common, stable_diffusion
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """rank, alpha: the updates are alpha / rank up down. targets: a regular expression that the paths of linear maps
-    end in; by default those of all attention. The other fields are those of configs/stable_diffusion.py.
+    """The fields are those of configs/stable_diffusion.py and, in config.lora, the rank of the updates and what has
+    them, by default all attention.
     """
     config = stable_diffusion.get_config(arg)
     config.name = "lora"
-    config.lora = ConfigDict({"rank": 8, "alpha": 8.0, "targets": "attn[12]/to_(q|k|v|out_0)"})
+    config.lora = common.lora()
     config.optimizer = common.optimizer(1e-4, warmup=50)
     config.train = common.train(steps=1000, batch_size=4, ema=0.99, every=100)
     return config

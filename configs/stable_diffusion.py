@@ -21,27 +21,10 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """arg: none are known.
-
-    checkpoint: a folder or file. dtype: that networks compute in and, but for training, keep their weights in, an
-    exported folder too; bfloat16 for TPU and GPU. prediction: "eps", "v" or "x0" where the checkpoint does not say.
-    tokenizers: a folder that has them, for a single file. allow_pickle: read .bin and .ckpt files, of which tensors
-    alone are admitted. loras: files that are added to the weights, each with "@SCALE" after it where that is not 1.
-    remat: recompute in the backward pass.
-    data.size: of training images, 0 for the model's own.
-    """
+    """arg: none are known."""
     if arg:
         raise ValueError(f"stable_diffusion has no presets, got {arg!r}; name the model by --config.checkpoint=FOLDER")
-    config = ConfigDict()
-    config.name = "stable_diffusion"
-    config.seed = 0
-    config.checkpoint = ""
-    config.dtype = "float32"
-    config.prediction = ""
-    config.tokenizers = ""
-    config.allow_pickle = False
-    config.loras = ()
-    config.remat = True
+    config = common.published("stable_diffusion")
     config.data = common.data("folder", size=0, flip=True)
     config.data.upscale = True
     config.objective = common.objective()

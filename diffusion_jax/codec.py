@@ -39,6 +39,20 @@ class Codec(NamedTuple):
     limit: float | None
 
 
+def check_size(size: tuple[int, int], factor: int) -> None:
+    """Raise ValueError, with the nearest sizes that work, unless images of this size have whole latents.
+
+    size: height and width in pixels.
+    factor: pixels of a side for one cell of the latent.
+    """
+    if any(pixels % factor or pixels < factor for pixels in size):
+        nearest = [max(round(pixels / factor), 1) * factor for pixels in size]
+        raise ValueError(
+            f"height and width must be multiples of {factor} pixels, got {size[0]} and {size[1]}; "
+            f"the nearest that work are {nearest[0]} and {nearest[1]}"
+        )
+
+
 def pixels(images: Images) -> Float[Array | np.ndarray, "batch height width 3"]:
     """Images as numbers in [-1, 1], from uint8 or from such numbers."""
     return to_float(images) if images.dtype == np.uint8 else images
@@ -66,7 +80,7 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Co
       faded into each other. This saves memory; faint seams can be seen, as each tile is normalised by itself.
     Raises ValueError for a tile that is not a multiple of four cells of the latent.
     """
-    factor = 2 ** (len(model.block_out_channels) - 1)
+    factor = model.factor
     if tile < 0 or tile % (4 * factor):
         raise ValueError(f"tile must be a multiple of {4 * factor} pixels, or 0 for none, got {tile}")
     stats = {"scale": jnp.float32(model.scaling_factor), "shift": jnp.float32(model.shift_factor or 0.0)}

@@ -35,7 +35,7 @@ def class_labels(num_classes: int) -> Conditioning:
     """Class numbers 0..num_classes-1; prompts are these numbers; the null class is num_classes."""
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        wrong = [p for p in prompts if not (p.strip().isdecimal() and int(p) < num_classes)]
+        wrong = [p for p in prompts if not (p.isascii() and p.strip().isdecimal() and int(p) < num_classes)]
         if wrong:
             raise ValueError(f"this model knows classes: expected a number in 0..{num_classes - 1}, got {wrong[0]!r}")
         return {"label": np.array([int(p) for p in prompts], np.int32)}

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning as conditionings
-from diffusion_jax.codec import Codec
+from diffusion_jax.app.agreement import check_network
+from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core import parameterization, schedules, solvers
 from diffusion_jax.core.guidance import Guidance
@@ -24,6 +25,7 @@ from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform, crop
 from diffusion_jax.interop import PublishedPipeline, load_pipeline
+from diffusion_jax.interop.folders import autoencoder_of, read_config
 from diffusion_jax.interop.lora import merge_lora
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.interop.text import minilm
@@ -95,16 +97,19 @@ def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = 
     """
     if "checkpoint" in config:
         return _published_model(config, sides, training)
-    unet = network(config)
+    unet, codec, told = network(config), _untrained_codec(config), conditioning(config)
+    size = tuple(side or config.data.size for side in sides)
+    check_size(size, codec.factor)
+    check_network(unet, codec.channels, told.null)
     init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
     return DiffusionModel(
         network=Network(Denoiser(unet), init, unet.in_channels - unet.out_channels),
         params=jax.eval_shape(init, jax.random.key(0)),
         schedule=schedule(config),
         parameterization=_parameterization(config),
-        codec=_untrained_codec(config),
-        conditioning=conditioning(config),
-        size=tuple(side or config.data.size for side in sides),
+        codec=codec,
+        conditioning=told,
+        size=size,
     )
 
 
@@ -182,7 +187,8 @@ def _untrained_codec(config: ConfigDict) -> Codec:
     """The codec of config.autoencoder; the weights of an autoencoder are shapes alone."""
 
     def untrained() -> Codec:
-        module = autoencoder(config)
+        own = config.autoencoder.checkpoint
+        module = autoencoder_of(*read_config(own))[0] if own else autoencoder(config)
         shapes = jax.eval_shape(module.init, jax.random.key(0), module.example_image())
         return codecs.autoencoder_kl(module, shapes, config.sample.tile)
 

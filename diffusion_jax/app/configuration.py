@@ -1,26 +1,54 @@
 """The command line, read by absl and ml_collections, with their complaints as one line each."""
 
 import sys
+import traceback
 
 from absl import flags
 from ml_collections import ConfigDict
 
+TRACEBACK = "Error whilst parsing config file:"  # what ml_collections puts before one
+
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse `argv` and return what is left of it: the `flags_parser` of `absl.app.run`.
+    """Parse `argv` and return the program's name alone: the `flags_parser` of `absl.app.run`.
 
-    Raises ValueError with the known names for a field that the config has not, flags.Error for other mistakes.
+    Raises ValueError, in one line, for a flag, a config file or a field that cannot be used, the last with the known
+    names, and for words that are no flags.
     """
     try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:  # a field that the config has not
-        overrides = [argument for argument in argv if argument.startswith(("--config.", "-config."))]
-        sys.argv = [argument for argument in argv if argument not in overrides]  # where config flags look for overrides
-        flags.FLAGS.unparse_flags()
+        words = flags.FLAGS(argv)
+        config = flags.FLAGS.config
+        hasattr(config, "name")  # a file that is missing is told of when its config is first looked at
+    except (flags.Error, OSError) as error:
+        where, _, trace = str(error).partition(TRACEBACK)
+        raise ValueError(where + trace.strip().splitlines()[-1] if trace else where.splitlines()[-1].strip()) from error
+    except Exception as error:
+        _explain(argv)
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if words[1:]:
+        raise ValueError(
+            f"expected flags alone, --NAME=VALUE, got {' '.join(words[1:])!r} besides; quote a value that has spaces"
+        )
+    if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() of the file of --config must return a ConfigDict, got {config!r}")
+    return words
+
+
+def _explain(argv: list[str]) -> None:
+    """Raise ValueError for a config file that cannot be run, or for a field that its config does not have."""
+    overrides = [argument for argument in argv if argument.startswith(("--config.", "-config."))]
+    sys.argv = [argument for argument in argv if argument not in overrides]  # where config flags look for overrides
+    flags.FLAGS.unparse_flags()
+    try:
         flags.FLAGS(sys.argv)
-        for override in overrides:
-            check_field(flags.FLAGS.config, override.split("=")[0].partition(".")[2])
-        raise ValueError(str(error)) from error
+    except Exception as error:
+        flag = next(argument for argument in sys.argv if argument.lstrip("-").startswith("config"))
+        file = flag.partition("=")[2].partition(":")[0]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f" in line {lines[-1]}" if lines else ""
+        raise ValueError(f"{flag} cannot be read{where}: {type(error).__name__}: {error}") from error
+    for override in overrides:
+        check_field(flags.FLAGS.config, override.split("=")[0].partition(".")[2])
 
 
 def check_field(config: ConfigDict, field: str) -> None:

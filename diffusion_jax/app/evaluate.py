@@ -8,6 +8,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax.app import build, weights
+from diffusion_jax.app.agreement import check_condition
+from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 
@@ -20,11 +22,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise ValueError("--mode=eval measures a denoiser, and this config trains a first stage alone")
     model = build.model(config)
     check_section(config.eval, model.schedule)
-    model, origin = weights.load(config, workdir, model)
-    logging.info("weights: %s", origin)
     source = build.source(config, "validation", model.size[0])
+    check_condition(config, source)
+    model, origin = weights.load(config, workdir, model)
+    make_writable(workdir)
+    logging.info("weights: %s", origin)
     report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
-    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "eval.json").write_text(json.dumps({"weights": origin} | report, indent=2) + "\n")
     logging.info(
         "flow %.4f, bound %.4f %s of the %s of %d images of %s; wrote %s",

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 from diffusion_jax import codec as codecs
 from diffusion_jax import parallel
 from diffusion_jax.app import build, pictures
-from diffusion_jax.codec import Codec
+from diffusion_jax.app.agreement import check_records
+from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform, to_float, to_uint8
 from diffusion_jax.interop import load_autoencoder, save_autoencoder
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
-from diffusion_jax.training.loop import Task, fit
+from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
 
 BATCH = 64  # images that the autoencoder works on at once
 SHOWN = 8  # held-out images that the first stage is watched on
@@ -49,20 +50,23 @@ def codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
     return codecs.autoencoder_kl(*load_autoencoder(weights), config.sample.tile)
 
 
-def train(config: ConfigDict, folder: Path) -> None:
-    """Train the autoencoder. In the end `folder` holds its averaged weights in the form that `load_autoencoder` reads,
-    with the scale of its latents, and validation.json with its PSNR on held-out images.
+def task(config: ConfigDict, folder: Path) -> Task:
+    """What to train for a first stage in `folder`. Nothing is written yet.
+
+    Raises ValueError for what the config asks for and cannot be done.
     """
     section, size = config.autoencoder, config.data.size
+    check_batch_size(section.train.batch_size, section.train.accumulate)
     model = build.autoencoder(config)
+    check_size((size, size), model.factor)
     source = build.source(config, "first_stage", size)
-    transform = _images_only(build.transform(config, (size, size)))
-    augment = _images_only(build.transform(config, (size, size), section.flip))
+    check_records(section.train, source)
     loss, params, frozen = build.objective(section.loss, model, jax.random.key(config.seed))
-    held_out = build.source(config, "validation", size)
-    shown = next(_some_images(held_out, transform, SHOWN))[:SHOWN]
+    check_resumed(folder, params)
+    augment = _images_only(build.transform(config, (size, size), section.flip))
+    shown = _shown(config)
     logging.info("autoencoder: %.2fM parameters, %d images", millions(params["autoencoder"]), len(source))
-    task = Task(
+    return Task(
         name="autoencoder",
         loss=loss,
         params=params,
@@ -71,10 +75,18 @@ def train(config: ConfigDict, folder: Path) -> None:
         optimizer=build.optimizer(section.optimizer, section.train.steps),
         snapshot=lambda params: reconstructions(model, params["autoencoder"], shown),
     )
-    variables = fit(task, folder, section.train, config.seed)["autoencoder"]
+
+
+def train(task: Task, config: ConfigDict, folder: Path) -> None:
+    """Train the autoencoder of `task`. In the end `folder` holds its averaged weights in the form that
+    `load_autoencoder` reads, with the scale of its latents, and validation.json with its PSNR on held-out images.
+    """
+    size, model = config.data.size, build.autoencoder(config)
+    variables = fit(task, folder, config.autoencoder.train, config.seed)["autoencoder"]
     if parallel.is_main():
+        transform = _images_only(build.transform(config, (size, size)))
         scale = 1 / _latent_std(model, variables, build.source(config, "train", size), transform, config.seed)
-        report = _reconstruction(model, variables, held_out, transform)
+        report = _reconstruction(model, variables, build.source(config, "validation", size), transform)
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"], report["images"])
         (folder / "validation.json").write_text(json.dumps(report) + "\n")
         save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
@@ -82,10 +94,14 @@ def train(config: ConfigDict, folder: Path) -> None:
 
 def reconstruct_held_out(config: ConfigDict, folder: Path) -> np.ndarray:
     """A sheet of held-out images and their reconstructions by the first stage in `folder`."""
+    return reconstructions(*load_autoencoder(folder), _shown(config))
+
+
+def _shown(config: ConfigDict) -> np.ndarray:
+    """The held-out images, uint8, that a first stage is watched on."""
     size = config.data.size
     transform = _images_only(build.transform(config, (size, size)))
-    images = next(_some_images(build.source(config, "validation", size), transform, SHOWN))[:SHOWN]
-    return reconstructions(*load_autoencoder(folder), images)
+    return next(_some_images(build.source(config, "validation", size), transform, SHOWN))[:SHOWN]
 
 
 def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray) -> np.ndarray:

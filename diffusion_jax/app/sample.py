@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffusion_jax import parallel
 from diffusion_jax.app import build, first_stage, pictures, weights
+from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data.batching import filled_batches
@@ -61,7 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     folder = workdir / "samples"
     if not build.has_denoiser(config):
         shown = first_stage.reconstruct_held_out(config, workdir)
-        folder.mkdir(exist_ok=True)
+        make_writable(folder)
         pictures.save(folder / "grid.png", shown, {"weights": str(workdir)})
         logging.info("wrote %s", folder / "grid.png")
         return
@@ -69,6 +70,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     asked = request(config, model)
     model, origin = weights.load(config, workdir, model)
     logging.info("weights: %s", origin)
+    make_writable(folder)
     made = []
     for one in generate(asked, model, config.sample.batch_size, progress=True):
         if not made:
@@ -82,8 +84,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Make the folder of samples, without pictures of an earlier run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Remove the pictures of an earlier run."""
     for old in folder.glob("[0-9]*.png"):
         old.unlink()
 

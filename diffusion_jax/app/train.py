@@ -8,55 +8,66 @@ from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax.app import build, first_stage, sample
+from diffusion_jax.app import agreement, build, first_stage, sample
+from diffusion_jax.app.workdir import held
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.training.loop import Task, check_batch_size, fit
+from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
 
 ENCODE_BATCH = 64  # images that the autoencoder encodes at once
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train what the config describes. A stopped run goes on where it was."""
-    if not build.has_denoiser(config):
-        _note_config(config, workdir)
-        first_stage.train(config, workdir)
+    if build.has_denoiser(config):
+        _train_denoiser(config, workdir)
         return
+    task = first_stage.task(config, workdir)
+    with held(workdir):
+        _note_config(config, workdir)
+        first_stage.train(task, config, workdir)
+
+
+def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     # everything that the config describes is built before hours of training rather than after
     check_batch_size(config.train.batch_size, config.train.accumulate)
     model = build.model(config, training=True)
     asked = sample.request(config, model)
     optimizer = build.optimizer(config.optimizer, config.train.steps)
     source = build.source(config, "train", model.size[0])
+    agreement.check_condition(config, source)
+    agreement.check_records(config.train, source)
     loss, params, frozen = build.objective(config.objective, model, jax.random.key(config.seed))
-    if first_stage.is_missing(config, workdir):
+    check_resumed(workdir, params)
+    of_first_stage = first_stage.folder(workdir)
+    earlier = first_stage.task(config, of_first_stage) if first_stage.is_missing(config, workdir) else None
+    with held(workdir):
         _note_config(config, workdir)
-        first_stage.train(config, first_stage.folder(workdir))
-    model = model._replace(codec=first_stage.codec(config, workdir, model.codec))
-    _note_config(config, workdir)
+        if earlier is not None:
+            first_stage.train(earlier, config, of_first_stage)
+        model = model._replace(codec=first_stage.codec(config, workdir, model.codec))
 
-    def snapshot(trained: PyTree) -> np.ndarray:
-        current = model._replace(params=model.adapter.join(trained, frozen["rest"]))
-        return sample.sheet(config, list(sample.generate(asked, current, config.sample.batch_size)))
+        def snapshot(trained: PyTree) -> np.ndarray:
+            current = model._replace(params=model.adapter.join(trained, frozen["rest"]))
+            return sample.sheet(config, list(sample.generate(asked, current, config.sample.batch_size)))
 
-    records, transform = _training_records(config, workdir, source, model)
-    logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), len(records))
-    task = Task(
-        name="denoiser",
-        loss=loss,
-        params=params,
-        frozen=frozen | {"codec": model.codec.stats},
-        batches=build.batches(records, config.train, config.seed, transform),
-        optimizer=optimizer,
-        snapshot=snapshot,
-    )
-    fit(task, workdir, config.train, config.seed)
+        records, transform = _training_records(config, workdir, source, model)
+        logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), len(records))
+        task = Task(
+            name="denoiser",
+            loss=loss,
+            params=params,
+            frozen=frozen | {"codec": model.codec.stats},
+            batches=build.batches(records, config.train, config.seed, transform),
+            optimizer=optimizer,
+            snapshot=snapshot,
+        )
+        fit(task, workdir, config.train, config.seed)
 
 
 def _note_config(config: ConfigDict, workdir: Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
 

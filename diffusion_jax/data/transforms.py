@@ -1,6 +1,7 @@
 """From a picture of any kind and size to a square of uint8 RGB, and from there to what networks take."""
 
 import io
+import warnings
 from collections.abc import Callable
 from os import PathLike
 
@@ -11,6 +12,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from diffusion_jax.messages import first_line
 
 Record = dict
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million, above which PIL suspects an attack on memory
+MOST_RATIO = 32  # of the sides of a picture: resizing a longer one takes minutes, and its crop would show a splinter
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses what PIL would warn of
 Transform = Callable[[Record, np.random.Generator], Record]
 
 
@@ -21,15 +25,25 @@ class BadRecord(ValueError):
 def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]:
     """Read a picture from its file or its encoded bytes: upright by its EXIF tag, transparency on white, 8-bit RGB.
 
-    Raises BadRecord if it is truncated or no picture.
+    Raises BadRecord if it is truncated, no picture, or too large or too long to be resized.
     """
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            _check_size(*opened.size)
             return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
     except UnidentifiedImageError as error:
         raise BadRecord("not a picture of a known format") from error
+    except BadRecord:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadRecord(f"not a readable picture ({first_line(error)})") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise BadRecord(f"{width}x{height} pixels, expected at most {MOST_PIXELS} in all")
+    if max(width, height) > MOST_RATIO * min(width, height):
+        raise BadRecord(f"{width}x{height} pixels, expected sides of at most {MOST_RATIO} to 1")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -106,6 +106,11 @@ class AutoencoderKL(nn.Module):
     remat: bool = False
     attention_implementation: str = "auto"
 
+    @property
+    def factor(self) -> int:
+        """Pixels of a side for one cell of the latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def setup(self):
         groups, eps = self.norm_num_groups, 1e-6
         dtype = jnp.float32 if self.force_upcast and jnp.dtype(self.dtype) == jnp.float16 else self.dtype
@@ -131,7 +136,7 @@ class AutoencoderKL(nn.Module):
 
         Raises ValueError when height or width is no multiple of the factor between image and latent.
         """
-        factor = 2 ** (len(self.block_out_channels) - 1)
+        factor = self.factor
         if x.shape[1] % factor or x.shape[2] % factor or x.shape[3] != self.in_channels:
             raise ValueError(
                 f"AutoencoderKL.encode: expected (batch, height, width, {self.in_channels}) with height and width "

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.codec import autoencoder_kl, fingerprint
+from diffusion_jax.codec import autoencoder_kl, check_size, fingerprint
 from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core import sampling, solvers
 from diffusion_jax.core.guidance import Guidance, guided
@@ -47,8 +47,7 @@ def from_published(
     autoencoder = published.autoencoder
     codec = autoencoder_kl(autoencoder.module.clone(dtype=dtype), autoencoder.params, tile)
     size = tuple(side or unet.sample_size * codec.factor for side in size)
-    if any(pixels < codec.factor or pixels % codec.factor for pixels in size):
-        raise ValueError(f"height and width must be multiples of {codec.factor} pixels, got {size[0]} and {size[1]}")
+    check_size(size, codec.factor)
     return DiffusionModel(
         network=Network(Denoiser(unet), lambda key: published.unet.params, unet.in_channels - unet.out_channels),
         params=published.unet.params,

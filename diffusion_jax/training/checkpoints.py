@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.tree_util import keystr
 from jaxtyping import PyTree
 
 from diffusion_jax import parallel
@@ -77,17 +78,37 @@ class Checkpoints:
         """The averaged weights of the newest checkpoint; `like` gives structure, shapes and placement."""
         return self._restore(ema=ocp.args.StandardRestore(like)).ema
 
-    def _restore(self, **items):
+    def check(self, like: PyTree) -> None:
+        """Raise ValueError, naming the first that differs, unless the newest checkpoint's weights are as those of
+        `like`. Nothing but their shapes is read.
+        """
+        saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.folder / str(self._newest()) / "ema").tree)
+        expected = _shapes(like)
+        for name in sorted(saved.keys() | expected.keys()):
+            if saved.get(name) != expected.get(name):
+                theirs, ours = (shapes.get(name, "missing") for shapes in (saved, expected))
+                raise self._other_config(f"{name}: {theirs} there, {ours} in the config's model")
+
+    def _newest(self) -> int:
         step = self.latest_step()
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.folder}: train first, or name another --workdir")
+        return step
+
+    def _restore(self, **items):
+        step = self._newest()
+        # checked before, as Orbax may fail in the middle of reading arrays of other shapes
+        self.check(items["ema"].item)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"the checkpoint in {self.folder} does not fit this config ({first_line(error)}); "
-                "use the config it was trained with, or another --workdir"
-            ) from error
+            raise self._other_config(first_line(error)) from error
+
+    def _other_config(self, difference: str) -> ValueError:
+        return ValueError(
+            f"the checkpoint in {self.folder} does not fit this config ({difference}); "
+            "use the config it was trained with, or another --workdir"
+        )
 
 
 def _split(state: TrainState) -> tuple[dict, PyTree]:
@@ -95,6 +116,12 @@ def _split(state: TrainState) -> tuple[dict, PyTree]:
     fields = state._asdict()
     ema = fields.pop("ema")
     return fields, ema
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    """The shape of each array by its path; of a checkpoint's metadata too."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {keystr(path, simple=True, separator="/"): f"shape {tuple(leaf.shape)}" for path, leaf in leaves}
 
 
 def _of_all_hosts(data_state: dict) -> list[dict]:

@@ -1,6 +1,7 @@
 """What a run says: a progress bar, `metrics.jsonl` and TensorBoard. Process 0 alone writes."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -58,7 +59,9 @@ class RunLog:
         means |= {name: int(values[-1][name]) for name in ("bad_steps", "bad_in_row")}
         self._pending, self._since = [], now
         if self._main:
-            self._lines.write(json.dumps({"step": step} | means) + "\n")
+            # JSON has no word for what is not finite
+            line = {name: value if math.isfinite(value) else None for name, value in means.items()}
+            self._lines.write(json.dumps({"step": step} | line, allow_nan=False) + "\n")
             self._lines.flush()
             for name, value in means.items():
                 self._board.add_scalar(name, value, step)

@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM) and has saved its state."""
+    """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
 
 
 class Diverged(ArithmeticError):
@@ -53,8 +53,8 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     """Train, or go on training, until `train.steps`; returns the averaged weights, as numpy.
 
     workdir: holds checkpoints/, metrics.jsonl and tensorboard/. train: config section with steps, batch_size (global),
-    ema, accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM, Diverged
-    after max_bad_steps updates in a row that were not finite; the last checkpoint is good in both cases.
+    ema, accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM or Ctrl-C,
+    Diverged after max_bad_steps updates in a row that were not finite; the last checkpoint is good in both cases.
     """
     workdir = Path(workdir)
     check_batch_size(train.batch_size, train.accumulate)
@@ -70,7 +70,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
 
     train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate)
     frozen = parallel.replicate(task.frozen)
-    with RunLog(workdir, start, train.steps, train.batch_size, task.name) as log, _StopSignal() as stop:
+    with RunLog(workdir, start, train.steps, train.batch_size, task.name) as log, _StopSignals() as stop:
         previous = None
         for step in range(start + 1, train.steps + 1):
             batch = parallel.split(next(task.batches))
@@ -80,17 +80,19 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
             previous = metrics
             if step % train.log_every == 0 or step == train.steps:
                 log.write(step)
-            stopped = stop.requested(step)
-            last = step == train.steps or stopped
+            signalled = stop.requested(step)
+            last = step == train.steps or signalled
             if last:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
                 checkpoints.save(state, task.batches.get_state())
             if task.snapshot and parallel.is_main() and (step % train.snapshot_every == 0 or step == train.steps):
                 log.image(step, task.snapshot(parallel.to_host(state.ema)))
-            if stopped or (step == train.steps and stop.requested(step)):  # or while the last picture was made
+            if step == train.steps:
+                signalled = stop.requested(step)  # or while the last picture was made
+            if signalled:
                 raise Stopped(
-                    f"stopped by SIGTERM after step {step}; saved to {checkpoints.folder}; run again to go on"
+                    f"stopped by {signalled} after step {step}; saved to {checkpoints.folder}; run again to go on"
                 )
     return parallel.to_host(state.ema)
 
@@ -105,6 +107,13 @@ def check_batch_size(batch_size: int, accumulate: int) -> None:
         )
 
 
+def check_resumed(workdir: Path, params: PyTree) -> None:
+    """Raise ValueError if the work directory has a checkpoint, and it is one of other weights than `params`."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if checkpoints.latest_step() is not None:
+        checkpoints.check(params)
+
+
 def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
     # called with the metrics of the step before the running one, so that the device is not kept waiting
     if metrics is not None and int(metrics["bad_in_row"]) >= limit:
@@ -116,24 +125,28 @@ def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Chec
         )
 
 
-class _StopSignal:
-    """Within this context SIGTERM is noted instead of ending the process."""
+class _StopSignals:
+    """Within this context the first SIGTERM or SIGINT (Ctrl-C) is noted, instead of ending the process; the second is
+    what it always was.
+    """
 
-    def __enter__(self) -> "_StopSignal":
-        self._noted = False
+    def __enter__(self) -> "_StopSignals":
+        self._noted = ""
         # of several hosts one alone may be told to stop: there JAX listens, and agrees with the others on a step
-        self._own = jax.process_count() == 1
-        if self._own:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        own = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._note) for number in own}
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._own:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def requested(self, step: int) -> bool:
-        """Whether the run is to stop after `step`; the same answer on every host."""
-        return self._noted if self._own else multihost_utils.reached_preemption_sync_point(step)
+    def requested(self, step: int) -> str:
+        """The signal for which the run is to stop after `step`, "" for none; the same on every host."""
+        if not self._before:
+            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+        return self._noted
 
-    def _note(self, *_) -> None:
-        self._noted = True
+    def _note(self, number: int, _) -> None:
+        self._noted = signal.Signals(number).name
+        signal.signal(number, self._before[number])

@@ -1,6 +1,7 @@
 import pytest
-from diffusion_jax.app.configuration import check_field
 from ml_collections import ConfigDict
+
+from diffusion_jax.app.configuration import check_field
 
 
 @pytest.mark.parametrize(

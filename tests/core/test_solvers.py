@@ -369,3 +369,9 @@ def test_bad_arguments_are_one_clear_line(build, message):
     with pytest.raises(ValueError, match=message) as error:
         build(schedules.linear())
     assert "\n" not in str(error.value)
+
+
+def test_the_message_about_explicit_times_is_one_line():
+    with pytest.raises(ValueError, match="falling values in ") as error:
+        solvers.times(schedules.linear(), 500, np.linspace(0, 999, 500))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200

@@ -105,3 +105,11 @@ def test_float_and_back_is_exact(xp):
     assert (float(floats[0]), float(floats[255])) == (-1, 1)
     assert (to_uint8(floats) == levels).all()
     assert to_uint8(xp.array([-3.0, 3.0], "float32")).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    "width, height, reason", [(1, 40, "32 to 1"), (1_000_000, 1, "32 to 1"), (9600, 9600, "in all")]
+)
+def test_pictures_that_take_minutes_to_resize_are_bad(width, height, reason):
+    with pytest.raises(BadRecord, match=f"{width}x{height} pixels, expected .*{reason}"):
+        decode(encode(Image.new("1", (width, height))))

@@ -70,8 +70,8 @@ def whole(tmp_path_factory):
     return workdir
 
 
-def stop():
-    os.kill(os.getpid(), signal.SIGTERM)
+def stop(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
 
 
 def kill():
@@ -97,16 +97,29 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, at):
 
 
 @pytest.mark.parametrize("at", [1, 6, 12])
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(whole, tmp_path, at):
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(loop.Stopped, match=f"after step {at}; saved to") as stopped:
-        fit(tmp_path, Batches(at=at, act=stop))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(whole, tmp_path, at, number):
+    before = signal.getsignal(number)
+    with pytest.raises(loop.Stopped, match=f"stopped by {number.name} after step {at}; saved to") as stopped:
+        fit(tmp_path, Batches(at=at, act=lambda: stop(number)))
     assert "\n" not in str(stopped.value)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert saved(tmp_path)[0].step == at
     fit(tmp_path)
     assert_same(saved(tmp_path), saved(whole))
     assert [line["step"] for line in metrics(tmp_path)] == [line["step"] for line in metrics(whole)]
+
+
+def test_the_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
+    def twice():
+        stop(signal.SIGINT)
+        stop(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, Batches(at=6, act=twice))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    fit(tmp_path)
+    assert_same(saved(tmp_path), saved(whole))
 
 
 def test_sigterm_while_a_picture_is_drawn_loses_nothing(tmp_path):
@@ -144,6 +157,16 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_weights(tmp_path):
     fit(tmp_path / "good", steps=6)
     good, _ = saved(tmp_path / "good")
     assert_same((kept.params, kept.ema, kept.opt_state), (good.params, good.ema, good.opt_state))
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_metrics(tmp_path):
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    fit(tmp_path, Batches(poison=(4,)))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line, parse_constant=no_constant)["loss"] for line in lines]
+    assert [loss is None for loss in losses] == [False, True, False, False, False, False]
 
 
 def test_divergence_before_the_first_checkpoint(tmp_path):

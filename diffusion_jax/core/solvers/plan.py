@@ -102,7 +102,8 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
         t = np.asarray(spacing, np.float64)
         if t.shape != (steps,) or np.any(np.diff(t) >= 0) or np.any((t > t_max) | (t < t_min)):
             raise ValueError(
-                f"explicit times must be {steps} strictly falling values in [{t_min:g}, {t_max:g}], got {t}"
+                f"explicit times must be {steps} strictly falling values in [{t_min:g}, {t_max:g}], got "
+                f"{np.array2string(t, max_line_width=np.inf, threshold=8)}"
             )
         return t
     if spacing not in SPACINGS:

@@ -1,0 +1,57 @@
+"""What the parts of a model and its data must agree on, found before anything starts."""
+
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax.data.sources import Source
+from diffusion_jax.models.unet import UNet
+
+
+def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
+    """Raise ValueError for a network that cannot denoise what it is given.
+
+    unet: the network of config.model.
+    channels: of x0, as the codec makes it.
+    null_cond: the condition of one image, leaves without the batch axis.
+    """
+    for field in ("in_channels", "out_channels"):
+        if getattr(unet, field) != channels:
+            raise ValueError(
+                f"config.model.{field} must be {channels}, the channels of what it denoises, got {getattr(unet, field)}"
+            )
+    knows_classes = unet.num_class_embeds is not None
+    if knows_classes != ("label" in null_cond):
+        expected = "None" if knows_classes else "the number of classes and one more"
+        raise ValueError(
+            f"config.model.num_class_embeds must be {expected} for this config.condition, got {unet.num_class_embeds}"
+        )
+    if "text" in null_cond and unet.cross_attention_dim != null_cond["text"].shape[-1]:
+        raise ValueError(
+            f"config.model.cross_attention_dim must be {null_cond['text'].shape[-1]}, the width of the text encoder, "
+            f"got {unet.cross_attention_dim}"
+        )
+
+
+def check_condition(config: ConfigDict, source: Source) -> None:
+    """Raise ValueError for a source that does not say what the denoiser of the config is told.
+
+    config: with the section condition, or with a checkpoint, which is told a text.
+    """
+    kind = config.condition.kind if "condition" in config else "text"
+    if kind == "text" and not source.captions:
+        raise ValueError(f"a model that is told a text needs data with captions, and {source.name} has none")
+    if kind == "class" and source.num_classes != config.condition.num_classes:
+        has = f"{source.num_classes} classes" if source.num_classes else "no labels: set config.condition.kind"
+        raise ValueError(
+            f"config.condition.num_classes must be the number of classes of the data, got "
+            f"{config.condition.num_classes}, and {source.name} has {has}"
+        )
+
+
+def check_records(train: ConfigDict, source: Source) -> None:
+    """Raise ValueError for batches larger than the whole source. train: the section with batch_size."""
+    if train.batch_size > len(source):
+        raise ValueError(
+            f"train.batch_size must be at most {len(source)}, the records of {source.name}, got {train.batch_size}; "
+            "lower it, or name more data"
+        )

@@ -1,0 +1,370 @@
+"""The fields of a config: the default, the range and the meaning of each, stated once.
+
+A section is a table of fields by name. `configs/common.py` makes configs of these tables; `check` holds a config
+against them before anything starts. Names (of a solver, a schedule, ...) are looked up by `build`, which knows them.
+"""
+
+import functools
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+Check = Callable[[Any], str]  # a value -> what it must be, such as "at least 1"; "" for a value that is right
+SEEDS = 2**32  # seeds are below: JAX and numpy keep them in 32 bits
+SHOWN = 120  # characters of a wrong value in a message
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a section.
+
+    default: its value where a config names no other, or a function without arguments that makes it.
+    check: what a value must be.
+    doc: what it means.
+    """
+
+    default: Any
+    check: Check
+    doc: str
+
+
+def whole(low: int | float = -math.inf, high: int | float = math.inf) -> Check:
+    """A whole number from low to high, both included."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            return "a whole number"
+        return _within(value, low, high)
+
+    return check
+
+
+def number(low: int | float = -math.inf, high: int | float = math.inf) -> Check:
+    """A finite number from low to high, both included."""
+    return lambda value: _finite(value) or _within(value, low, high)
+
+
+def positive(value: Any) -> str:
+    """A finite number above 0."""
+    return _finite(value) or ("" if value > 0 else "above 0")
+
+
+def fraction(value: Any) -> str:
+    """A number from 0 up to, but not including, 1."""
+    return _finite(value) or ("" if 0 <= value < 1 else "in [0, 1)")
+
+
+def _finite(value: Any) -> str:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return "" if number and math.isfinite(value) else "a finite number"
+
+
+def _within(value: int | float, low: int | float, high: int | float) -> str:
+    bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+    return "" if low <= value <= high else bounds
+
+
+def flag(value: Any) -> str:
+    """True or False."""
+    return "" if isinstance(value, bool) else "True or False"
+
+
+def text(value: Any) -> str:
+    """A text that files and tokenizers take; bytes of the command line that are not UTF-8 arrive as lone surrogates."""
+    if not isinstance(value, str):
+        return "a text"
+    return "text that UTF-8 can encode" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
+
+
+def optional(check: Check) -> Check:
+    """None, or what `check` asks for."""
+    return lambda value: "" if value is None else check(value)
+
+
+def zero_or(check: Check) -> Check:
+    """0, or what `check` asks for."""
+    return lambda value: check(value) and whole(0, 0)(value) and f"0 or {check(value)}"
+
+
+def each(check: Check, count: int | None = None) -> Check:
+    """A tuple of what `check` asks for. count: its length, None for any."""
+
+    def of_all(value: Any) -> str:
+        if not isinstance(value, tuple | list) or count not in (None, len(value)):
+            return "a tuple" if count is None else f"a tuple of {count}"
+        wrong = next(filter(None, map(check, value)), "")
+        return wrong and f"a tuple, each {wrong}"
+
+    return of_all
+
+
+def levels(check: Check) -> Check:
+    """What `check` asks for: once for all levels of a network, or a tuple with an entry for each."""
+
+    def one_or_each(value: Any) -> str:
+        if not isinstance(value, tuple | list):
+            return check(value)
+        return each(check)(value) if value else "a tuple with an entry for each level"
+
+    return one_or_each
+
+
+seed = whole(0, SEEDS - 1)
+side = whole(8, 8192)
+
+RUN = {
+    "name": Field("", text, "Of the model; its work directory is runs/NAME by default."),
+    "seed": Field(0, seed, "Of initial weights, the order of the data and all noise in training."),
+}
+
+OWN = {
+    "weights": Field("", text, "A folder to sample from while the work directory has no checkpoint; may be empty."),
+}
+
+PUBLISHED = {
+    "checkpoint": Field("", text, "A published model: a diffusers folder or a .safetensors file."),
+    "dtype": Field(
+        "float32",
+        text,
+        "Of a checkpoint's networks: float32, or bfloat16 for TPU and GPU.",
+    ),
+    "prediction": Field("", text, "eps, v or x0, where the checkpoint does not say."),
+    "tokenizers": Field("", text, "A folder with tokenizers, for a checkpoint of one file."),
+    "allow_pickle": Field(False, flag, "Read .bin and .ckpt files, of which only tensors are admitted."),
+    "loras": Field((), each(text), "Files that are added to the weights, each FILE or FILE@SCALE."),
+    "remat": Field(True, flag, "Recompute activations in the backward pass instead of keeping them."),
+}
+
+DATA = {
+    "source": Field("digits", text, 'openmoji, digits, folder (then path), or "tfds:NAME".'),
+    "path": Field("", text, "The folder of source=folder."),
+    "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
+    "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
+    "random_crop": Field(False, flag, "Crop anywhere, else from the centre."),
+    "crops": Field(4, whole(1), "Random crops of each image that are cached, where latents are."),
+    "flip": Field(False, flag, "Mirror half of the images."),
+    "upscale": Field(False, flag, "Enlarge images smaller than size, else they are skipped."),
+}
+
+SPLITS = {
+    "train": Field("train", text, "What the source calls the images to train on."),
+    "validation": Field("validation", text, "Those held out."),
+    "first_stage": Field("train", text, "Those to train a first stage on."),
+}
+
+CONDITION = {
+    "kind": Field("none", text, "none, class or text."),
+    "num_classes": Field(10, whole(1), "Of kind=class: the number of classes of the source."),
+    "length": Field(32, whole(3, 512), "Of kind=text: tokens of a prompt, with the two that mark its ends."),
+}
+
+AUTOENCODER = {
+    "kind": Field("identity", text, "identity (pixels) or kl (latents)."),
+    "checkpoint": Field("", text, "A VAE folder in the format of diffusers, instead of training one."),
+    "flip": Field(True, flag, "Mirror half of the images, for this stage alone."),
+}
+
+LOSS = {
+    "name": Field("autoencoding", text, "What is trained."),
+    "l1": Field(1.0, number(0), "Weight of the absolute error."),
+    "l2": Field(2.0, number(0), "Weight of the squared error."),
+    "perceptual": Field(0.1, number(0), "Weight of LPIPS; 0 leaves the network out."),
+    "perceptual_net": Field("alex", text, "The network of LPIPS."),
+    "kl": Field(1e-6, number(0), "Weight of the divergence of latents from the standard normal distribution."),
+    "adversarial": Field(0.0, number(0), "Weight of the discriminator's opinion; 0 leaves it out."),
+}
+
+SCHEDULE = {
+    "name": Field("cosine", text, "linear, scaled_linear, cosine, sigmoid, of T steps; flow, edm, of continuous time."),
+    "T": Field(1000, whole(1, 1_000_000), "Steps, where time is not continuous."),
+    "shift": Field(1.0, positive, "Of flow: above 1, more of the time is spent at high noise."),
+    "sigma_min": Field(0.002, positive, "Of edm: the least noise."),
+    "sigma_max": Field(80.0, positive, "Of edm: the most noise."),
+    "zero_terminal_snr": Field(False, flag, "Rescale so that the last step is noise alone; not for edm and flow."),
+}
+
+OBJECTIVE = {
+    "name": Field("denoising", text, "What is trained."),
+    "prediction": Field("v", text, "What the network says: eps, x0, v, flow or edm; a checkpoint says it itself."),
+    "sigma_data": Field(0.5, positive, "Of prediction=edm: the standard deviation of the data."),
+    "weight": Field("uniform", text, "Of the error at each noise level: uniform, min_snr or truncated."),
+    "levels": Field("uniform", text, "Which noise levels training sees: uniform, laplace, lognormal or logit_normal."),
+    "drop": Field(0.1, number(0, 1), "Probability of training without the condition, for guidance."),
+}
+
+OPTIMIZER = {
+    "learning_rate": Field(1e-4, positive, "The highest, after warm-up."),
+    "warmup": Field(0, whole(0), "Steps from 0 up to the learning rate."),
+    "decay": Field("constant", text, "constant, or cosine: down to 0 at the last step."),
+    "b1": Field(0.9, fraction, "Of AdamW: decay of the mean of gradients."),
+    "b2": Field(0.999, fraction, "Of AdamW: decay of the mean of squared gradients."),
+    "weight_decay": Field(0.0, number(0), "Of AdamW."),
+    "clip": Field(1.0, positive, "The largest global norm of a gradient."),
+}
+
+TRAIN = {
+    "steps": Field(1000, whole(1), "Updates in all."),
+    "batch_size": Field(64, whole(1), "Records of one update, over all devices."),
+    "accumulate": Field(1, whole(1), "Parts that a device's share of the batch is worked through in."),
+    "ema": Field(0.999, fraction, "Decay of the average of the weights."),
+    "log_every": Field(20, whole(1), "Steps between lines of metrics.jsonl."),
+    "checkpoint_every": Field(500, whole(1), "Steps between checkpoints."),
+    "snapshot_every": Field(500, whole(1), "Steps between sample sheets."),
+    "max_bad_steps": Field(20, whole(1), "Updates in a row that may fail to be finite before the run ends."),
+}
+
+# the bounds of steps, rescale, dynamic_threshold and resample are those of the functions in `core` that they go to
+SAMPLE = {
+    "prompts": Field((), each(text), "What to draw."),
+    "height": Field(0, zero_or(side), "In pixels; 0 for data.size."),
+    "width": Field(0, zero_or(side), "In pixels; 0 for data.size."),
+    "solver": Field("dpmpp_2m", text, "One of those of docs/samplers.md."),
+    "steps": Field(20, whole(), "Of the solver, at most those of the schedule."),
+    "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Of solvers with one; None for their own."),
+    "eta": Field(functools.partial(placeholder, float), optional(number(0)), "As order: how much noise is added."),
+    "spacing": Field("trailing", text, "Where the steps lie; published: where a checkpoint's authors put them."),
+    "guidance": Field(1.0, number(0), "Scale of classifier-free guidance; 1 for none."),
+    "negative_prompt": Field("", text, "What to lead away from; empty for no condition."),
+    "rescale": Field(0.0, number(), "phi in [0, 1]: how much of the unguided image's contrast is kept."),
+    "guidance_interval": Field((0.0, 0.0), each(number(), 2), "(low, high) in sigma / alpha; (0, 0) for everywhere."),
+    "cfg_pp": Field(False, flag, "CFG++, with guidance in [0, 1]."),
+    "dynamic_threshold": Field(0.0, number(), "Percentile in (0, 1], for models of pixels; 0 for none."),
+    "image": Field("", text, "A picture's path, to draw it anew."),
+    "strength": Field(0.6, number(0, 1), "How much of the image changes."),
+    "mask": Field("", text, "A picture's path, white where the image is made new, whatever the strength."),
+    "resample": Field(1, whole(), "RePaint's repeats of each step, at least 1."),
+    "tile": Field(0, whole(0), "Side in pixels of the tiles that large images are decoded in; 0 for whole images."),
+    "num_images": Field(1, whole(1), "For each prompt."),
+    "batch_size": Field(64, whole(1), "Images drawn at once."),
+    "seed": Field(0, seed, "Of a prompt's first image; the others count up from it."),
+}
+
+EVAL = {
+    "images": Field(1000, whole(1), "How many to measure, fewer where there are fewer."),
+    "steps": Field(25, whole(1), "Of the flow, four evaluations each."),
+    "probes": Field(1, whole(1), "Of the flow's divergence."),
+    "terms": Field(100, whole(0), "Of the T terms of the bound; 0 for all."),
+    "batch_size": Field(64, whole(1), "Images measured at once."),
+    "seed": Field(0, seed, "Of the order of the images and all noise."),
+}
+
+LORA = {
+    "rank": Field(8, whole(1), "Of the updates."),
+    "alpha": Field(8.0, positive, "The updates are alpha / rank up down."),
+    "targets": Field(
+        "attn[12]/to_(q|k|v|out_0)", text, "A regular expression: the paths of the updated linear maps end in it."
+    ),
+}
+
+# defaults and meaning of the fields of networks stand in their classes, `models.unet.UNet` and its neighbours
+NETWORK: dict[str, Check] = {
+    "in_channels": whole(1),
+    "out_channels": whole(1),
+    "latent_channels": whole(1),
+    "block_out_channels": levels(whole(1)),
+    "layers_per_block": levels(whole(1)),
+    "transformer_layers_per_block": levels(whole(1)),
+    "attention_head_dim": optional(levels(whole(1))),
+    "norm_num_groups": whole(1),
+    "attn_norm_num_groups": optional(whole(1)),
+    "norm_eps": positive,
+    "dropout": fraction,
+    "downsample_padding": whole(0, 1),
+    "freq_shift": number(0),
+    "time_embedding_dim": optional(whole(1)),
+    "cross_attention_dim": optional(whole(1)),
+    "num_class_embeds": optional(whole(1)),
+    "addition_time_embed_dim": optional(whole(1)),
+    "projection_class_embeddings_input_dim": optional(whole(1)),
+    "scaling_factor": positive,
+    "shift_factor": optional(number()),
+}
+
+
+def _checks(section: dict[str, Field]) -> dict[str, Check]:
+    return {name: field.check for name, field in section.items()}
+
+
+SECTIONS = {
+    "": _checks(RUN | OWN | PUBLISHED),
+    "data": _checks(DATA),
+    "data.splits": _checks(SPLITS),
+    "condition": _checks(CONDITION),
+    "autoencoder": _checks(AUTOENCODER),
+    "autoencoder.model": NETWORK,
+    "autoencoder.loss": _checks(LOSS),
+    "autoencoder.optimizer": _checks(OPTIMIZER),
+    "autoencoder.train": _checks(TRAIN),
+    "model": NETWORK,
+    "schedule": _checks(SCHEDULE),
+    "objective": _checks(OBJECTIVE),
+    "optimizer": _checks(OPTIMIZER),
+    "train": _checks(TRAIN),
+    "sample": _checks(SAMPLE),
+    "eval": _checks(EVAL),
+    "lora": _checks(LORA),
+}
+
+
+def section(table: dict[str, Field], **values: Any) -> ConfigDict:
+    """The section that a table describes, with these values instead of its defaults."""
+    made = {name: field.default() if callable(field.default) else field.default for name, field in table.items()}
+    return ConfigDict(made | values)
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError for the first field whose value is out of its range, and for fields that exclude each other.
+
+    config: as `configs/` make it. Fields and sections that stand in no table here pass.
+    """
+    for path, checks in SECTIONS.items():
+        own = _find(config, path)
+        for name, of_field in checks.items():
+            must_be = of_field(own[name]) if name in own else ""
+            if must_be:
+                where = ".".join(filter(None, ("config", path, name)))
+                raise ValueError(f"{where} must be {must_be}, got {repr(own[name])[:SHOWN]}")
+    _check_seeds(_find(config, "sample"))
+    _check_condition(_find(config, "condition"), _find(config, "model"))
+    if "checkpoint" not in config and _find(config, "data").get("size") == 0:
+        raise ValueError("config.data.size must be in [8, 8192], got 0, which stands for the size of config.checkpoint")
+
+
+def _find(config: ConfigDict, path: str) -> ConfigDict:
+    """The section at a dotted path; one without fields where the config has none."""
+    found = config
+    for name in filter(None, path.split(".")):
+        found = found.get(name, ConfigDict())
+        if not isinstance(found, ConfigDict):
+            raise ValueError(f"config.{path} must be a section with fields, got {repr(found)[:SHOWN]}")
+    return found
+
+
+def _check_seeds(sample: ConfigDict) -> None:
+    seed, images = sample.get("seed", 0), sample.get("num_images", 1)
+    if seed + images > SEEDS:
+        raise ValueError(
+            f"config.sample.seed must be at most {SEEDS - images} for {images} images of a prompt, "
+            f"whose seeds count up from it, got {seed}"
+        )
+
+
+def _check_condition(condition: ConfigDict, model: ConfigDict) -> None:
+    kind = condition.get("kind")
+    needed = {"class": "num_classes", "text": "length"}.get(kind)
+    if needed and needed not in condition:
+        raise ValueError(
+            f"config.condition must have the field {needed} for kind={kind}, got {', '.join(condition)} alone; "
+            "add it in the config file"
+        )
+    table = model.get("num_class_embeds")
+    if kind == "class" and table is not None and table <= condition.num_classes:
+        raise ValueError(
+            f"config.model.num_class_embeds must be at least {condition.num_classes + 1}, one for each of "
+            f"condition.num_classes={condition.num_classes} and one for no condition, got {table}"
+        )

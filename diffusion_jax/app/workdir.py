@@ -1,0 +1,36 @@
+"""The work directory of a run: found writable before the work begins, and held by one training at a time."""
+
+import contextlib
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusion_jax import parallel
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder. Raises OSError, naming it, unless files can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}): name another --workdir") from error
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Within this context no other training has the work directory; the system lets go of it when a process dies.
+
+    Of several hosts the first holds it for all. Raises OSError for one that cannot be written or that another has.
+    """
+    make_writable(workdir)
+    if not parallel.is_main():
+        yield
+        return
+    with (workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"another training runs in {workdir}: wait for its end, or name another --workdir") from error
+        yield
