@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -100,21 +101,17 @@ def _largest_divisor(number, limit):
     return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(limit, 1))
 
 
-def _multi_head(x, context, mask, *, heads, width, bias, out_init, dtype, implementation):
-    """Project, attend, project back; the compact module that calls this owns to_q, to_k, to_v and to_out_0."""
-    project = functools.partial(Dense, heads * width, dtype, bias)
-    projected = project(name="to_q")(x), project(name="to_k")(context), project(name="to_v")(context)
-    q, k, v = (h.reshape(*h.shape[:2], heads, width) for h in projected)
-    h = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], heads * width)
-    return Dense(x.shape[-1], dtype, init=out_init, name="to_out_0")(h)
-
-
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself or to a context, without biases before the softmax."""
+    """Multi-head attention of a sequence to itself or to a context.
+
+    bias: of the maps before the softmax; the one behind it always has one. out_init: of that one.
+    """
 
     heads: int
     dtype: DTypeLike = jnp.float32
     implementation: str = "auto"
+    bias: bool = False
+    out_init: Callable = kernel_init
 
     @nn.compact
     def __call__(
@@ -123,17 +120,12 @@ class Attention(nn.Module):
         context: Float[Array, "batch keys _"] | None = None,
         mask: Bool[Array, "batch keys"] | None = None,
     ) -> Float[Array, "batch queries channels"]:
-        return _multi_head(
-            x,
-            x if context is None else context,
-            mask,
-            heads=self.heads,
-            width=x.shape[-1] // self.heads,
-            bias=False,
-            out_init=kernel_init,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        context, width = x if context is None else context, x.shape[-1] // self.heads
+        project = functools.partial(Dense, self.heads * width, self.dtype, self.bias)
+        projected = project(name="to_q")(x), project(name="to_k")(context), project(name="to_v")(context)
+        q, k, v = (h.reshape(*h.shape[:2], self.heads, width) for h in projected)
+        h = attention(q, k, v, mask, self.implementation).reshape(*x.shape[:2], self.heads * width)
+        return Dense(x.shape[-1], self.dtype, init=self.out_init, name="to_out_0")(h)
 
 
 class AttentionBlock2D(nn.Module):
@@ -155,20 +147,10 @@ class AttentionBlock2D(nn.Module):
         width = self.head_width or channels
         if channels % width:
             raise ValueError(f"attention_head_dim: {channels} channels cannot be split into heads of {width}")
+        attend = Attention(channels // width, self.dtype, self.implementation, bias=True, out_init=zeros_init)
+        nn.share_scope(self, attend)  # its maps are this block's own, as checkpoints have them
         normed = x if self.groups is None else GroupNorm(self.groups, self.eps, name="group_norm")(x)
-        pixels = normed.reshape(b, h * w, channels)
-        out = _multi_head(
-            pixels,
-            pixels,
-            None,
-            heads=channels // width,
-            width=width,
-            bias=True,
-            out_init=zeros_init,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
-        return x + out.reshape(x.shape)
+        return x + attend(normed.reshape(b, h * w, channels)).reshape(x.shape)
 
 
 class GEGLU(nn.Module):
