@@ -289,7 +289,7 @@ def _our_networks(published, given):
     added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if unet.addition_embed_type else {}
     encode, decode = (jax.jit(functools.partial(vae.apply, method=method)) for method in ("encode", "decode"))
     return {
-        "U-Net": jax.jit(unet.apply)(unet_params, given["x"], given["t"], given["text"], **added),
+        "U-Net": jax.jit(unet.apply)(unet_params, given["x"], given["t"], {"text": given["text"], **added}),
         "encoder, mean and log variance": encode(vae_params, given["pixels"]),
         "decoder": decode(vae_params, given["z"]),
     }

@@ -32,6 +32,7 @@ from diffusion_jax.core import parameterization, schedules, solvers
 from diffusion_jax.core.denoiser import denoiser
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.sampling import initial_noise, sample
+from diffusion_jax.models.applied import Applied
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
@@ -143,9 +144,9 @@ def condition(model: Model, modules: Networks, params: Networks, ids: jax.Array)
     """What the U-Net is told of tokens (B, 77)."""
     features = [text.apply(variables, ids) for text, variables in zip(modules.texts, params.texts, strict=True)]
     if len(features) == 1:
-        return {"encoder_hidden_states": features[0].last_hidden_state}
+        return {"text": features[0].last_hidden_state}
     return {
-        "encoder_hidden_states": jnp.concatenate([feature.penultimate for feature in features], axis=-1),
+        "text": jnp.concatenate([feature.penultimate for feature in features], axis=-1),
         "text_embeds": features[-1].pooled,
         "time_ids": jnp.tile(jnp.float32([model.size, model.size, 0, 0, model.size, model.size]), (len(ids), 1)),
     }
@@ -163,10 +164,7 @@ def text_to_image(model: Model, modules: Networks, params: Networks, ids: jax.Ar
     keys = jax.vmap(jax.random.key)(seeds)
     cond, negative = (condition(model, modules, params, ids[:, i]) for i in (0, 1))
 
-    def apply(variables, x, t, cond):
-        return modules.unet.apply(variables, x, t, **cond)
-
-    denoise = guided(denoiser(apply, params.unet, parameterization.eps), Guidance(GUIDANCE), negative)
+    denoise = guided(denoiser(Applied(modules.unet), params.unet, parameterization.eps), Guidance(GUIDANCE), negative)
     plan = solvers.dpmpp_2m(schedules.scaled_linear(), STEPS)
     x = initial_noise(keys, (model.size // 8, model.size // 8, 4), jax.tree.map(jnp.float32, plan.start))
     return pixels(modules, params, sample(denoise, plan, x, keys, cond, chunk=None))
@@ -198,7 +196,7 @@ def one_step(model: Model, modules: Networks, params: Networks, ids: jax.Array) 
     cond = jax.eval_shape(lambda: condition(model, modules, params, ids[0]))
     cond = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cond)
     x = jnp.zeros((2, model.size // 8, model.size // 8, 4))
-    return modules.unet.apply(params.unet, x, jnp.zeros(2), **cond)
+    return modules.unet.apply(params.unet, x, jnp.zeros(2), cond)
 
 
 def flops(part: Callable, model: Model, params: Networks) -> float:

@@ -32,8 +32,8 @@ from diffusion_jax.interop.text import minilm
 from diffusion_jax.model import DiffusionModel, Network
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
+from diffusion_jax.models.applied import Applied
 from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
-from diffusion_jax.models.denoiser import Denoiser
 from diffusion_jax.models.discriminator import PatchDiscriminator
 from diffusion_jax.models.lpips import lpips
 from diffusion_jax.models.unet import UNet
@@ -103,7 +103,7 @@ def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = 
     check_network(unet, codec.channels, told.null)
     init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
     return DiffusionModel(
-        network=Network(Denoiser(unet), init, unet.in_channels - unet.out_channels),
+        network=Network(Applied(unet), init, unet.known_channels),
         params=jax.eval_shape(init, jax.random.key(0)),
         schedule=schedule(config),
         parameterization=_parameterization(config),

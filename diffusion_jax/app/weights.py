@@ -11,7 +11,7 @@ from diffusion_jax import codec as codecs
 from diffusion_jax.app import first_stage
 from diffusion_jax.interop import load_autoencoder, load_unet
 from diffusion_jax.model import DiffusionModel, Network
-from diffusion_jax.models.denoiser import Denoiser
+from diffusion_jax.models.applied import Applied
 from diffusion_jax.training.checkpoints import Checkpoints
 
 
@@ -35,7 +35,7 @@ def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[Diff
         codec = model.codec
         if (folder / "vae").exists():
             codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
-        return model._replace(network=Network(Denoiser(unet)), params=params, codec=codec), config.weights
+        return model._replace(network=Network(Applied(unet)), params=params, codec=codec), config.weights
     raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
 
 

@@ -26,7 +26,7 @@ MODULES = {
     "CLIPTextModelWithProjection": ClipTextEncoder,
     "T5EncoderModel": T5Encoder,
 }
-# What the peer's classes assume for a field that their config.json leaves out, where ours assumes something else.
+# What diffusers' classes assume for a field that their config.json leaves out, where ours assumes something else.
 DEFAULTS = {
     "CLIPTextModel": {},
     "CLIPTextModelWithProjection": dict(projection_dim=512),
@@ -73,7 +73,7 @@ def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5En
 def save_text_encoder(
     encoder: ClipTextEncoder | T5Encoder, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
 ) -> None:
-    """Write a folder that `load_text_encoder` and the peer read. dtype: of the stored tensors."""
+    """Write a folder that `load_text_encoder` and diffusers read. dtype: of the stored tensors."""
     if isinstance(encoder, T5Encoder):
         head = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
     else:

@@ -18,7 +18,7 @@ from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 WEIGHTS = "diffusion_pytorch_model"
 OURS = {"parent", "name", "dtype", "remat", "attention_implementation"}  # fields that say how to run, not what
 
-# What the peer's classes assume for a field that their config.json leaves out, where ours assumes something else.
+# What diffusers' classes assume for a field that their config.json leaves out, where ours assumes something else.
 DEFAULTS = {
     "UNet2DConditionModel": {},
     "UNet2DModel": dict(
@@ -46,7 +46,7 @@ FOREIGN = {
     },
     "AutoencoderKL": set(),
 }
-# Fields of the peer that our networks lack because they have them at one value, or that change nothing here.
+# Fields of diffusers that our networks lack because they have them at one value, or that change nothing here.
 FIXED = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
@@ -105,7 +105,7 @@ def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, 
 
 
 def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
-    """Write a folder that `load_unet` and the peer read. dtype: of the stored tensors."""
+    """Write a folder that `load_unet` and diffusers read. dtype: of the stored tensors."""
     cross = any(BLOCK_TYPES[name] == "cross" for name in (*unet.down_block_types, *unet.up_block_types)) or (
         unet.mid_block_type == "UNetMidBlock2DCrossAttn"
     )
@@ -115,7 +115,7 @@ def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLik
 def save_autoencoder(
     autoencoder: AutoencoderKL, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
 ) -> None:
-    """Write a folder that `load_autoencoder` and the peer read. dtype: of the stored tensors."""
+    """Write a folder that `load_autoencoder` and diffusers read. dtype: of the stored tensors."""
     levels = len(autoencoder.block_out_channels)
     types = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
     _save("AutoencoderKL", autoencoder, types, variables, folder, dtype)

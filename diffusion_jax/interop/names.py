@@ -20,10 +20,10 @@ from jaxtyping import PyTree
 
 from diffusion_jax.interop.tensors import release
 
-# Names in which the number is the peer's own spelling and not the index of a list.
+# Names in which the number is diffusers' own spelling and not the index of a list.
 NUMBERED = re.compile(r"(linear|wi)_\d+")
 LOADERS = 8  # tensors converted at the same time, at most
-# The attention of the oldest autoencoder and U-Net checkpoints, as the peer renames it too.
+# The attention of the oldest autoencoder and U-Net checkpoints, as diffusers renames it too.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 

@@ -1,4 +1,4 @@
-"""Does a published model fit its configs, and is it computed here as in the peer?
+"""Does a published model fit its configs, and is it computed here as in diffusers?
 
     python -m diffusion_jax.interop.verify FOLDER
 
@@ -31,9 +31,9 @@ def tensor_report(name: str, network: Network) -> list[str]:
 
 
 def block_report(name: str, network: Network, folder: Path) -> Iterator[tuple[str, float]]:
-    """(block, largest relative difference from the peer's) in the order in which the peer computes them.
+    """(block, largest relative difference from diffusers') in the order in which diffusers computes them.
 
-    folder: of this network, for the peer to read.
+    folder: of this network, for diffusers to read.
     """
     inputs = _inputs(name, network.module)
     variables = from_torch(network.tensors, network.source, network.like)
@@ -76,35 +76,39 @@ def _inputs(name, module):
         ids = rng.integers(module.vocab_size - 1, size=(1, min(module.max_position_embeddings, 16)))
         return {"ids": jnp.asarray(ids).at[0, -1].set(module.vocab_size - 1)}
     side = 4 * 2 ** (len(module.block_out_channels) - 1)
-    inputs = {"x": normal(1, side, side, module.in_channels)}
     if name == "vae":
-        return inputs
-    inputs |= {"t": jnp.array([500.0]), "encoder_hidden_states": normal(1, 16, module.cross_attention_dim)}
+        return {"x": normal(1, side, side, module.in_channels)}
+    inputs = {"x": normal(1, side, side, module.in_channels - module.known_channels), "t": jnp.array([500.0])}
+    inputs["text"] = normal(1, 16, module.cross_attention_dim)
+    if module.known_channels:
+        inputs["known"] = normal(1, side, side, module.known_channels)
     if module.addition_embed_type:
         numbers = min(6, module.projection_class_embeddings_input_dim // module.addition_time_embed_dim)
         width = module.projection_class_embeddings_input_dim - numbers * module.addition_time_embed_dim
         inputs |= {"text_embeds": normal(1, width), "time_ids": 100 * jnp.arange(1.0, numbers + 1)[None]}
     if module.num_class_embeds:
-        inputs["class_labels"] = jnp.array([0])
+        inputs["label"] = jnp.array([0])
     return inputs
 
 
 def _our_outputs(module, variables, inputs, depth):
-    """Outputs of the modules down to `depth` by their names in the peer, images with channels first."""
+    """Outputs of the modules down to `depth` by their names in diffusers, images with channels first."""
 
     def run(variables, inputs):
         kept = lambda block, _: 0 < len(block.path) <= depth  # noqa: E731
-        return module.apply(variables, **inputs, capture_intermediates=kept, mutable=["intermediates"])[1]
+        given = [inputs.pop(key) for key in ("x", "t", "ids") if key in inputs]
+        cond = [inputs] if inputs else []
+        return module.apply(variables, *given, *cond, capture_intermediates=kept, mutable=["intermediates"])[1]
 
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(run)(variables, inputs)["intermediates"]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(run)(variables, dict(inputs))["intermediates"]):
         block = tuple(key.key for key in path if hasattr(key, "key"))[:-1]
         found.setdefault(torch_name((*block, "")).removesuffix("."), _channels_first(np.asarray(leaf)))
     return found
 
 
 def _peer_outputs(name, network, folder, inputs):
-    """Outputs of all the peer's modules by name, those of CLIP under the prefix that newer versions leave out."""
+    """Outputs of all of diffusers' modules by name, those of CLIP under the prefix that newer versions leave out."""
     import diffusers
     import torch
     import transformers
@@ -137,7 +141,9 @@ def _peer_outputs(name, network, folder, inputs):
             model(given["x"])
         else:
             added = {key: given.pop(key) for key in ("text_embeds", "time_ids") if key in given}
-            model(given.pop("x"), given.pop("t"), **given, added_cond_kwargs=added or None)
+            x = torch.cat([given[key] for key in ("x", "known") if key in given], dim=1)
+            labels = given.get("label")
+            model(x, given["t"], given["text"], class_labels=labels, added_cond_kwargs=added or None)
     return found
 
 

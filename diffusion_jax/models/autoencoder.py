@@ -79,7 +79,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Images to Gaussian moments of latents, latents to images; the fields are those of the peer's config.json.
+    """Images to Gaussian moments of latents, latents to images; the fields are those of diffusers' config.json.
 
     block_out_channels: channels of each level, finest first; the latent is 2^(levels - 1) times smaller than the image.
     layers_per_block: residual blocks of a level (one more on the way up). latent_channels: C.

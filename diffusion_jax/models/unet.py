@@ -1,12 +1,14 @@
 """The convolutional U-Net of DDPM, ADM and Stable Diffusion."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+from jaxtyping import Array, Float, Key, Num
 
 from diffusion_jax.models.attention import AttentionBlock2D, Transformer2DModel
 from diffusion_jax.models.blocks import DownBlock, MidBlock, UpBlock
@@ -22,7 +24,7 @@ from diffusion_jax.models.layers import (
     zeros_init,
 )
 
-BLOCK_TYPES = {  # the peer's name of a block -> what follows each of its residual blocks
+BLOCK_TYPES = {  # diffusers' name of a block -> what follows each of its residual blocks
     "DownBlock2D": None,
     "AttnDownBlock2D": "self",
     "CrossAttnDownBlock2D": "cross",
@@ -37,13 +39,14 @@ BLOCK_TYPES = {  # the peer's name of a block -> what follows each of its residu
 class UNet(nn.Module):
     """Predicts from a noisy image, its time and a condition; image in, image of the same height and width out.
 
-    The fields are those of the config.json of the peer's `UNet2DConditionModel` and `UNet2DModel`, with their meaning;
+    The fields are those of the config.json of diffusers' `UNet2DConditionModel` and `UNet2DModel`, with their meaning;
     the defaults are the former's (Stable Diffusion 1). A field that may be a tuple has an entry for each level.
+    The way down, `encode`, serves networks that control another one too.
 
     block_out_channels: channels of each level, finest first. layers_per_block: residual blocks of a level.
     attention_head_dim: in `Attn…` blocks the channels of a head (None: one head of all channels); in `CrossAttn…`
         blocks, by a historical slip that every published config relies on, the number of heads.
-    upcast_attention: kept for the peer, whose scores need it in half precision; here they are always float32.
+    upcast_attention: kept for diffusers, whose scores need it in half precision; here they are always float32.
     attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D; None means norm_num_groups, or no
         norm under resnet_time_scale_shift="scale_shift".
     num_class_embeds: size of the table of class embeddings; None for a network that knows no classes.
@@ -51,7 +54,7 @@ class UNet(nn.Module):
         such as its size and crop (SDXL, Podell et al. 2023, section 2.2), each number as sinusoidal waves of width
         addition_time_embed_dim; projection_class_embeddings_input_dim is the width of all of these together.
 
-    Not in the peer's config:
+    Not in that config:
     dtype: of the large multiplications; parameters, norms, softmax, time embedding and output are float32.
     remat: recompute residual blocks and transformers in the backward pass instead of keeping their insides.
     attention_implementation: see `attention`.
@@ -90,32 +93,117 @@ class UNet(nn.Module):
     remat: bool = False
     attention_implementation: str = "auto"
 
-    @nn.compact
+    @property
+    def known_channels(self) -> int:
+        """Channels of cond["known"], of a network that fills in parts of an image."""
+        return max(self.in_channels - self.out_channels, 0)
+
+    def setup(self):
+        self._check_fields()
+        channels, levels = self.block_out_channels, len(self.block_out_channels)
+        width = self.time_embedding_dim or 4 * channels[0]
+        self.time_embedding = TimestepEmbedding(width)
+        if self.num_class_embeds is not None:
+            self.class_embedding = nn.Embed(self.num_class_embeds, width, embedding_init=kernel_init)
+        if self.addition_embed_type:
+            self.add_embedding = TimestepEmbedding(width)
+        self.conv_in = Conv(channels[0], dtype=self.dtype)
+        self.down_blocks = [self._down_block(level) for level in range(levels)]
+        if self.mid_block_type is not None:
+            last = levels - 1
+            self.mid_block = MidBlock(self._resnet(last), self._attention(self.mid_block_type, last))
+        self.up_blocks = [self._up_block(level) for level in reversed(range(levels))]
+        self.conv_norm_out = GroupNorm(self.norm_num_groups, self.norm_eps)
+        self.conv_out = Conv(self.out_channels, dtype=jnp.float32, init=zeros_init)
+
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
         t: Num[Array, "#batch"] | Num[Array, ""],
-        encoder_hidden_states: Float[Array, "batch length text"] | None = None,
-        encoder_attention_mask: Bool[Array, "batch length"] | None = None,
-        class_labels: Int[Array, " batch"] | None = None,
-        text_embeds: Float[Array, "batch pooled"] | None = None,
-        time_ids: Num[Array, "batch numbers"] | None = None,
+        cond: Mapping[str, Array] = MappingProxyType({}),
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch height width out"]:
         """x: the noisy image. t: its time as the network knows it, one for each image or one for all.
 
-        encoder_hidden_states, encoder_attention_mask: the text, and True where it is no padding.
-        text_embeds, time_ids: the vector and the numbers of addition_embed_type. For SDXL the numbers are the height
-        and width of the original image, top and left of the crop, height and width of the result, all in pixels.
+        cond: what the network is told, each with the batch axis before it.
+          text (L, D) float, mask (L,) bool: the text, and True where it is no padding; the mask may be left out.
+          label () int: the class.
+          text_embeds (P,), time_ids (N,) float: the vector and the numbers of addition_embed_type. For SDXL the numbers
+            are the height and width of the original image, top and left of the crop, height and width of the result,
+            all in pixels.
+          known (h, w, k) float: what is known of the image, of a network that fills in.
         keys: one for each image. With them dropout is on, and what an image loses does not depend on its batch.
         Raises ValueError for fields that contradict each other, and for a condition that is missing or not known.
         """
-        self._check(x, encoder_hidden_states, class_labels)
-        self._check_added(text_embeds, time_ids)
-        channels, levels = self.block_out_channels, len(self.block_out_channels)
-        layers = self._per_level("layers_per_block")
-        resnet = functools.partial(
+        h, skips, seen = self.encode(x, t, cond, keys)
+        return self.decode(h, skips, seen, cond)
+
+    def encode(
+        self, x: Array, t: Array, cond: Mapping[str, Array], keys: Array | None = None
+    ) -> tuple[Array, list[Array], tuple[Array, Array | None]]:
+        """The way down, with the middle: (result, skips, what residual blocks see). Arguments are those of a call.
+
+        skips: what the way up is shown, finest first.
+        """
+        self._check(x, cond)
+        seen = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), cond), keys
+        if "known" in cond:
+            x = jnp.concatenate([x, cond["known"]], axis=-1)
+        x = self.conv_in(x)
+        skips = [x]
+        for block, kind in zip(self.down_blocks, self.down_block_types, strict=True):
+            x, new = block(x, seen, *_context(kind, cond))
+            skips += new
+        if self.mid_block_type is not None:
+            x = self.mid_block(x, seen, *_context(self.mid_block_type, cond))
+        return x, skips, seen
+
+    def decode(
+        self, x: Array, skips: Sequence[Array], seen: tuple[Array, Array | None], cond: Mapping[str, Array]
+    ) -> Float[Array, "batch height width out"]:
+        """The way up, from what `encode` returns."""
+        skips = list(skips)
+        for block, kind in zip(self.up_blocks, self.up_block_types, strict=True):
+            x = block(x, skips, seen, *_context(kind, cond))
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+    def example_inputs(self) -> tuple[Array, Array, dict[str, Array]]:
+        """The smallest zeros that this network takes, (x, t, cond), for `init` and for tracing its shapes."""
+        size, cond = 2 ** (len(self.block_out_channels) - 1), {}
+        if self._reads_text():
+            cond["text"] = jnp.zeros((1, 1, self.cross_attention_dim))
+        if self.num_class_embeds is not None:
+            cond["label"] = jnp.zeros((1,), jnp.int32)
+        if self.addition_embed_type == "text_time":
+            cond["text_embeds"] = jnp.zeros((1, self.projection_class_embeddings_input_dim))
+            cond["time_ids"] = jnp.zeros((1, 0))
+        if self.known_channels:
+            cond["known"] = jnp.zeros((1, size, size, self.known_channels))
+        return jnp.zeros((1, size, size, self.in_channels - self.known_channels)), jnp.zeros((1,)), cond
+
+    def _down_block(self, level: int) -> DownBlock:
+        shrink = functools.partial(Downsample2D, self.block_out_channels[level], self.downsample_padding, self.dtype)
+        return DownBlock(
+            self._per_level("layers_per_block")[level],
+            self._resnet(level),
+            self._attention(self.down_block_types[level], level),
+            shrink if level < len(self.block_out_channels) - 1 else None,
+        )
+
+    def _up_block(self, level: int) -> UpBlock:
+        grow = functools.partial(Upsample2D, self.block_out_channels[level], self.dtype)
+        return UpBlock(
+            self._per_level("layers_per_block")[level] + 1,
+            self._resnet(level),
+            self._attention(self.up_block_types[-1 - level], level),
+            grow if level > 0 else None,
+        )
+
+    def _resnet(self, level: int) -> Callable[..., ResnetBlock2D]:
+        """What makes a residual block of a level from its name."""
+        return functools.partial(
             self._rematted(ResnetBlock2D),
+            self.block_out_channels[level],
             groups=self.norm_num_groups,
             eps=self.norm_eps,
             dropout=self.dropout,
@@ -123,77 +211,12 @@ class UNet(nn.Module):
             dtype=self.dtype,
         )
 
-        seen = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), class_labels, text_embeds, time_ids), keys
-        x = Conv(channels[0], name="conv_in", dtype=self.dtype)(x)
-
-        skips = [x]
-        for i, block_type in enumerate(self.down_block_types):
-            attention, context = self._attention(block_type, i, encoder_hidden_states, encoder_attention_mask)
-            downsample = functools.partial(Downsample2D, channels[i], self.downsample_padding, self.dtype)
-            x, new = DownBlock(
-                layers[i],
-                functools.partial(resnet, channels[i]),
-                attention,
-                downsample if i < levels - 1 else None,
-                name=f"down_blocks_{i}",
-            )(x, seen, *context)
-            skips += new
-
-        if self.mid_block_type is not None:
-            attention, context = self._attention(
-                self.mid_block_type, levels - 1, encoder_hidden_states, encoder_attention_mask
-            )
-            x = MidBlock(functools.partial(resnet, channels[-1]), attention, name="mid_block")(x, seen, *context)
-
-        for i, block_type in enumerate(self.up_block_types):
-            level = levels - 1 - i
-            attention, context = self._attention(block_type, level, encoder_hidden_states, encoder_attention_mask)
-            upsample = functools.partial(Upsample2D, channels[level], self.dtype)
-            x = UpBlock(
-                layers[level] + 1,
-                functools.partial(resnet, channels[level]),
-                attention,
-                upsample if level > 0 else None,
-                name=f"up_blocks_{i}",
-            )(x, skips, seen, *context)
-
-        x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, name="conv_norm_out")(x))
-        return Conv(self.out_channels, name="conv_out", dtype=jnp.float32, init=zeros_init)(x)
-
-    def example_inputs(self) -> tuple:
-        """The smallest zeros that this network takes, for `init` and for tracing its shapes."""
-        size = 2 ** (len(self.block_out_channels) - 1)
-        uses_text = any(BLOCK_TYPES.get(name) == "cross" for name in self._used_blocks())
-        text = jnp.zeros((1, 1, self.cross_attention_dim)) if uses_text else None
-        labels = None if self.num_class_embeds is None else jnp.zeros((1,), jnp.int32)
-        added = ()
-        if self.addition_embed_type == "text_time":
-            added = jnp.zeros((1, self.projection_class_embeddings_input_dim)), jnp.zeros((1, 0))
-        return jnp.zeros((1, size, size, self.in_channels)), jnp.zeros((1,)), text, None, labels, *added
-
-    def _time_embedding(self, t, class_labels, text_embeds, time_ids):
-        width = self.time_embedding_dim or 4 * self.block_out_channels[0]
-        waves = functools.partial(
-            sinusoidal_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
-        )
-        temb = TimestepEmbedding(width, name="time_embedding")(waves(t, self.block_out_channels[0]))
-        if class_labels is not None:
-            temb += nn.Embed(self.num_class_embeds, width, embedding_init=kernel_init, name="class_embedding")(
-                class_labels
-            )
-        if self.addition_embed_type:
-            numbers = waves(time_ids.reshape(-1), self.addition_time_embed_dim)
-            numbers = numbers.reshape(len(t), time_ids.shape[1] * self.addition_time_embed_dim)
-            temb += TimestepEmbedding(width, name="add_embedding")(jnp.concatenate([text_embeds, numbers], axis=-1))
-        return temb
-
-    def _attention(self, block_type, level, text, mask):
-        """What makes the attention of a block from its name (or None), and what it looks at besides the image."""
+    def _attention(self, block_type: str, level: int) -> Callable[..., nn.Module] | None:
+        """What makes the attention of a block from its name, None for a block without."""
         heads = self._per_level("attention_head_dim")[level]
         shared = dict(dtype=self.dtype, implementation=self.attention_implementation)
-        kind = BLOCK_TYPES[block_type]
-        if kind == "cross":
-            make = functools.partial(
+        if BLOCK_TYPES[block_type] == "cross":
+            return functools.partial(
                 self._rematted(Transformer2DModel),
                 heads=heads,
                 layers=self._per_level("transformer_layers_per_block")[level],
@@ -202,15 +225,28 @@ class UNet(nn.Module):
                 only_cross_attention="Mid" not in block_type and self._per_level("only_cross_attention")[level],
                 **shared,
             )
-            return make, (text, mask)
+        in_the_middle = block_type == "UNetMidBlock2D"
+        if BLOCK_TYPES[block_type] is None or (in_the_middle and not self.add_attention):
+            return None
         groups = self.norm_num_groups
-        if block_type == "UNetMidBlock2D":
-            kind = kind if self.add_attention else None
+        if in_the_middle:
             groups = self.attn_norm_num_groups or (groups if self.resnet_time_scale_shift == "default" else None)
-        if kind is None:
-            return None, ()
         make = self._rematted(AttentionBlock2D)
-        return functools.partial(make, head_width=heads, groups=groups, eps=self.norm_eps, **shared), ()
+        return functools.partial(make, head_width=heads, groups=groups, eps=self.norm_eps, **shared)
+
+    def _time_embedding(self, t: Array, cond: Mapping[str, Array]) -> Float[Array, "batch width"]:
+        waves = functools.partial(
+            sinusoidal_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
+        )
+        temb = self.time_embedding(waves(t, self.block_out_channels[0]))
+        if "label" in cond:
+            temb += self.class_embedding(cond["label"])
+        if self.addition_embed_type:
+            numbers = cond["time_ids"]
+            told = waves(numbers.reshape(-1), self.addition_time_embed_dim)
+            told = told.reshape(len(t), numbers.shape[1] * self.addition_time_embed_dim)
+            temb += self.add_embedding(jnp.concatenate([cond["text_embeds"], told], axis=-1))
+        return temb
 
     def _rematted(self, module: type[nn.Module]) -> type[nn.Module]:
         return nn.remat(module) if self.remat else module
@@ -219,11 +255,11 @@ class UNet(nn.Module):
         value = getattr(self, field)
         return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(self.block_out_channels)
 
-    def _used_blocks(self) -> tuple[str, ...]:
-        mid = () if self.mid_block_type is None else (self.mid_block_type,)
-        return (*self.down_block_types, *mid, *self.up_block_types)
+    def _reads_text(self) -> bool:
+        used = (*self.down_block_types, self.mid_block_type, *self.up_block_types)
+        return any(BLOCK_TYPES.get(name) == "cross" for name in used)
 
-    def _check(self, x, text, class_labels):
+    def _check_fields(self) -> None:
         levels = len(self.block_out_channels)
         for field in (
             "down_block_types",
@@ -244,34 +280,46 @@ class UNet(nn.Module):
             for name in np.atleast_1d(getattr(self, field) or ()):
                 if name not in known:
                     raise ValueError(f"UNet: {field} has {str(name)!r}; known are {', '.join(known)}")
-        if self.resnet_time_scale_shift not in ("default", "scale_shift"):
-            raise ValueError(
-                "UNet: resnet_time_scale_shift must be 'default' or 'scale_shift', "
-                f"got {self.resnet_time_scale_shift!r}"
-            )
-        if x.shape[-1] != self.in_channels:
-            raise ValueError(f"UNet: expected {self.in_channels} input channels (last axis), got shape {x.shape}")
-        cross = any(BLOCK_TYPES[name] == "cross" for name in self._used_blocks())
-        if cross and (text is None or text.shape[-1] != self.cross_attention_dim):
-            got = "none" if text is None else f"shape {text.shape}"
-            raise ValueError(f"UNet: expected encoder_hidden_states of width {self.cross_attention_dim}, got {got}")
-        if (class_labels is None) != (self.num_class_embeds is None):
-            raise ValueError(
-                "UNet: class_labels and num_class_embeds go together; this network has num_class_embeds="
-                f"{self.num_class_embeds} and was given {'no' if class_labels is None else 'some'} labels"
-            )
+        for field, known in (
+            ("resnet_time_scale_shift", ("default", "scale_shift")),
+            ("addition_embed_type", (None, "text_time")),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(f"UNet: {field} must be one of {known}, got {getattr(self, field)!r}")
+        if self.addition_embed_type and not self.addition_time_embed_dim:
+            raise ValueError("UNet: addition_embed_type='text_time' needs addition_time_embed_dim")
 
-    def _check_added(self, text_embeds, time_ids):
-        if self.addition_embed_type not in (None, "text_time"):
-            raise ValueError(f"UNet: addition_embed_type must be None or 'text_time', got {self.addition_embed_type!r}")
-        if self.addition_embed_type and (not self.addition_time_embed_dim or text_embeds is None or time_ids is None):
-            raise ValueError("UNet: 'text_time' needs addition_time_embed_dim, and text_embeds and time_ids as input")
-        if self.addition_embed_type:
-            wide, width = text_embeds.shape[-1], self.addition_time_embed_dim
-            if wide + time_ids.shape[-1] * width != self.projection_class_embeddings_input_dim:
+    def _check(self, x: Array, cond: Mapping[str, Array]) -> None:
+        needed = {
+            "text": self._reads_text(),
+            "label": self.num_class_embeds is not None,
+            "text_embeds": self.addition_embed_type is not None,
+            "time_ids": self.addition_embed_type is not None,
+            "known": self.known_channels > 0,
+        }
+        missing = [name for name, is_needed in needed.items() if is_needed and name not in cond]
+        unknown = [name for name in cond if not (needed.get(name, False) or (name == "mask" and needed["text"]))]
+        if missing or unknown:
+            raise ValueError(
+                f"UNet: this network is told {', '.join(n for n in needed if needed[n]) or 'nothing'}, "
+                f"got {', '.join(sorted(cond)) or 'nothing'}"
+            )
+        known = cond["known"].shape[-1] if needed["known"] else 0
+        if x.shape[-1] + known != self.in_channels:
+            raise ValueError(f"UNet: expected {self.in_channels} input channels (last axis), got {x.shape[-1] + known}")
+        if needed["text"] and cond["text"].shape[-1] != self.cross_attention_dim:
+            raise ValueError(
+                f"UNet: expected a text of width {self.cross_attention_dim}, got shape {cond['text'].shape}"
+            )
+        if needed["time_ids"]:
+            wide, count = cond["text_embeds"].shape[-1], cond["time_ids"].shape[-1]
+            if wide + count * self.addition_time_embed_dim != self.projection_class_embeddings_input_dim:
                 raise ValueError(
-                    f"UNet: text_embeds of width {wide} and {time_ids.shape[-1]} time_ids of {width} each do not make "
-                    f"projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim}"
+                    f"UNet: text_embeds of width {wide} and {count} time_ids of {self.addition_time_embed_dim} each do "
+                    f"not make projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim}"
                 )
-        elif text_embeds is not None or time_ids is not None:
-            raise ValueError("UNet: text_embeds and time_ids are for networks with addition_embed_type='text_time'")
+
+
+def _context(block_type: str, cond: Mapping[str, Array]) -> tuple:
+    """What a block looks at besides the image: the text and its mask."""
+    return (cond["text"], cond.get("mask")) if BLOCK_TYPES[block_type] == "cross" else ()

@@ -16,7 +16,7 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.model import DiffusionModel, Network
-from diffusion_jax.models.denoiser import Denoiser
+from diffusion_jax.models.applied import Applied
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
 
@@ -49,7 +49,7 @@ def from_published(
     size = tuple(side or unet.sample_size * codec.factor for side in size)
     check_size(size, codec.factor)
     return DiffusionModel(
-        network=Network(Denoiser(unet), lambda key: published.unet.params, unet.in_channels - unet.out_channels),
+        network=Network(Applied(unet), lambda key: published.unet.params, unet.known_channels),
         params=published.unet.params,
         schedule=published.schedule,
         parameterization=NAMED[published.prediction],

@@ -239,7 +239,7 @@ def test_a_model_of_pixels_has_images_of_any_size(size):
     config = digits.get_config()
     build.model(config, size)
     unet = build.network(config)
-    x, t, *cond = unet.example_inputs()
+    x, t, cond = unet.example_inputs()
     x = jax.ShapeDtypeStruct((1, *size, 3), x.dtype)
-    made = jax.eval_shape(unet.init_with_output, jax.random.key(0), x, t, *cond)[0]
+    made = jax.eval_shape(unet.init_with_output, jax.random.key(0), x, t, cond)[0]
     assert made.shape == x.shape

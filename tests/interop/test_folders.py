@@ -80,17 +80,21 @@ AUTOENCODER = {**LEVELS, "layers_per_block": 1, "latent_channels": 2}
 
 def unet_inputs(config, size):
     rng = np.random.default_rng(0)
-    inputs = {"x": rng.normal(size=(2, *size, config.get("in_channels", 4))), "t": np.array([3, 700])}
+    out = config.get("out_channels", 4)
+    x, inputs = rng.normal(size=(2, *size, config.get("in_channels", 4))), {}
+    if x.shape[-1] > out:
+        x, inputs["known"] = np.split(x, [out], axis=-1)
     if "cross_attention_dim" in config:
-        inputs["encoder_hidden_states"] = rng.normal(size=(2, 5, config["cross_attention_dim"]))
-        if not np.any(config.get("only_cross_attention")):  # whose first attention forgets the mask in the peer
-            inputs["encoder_attention_mask"] = np.arange(5) < np.array([[3], [5]])
+        inputs["text"] = rng.normal(size=(2, 5, config["cross_attention_dim"]))
+        if not np.any(config.get("only_cross_attention")):  # whose first attention forgets the mask in diffusers
+            inputs["mask"] = np.arange(5) < np.array([[3], [5]])
     if config.get("num_class_embeds"):
-        inputs["class_labels"] = np.array([1, 10])
+        inputs["label"] = np.array([1, 10])
     if config.get("addition_embed_type"):
         inputs["text_embeds"] = rng.normal(size=(2, 7))
         inputs["time_ids"] = np.array([[64.0, 48, 0, 0, 64, 48], [32.0, 32, 8, 4, 64, 64]])
-    return {name: jnp.asarray(value, jnp.float32 if value.dtype == float else None) for name, value in inputs.items()}
+    inputs = x, np.array([3, 700]), inputs
+    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32 if value.dtype == float else None), inputs)
 
 
 def assert_near(ours, theirs):
@@ -124,11 +128,14 @@ def peer():
             return out.numpy().transpose(0, 2, 3, 1)
 
         def denoise(self, unet, inputs):
-            """The peer's U-Net on the keyword arguments of ours."""
-            others = {name: self.tensor(value) for name, value in inputs.items() if name != "x"}
+            """The U-Net of diffusers on the arguments of ours."""
+            names = {"text": "encoder_hidden_states", "mask": "encoder_attention_mask", "label": "class_labels"}
+            x, t, cond = inputs[0], inputs[1], dict(inputs[2])
+            x = np.concatenate([x, cond.pop("known", x[..., :0])], axis=-1)
+            others = {names.get(name, name): self.tensor(value) for name, value in cond.items()}
             added = {name: others.pop(name) for name in ("text_embeds", "time_ids") if name in others}
-            others = {"timestep": others.pop("t"), **others, **({"added_cond_kwargs": added} if added else {})}
-            return self.run(lambda x: unet(x, **others), inputs["x"])
+            others |= {"timestep": self.tensor(t)} | ({"added_cond_kwargs": added} if added else {})
+            return self.run(lambda x: unet(x, **others), x)
 
         def tensor(self, array):
             array = np.asarray(array)
@@ -146,7 +153,7 @@ def test_unet_agrees_with_the_peer_both_ways(case, peer, tmp_path):
     expected = peer.denoise(theirs, inputs)
 
     unet, variables = load_unet(tmp_path / "theirs")
-    assert_near(jax.jit(unet.apply)(variables, **inputs), expected)
+    assert_near(jax.jit(unet.apply)(variables, *inputs), expected)
 
     save_unet(unet, variables, tmp_path / "ours")
     back = peer.load(name, tmp_path / "ours")
@@ -208,7 +215,7 @@ def edited(folder, **changes):
     [
         ({"_class_name": "SD3Transformer2DModel"}, "expected a UNet2DConditionModel or UNet2DModel, got SD3"),
         ({"addition_embed_type": "text_time"}, "no network can be built from it"),
-        ({"addition_embed_type": "image"}, "addition_embed_type must be None or 'text_time', got 'image'"),
+        ({"addition_embed_type": "image"}, r"addition_embed_type must be one of \(None, 'text_time'\), got 'image'"),
         ({"class_embed_type": "projection"}, "class_embed_type='projection' is not supported"),
         ({"num_attention_heads": 8}, "num_attention_heads=8 is not supported"),
         ({"block_out_channels": "wide"}, "no network can be built from it"),

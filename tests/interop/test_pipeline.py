@@ -256,7 +256,7 @@ def our_outputs(pipeline, kind):
         text, added = features[0].last_hidden_state, {}
     x = jnp.linspace(-1, 1, 3 * 4 * 4 * 4).reshape(3, 4, 4, 4).transpose(0, 2, 3, 1)
     t = jnp.array([1, 500, 999])
-    out = jax.jit(pipeline.unet.module.apply)(pipeline.unet.params, x, t, text, **added)
+    out = jax.jit(pipeline.unet.module.apply)(pipeline.unet.params, x, t, {"text": text, **added})
     decode = jax.jit(functools.partial(pipeline.autoencoder.module.apply, method="decode"))
     return text, out, decode(pipeline.autoencoder.params, x)
 
@@ -362,8 +362,8 @@ def test_a_trained_lora_is_what_the_peer_loads(vocabulary, tmp_path):
         theirs = whole.unet(torch.ones(1, 4, 4, 4), torch.tensor([500]), torch.ones(1, 9, 8)).sample
     theirs = theirs.numpy().transpose(0, 2, 3, 1)
     x, t, text = jnp.ones((1, 4, 4, 4)), jnp.array([500]), jnp.ones((1, 9, 8))
-    ours = pipeline.unet.module.apply(lora.added(pipeline.unet.params, made, 0.2), x, t, text)
-    plain = pipeline.unet.module.apply(pipeline.unet.params, x, t, text)
+    ours = pipeline.unet.module.apply(lora.added(pipeline.unet.params, made, 0.2), x, t, {"text": text})
+    plain = pipeline.unet.module.apply(pipeline.unet.params, x, t, {"text": text})
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
     assert np.abs(ours - plain).max() > 0.01 * np.abs(theirs).max()
 

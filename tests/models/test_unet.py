@@ -1,5 +1,6 @@
 """Laws of the U-Net; its equality with the peer is in tests/interop."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,8 +59,9 @@ def inputs(unet, size=(8, 8), batch=2):
     x = jax.random.normal(jax.random.key(1), (batch, *size, unet.in_channels))
     t = jnp.array([3, 700])[:batch]
     if unet.num_class_embeds:
-        return x, t, None, None, jnp.array([1, 10])[:batch]
-    return x, t, jax.random.normal(jax.random.key(2), (batch, 5, 12)), jnp.arange(5) < jnp.array([[3], [5]])[:batch]
+        return x, t, {"label": jnp.array([1, 10])[:batch]}
+    text, mask = jax.random.normal(jax.random.key(2), (batch, 5, 12)), jnp.arange(5) < jnp.array([[3], [5]])[:batch]
+    return x, t, {"text": text, "mask": mask}
 
 
 @pytest.mark.parametrize("unet", [TEXT, PIXELS])
@@ -104,21 +106,21 @@ def test_images_do_not_depend_on_their_batch():
 
 
 def test_one_time_for_all_images():
-    variables, (x, _, *cond) = randomised(TEXT_1), inputs(TEXT_1)
-    one, each = (text_apply(variables, x, t, *cond) for t in (jnp.array(5.0), jnp.array([5.0, 5.0])))
+    variables, (x, _, cond) = randomised(TEXT_1), inputs(TEXT_1)
+    one, each = (text_apply(variables, x, t, cond) for t in (jnp.array(5.0), jnp.array([5.0, 5.0])))
     np.testing.assert_array_equal(one, each)
 
 
 def test_padding_of_the_text_is_not_seen():
-    variables, (x, t, text, mask) = randomised(TEXT_1), inputs(TEXT_1)
-    padded = jnp.where(mask[..., None], text, 100.0)
-    np.testing.assert_array_equal(text_apply(variables, x, t, text, mask), text_apply(variables, x, t, padded, mask))
+    variables, (x, t, cond) = randomised(TEXT_1), inputs(TEXT_1)
+    padded = cond | {"text": jnp.where(cond["mask"][..., None], cond["text"], 100.0)}
+    np.testing.assert_array_equal(text_apply(variables, x, t, cond), text_apply(variables, x, t, padded))
 
 
 def test_dropout_of_an_image_depends_on_its_key_alone():
     """Not on its batch: so a gradient does not depend on how a batch is divided."""
     variables, x = randomised(PIXELS_1), inputs(PIXELS_1)
-    both = [part if part is None else jnp.concatenate([part, part]) for part in x]
+    both = jax.tree.map(lambda part: jnp.concatenate([part, part]), x)
     drop = jax.jit(lambda keys, *x: PIXELS_1.apply(variables, *x, keys=keys))
     keys = jax.random.split(jax.random.key(0), 2 * len(x[0]))
     together = drop(keys, *both)
@@ -158,18 +160,60 @@ def test_ddpm_and_stable_diffusion_have_their_published_sizes():
         ({"layers_per_block": (1, 2, 3)}, "layers_per_block has 3 entries"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "known are UNetMidBlock2D, UNetMidBlock2DCrossAttn"),
         ({"up_block_types": ("UpBlock2D", "DownBlock2D")}, "up_block_types has 'DownBlock2D'"),
-        ({"resnet_time_scale_shift": "ada_group"}, "must be 'default' or 'scale_shift'"),
+        ({"resnet_time_scale_shift": "ada_group"}, r"must be one of \('default', 'scale_shift'\), got 'ada_group'"),
         ({"norm_num_groups": 3}, "16 channels cannot be split into 3 groups"),
         (
             {"attention_head_dim": 5},
             "32 channels cannot be split into 5 heads|16 channels cannot be split into 5 heads",
         ),
         ({"cross_attention_dim": 13}, r"width 13, got shape \(2, 5, 12\)"),
-        ({"num_class_embeds": 3}, "given no labels"),
-        ({"in_channels": 9}, "expected 9 input channels"),
+        ({"num_class_embeds": 3}, "is told text, label, got mask, text"),
+        ({"in_channels": 9}, "is told text, known, got mask, text"),
+        ({"in_channels": 2}, "expected 2 input channels .* got 4"),
+        ({"addition_embed_type": "text"}, r"must be one of \(None, 'text_time'\)"),
+        ({"addition_embed_type": "text_time"}, "needs addition_time_embed_dim"),
     ],
 )
 def test_contradictions_are_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as error:
         jax.eval_shape(TEXT.clone(**fields).init, jax.random.key(0), *inputs(TEXT))
     assert "\n" not in str(error.value)
+
+
+def test_what_a_network_is_not_told_of_is_refused():
+    for unet, name in ((TEXT_1, "label"), (PIXELS_1, "text"), (TEXT_1, "known"), (PIXELS_1, "mask")):
+        x, t, cond = inputs(unet)
+        with pytest.raises(ValueError, match=f"got .*{name}"):
+            jax.eval_shape(unet.init, jax.random.key(0), x, t, cond | {name: jnp.zeros((2, 5, 12))})
+
+
+class Control(nn.Module):
+    """The way down of a network beside it, with variables of its own: what a control network is made of."""
+
+    unet: UNet
+
+    def setup(self):
+        nn.share_scope(self, self.unet)
+
+    def __call__(self, x, t, cond):
+        h, skips, _ = self.unet.encode(x, t, cond)
+        return h, skips
+
+
+def test_the_way_down_serves_another_network_and_the_way_up_takes_its_answer():
+    variables, (x, t, cond) = randomised(TEXT), inputs(TEXT)
+    control = Control(TEXT)
+    own = jax.eval_shape(control.init, jax.random.key(0), x, t, cond)["params"]
+    assert set(own) == {"conv_in", "time_embedding", "down_blocks_0", "down_blocks_1", "mid_block"}
+    part = {"params": {name: variables["params"][name] for name in own}}
+    assert jax.tree.map(jnp.shape, part["params"]) == jax.tree.map(jnp.shape, own)
+
+    def controlled(scale):
+        middle, skips = control.apply(part, x, t, cond)
+        h, own_skips, seen = TEXT.apply(variables, x, t, cond, method="encode")
+        h, own_skips = h + scale * middle, [a + scale * b for a, b in zip(own_skips, skips, strict=True)]
+        return TEXT.apply(variables, h, own_skips, seen, cond, method="decode")
+
+    controlled = jax.jit(controlled)
+    np.testing.assert_allclose(controlled(0.0), TEXT.apply(variables, x, t, cond), atol=1e-5)
+    assert jnp.abs(controlled(1.0) - controlled(0.0)).max() > 0.01

@@ -1,0 +1,16 @@
+"""A Flax module as the function that training and sampling call."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+from jaxtyping import Array, PyTree
+
+
+@dataclass(frozen=True)
+class Applied:
+    """module.apply. Equal for equal modules, so that what was compiled for one serves the other."""
+
+    module: nn.Module
+
+    def __call__(self, params: PyTree, *inputs: PyTree) -> Array:
+        return self.module.apply(params, *inputs)
