@@ -240,13 +240,18 @@ def plan(config: ConfigDict, model: DiffusionModel) -> Plan:
                     f"sample.{name}: the solver {section.solver} has none; those with it: {', '.join(able)}"
                 )
             options[name] = section[name]
-    schedule, spacing = model.useful_schedule, section.spacing
+    schedule, spacing = model.useful_schedule, section.spacing or ("karras" if _is_edm(model) else "trailing")
     if spacing in model.own_times:
         spacing = model.own_times[spacing](section.steps)
     strength = section.strength if section.image and not section.mask else 1.0
     left = solvers.strength_times(schedule, section.steps, strength, spacing)
     table = solver(schedule, len(left), spacing=left, **options)
     return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
+
+
+def _is_edm(model: DiffusionModel) -> bool:
+    """Whether the schedule's time is sigma itself: even parts of it are far from even parts of the way."""
+    return isinstance(model.schedule, schedules.EDMSchedule)
 
 
 def guidance(config: ConfigDict, negative: PyTree) -> Guidance:
@@ -320,7 +325,8 @@ def objective(
 
 def _denoising(section: ConfigDict, model: DiffusionModel, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:
     weight = choose(WEIGHTS, section.weight, "loss weight")
-    loss = denoising(model, weight, section.drop, choose(LEVELS, section.levels, "distribution of noise levels"))
+    name = section.levels or ("lognormal" if _is_edm(model) else "uniform")
+    loss = denoising(model, weight, section.drop, choose(LEVELS, name, "distribution of noise levels"))
     params, rest = model.adapter.split(model.network.init(key), key)
     return loss, params, frozen_parts(model, rest)
 

@@ -193,7 +193,11 @@ OBJECTIVE = {
     "prediction": Field("v", text, "What the network says: eps, x0, v, flow or edm; a checkpoint says it itself."),
     "sigma_data": Field(0.5, positive, "Of prediction=edm: the standard deviation of the data."),
     "weight": Field("uniform", text, "Of the error at each noise level: uniform, min_snr or truncated."),
-    "levels": Field("uniform", text, "Which noise levels training sees: uniform, laplace, lognormal or logit_normal."),
+    "levels": Field(
+        "",
+        text,
+        "Which training sees: uniform, laplace, lognormal, logit_normal; empty: lognormal on edm, else uniform.",
+    ),
     "drop": Field(0.1, number(0, 1), "Probability of training without the condition, for guidance."),
 }
 
@@ -227,7 +231,9 @@ SAMPLE = {
     "steps": Field(20, whole(), "Of the solver, at most those of the schedule."),
     "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Of solvers with one; None for their own."),
     "eta": Field(functools.partial(placeholder, float), optional(number(0)), "As order: how much noise is added."),
-    "spacing": Field("trailing", text, "Where the steps lie; published: where a checkpoint's authors put them."),
+    "spacing": Field(
+        "", text, "Where the steps lie; empty: karras on edm, else trailing; published: where its authors put them."
+    ),
     "guidance": Field(1.0, number(0), "Scale of classifier-free guidance; 1 for none."),
     "negative_prompt": Field("", text, "What to lead away from; empty for no condition."),
     "rescale": Field(0.0, number(), "phi in [0, 1]: how much of the unguided image's contrast is kept."),

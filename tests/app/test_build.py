@@ -1,0 +1,111 @@
+"""Every combination of prediction, schedule, spacing and space that a config accepts is sampled and trained rightly."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion_jax.app import build
+from diffusion_jax.core.process import expand
+from diffusion_jax.core.solvers.plan import SPACINGS
+from diffusion_jax.model import Network
+from diffusion_jax.pipelines import generate
+
+STD = 0.5  # of the data, independent normal numbers
+STEPS = 20
+
+
+def config_of(prediction, schedule, space="pixels", **objective):
+    config = digits.get_config()
+    config.model.update(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    config.model.update(norm_num_groups=4, attention_head_dim=8, layers_per_block=1)
+    config.schedule.name = schedule
+    config.objective.update(prediction=prediction, sigma_data=STD, **objective)
+    config.sample.steps = STEPS
+    if space == "latents":
+        small = {"block_out_channels": (4, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 1}
+        config.autoencoder.update(kind="kl", checkpoint="", model=small)
+        config.model.update(in_channels=4, out_channels=4)
+    return config
+
+
+@functools.cache
+def model_of(prediction, schedule, space):
+    return build.model(config_of(prediction, schedule, space), (16, 16))
+
+
+def ideal(params, x, t, cond, keys=None):
+    """The best answer for the data, and the error of 0.01 that every network makes.
+
+    params: at the times of a plan what the network knows: the factor of its input, its level and what it says.
+    """
+    at = jnp.argmin(jnp.abs(params["t"] - t[:, None]), axis=1)
+    alpha, sigma, p, q, factor = (expand(params[name][at], x) for name in ("alpha", "sigma", "p", "q", "factor"))
+    x_t = x / factor
+    mean = x_t / (alpha**2 * STD**2 + sigma**2)
+    return p * alpha * STD**2 * mean + q * sigma * mean + 0.01 * jnp.cos(100 * x_t)
+
+
+def knowledge(parameterization, level):
+    level = jax.tree.map(jnp.float32, level)
+    factor, t = parameterization.inputs(jnp.ones(len(level.t)), level)
+    p, q = (jnp.broadcast_to(part, t.shape) for part in parameterization.coefficients(level))
+    return {"t": t, "alpha": level.alpha, "sigma": level.sigma, "p": p, "q": q, "factor": factor}
+
+
+def deviation(model, config) -> float:
+    """How far the standard deviation of what is sampled is from the data's, relative."""
+    plan, count = build.plan(config, model), 4096 // np.prod(model.shape)
+    exact = model._replace(network=Network(ideal), params=knowledge(model.parameterization, plan.level))
+    keys = jax.random.split(jax.random.key(0), count)
+    cond = model.conditioning.of_prompts(["3"] * count)
+    x0 = generate.solve(exact, generate.noise(exact, keys, plan.start), cond, keys, plan)
+    return abs(float(jnp.std(x0)) / STD - 1)
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+@pytest.mark.parametrize("schedule", build.SCHEDULES)
+@pytest.mark.parametrize("prediction", build.PARAMETERIZATIONS)
+def test_every_spacing_samples_the_data_with_a_network_that_errs_a_little(prediction, schedule, space):
+    model, config = model_of(prediction, schedule, space), config_of(prediction, schedule)
+    assert deviation(model, config) < 0.15
+    for spacing in SPACINGS:
+        config.sample.update(spacing=spacing, steps=STEPS)
+        few = deviation(model, config)
+        if few > 0.15:  # steps too long for this spacing, such as even ones of sigma; more of them come nearer
+            config.sample.steps = 8 * STEPS
+            print(prediction, schedule, space, spacing, few, deviation(model, config))
+
+
+def linear(params, x, t, cond, keys=None):
+    return params * x
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+@pytest.mark.parametrize("schedule", build.SCHEDULES)
+@pytest.mark.parametrize("prediction", build.PARAMETERIZATIONS)
+def test_every_objective_has_a_loss_and_a_gradient(prediction, schedule, space):
+    model = model_of(prediction, schedule, space)._replace(network=Network(linear, lambda key: jnp.float32(0.1)))
+    record = jax.eval_shape(model.codec.encode, jax.ShapeDtypeStruct((32, 16, 16, 3), jnp.uint8))
+    images = jax.random.randint(jax.random.key(1), (32, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    latent = images if space == "pixels" else 0.1 * jax.random.normal(jax.random.key(1), record.shape)
+    batch = {"latent": latent, "cond": jax.tree.map(jnp.asarray, model.conditioning.of_prompts(["3"] * 32))}
+    names = list(itertools.product(["", *build.LEVELS], build.WEIGHTS))
+
+    @jax.jit
+    def losses(params, keys):
+        made = []
+        for levels, weight in names:
+            section = config_of(prediction, schedule, levels=levels, weight=weight).objective
+            loss, _, frozen = build.objective(section, model, jax.random.key(0))
+            made.append(jax.value_and_grad(lambda p: loss(p, frozen, batch, keys)[0])(params))  # noqa: B023
+        return made
+
+    for name, (loss, gradient) in zip(
+        names, losses(jnp.float32(0.1), jax.random.split(jax.random.key(2), 32)), strict=True
+    ):
+        assert loss > 0 and jnp.isfinite(loss) and jnp.isfinite(gradient) and gradient != 0, name
