@@ -13,9 +13,9 @@ import main
 ROOT = Path(main.__file__).parent
 
 
-def run(monkeypatch, *arguments) -> int:
-    """python main.py with these arguments, in the project's folder -> the exit status."""
-    monkeypatch.chdir(ROOT)
+def run(monkeypatch, *arguments, cwd=ROOT) -> int:
+    """python main.py with these arguments, by default in the project's folder -> the exit status."""
+    monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     cache = jax.config.jax_compilation_cache_dir

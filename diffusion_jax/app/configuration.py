@@ -6,6 +6,9 @@ import traceback
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion_jax.app import shipped
+
+CONFIG = ("--config", "-config")
 TRACEBACK = "Error whilst parsing config file:"  # what ml_collections puts before one
 
 
@@ -15,6 +18,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     Raises ValueError, in one line, for a flag, a config file or a field that cannot be used, the last with the known
     names, and for words that are no flags.
     """
+    argv = _with_found_config(argv)
     try:
         words = flags.FLAGS(argv)
         config = flags.FLAGS.config
@@ -32,6 +36,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         raise ValueError(f"get_config() of the file of --config must return a ConfigDict, got {config!r}")
     return words
+
+
+def _with_found_config(argv: list[str]) -> list[str]:
+    """`argv` with the path of its config file, `--config=FILE` or `--config FILE`, as `shipped.find` gives it."""
+
+    def found(value: str) -> str:
+        file, colon, preset = value.partition(":")
+        return f"{shipped.find(file)}{colon}{preset}"
+
+    made = argv[:1]
+    for word in argv[1:]:
+        flag, _, value = word.partition("=")
+        if made[-1] in CONFIG:
+            made.append(found(word))
+        else:
+            made.append(f"{flag}={found(value)}" if flag in CONFIG and value else word)
+    return made
 
 
 def _explain(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """--mode=export: the weights as other programs read them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from diffusion_jax.training.checkpoints import Checkpoints
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write the averaged weights to workdir/export, as safetensors that diffusers reads too.
 
-    A model of the config's own becomes the folders unet and vae, in float16; one from a checkpoint a whole pipeline, in
-    config.dtype, as diffusers opens half precision only when told so; a LoRA one file in float32.
+    A model of the config's own becomes the folders unet and vae, in float16, beside the run's config.json; one from a
+    checkpoint a whole pipeline, in config.dtype, as diffusers opens half precision only when told so; a LoRA one file
+    in float32.
     """
     folder = workdir / "export"
     step = Checkpoints(workdir / "checkpoints").latest_step()
@@ -35,6 +37,7 @@ def _export_own(config: ConfigDict, workdir: Path, folder: Path) -> None:
     if config.autoencoder.kind == "kl":
         trained = load_autoencoder(config.autoencoder.checkpoint or first_stage.folder(workdir))
         save_autoencoder(*trained, folder / "vae", np.float16)
+    shutil.copyfile(workdir / "config.json", folder / "config.json")
 
 
 def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:

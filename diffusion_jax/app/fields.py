@@ -323,6 +323,24 @@ def section(table: dict[str, Field], **values: Any) -> ConfigDict:
     return ConfigDict(made | values)
 
 
+def completed(config: ConfigDict) -> ConfigDict:
+    """The config with the defaults of the fields that its sections lack, as one does that an earlier version wrote."""
+    tables = {
+        "data": DATA,
+        "condition": CONDITION,
+        "schedule": SCHEDULE,
+        "objective": OBJECTIVE,
+        "optimizer": OPTIMIZER,
+        "train": TRAIN,
+        "sample": SAMPLE,
+        "eval": EVAL,
+        "lora": LORA,
+    }
+    top = RUN | (PUBLISHED if "checkpoint" in config else OWN)
+    sections = {name: section(table, **config[name]) for name, table in tables.items() if name in config}
+    return section(top, **dict(config) | sections)
+
+
 def check(config: ConfigDict) -> None:
     """Raise ValueError for the first field whose value is out of its range, and for fields that exclude each other.
 

@@ -8,11 +8,32 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
-from diffusion_jax.app import first_stage
+from diffusion_jax.app import build, fields, first_stage, shipped
 from diffusion_jax.interop import load_autoencoder, load_unet
+from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, Network
 from diffusion_jax.models.applied import Applied
 from diffusion_jax.training.checkpoints import Checkpoints
+
+
+def load_model(folder: str | Path, size: tuple[int, int] = (0, 0)) -> DiffusionModel:
+    """The model in a folder, with its weights: the work directory of a training, what --mode=export wrote of it, or the
+    demo, "weights/latent_cfg".
+
+    folder: with a config.json, and checkpoints/ or unet/. The demo is found from any current folder.
+    size: height and width of the images in pixels; 0 for one that is as in training.
+    Raises FileNotFoundError for a folder without a config or without weights, and ValueError for one of another kind of
+    model and for a size that the model cannot make.
+    """
+    folder = shipped.find(folder)
+    config = fields.completed(ConfigDict(read_json(folder / "config.json")))
+    if not build.has_denoiser(config):
+        raise ValueError(
+            f"{folder / 'config.json'} describes no denoiser; an autoencoder is loaded by load_autoencoder"
+        )
+    if "checkpoint" not in config:
+        config.weights = str(folder) if (folder / "unet").exists() else ""
+    return load(config, folder, build.model(config, size))[0]
 
 
 def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[DiffusionModel, str]:
@@ -29,7 +50,7 @@ def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[Diff
         return model._replace(params=params, codec=codec), f"{checkpoints.folder}, step {step}, averaged"
     if "checkpoint" in config:
         return model, config.checkpoint
-    folder = Path(config.weights)
+    folder = shipped.find(config.weights)
     if config.weights and folder.exists():
         unet, params = load_unet(folder / "unet")
         codec = model.codec

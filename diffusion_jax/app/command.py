@@ -1,0 +1,96 @@
+"""Train, and sample from, the diffusion model that a config describes.
+
+diffusion_jax --config=configs/latent_cfg.py --mode=train
+diffusion_jax --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
+"""
+
+import logging as std_logging
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import FrozenConfigDict, config_flags
+
+from diffusion_jax.app import evaluate, export, fields, sample, shipped, train
+from diffusion_jax.app.configuration import parse_flags
+from diffusion_jax.compilation import configure
+from diffusion_jax.messages import one_line
+from diffusion_jax.training.loop import Diverged, Stopped
+
+MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run}
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE changes it.")
+_MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, logs and samples; by default runs/<config name>.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, each running this line: TPU slices, Slurm, MPI.")
+_PROMPT = flags.DEFINE_string("prompt", None, 'What to draw, "a; b" or "@FILE", instead of config.sample.prompts.')
+
+
+def main(_: list[str]) -> int:
+    _quiet_libraries()
+    config = _CONFIG.value
+    if config is None:
+        raise ValueError("--config is missing: name a file, e.g. --config=configs/latent_cfg.py")
+    own_folder = Path("runs") / config.name  # a file that could not be read raises here
+    if _MODE.value not in MODES:
+        raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
+    if _PROMPT.value is not None:
+        config = config.copy_and_resolve_references()
+        config.sample.prompts = _prompts(_PROMPT.value)
+    fields.check(config)
+    configure(low_memory=_MODE.value != "train")
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    MODES[_MODE.value](FrozenConfigDict(config), Path(_WORKDIR.value or own_folder))
+    return 0
+
+
+def _show_flags_in_help() -> None:
+    """Let --help show this module's flags and examples, as it shows those of the file that Python was started with."""
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    started = sys.modules["__main__"]
+    started.__doc__ = started.__doc__ or __doc__
+
+
+def _quiet_libraries() -> None:
+    """Show this project's messages as plain lines; of others only warnings."""
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(std_logging.Formatter("%(message)s"))
+    handler.addFilter(
+        lambda record: record.levelno > std_logging.INFO or shipped.PACKAGE in Path(record.pathname).parents
+    )
+
+
+def _prompts(flag: str) -> tuple[str, ...]:
+    """The prompts of --prompt: one a line of a file, or split at semicolons."""
+    lines = _lines(Path(flag[1:])) if flag.startswith("@") else flag.split(";")
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f'--prompt names no prompt: expected "a; b" or a file with one a line, "@FILE", got {flag!r}')
+    return prompts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt: expected a file of text in UTF-8, got {path} ({error})") from error
+
+
+def run() -> None:
+    """The program: errors that a user can mend are one line and exit status 2."""
+    shipped.make_importable()
+    _show_flags_in_help()
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
+        print("error:", one_line(error), file=sys.stderr)
+        sys.exit(2)
