@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
@@ -14,6 +15,8 @@ from diffusion_jax.core.denoiser import Denoise, denoiser
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import NOISE_ALONE, Schedule, below
 from diffusion_jax.models.adapters import WHOLE, Adapter
+from diffusion_jax.models.applied import Applied
+from diffusion_jax.models.unet import UNet
 
 
 def _no_variables(key: Key[Array, ""]) -> PyTree:
@@ -31,6 +34,12 @@ class Network(NamedTuple):
     apply: Callable[..., Array]
     init: Callable[[Key[Array, ""]], PyTree] = _no_variables
     known_channels: int = 0
+
+
+def network_of(unet: UNet) -> Network:
+    """The U-Net as training and sampling call it, beginning with random variables."""
+    init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
+    return Network(Applied(unet), init, unet.known_channels)
 
 
 class DiffusionModel(NamedTuple):

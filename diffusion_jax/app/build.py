@@ -29,10 +29,9 @@ from diffusion_jax.interop.folders import autoencoder_of, read_config
 from diffusion_jax.interop.lora import merge_lora
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.interop.text import minilm
-from diffusion_jax.model import DiffusionModel, Network
+from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
-from diffusion_jax.models.applied import Applied
 from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
 from diffusion_jax.models.discriminator import PatchDiscriminator
 from diffusion_jax.models.lpips import lpips
@@ -101,10 +100,10 @@ def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = 
     size = tuple(side or config.data.size for side in sides)
     check_size(size, codec.factor)
     check_network(unet, codec.channels, told.null)
-    init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
+    untrained = network_of(unet)
     return DiffusionModel(
-        network=Network(Applied(unet), init, unet.known_channels),
-        params=jax.eval_shape(init, jax.random.key(0)),
+        network=untrained,
+        params=jax.eval_shape(untrained.init, jax.random.key(0)),
         schedule=schedule(config),
         parameterization=_parameterization(config),
         codec=codec,
@@ -261,7 +260,7 @@ def guidance(config: ConfigDict, negative: PyTree) -> Guidance:
         scale=section.guidance,
         negative=negative,
         rescale=section.rescale,
-        interval=section.guidance_interval if any(section.guidance_interval) else None,
+        interval=tuple(map(float, section.guidance_interval)) if any(section.guidance_interval) else None,
         cfg_pp=section.cfg_pp,
         dynamic_threshold=section.dynamic_threshold or None,
     )

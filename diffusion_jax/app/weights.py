@@ -11,8 +11,7 @@ from diffusion_jax import codec as codecs
 from diffusion_jax.app import build, fields, first_stage, shipped
 from diffusion_jax.interop import load_autoencoder, load_unet
 from diffusion_jax.interop.tensors import read_json
-from diffusion_jax.model import DiffusionModel, Network
-from diffusion_jax.models.applied import Applied
+from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.training.checkpoints import Checkpoints
 
 
@@ -56,7 +55,7 @@ def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[Diff
         codec = model.codec
         if (folder / "vae").exists():
             codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
-        return model._replace(network=Network(Applied(unet)), params=params, codec=codec), config.weights
+        return model._replace(network=network_of(unet), params=params, codec=codec), config.weights
     raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
 
 
