@@ -75,7 +75,7 @@ def our_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> 
 
     def run(steps: int, decode: bool = True):
         plan = solvers.dpmpp_2m(published.schedule, steps)
-        noise = generate.noise(model, keys, plan.start)
+        noise = generate.noise(model, keys, plan.initial)
         x0 = generate.solve(model, noise, model.conditioning.of_prompts([PROMPT]), keys, plan, GUIDANCE)
         return jax.block_until_ready(generate.decode(model, x0) if decode else x0)
 

@@ -32,9 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = common.optimizer(1e-5, warmup=500)
     config.train = common.train(steps=10_000, batch_size=8, ema=0.9999, every=500)
     config.sample = common.sample(
-        ("a photograph of an astronaut riding a horse",), solver="dpmpp_2m", steps=25, guidance=7.5
+        ("a photograph of an astronaut riding a horse",), solver="published", steps=25, guidance=7.5
     )
-    config.sample.spacing = "published"
     config.sample.batch_size = 4
     config.eval = common.evaluation(images=100)
     return config

@@ -231,7 +231,24 @@ def schedule(config: ConfigDict) -> Schedule:
 def plan(config: ConfigDict, model: DiffusionModel) -> Plan:
     """The solver of config.sample as a table, from where it starts on an image if there is one."""
     section = config.sample
-    solver, options = choose(SOLVERS, section.solver, "solver"), {}
+    strength = section.strength if section.image and not section.mask else 1.0
+    own = model.own_plans.get(section.solver)
+    table = _plan(section, model, strength) if own is None else _own_plan(section, own, strength)
+    return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
+
+
+def _own_plan(section: ConfigDict, own: Callable[[int, float], Plan], strength: float) -> Plan:
+    for name in ("order", "eta", "spacing"):
+        if section[name] not in (None, ""):
+            raise ValueError(
+                f"sample.{name}: solver={section.solver} is as the model's authors set it, got {name}={section[name]}; "
+                "leave it out, or choose another solver"
+            )
+    return own(section.steps, strength)
+
+
+def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
+    solver, options = choose(SOLVERS | dict(model.own_plans), section.solver, "solver"), {}
     for name in ("order", "eta"):
         if section[name] is not None:
             able = sorted(known for known, f in SOLVERS.items() if name in inspect.signature(f).parameters)
@@ -243,10 +260,8 @@ def plan(config: ConfigDict, model: DiffusionModel) -> Plan:
     schedule, spacing = model.useful_schedule, section.spacing or ("karras" if _is_edm(model) else "trailing")
     if spacing in model.own_times:
         spacing = model.own_times[spacing](section.steps)
-    strength = section.strength if section.image and not section.mask else 1.0
     left = solvers.strength_times(schedule, section.steps, strength, spacing)
-    table = solver(schedule, len(left), spacing=left, **options)
-    return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
+    return solver(schedule, len(left), spacing=left, **options)
 
 
 def _is_edm(model: DiffusionModel) -> bool:

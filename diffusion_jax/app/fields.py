@@ -227,7 +227,7 @@ SAMPLE = {
     "prompts": Field((), each(text), "What to draw."),
     "height": Field(0, zero_or(side), "In pixels; 0 for data.size."),
     "width": Field(0, zero_or(side), "In pixels; 0 for data.size."),
-    "solver": Field("dpmpp_2m", text, "One of those of docs/samplers.md."),
+    "solver": Field("dpmpp_2m", text, "One of docs/samplers.md; published: the sampler that a checkpoint comes with."),
     "steps": Field(20, whole(), "Of the solver, at most those of the schedule."),
     "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Of solvers with one; None for their own."),
     "eta": Field(functools.partial(placeholder, float), optional(number(0)), "As order: how much noise is added."),

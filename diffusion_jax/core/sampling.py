@@ -89,7 +89,8 @@ def advance(
             x = jax.lax.cond(row.active, lambda: _blend(x, known, plan.next, keys, 1 + row.index), lambda: x)
         return (State(x, past), x0), None
 
-    return jax.lax.scan(body, (state, x0), rows)[0]
+    each = rows._replace(plan=rows.plan._replace(initial=None))
+    return jax.lax.scan(body, (state, x0), each)[0]
 
 
 def sample(
@@ -180,7 +181,7 @@ def _rows(plan: Plan, start: int, size: int) -> Rows:
     index = np.arange(start, start + size)
     active = index < plan.num_rows
     taken = np.minimum(index, plan.num_rows - 1)
-    rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan)
+    rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan._replace(initial=None))
     past = np.zeros((size, 1 + HISTORY), np.float32)
     np.put_along_axis(past, (index[:, None] - np.arange(1, 1 + HISTORY)) % (1 + HISTORY), rows.past, axis=1)
     rows = rows._replace(
@@ -188,5 +189,6 @@ def _rows(plan: Plan, start: int, size: int) -> Rows:
         eps=np.where(active, rows.eps, 1),
         noise=np.where(active, rows.noise, 0),
         past=np.where(active[:, None], past, 0),
+        initial=np.float32(plan.initial),
     )
     return Rows(rows, index, active)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax import parallel
@@ -30,9 +31,9 @@ def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
     return jnp.asarray(codec.sample(codec.stats, codec.encode(image), None))
 
 
-def noise(model: DiffusionModel, keys: Key[Array, "batch"], level: NoiseLevel) -> Float[Array, "batch h w c"]:
-    """The noise that images of these keys start from at a level, `plan.start`."""
-    return initial_noise(keys, model.shape, level)
+def noise(model: DiffusionModel, keys: Key[Array, "batch"], std: ArrayLike = 1.0) -> Float[Array, "batch h w c"]:
+    """The noise that images of these keys start from. std: its standard deviation, `plan.initial`."""
+    return initial_noise(keys, model.shape, NoiseLevel(0.0, 0.0, std))
 
 
 def solve(

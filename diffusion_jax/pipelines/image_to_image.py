@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.codec import Images, pixels
-from diffusion_jax.core.process import NoiseLevel, add_noise
+from diffusion_jax.core.process import add_noise
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines.generate import Callback, Guided, encode, from_noise, noise, solve
@@ -38,7 +38,7 @@ def noised(
     model: DiffusionModel, x0: Float[Array, "batch h w c"], keys: Key[Array, "batch"], plan: Plan
 ) -> Float[Array, "batch h w c"]:
     """x0 with the noise of the keys, at `plan.start`."""
-    return add_noise(x0, noise(model, keys, NoiseLevel(0.0, 0.0, 1.0)), plan.start)
+    return add_noise(x0, noise(model, keys), plan.start)
 
 
 def invert(

@@ -63,4 +63,4 @@ def variations(
 
     strength: () or (B,). 0 for the images of `keys`, 1 for those of `other_keys`.
     """
-    return slerp(noise(model, keys, plan.start), noise(model, other_keys, plan.start), strength)
+    return slerp(noise(model, keys, plan.initial), noise(model, other_keys, plan.initial), strength)

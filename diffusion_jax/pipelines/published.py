@@ -14,11 +14,14 @@ from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core import sampling, solvers
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
+from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
+from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, Network
 from diffusion_jax.models.applied import Applied
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
+from diffusion_jax.pipelines.generate import noise
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
@@ -56,8 +59,18 @@ def from_published(
         codec=codec,
         conditioning=_conditioning(published, size, dtype),
         size=size,
+        own_plans={"published": sampler(published)},
         own_times={"published": functools.partial(published_times, published)},
     )
+
+
+def sampler(published: PublishedPipeline) -> Callable[[int, float], Plan]:
+    """(steps, strength) -> the plan of the model's own scheduler, with the corrections that diffusers makes to the
+    scheduler of a Stable Diffusion 1 or 2 pipeline when it loads one.
+    """
+    wide = published.unet.module.addition_embed_type is not None
+    config = dict(published.scheduler) | ({} if wide else {"clip_sample": False, "steps_offset": 1})
+    return functools.partial(published_plan, config, published.schedule)
 
 
 def published_times(published: PublishedPipeline, steps: int) -> np.ndarray:
@@ -109,7 +122,7 @@ def generator(
             {name: leaf[half] for name, leaf in both.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
         )
         denoise = guided(model.denoiser(weights["unet"]), Guidance(scale, negative), model.conditioning.null)
-        x = sampling.initial_noise(keys, model.shape, jax.tree.map(lambda leaf: leaf[0], rows.plan.level))
+        x = noise(model, keys, rows.plan.initial)
         return model.codec.decode(weights["codec"], sampling.run_rows(denoise, rows, x, keys, cond))
 
     return jax.jit(run), weights

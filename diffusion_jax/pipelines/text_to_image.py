@@ -25,4 +25,4 @@ def text_to_image(
     callback: after each chunk of rows called with (rows done, prediction of x0); returning True stops there.
     Raises ValueError as `generate.solve` does.
     """
-    return from_noise(model, noise(model, keys, plan.start), cond, keys, plan, guidance, callback)
+    return from_noise(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback)

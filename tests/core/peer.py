@@ -301,19 +301,7 @@ def _on_grid(steps: int, spacing: str) -> bool:
     return spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
 
 
-def published_3m(schedule, steps: int, spacing) -> Plan:
-    """dpmpp_3m with half of D_2, as published code has it."""
-    plan = solvers.dpmpp_3m(schedule, steps, spacing)
-    x0, past = plan.x0.copy(), plan.past.copy()
-    for i in np.flatnonzero(plan.past[:, 1]):
-        lam = plan.level.logsnr[i - 2 : i + 1][::-1] / 2
-        h = plan.next.logsnr[i] / 2 - lam[0]
-        r0, r1 = (lam[:2] - lam[1:]) / h
-        # half of - alpha' ((exp(-h) - 1 + h) / h^2 - 1 / 2) 2 (D_10 - D_11) / (r_0 + r_1), taken back
-        half = plan.next.alpha[i] * ((np.expm1(-h) + h) / h**2 - 0.5) / (r0 + r1)
-        x0[i] += half / r0
-        past[i, :2] += half * np.array([-1 / r0 - 1 / r1, 1 / r1])
-    return plan._replace(x0=x0, past=past)
+published_3m = functools.partial(solvers.dpmpp_3m, curvature=1.0)
 
 
 def unlimited(solver: Callable[..., Plan]) -> Callable[..., Plan]:

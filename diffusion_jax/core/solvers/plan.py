@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     level: NoiseLevel of (R,), where row i evaluates the denoiser.
     next: NoiseLevel of (R,), the state's level after row i.
     x0, eps, noise: (R,) coefficients. memory: (R, 2) on (x0, eps). past: (R, HISTORY).
+    initial: (), standard deviation of the noise that images start from. A solver of this package starts as wide as x_t
+      is when the data has unit variance; some published samplers start from the sigma of the first level.
     """
 
     level: NoiseLevel
@@ -43,6 +45,7 @@ class Plan(NamedTuple):
     noise: ArrayLike
     memory: ArrayLike
     past: ArrayLike
+    initial: ArrayLike
 
     @property
     def num_rows(self) -> int:
@@ -69,9 +72,16 @@ def stack(rows: Iterable[Row]) -> Plan:
     rows = list(rows)
     level, next, update, memory = zip(*rows, strict=True) if rows else [()] * 4
     x0, eps, noise, *past = np.reshape(update, (-1, len(X0))).T
-    return Plan(
-        _levels(level), _levels(next), x0, eps, noise, np.reshape(memory, (-1, len(X0)))[:, :2], np.stack(past, axis=1)
-    )
+    initial = np.hypot(rows[0].level.alpha, rows[0].level.sigma) if rows else 1.0
+    memory = np.reshape(memory, (-1, len(X0)))[:, :2]
+    return Plan(_levels(level), _levels(next), x0, eps, noise, memory, np.stack(past, axis=1), initial)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """One plan after another, each starting where the one before it ends."""
+    bare = [plan._replace(initial=None) for plan in plans]
+    rows = jax.tree.map(lambda *columns: np.concatenate(columns), *bare)
+    return rows._replace(initial=plans[0].initial)
 
 
 def _levels(levels: Sequence[NoiseLevel]) -> NoiseLevel:
@@ -186,7 +196,8 @@ def with_resampling(plan: Plan, repeats: int) -> Plan:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if np.any(plan.past):
         raise ValueError("resampling needs a solver of one row a step: ddpm, ddim, euler or consistency")
-    return renoised(jax.tree.map(lambda c: np.repeat(c, repeats, axis=0), plan))
+    rows = jax.tree.map(lambda c: np.repeat(c, repeats, axis=0), plan._replace(initial=None))
+    return renoised(rows._replace(initial=plan.initial))
 
 
 def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spacing = "trailing") -> np.ndarray:
