@@ -36,7 +36,7 @@ from diffusion_jax.models.unet import UNet
 TEXT = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NETWORKS = {"unet": unet_of, "vae": autoencoder_of} | dict.fromkeys(TEXT, text_encoder_of)
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # the peer's names and ours
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # names in diffusers and here
 STABLE_DIFFUSION = {  # how all of them were trained
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network of a pipeline before its variables are made: their shapes, and the tensors they are to be made of."""
+    """A network of a pipeline before loading: the shapes of its variables, and the tensors to load."""
 
     module: UNet | AutoencoderKL | ClipTextEncoder | T5Encoder
     like: PyTree
@@ -70,7 +70,7 @@ class Network(NamedTuple):
 class PublishedPipeline(NamedTuple):
     """A text-to-image model of the Stable Diffusion family.
 
-    unet, autoencoder: the denoiser of latents, and what makes latents of images and images of latents.
+    unet, autoencoder: the denoiser of latents, and the network from images to latents and back.
     text_encoders, tokenizers: one each (SD 1 and 2, the refiner of SDXL) or two (SDXL); of a single file no tokenizers.
     schedule, prediction: of the denoiser; "eps", "v" or "x0".
     scheduler: scheduler_config.json, where timestep_spacing, steps_offset and the like say how its authors sample.
@@ -135,7 +135,7 @@ def load_pipeline(
 
 
 def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
-    """Write a folder that `load_pipeline` and the peer read. dtype: of the stored tensors."""
+    """Write a folder that `load_pipeline` and diffusers read. dtype: of the stored tensors."""
     folder = Path(folder)
     unet = pipeline.unet.module
     save_unet(*pipeline.unet, folder / "unet", dtype)

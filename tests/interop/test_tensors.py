@@ -114,7 +114,7 @@ def entry(dtype="F32", shape=(2,), ends=(0, 8)):
         ([1], "malformed"),
         ({"x": 1}, "malformed"),
         ({"x": {"dtype": "F32"}}, "malformed"),
-        ({"x": entry("F4")}, "x has dtype 'F4'; known are F64, F32"),
+        ({"x": entry("F4")}, "x has dtype 'F4'; expected one of F64, F32"),
         ({"x": entry(shape=(3,))}, "x has 8 bytes; shape .3. of F32 needs others"),
         ({"x": entry(shape=(-1, -2))}, "expected natural numbers"),
         ({"x": entry(ends=(8, 0))}, "needs others"),
@@ -169,7 +169,7 @@ def test_pickles_are_refused_and_never_run(content, tmp_path, capsys):
         archive.writestr("archive/data.pkl", pickle.dumps(content))
     with pytest.raises(ValueError, match="a program that runs as it is read; look for a"):
         read_file(tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"it asks for builtins\.print, which is no tensor") as raised:
+    with pytest.raises(ValueError, match=r"it asks for builtins\.print, which is not a tensor") as raised:
         read_file(tmp_path / "x.ckpt", allow_pickle=True)
     assert "\n" not in str(raised.value)
     assert not capsys.readouterr().out

@@ -221,7 +221,7 @@ def test_malformed_files_are_one_line(files, message, tmp_path):
 
 def test_other_piece_models_are_refused(tmp_path):
     folder = write_folder(tmp_path / "bpe", None, None, **{"spiece.model": train_pieces("bpe")})
-    with pytest.raises(ValueError, match="no unigram model"):
+    with pytest.raises(ValueError, match="not a unigram model"):
         load_tokenizer(folder)
 
 
