@@ -41,7 +41,7 @@ BAD = {
     "sample.image {TEXT}: not a picture of a known format": "image=TEXT",
     "sample.mask {NONE}: not a readable picture": "image=IMAGE mask=NONE",
     "sample.mask is 64x32 pixels and sample.image 64x64: they must be of one size": "image=IMAGE mask=SMALL",
-    "name the image too, sample.image": "mask=MASK",
+    "set sample.image too": "mask=MASK",
     "strength must be in [0, 1], got 1.5": "image=IMAGE strength=1.5",
     "strength must be in [0, 1], got -0.1": "image=IMAGE strength=-0.1",
     "guidance must be at least 0, got -1": "guidance=-1",

@@ -221,7 +221,7 @@ def edited(folder, **changes):
         ({"block_out_channels": "wide"}, "no network can be built from it"),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported"),
-        ({"mid_block_type": "UNetMidBlock2D"}, "supported in UNet2DModel alone"),
+        ({"mid_block_type": "UNetMidBlock2D"}, "supported only in UNet2DModel"),
         ({"down_block_types": ["DownBlock2D"] * 2}, "unknown [0-9]+ tensors: down_blocks.0.attentions.0"),
         ({"block_out_channels": [16, 64]}, "misshapen"),
         ({"layers_per_block": 2}, "lacks [0-9]+ tensors: "),
