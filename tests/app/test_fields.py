@@ -120,8 +120,8 @@ DISAGREEING = {
     ],
     "32 channels cannot be split into 5 groups": [DIGITS, "--config.model.norm_num_groups=5"],
     # of sizes
-    "multiples of 8 pixels, got 65 and 64; the nearest valid sizes are 64 and 64": [LATENT, "--config.sample.height=65"],
-    "multiples of 8 pixels, got 12 and 64; the nearest valid sizes are 16 and 64": [LATENT, "--config.sample.height=12"],
+    "got 65 and 64; the nearest valid sizes are 64 and 64": [LATENT, "--config.sample.height=65"],
+    "got 12 and 64; the nearest valid sizes are 16 and 64": [LATENT, "--config.sample.height=12"],
     "multiples of 8 pixels, got 60 and 60": [AUTOENCODER, "--config.data.size=60", "--mode=train"],
     # of the data
     "records of digits-train, got 100000": [DIGITS, "--config.train.batch_size=100000", "--mode=train"],
