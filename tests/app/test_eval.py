@@ -27,7 +27,7 @@ def apply(params, x, t, cond, key=None):
 
 
 def shades(count, bad=()):
-    """Noisy images whose label says how bright they are."""
+    """Noisy images whose label is their brightness."""
 
     def read(i):
         if i in bad:

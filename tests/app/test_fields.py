@@ -1,4 +1,4 @@
-"""What is wrong with a number, or with two that do not go together, is one line before anything starts."""
+"""A wrong number, or two numbers that do not fit together, give a one-line error before anything starts."""
 
 import math
 

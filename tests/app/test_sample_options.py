@@ -1,4 +1,4 @@
-"""The options of --mode=sample, as users meet them: pictures from pictures, and one clear line for what cannot be."""
+"""The options of --mode=sample from the command line: pictures from pictures, and a one-line message for each error."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ DEMO = ["--config=configs/latent_cfg.py", "--config.sample.steps=2", "--prompt=p
 
 @pytest.fixture
 def paths(tmp_path):
-    """Files to draw from, by the name that stands for them in a flag."""
+    """Input files, by the name that stands for them in a flag."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "image.png")
     mask = np.zeros((64, 64), np.uint8)

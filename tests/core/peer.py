@@ -1,6 +1,6 @@
 """diffusers' schedulers beside our plans: one network, one list of time steps, both in float64.
 
-`PEERS` says which scheduler is the peer of which solver. A peer's tables are float32; here it is given ours in float64
+`PEERS` has the scheduler, called the peer, of each solver. A peer's tables are float32; here it gets ours in float64
 (that they are the same numbers is tested on its own), so that what is left to differ is the solver.
 """
 
@@ -44,7 +44,7 @@ START = _rng.normal(size=(BATCH, DIM))
 
 
 def network(x, level: NoiseLevel, kind: str):
-    """What a perfect network for a Gaussian mixture says of x (B, D) at `level`: eps, v or x0."""
+    """The output of a perfect network for a Gaussian mixture, for x (B, D) at `level`: eps, v or x0."""
     xp = jnp if isinstance(x, jax.Array) else np
     alpha, sigma = level.alpha, level.sigma
     variance = alpha**2 * STDS**2 + sigma**2
@@ -317,7 +317,7 @@ def published_3m(schedule, steps: int, spacing) -> Plan:
 
 
 def unlimited(solver: Callable[..., Plan]) -> Callable[..., Plan]:
-    """The solver without our limit on steps from noise alone, which binds on cosine."""
+    """The solver without our limit on steps from pure noise, which applies on cosine."""
 
     def build(*arguments, **options) -> Plan:
         with mock.patch.object(singlestep, "NOISE_ALONE", np.inf):

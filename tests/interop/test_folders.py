@@ -1,4 +1,4 @@
-"""Folders of the peer: ours round-trip, the peer's own load and agree, and the other way round."""
+"""Model folders: ours survive a round trip, those of diffusers load here and agree, and ours load in diffusers."""
 
 import json
 
@@ -199,7 +199,7 @@ def test_round_trip(tmp_path, dtype):
 
 
 def edited(folder, **changes):
-    """A saved U-Net whose config.json then says something else."""
+    """A saved U-Net with a changed config.json."""
     unet = UNet(**TEXT)
     variables = jax.tree.map(
         lambda s: jnp.zeros(s.shape), jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())

@@ -1,4 +1,4 @@
-"""Low-rank updates: the formula for every spelling of their names, and the peer's own fused weights."""
+"""Low-rank updates: the formula for every naming scheme, and equality with the weights that diffusers fuses."""
 
 import jax
 import numpy as np

@@ -135,7 +135,7 @@ def t5_families(pieces):
 
 
 def assert_equal(folder, peer, strings):
-    """Ours and the peer's ids and masks of 77 tokens, ours read from the folder's own and from the peer's files."""
+    """Our and transformers' ids and masks of 77 tokens, ours read from the folder's own and transformers' files."""
     theirs = peer.from_pretrained(folder)
     expected = theirs(strings, padding="max_length", max_length=77, truncation=True)
     theirs.save_pretrained(folder / "saved")

@@ -1,4 +1,4 @@
-"""Laws of the U-Net; its equality with the peer is in tests/interop."""
+"""Laws of the U-Net; its equality with diffusers is in tests/interop."""
 
 import flax.linen as nn
 import jax
