@@ -127,7 +127,7 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
     """The checkpoint of a config with the LoRAs it names.
 
-    training: float32 variables, unless a LoRA alone is trained.
+    training: float32 variables, unless only a LoRA is trained.
     """
     if not config.checkpoint:
         raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")

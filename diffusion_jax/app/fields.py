@@ -365,7 +365,7 @@ def _check_condition(condition: ConfigDict, model: ConfigDict) -> None:
     needed = {"class": "num_classes", "text": "length"}.get(kind)
     if needed and needed not in condition:
         raise ValueError(
-            f"config.condition must have the field {needed} for kind={kind}, got {', '.join(condition)} alone; "
+            f"config.condition must have the field {needed} for kind={kind}, got only {', '.join(condition)}; "
             "add it in the config file"
         )
     table = model.get("num_class_embeds")

@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
     prompts, cond: the prompts and their conditions, leaves (prompts, ...).
     jobs: (index of the prompt, seed) of every image.
-    image: (H, W, 3) uint8 of the model's size. None for pictures from prompts alone.
+    image: (H, W, 3) uint8 of the model's size. None for pictures from prompts only.
     mask: (H, W, 1), True where the image is generated. None for no mask.
     """
 

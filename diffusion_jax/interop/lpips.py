@@ -36,5 +36,5 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"expected numpy arrays alone, the file names {module}.{name}")
+            raise pickle.UnpicklingError(f"expected only numpy arrays, the file contains {module}.{name}")
         return self.known[module, name]

@@ -88,7 +88,7 @@ class PublishedPipeline(NamedTuple):
 
     @property
     def text_names(self) -> tuple[str, ...]:
-        """The folders of the text encoders; the refiner of SDXL has the second alone."""
+        """The folders of the text encoders; the refiner of SDXL has only the second."""
         refiner = len(self.text_encoders) == 1 and self.unet.module.addition_embed_type is not None
         return TEXT[1:] if refiner else TEXT[: len(self.text_encoders)]
 
@@ -102,10 +102,11 @@ def load_pipeline(
 ) -> PublishedPipeline:
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
 
-    dtype: of all variables. prediction: overrides "eps", "v" or "x0"; a single file of SD 2 does not say, 512-base is
-    "eps" and 768 is "v". tokenizers: the folder of a pipeline whose tokenizers a single file is to have.
+    dtype: of all variables.
+    prediction: override it with "eps", "v" or "x0". Needed for a single file of SD 2: 512-base is "eps", 768 is "v".
+    tokenizers: the folder of a pipeline with the tokenizers for a single file.
     allow_pickle: see `read_file`.
-    Raises FileNotFoundError for what is missing and ValueError for what cannot be honoured, naming the file.
+    Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = Path(path)
     if prediction not in (None, *PREDICTIONS.values()):

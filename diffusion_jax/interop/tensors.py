@@ -63,8 +63,8 @@ def read_file(path: str | Path, allow_pickle: bool = False) -> dict[str, np.ndar
         raise ValueError(f"{path}: expected a .safetensors file")
     if not allow_pickle:
         raise ValueError(
-            f"{path} is a pickle, a program that runs as it is read; look for a .safetensors file, or allow pickles to "
-            "have it read by a reader that admits tensors alone"
+            f"{path} is a pickle, which may contain code; look for a .safetensors file, or set allow_pickle to "
+            "read only its tensors, without running its code"
         )
     return read_pickle(path)
 

@@ -149,7 +149,7 @@ DISAGREEING = {
     "cannot be read: SyntaxError: ": ["--config=BINARY"],
     "cannot be read in line 2: NameError: name 'nope'": ["--config=NAME"],
     "must return a ConfigDict, got 3": ["--config=THREE"],
-    "must have the field num_classes for kind=class, got kind, length alone": ["--config=OWN"],
+    "must have the field num_classes for kind=class, got only kind, length": ["--config=OWN"],
     "sample.prompts must be a tuple, each text that UTF-8 can encode, got ('\\udcff',)": [DIGITS, "--prompt=\udcff"],
     "expected a file of text in UTF-8, got": [DIGITS, "--prompt=@BINARY"],
     "expected a number in 0..9, got '²'": [DIGITS, "--prompt=²"],

@@ -24,7 +24,7 @@ def ddim(schedule: Schedule, steps: int, spacing: Spacing = "trailing", eta: flo
     def row(level: NoiseLevel, next: NoiseLevel) -> Row:
         s = eta * _posterior_std(level, next)
         if s > next.sigma:
-            raise ValueError(f"eta {eta} asks for more noise than the next level holds; use at most 1")
+            raise ValueError(f"eta {eta} adds more noise than the next level has; use at most 1")
         return Row(level, next, next.alpha * X0 + np.sqrt(next.sigma**2 - s**2) * EPS + s * Z)
 
     return stack(row(level, next) for level, next in path(schedule, steps, spacing))

@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 
 def stack(rows: Iterable[Row]) -> Plan:
-    """Stack the rows to a plan. No rows give a plan that changes nothing."""
+    """Stack the rows into a plan. No rows give a plan that changes nothing."""
     rows = list(rows)
     level, next, update, memory = zip(*rows, strict=True) if rows else [()] * 4
     x0, eps, noise, *past = np.reshape(update, (-1, len(X0))).T
