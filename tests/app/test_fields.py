@@ -145,7 +145,7 @@ DISAGREEING = {
         "--prompt=3",
     ],
     # of the command line
-    "got 'foo bar' besides": [DIGITS, "foo", "bar"],
+    "got also 'foo bar'": [DIGITS, "foo", "bar"],
     "cannot be read: SyntaxError: ": ["--config=BINARY"],
     "cannot be read in line 2: NameError: name 'nope'": ["--config=NAME"],
     "must return a ConfigDict, got 3": ["--config=THREE"],
