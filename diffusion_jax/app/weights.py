@@ -16,10 +16,10 @@ from diffusion_jax.training.checkpoints import Checkpoints
 
 
 def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[DiffusionModel, str]:
-    """The model with weights, and where they are from: the newest checkpoint of the work directory if it has one, else
-    what comes with the config.
+    """The model with weights, and where they come from: the newest checkpoint of the work directory, else the weights
+    that come with the config.
 
-    Raises FileNotFoundError where there are none, and ValueError for a checkpoint of another config.
+    Raises FileNotFoundError without weights, and ValueError for a checkpoint of another config.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     step = checkpoints.latest_step()
@@ -36,11 +36,11 @@ def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[Diff
         if (folder / "vae").exists():
             codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
         return model._replace(network=Network(Applied(unet)), params=params, codec=codec), config.weights
-    raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
+    raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or give its --workdir")
 
 
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
-    """What the newest checkpoint trained, averaged. Raises ValueError for LoRAs that were not there in training."""
+    """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that it was not trained with."""
     if "loras" in config and "lora" not in config:
         known = json.loads((workdir / "config.json").read_text())["loras"]
         if list(config.loras) != known:

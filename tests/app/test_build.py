@@ -1,4 +1,4 @@
-"""Every combination of prediction, schedule, spacing and space that a config accepts is sampled and trained rightly."""
+"""Every combination of prediction, schedule, spacing and space that a config accepts samples and trains correctly."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Whole pipelines: the peer's load and agree, ours load in the peer, and every tensor survives a round trip."""
+"""Whole pipelines: diffusers' load here and agree, ours load in diffusers, and every tensor survives a round trip."""
 
 import functools
 import itertools
@@ -191,7 +191,7 @@ def vocabulary(tmp_path_factory):
 
 
 def published(kind, vocabulary, folder):
-    """A tiny pipeline of the peer, saved as it is published."""
+    """A tiny pipeline of diffusers, saved in the published format."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
@@ -228,13 +228,13 @@ def published(kind, vocabulary, folder):
 
 
 def embeddings(whole, kind):
-    """What the peer's U-Net is told of PROMPTS."""
+    """The condition of diffusers' U-Net for PROMPTS."""
     out = whole.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     return out[0], out[2] if kind == "sdxl" else None
 
 
 def peer_outputs(whole, kind):
-    """(text, prediction of the U-Net, image) of the peer as numpy arrays, images last in channels."""
+    """(text, prediction of the U-Net, image) of diffusers as numpy arrays, with channels last."""
     import torch
 
     with torch.no_grad():
@@ -247,7 +247,7 @@ def peer_outputs(whole, kind):
 
 
 def our_outputs(pipeline, kind):
-    """The same of ours."""
+    """The same from our implementation."""
     features = []
     for (module, params), tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
         ids = jnp.array([encoding.ids for encoding in tokenizer.encode_batch(PROMPTS)])
@@ -389,7 +389,7 @@ def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
 
 
 def _without_noise(encode):
-    """The encoder with the mean for a draw."""
+    """The encoder with the posterior mean instead of a sample."""
 
     def wrapped(x):
         out = encode(x)
@@ -420,7 +420,7 @@ def test_a_trained_lora_is_what_the_peer_loads(vocabulary, tmp_path):
 
 
 def test_weighted_and_long_prompts_of_both_encoders(vocabulary, tmp_path):
-    """All are as long as the longest; what a prompt says does not depend on the others."""
+    """All prompts are padded to the longest; the result of a prompt does not depend on the others."""
     published("sdxl", vocabulary, tmp_path)
     model = load_pipeline(tmp_path)
     pipeline = from_published(model, size=(12, 8))

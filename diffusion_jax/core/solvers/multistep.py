@@ -1,9 +1,8 @@
-"""Solvers that look back at the predictions of earlier steps.
+"""Solvers that use the predictions of earlier steps.
 
-A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda; m_0, m_1, ...
-are data predictions, e_0, e_1, ... noise predictions, the newest first. The order grows as predictions come in and
-falls to 1 on the last step, which ends on sigma' = 0 where h is infinite; predictions made at alpha = 0 are not looked
-back at.
+A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda. m_0, m_1, ...
+are data predictions, e_0, e_1, ... noise predictions, the newest first. The order grows as predictions come in. It
+falls to 1 on the last step, where sigma' = 0 and h is infinite. Predictions made at alpha = 0 are not used again.
 """
 
 import math
@@ -20,11 +19,11 @@ Levels = list[NoiseLevel]
 
 
 def _multistep(steps: list[Step], orders: Sequence[int], update: Callable, remembers: np.ndarray) -> Plan:
-    """Each step by update(levels, next, predictions).
+    """Build each step by update(levels, next, predictions).
 
-    orders: the highest order of each step; a step is of as many predictions as there are, up to that.
-    levels: as many as the step's order, and predictions made there, both with the newest first. remembers: what they
-    are, X0 or EPS.
+    orders: highest order of each step. A step uses at most as many predictions as were made.
+    levels, predictions: as many as the step's order, the newest first.
+    remembers: kind of prediction, X0 or EPS.
     """
     rows = []
     for i, ((level, next), order) in enumerate(zip(steps, orders, strict=True)):
@@ -133,13 +132,12 @@ def _adams_weights(nodes: Sequence[float] | np.ndarray, moments: Sequence[float]
 
 
 def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 3, falls: bool = True) -> Plan:
-    """Diffusion exponential integrator, tAB-DEIS in log(sigma / alpha) (Zhang & Chen 2022, eq. 14). `steps` network
-    calls.
+    """Diffusion exponential integrator, tAB-DEIS in log(sigma / alpha) (Zhang & Chen 2022, eq. 14).
 
-    x' = alpha' / alpha x - sigma' sum_j w_j e_j, exact where e is a polynomial in lambda: with u = (lambda - lambda_0)
-    / h,
+    x' = alpha' / alpha x - sigma' sum_j w_j e_j, exact where e is a polynomial in lambda. u = (lambda - lambda_0) / h:
     sum_j w_j u_j^k = c_k = h int_0^1 u^k exp((1 - u) h) du;  c_0 = exp(h) - 1,  c_k = k / h c_{k-1} - 1.
-    falls: the last steps are of lower order, down to 1, even where they do not end on clean data.
+    `steps` network calls.
+    falls: the last steps have lower order, down to 1, even if they do not end on clean data.
     """
 
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
@@ -160,8 +158,8 @@ def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: i
 def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 4) -> Plan:
     """Linear multistep of Adams and Bashforth on d(x / alpha) / ds = e, s = sigma / alpha. `steps` network calls.
 
-    x' / alpha' = x / alpha + (s' - s) sum_j w_j e_j, exact where e is a polynomial in s: with u = (s - s_0) / (s' -
-    s_0), sum_j w_j u_j^k = int_0^1 u^k du = 1 / (k + 1).
+    x' / alpha' = x / alpha + (s' - s) sum_j w_j e_j, exact where e is a polynomial in s.
+    With u = (s - s_0) / (s' - s_0),  sum_j w_j u_j^k = int_0^1 u^k du = 1 / (k + 1).
     """
 
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
@@ -179,14 +177,13 @@ def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: in
 
 
 def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
-    """Pseudo linear multistep (Liu et al. 2022, eq. 12): DDIM steps along Adams-Bashforth's mean of up to 4
-    predictions.
+    """Pseudo linear multistep (Liu et al. 2022, eq. 12): DDIM along the Adams-Bashforth mean of up to 4 predictions.
 
     The first step is taken twice, the second time along (e + e_1) / 2 as in Heun's method. steps + 1 network calls;
-    `steps` where there is but one step, or the first starts from noise alone.
+    `steps` if there is only one step, or if the first starts from pure noise.
     """
     adams = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-    rows, kept = [], []  # kept: the rows whose predictions are looked back at
+    rows, kept = [], []  # kept: the rows whose predictions later rows use
     for i, (level, next) in enumerate(path(schedule, steps, spacing)):
         kept.append(len(rows))
         weights = adams[min(len(kept), 4)]
@@ -207,8 +204,8 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
 
     With r_j = (lambda_j - lambda_0) / h and D_j = (m_j - m_0) / r_j:
       predictor x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 - alpha' B(h) sum_j a_j D_j
-      corrector the same with D of m', just made at x', among the D_j, where r = 1.
-    variant: B(h) is -h for "bh1" and exp(-h) - 1 for "bh2". The prediction at x' is the one the next step starts from.
+      corrector the same, with D of m', the new prediction at x', added to the D_j; its r is 1.
+    variant: B(h) is -h for "bh1" and exp(-h) - 1 for "bh2". The next step starts from the same prediction at x'.
     """
     _order(order, (1, 2, 3), "unipc")
     if variant not in ("bh1", "bh2"):
@@ -216,7 +213,7 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
     rows, before, grid = [], [], path(schedule, steps, spacing)
     for i, (level, next) in enumerate(grid):
         x = state(level)
-        if before:  # the corrector starts where the predictor started: what they add is all that differs
+        if before:  # corrector and predictor start from the same x: only the terms that they add differ
             x = x + _unipc_terms(before, level, PAST, variant, X0) - _unipc_terms(before, level, PAST, variant)
         before = []
         update = state(next)
@@ -231,7 +228,7 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
 def _unipc_terms(
     levels: Levels, next: NoiseLevel, m: list[np.ndarray], variant: str, m_next: np.ndarray | None = None
 ) -> np.ndarray:
-    """What UniPC's predictor, or its corrector if given m_next, adds to sigma' / sigma x."""
+    """The term that UniPC's predictor adds to sigma' / sigma x; the corrector's term if m_next is given."""
     lam = [_lambda(level) for level in levels]
     h = _lambda(next) - lam[0]
     nodes = [(there - lam[0]) / h for there in lam[1:]]
