@@ -1,6 +1,6 @@
 """The sampler that a published model comes with: a scheduler_config.json of diffusers as a plan.
 
-The plan does what diffusers 0.42 does, also where that differs from the paper (docs/samplers_peer.md says where).
+The plan does what diffusers 0.42 does, even where that differs from the paper; docs/samplers_peer.md lists these places.
 """
 
 import itertools
@@ -42,9 +42,8 @@ def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, stre
         raise ValueError(f"steps must be in 1..{schedule.num_steps}, the schedule's number of steps, got {steps}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    if config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler")):
-        config = dict(config) | {"clip_sample": True}
-    _only(config, thresholding=False, use_flow_sigmas=False, clip_sample=False)
+    clips = {"clip_sample": name in ("DDIMScheduler", "DDPMScheduler")}  # by default
+    _only(clips | dict(config), thresholding=False, use_flow_sigmas=False, clip_sample=False)
     path, solver = SCHEDULERS[name]
     grid = path(config, schedule, steps)
     skipped = len(grid) - min(int(steps * strength), len(grid))
@@ -180,9 +179,8 @@ def _ddpm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: 
 
 
 def _pndm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    _only(dict(config) | {"timestep_spacing": _spacing(config)}, timestep_spacing="leading")
-    _only({"skip_prk_steps": False} | dict(config), skip_prk_steps=True)
-    _only(config, prediction_type="epsilon")
+    defaults = {"skip_prk_steps": False}
+    _only(defaults | dict(config), timestep_spacing="leading", skip_prk_steps=True, prediction_type="epsilon")
     return (solvers.plms if len(grid) > 1 else solvers.ddim)(schedule, len(grid), grid)
 
 
