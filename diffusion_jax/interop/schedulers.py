@@ -1,6 +1,6 @@
 """The sampler that a published model comes with: a scheduler_config.json of diffusers as a plan.
 
-The plan does what diffusers 0.42 does, even where that differs from the paper; docs/samplers_peer.md lists these places.
+The plan does what diffusers 0.42 does, even where that differs from the paper; docs/samplers_peer.md lists the places.
 """
 
 import itertools
