@@ -1,4 +1,4 @@
-"""Train, and sample from, the diffusion model that a config describes.
+"""Train the diffusion model that a config describes, and sample from it.
 
 python main.py --config=configs/latent_cfg.py --mode=train
 python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"

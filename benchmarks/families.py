@@ -1,4 +1,4 @@
-"""What the config.json of published networks say, as far as several benchmarks need it."""
+"""Fields of the config.json of published networks that several benchmarks need."""
 
 AUTOENCODER = {
     "block_out_channels": (128, 256, 512, 512),

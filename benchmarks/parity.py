@@ -1,11 +1,11 @@
-"""Stable Diffusion at full size beside the peer: every network and a guided image from the same weights, as markdown.
+"""Compare Stable Diffusion at full size with diffusers: every network and a guided image, as markdown.
 
     pip install -r requirements.txt -r requirements-peer.txt
     python -m benchmarks.parity --folder=/tmp/parity
 
-The peer makes each model with random weights by its own classes' initialization and writes it as it is published, in
-half precision; both sides read that folder and compute in float32. They run one after the other, each in a process of
-its own, so that one model at a time is in memory; each takes up to 9 GB, and a folder 3 GB until it is compared.
+diffusers and transformers ("the peer") create each model with random weights and write it as published, in half
+precision. Both sides use these weights and compute in float32. They run one after the other in separate processes, so
+that one model at a time is in memory. Each takes up to 9 GB, and a folder 3 GB until it is compared.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import families
 
 BOUND = 2e-5  # largest difference of a network's outputs, in units of the largest output
-PIXEL, SHARE = 1 / 255, 0.999  # how far apart the pixels of an image may be, and how many must not be farther
+PIXEL, SHARE = 1 / 255, 0.999  # tolerance of a pixel of an image, and the share of pixels that must be within it
 STEPS, GUIDANCE = 20, 7.5
 PROMPT, NEGATIVE = "a watercolor of a lighthouse above the sea at dusk", ""
 FLAT = 1e-3  # the least standard deviation of an output that is worth comparing
@@ -46,7 +46,7 @@ NOISE = {
 }
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **NOISE}
 DPMPP = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2, **NOISE}
-DPMPP["timestep_spacing"] = "trailing"  # "leading" is another sequence in each of the peer's schedulers
+DPMPP["timestep_spacing"] = "trailing"  # "leading" differs between diffusers' schedulers
 EOS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # as published; 2 stands for the largest id
 CLIP_L = EOS | families.CLIP_L
 CLIP_H = CLIP_L | {
@@ -140,7 +140,7 @@ def _compare(name: str, folder: Path, sizes: list[str]) -> bool:
 
 
 def _row(name: str, output: str, ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Print how far the outputs are apart; False where they differ or where there is nothing to see."""
+    """Print the difference of the outputs. False if they differ or if an output is constant."""
     difference = np.abs(ours - theirs)
     if output == "image":
         share = np.mean(difference.max(axis=-1) <= PIXEL)
@@ -160,10 +160,10 @@ def _versions() -> str:
 
 
 def inputs(model: Model, side: int, latent: int) -> dict[str, np.ndarray]:
-    """What both sides are given; images last in channels.
+    """The inputs of both sides; images have channels last.
 
     ids: tokens of two prompts. x, t, text, pooled, sizes: a noisy batch of two, its times and conditions.
-    pixels, z: for the autoencoder. noise: what the guided image starts from.
+    pixels, z: for the autoencoder. noise: initial noise of the guided image.
     """
     rng = np.random.default_rng(0)
     ids = np.full((2, TOKENS), 49407, np.int32)
@@ -186,7 +186,7 @@ def inputs(model: Model, side: int, latent: int) -> dict[str, np.ndarray]:
 
 
 def peer(model: Model, folder: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The model made and written, and its outputs."""
+    """Create and write the model with diffusers, and return its outputs."""
     import torch
 
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def _peer_pipeline(model, vocabulary):
 
 
 def _peer_features(pipeline, given):
-    """What the text encoders say of the tokens."""
+    """The outputs of the text encoders."""
     import torch
 
     features = {}
@@ -270,7 +270,7 @@ def _peer_image(pipeline, given):
 
 
 def ours(model: Model, folder: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The model loaded, and its outputs."""
+    """Load the model and return its outputs."""
     import jax
 
     from diffusion_jax.interop import load_pipeline

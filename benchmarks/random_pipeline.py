@@ -1,8 +1,8 @@
-"""A folder of Stable Diffusion 1.5 as diffusers writes it, full size or tiny, with random weights of the peer's own.
+"""A folder of Stable Diffusion 1.5 as diffusers writes it, full size or tiny, with diffusers' random weights.
 
     python -m benchmarks.random_pipeline FOLDER [--quick]
 
-Its tokenizer knows single letters alone, under ids of CLIP's range; prompts have 77 tokens as they should.
+Its tokenizer knows only single letters, with ids in CLIP's range. Prompts have 77 tokens.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import families
 
-UNET = {  # what unet/config.json says beside the peer's defaults; of the other two networks likewise
+UNET = {  # fields of unet/config.json that differ from diffusers' defaults; below the same for the other networks
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
     "cross_attention_dim": 768,
@@ -65,7 +65,7 @@ def write(folder: str | Path, quick: bool) -> None:
 
 
 def write_vocabulary(folder: Path, first_mark: int) -> None:
-    """A vocabulary of CLIP's kind: letters, the last ones of words, and from first_mark on the marks of both ends."""
+    """A vocabulary like CLIP's: letters, letters at the end of words, and from first_mark the start and end token."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(letter + "</w>" for letter in letters)]
     vocabulary = {word: i for i, word in enumerate(words)} | {BOS: first_mark, EOS: first_mark + 1}

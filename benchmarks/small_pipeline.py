@@ -2,8 +2,8 @@
 
     python -m benchmarks.small_pipeline FOLDER
 
-FOLDER/model: the trained first stage of weights/latent_cfg, a random CLIP text encoder whose tokenizer knows letters
-alone, a random U-Net. FOLDER/drawings: 16 drawings of OpenMoji with their names; FOLDER/swapped: the same with red
+FOLDER/model: the trained first stage of weights/latent_cfg, a random CLIP text encoder whose tokenizer knows only
+letters, a random U-Net. FOLDER/drawings: 16 drawings of OpenMoji with their names; FOLDER/swapped: the same with red
 and blue exchanged.
 """
 

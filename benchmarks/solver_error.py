@@ -1,4 +1,4 @@
-"""Error against network calls for every solver, on a problem whose solution is known: draws docs/solver_error.png.
+"""Error against network calls for every solver, on a problem whose solution is known: plots docs/solver_error.png.
 
     pip install -r requirements-dev.txt matplotlib
     python -m benchmarks.solver_error
@@ -48,7 +48,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "solver_error.png"
 
 
 def exact_flow(noise: np.ndarray) -> np.ndarray:
-    """The data prediction at t_min of where the probability flow carries noise (B, 2) from t_max."""
+    """The data prediction at t_min after the probability flow from noise (B, 2) at t_max."""
     start, end = SCHEDULE(SCHEDULE.t_max), SCHEDULE(SCHEDULE.t_min)
 
     def flow(lam: float, y: np.ndarray) -> np.ndarray:  # y = x / alpha, dy / dlambda = -sigma / alpha eps

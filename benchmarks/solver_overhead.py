@@ -1,11 +1,11 @@
-"""What a solver itself costs a step, ours beside diffusers' schedulers: the network costs nothing.
+"""The overhead of a solver for each step, compared with diffusers' schedulers: the network costs nothing.
 
     pip install -r requirements-peer.txt
     python -m benchmarks.solver_overhead
 
 Latents of 64 x 64 x 4, batch 8, 50 steps, on the CPU. Ours is `sampling.sample` as users call it, rows in chunks of 10;
-the peer is a loop over `scheduler.step`, as its pipelines have it. Both are warm and take turns (`turns.py`); the
-median counts.
+the peer is diffusers, a loop over `scheduler.step` as in its pipelines. Both are warm and take turns (`turns.py`).
+The result is the median.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from benchmarks import turns
 
-PAIRS = {  # our solver -> the peer's scheduler and its options
+PAIRS = {  # our solver -> diffusers' scheduler and its options
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "euler": ("EulerDiscreteScheduler", {}),

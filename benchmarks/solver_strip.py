@@ -1,4 +1,4 @@
-"""The same noise and prompts by several solvers at 5, 10, 20 and 50 steps: draws docs/solver_strip.png.
+"""The same noise and prompts by several solvers at 5, 10, 20 and 50 steps: writes docs/solver_strip.png.
 
 python -m benchmarks.solver_strip
 """

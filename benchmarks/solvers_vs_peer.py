@@ -3,7 +3,7 @@
     pip install -r requirements-peer.txt
     python benchmarks/solvers_vs_peer.py --all
 
-Without --all each number of steps is tried with one spacing, as in tests/core/test_peer.py, which holds both to it.
+Without --all each number of steps is tried with one spacing, as in tests/core/test_peer.py, which checks both tables.
 """
 
 import argparse
@@ -26,13 +26,13 @@ def main() -> None:
     torch.set_num_threads(1)
     names = ("diffusers", "torch", "jax", "numpy")
     print(f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in names)}.\n")
-    print("| solver | peer | predictions | cases | largest difference |\n|---|---|---|---|---|")
+    print("| solver | scheduler | predictions | cases | largest difference |\n|---|---|---|---|---|")
     for name, each in peer.PEERS.items():
         tried = cases(name)
         worst = max(peer.difference(name, *case) for case in tried)
         peer_name = each.scheduler.__name__.removesuffix("Scheduler")
         print(f"| {name} | {peer_name} | {', '.join(each.kinds)} | {len(tried)} | {worst:.0e} |", flush=True)
-    print("\n| peer | where it differs, and what ours does | by |\n|---|---|---|")
+    print("\n| scheduler | where it differs, and what ours does | by |\n|---|---|---|")
     for deviation in peer.DEVIATIONS.values():
         print(f"| {deviation.peer} | {deviation.what} | {deviation.measure():.2g} |", flush=True)
 

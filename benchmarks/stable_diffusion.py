@@ -5,8 +5,8 @@
 
 Parts: `unet`, one guided step: batch 2, latents of 64 x 64 x 4, 77 x 768 of text. `vae`, one latent to 512 x 512
 pixels. `image`, a prompt to 512 x 512 pixels with DPM-Solver++(2M) and guidance 7.5. `start`, from the start of a
-process to the end of its first step. All in float32; beside "torch-bf16" both in bfloat16. The folder is written where
-it does not exist (4.3 GB, a minute). Each side of the peer takes turns with ours (`turns.py`).
+process to the end of its first step. All in float32, or both sides in bfloat16 for "torch-bf16". The folder is written
+if it does not exist (4.3 GB, a minute). The peer is diffusers; each of its sides takes turns with ours (`turns.py`).
 """
 
 import argparse
@@ -58,7 +58,7 @@ def ours(part: str, folder: Path, steps: int, kind: str = "ours") -> Callable[[]
 
 
 def our_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> Callable[..., object]:
-    """A function of the number of steps that draws the prompt. laps: told when the weights begin and end to load."""
+    """A function of the number of steps that generates the image. laps: records the time of loading weights."""
     import jax
 
     from diffusion_jax.core import solvers
@@ -75,7 +75,7 @@ def our_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> 
 
     def run(steps: int, decode: bool = True):
         plan = solvers.dpmpp_2m(published.schedule, steps)
-        noise = generate.noise(model, keys, plan.start)
+        noise = generate.noise(model, keys, plan.initial)
         x0 = generate.solve(model, noise, model.conditioning.of_prompts([PROMPT]), keys, plan, GUIDANCE)
         return jax.block_until_ready(generate.decode(model, x0) if decode else x0)
 
@@ -127,7 +127,7 @@ def peer_image(folder: Path, laps: Callable[[str], None] = lambda name: None) ->
 
 
 def first_step(side: str, folder: Path) -> None:
-    """What a process of the part `start` does; prints the seconds of its laps."""
+    """The work of a process of the part `start`. Prints the seconds of its laps."""
     seconds, last = {}, time.perf_counter()
 
     def lap(name: str) -> None:
@@ -157,7 +157,7 @@ def start(arguments: list[str], count: int) -> None:
             env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
         )
         laps = json.loads(done.stdout.splitlines()[-1])
-        whole = time.perf_counter() - begin - laps["step"]  # the second one is told apart
+        whole = time.perf_counter() - begin - laps["step"]  # the second step is reported separately
         seconds = whole, laps["load"], laps["step"], whole - laps["load"] - laps["step"]
         print(f"| {name} | {' | '.join(f'{s:.1f} s' for s in seconds)} | {laps['peak'] / GIB:.2f} GiB |", flush=True)
     shutil.rmtree(cache)
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of the pipeline; written where it does not exist")
     parser.add_argument("--turns", type=int, default=3, help="measured runs of each side")
     parser.add_argument("--steps", type=int, default=20, help="of `image`")
-    parser.add_argument("--sides", nargs="*", help="of the peer; all where left out")
+    parser.add_argument("--sides", nargs="*", help="of the peer; all by default")
     parser.add_argument(
         "--quick", action="store_true", help="tiny networks: shows that the script works, no measurement"
     )

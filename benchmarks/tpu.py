@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a program. It needs no TPU (`pip install "jax[tpu]"`), and nothing is run.
+"""The TPU compiler's estimates for a program. This needs no TPU (`pip install "jax[tpu]"`), and nothing is run.
 
 Import this before jax is used: it sets the environment in which the compiler starts without a TPU.
 """
@@ -15,7 +15,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import jax
 from jax.experimental import topologies
 
-jax.default_backend = lambda: "tpu"  # by which networks choose the forms of their operations; the host is a CPU
+jax.default_backend = lambda: "tpu"  # networks choose the form of their operations by it; the host is a CPU
 
 
 class Chip(NamedTuple):
@@ -39,12 +39,12 @@ CHIPS = {
 
 
 class Cost(NamedTuple):
-    """Of a compiled program, for each chip.
+    """The cost of a compiled program, for each chip.
 
-    arguments, temporary, total: bytes of its inputs, of what it needs besides inputs and outputs, and of all of them,
-    donated memory counted once. flops, accessed: FLOPs and bytes read and written, the body of a loop counted once.
-    cycles: what the compiler expects, the body of a loop counted as often as it runs; kernels of one's own are not in
-    it, and what runs side by side is added up.
+    arguments, temporary, total: bytes of inputs, of temporary arrays, and of all arrays; donated memory counts once.
+    flops, accessed: FLOPs, and bytes read and written. The body of a loop counts once.
+    cycles: the compiler's estimate. The body of a loop counts as often as it runs. Custom kernels do not count, and
+      parallel operations are added up.
     """
 
     arguments: int
@@ -61,12 +61,12 @@ def devices(topology: str) -> list:
 
 
 def chip(topology: str) -> Chip:
-    """What each chip of a slice can do."""
+    """The performance of each chip of a slice."""
     return CHIPS[topology.split(":")[0]]
 
 
 def cost(compiled) -> Cost:
-    """The compiler's own account of `jax.jit(f).lower(…).compile()`."""
+    """The compiler's own cost estimate of `jax.jit(f).lower(…).compile()`."""
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     return Cost(

@@ -1,13 +1,13 @@
-"""What attention over the pixels of an image takes on a TPU, by implementation. Asks the compiler, which needs no TPU.
+"""The cost of attention over the pixels of an image on a TPU, by implementation, as estimated by the TPU compiler.
 
     pip install "jax[tpu]"
     python -m benchmarks.tpu_attention --topology=v5e:1x1
 
-One guided image of bfloat16, 8 heads of each width, from and to pixels with the heads side by side, as in the network.
-Prints for each implementation the bytes of HBM that are needed beside inputs and output, the bytes that its operations
-read and write, FLOPs (with a star those of a loop's body, once), and the time that the compiler expects: an estimate
-and no measurement. Of a kernel the compiler expects nothing; the time of its FLOPs at the chip's peak, which it cannot
-be faster than, is added.
+No TPU is needed. One guided image in bfloat16, 8 heads of each width, input and output with the heads of a pixel side
+by side, as in the network. Prints for each implementation the bytes of temporary arrays in HBM, the bytes that its
+operations read and write, FLOPs (a star: the body of a loop counts once), and the compiler's estimate of the time,
+which is not a measurement. The compiler has no estimate for a kernel; the time of its FLOPs at the chip's peak, a lower
+bound, is added.
 """
 
 import sys
@@ -32,13 +32,13 @@ from diffusion_jax.models.attention import attention
 
 BATCH, HEADS, LANES = 2, 8, 128
 WIDTHS, TOKENS = (40, 64, 80, 160), (4096, 1024, 256)
-LARGEST_TILE = 512  # pixels at a time in the kernel; 128, its default, makes 16 times as many steps
+LARGEST_TILE = 512  # pixels in a tile of the kernel; its default, 128, makes 16 times as many steps
 
 Heads = Float[Array, "batch pixels heads width"]
 
 
 def padded(q: Heads, k: Heads, v: Heads) -> Heads:
-    """One softmax of heads filled up with zeros to a multiple of 128."""
+    """One softmax, with heads padded with zeros to a multiple of 128."""
     width = q.shape[-1]
     wide = _fill(q)
     scale = math.sqrt(wide.shape[-1] / width)  # `attention` divides by the root of the width it sees

@@ -1,11 +1,11 @@
-"""Does a config's training step fit a TPU slice? Asks the TPU compiler, which needs no TPU.
+"""Check by the TPU compiler whether a config's training step fits a TPU slice. No TPU is needed.
 
     pip install "jax[tpu]"
     python benchmarks/tpu_memory.py --config=configs/latent_cfg.py:imagenet256 --topology=v5e:2x4
 
 Compiles the second stage's whole step (forward, backward, optimizer, average) for every chip of the slice and prints
-bytes for each chip and FLOPs. Nothing is run: hours of training are what the FLOPs take at the utilisation given, an
-estimate and no measurement.
+bytes for each chip and FLOPs. Nothing is run. Hours of training are estimated from the FLOPs at the given utilisation,
+not measured.
 """
 
 import sys

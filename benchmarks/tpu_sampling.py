@@ -1,12 +1,12 @@
-"""Does text to image fit a TPU, and what does it take? Asks the TPU compiler, which needs no TPU.
+"""Check by the TPU compiler whether text to image fits a TPU, and estimate its cost. No TPU is needed.
 
     pip install "jax[tpu]"
     python -m benchmarks.tpu_sampling --model=sd15 --topology=v5e:1x1 --batch=1
 
 Compiles the whole way from tokens to pixels as one program: text encoders, 20 steps of the guided U-Net, the
-autoencoder's decoder, at the size that the model draws, weights and multiplications in bfloat16. Images are split over
+autoencoder's decoder, at the model's image size, weights and multiplications in bfloat16. Images are split over
 the chips, weights are on every chip. Prints bytes for each chip, FLOPs for each image, and two estimates of the time
-from tokens to pixels: what the FLOPs take at the utilisation given, and what the compiler expects. Nothing is run.
+from tokens to pixels: that of the FLOPs at the given utilisation, and the compiler's own. Nothing is run.
 """
 
 import sys
@@ -141,7 +141,7 @@ def variables(modules: Networks) -> Networks:
 
 
 def condition(model: Model, modules: Networks, params: Networks, ids: jax.Array) -> dict[str, jax.Array]:
-    """What the U-Net is told of tokens (B, 77)."""
+    """The condition of the U-Net for tokens (B, 77)."""
     features = [text.apply(variables, ids) for text, variables in zip(modules.texts, params.texts, strict=True)]
     if len(features) == 1:
         return {"text": features[0].last_hidden_state}
@@ -160,7 +160,7 @@ def pixels(modules: Networks, params: Networks, x0: jax.Array) -> jax.Array:
 
 
 def text_to_image(model: Model, modules: Networks, params: Networks, ids: jax.Array, seeds: jax.Array) -> jax.Array:
-    """Tokens (B, 2, 77), of a prompt and of what to lead away from, and seeds (B,) -> images."""
+    """Tokens (B, 2, 77) of a prompt and a negative prompt, and seeds (B,) -> images."""
     keys = jax.vmap(jax.random.key)(seeds)
     cond, negative = (condition(model, modules, params, ids[:, i]) for i in (0, 1))
 
@@ -186,7 +186,7 @@ def compiled(model: Model, params: Networks, modules: Networks, topology: str, b
 
 
 def around(model: Model, modules: Networks, params: Networks, ids: jax.Array) -> tuple:
-    """What is outside the loop, for one image: text and decoder."""
+    """The part outside the loop, for one image: text encoders and decoder."""
     cond = [condition(model, modules, params, ids[:, i]) for i in (0, 1)]
     return cond, pixels(modules, params, jnp.zeros((1, model.size // 8, model.size // 8, 4)))
 
@@ -200,7 +200,7 @@ def one_step(model: Model, modules: Networks, params: Networks, ids: jax.Array) 
 
 
 def flops(part: Callable, model: Model, params: Networks) -> float:
-    """FLOPs of `around` or `one_step`, before any compiler has changed them."""
+    """FLOPs of `around` or `one_step`, before compilation."""
     modules = networks(model, "xla")
     modules = modules._replace(autoencoder=modules.autoencoder.clone(attention_implementation="xla"))
     ids = jax.ShapeDtypeStruct((1, 2, TOKENS), jnp.int32)

@@ -1,4 +1,4 @@
-"""Images a second in training, ours beside the peer's: the U-Net of DDPM for CIFAR-10 (35.7 million parameters).
+"""Images a second in training, compared with diffusers: the U-Net of DDPM for CIFAR-10 (35.7 million parameters).
 
     pip install -r requirements-peer.txt
     python -m benchmarks.train_step --batch-size 16 --steps 8

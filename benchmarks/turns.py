@@ -1,7 +1,7 @@
-"""Side-by-side timing: each side works in a process of its own, and the processes take turns.
+"""Side-by-side timing: each side runs in a process of its own, and the processes take turns.
 
-While one has its turn the others are stopped (SIGSTOP), so that threads which wait by spinning slow nobody; and
-whatever else the machine does falls on all of them.
+While one process runs, the others are stopped (SIGSTOP), so that their spinning threads do not slow it down. Other load
+on the machine affects all sides alike.
 """
 
 import json
@@ -23,7 +23,7 @@ class Side(NamedTuple):
 
 
 def serve(run: Callable[[], object], warmups: int = 2) -> None:
-    """Warm up, say so, then answer each line on stdin with the seconds of one run, after one that is not measured."""
+    """Warm up and report it, then answer each line on stdin with the seconds of one run, after an unmeasured one."""
     for _ in range(warmups):
         run()
     print("ready", flush=True)
@@ -37,14 +37,14 @@ def serve(run: Callable[[], object], warmups: int = 2) -> None:
 
 
 def peak() -> int:
-    """The most memory that this process has held so far, in bytes, the pages of mapped files among it."""
+    """The peak memory of this process so far, in bytes, including pages of mapped files."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(commands: dict[str, list[str]], turns: int, unmeasured: int = 1) -> dict[str, Side]:
     """Run the sides' commands, each of which calls `serve`, for so many turns of one measured run each.
 
-    unmeasured: runs at the start of each turn that warm the caches again.
+    unmeasured: runs at the start of each turn, to warm the caches again.
     """
     servers, sides = {}, {}
     for side, command in commands.items():

@@ -1,9 +1,9 @@
 """The first stage alone: a KL autoencoder, 8x smaller each side, 4 channels.
 
     python main.py --config=configs/autoencoder.py --mode=train
-    python main.py --config=configs/autoencoder.py --mode=sample      # held-out images above what came back
+    python main.py --config=configs/autoencoder.py --mode=sample      # held-out images above their reconstructions
 
-Then hand it to a latent config: --config.autoencoder.checkpoint=runs/autoencoder
+Then use it in a latent config: --config.autoencoder.checkpoint=runs/autoencoder
 """
 
 from ml_collections import ConfigDict

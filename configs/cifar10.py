@@ -5,7 +5,7 @@
 
 TFDS prepares `cifar10` once (`pip install tensorflow` for that step alone, then
 `tfds.builder("cifar10", file_format="array_record").download_and_prepare()`); training reads it without TensorFlow.
-The paper reaches FID 3.17 after 800k steps. This config has not been trained to the end: no result of ours to report.
+The paper reaches FID 3.17 after 800k steps. This config has not been trained to the end yet.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
-"""What the configs share: the fields every run has, at values that suit most of them.
+"""Sections that the configs share, with common values.
 
-All fields, with their meaning and range, are listed in diffusion_jax/app/fields.py.
+diffusion_jax/app/fields.py lists all fields with their meaning and range.
 """
 
 from ml_collections import ConfigDict
@@ -9,27 +9,27 @@ from diffusion_jax.app import fields
 
 
 def own(name: str) -> ConfigDict:
-    """The top of a config with a model of its own."""
+    """Top-level fields of a config with a model of its own."""
     return fields.section(fields.RUN | fields.OWN, name=name)
 
 
 def published(name: str) -> ConfigDict:
-    """The top of a config whose model is a published checkpoint."""
+    """Top-level fields of a config whose model is a published checkpoint."""
     return fields.section(fields.RUN | fields.PUBLISHED, name=name)
 
 
 def unconditional() -> ConfigDict:
-    """A model that is told nothing."""
+    """No condition."""
     return fields.section(fields.CONDITION, kind="none")
 
 
 def by_class(num_classes: int) -> ConfigDict:
-    """A model that is told a class."""
+    """The condition is a class."""
     return fields.section(fields.CONDITION, kind="class", num_classes=num_classes)
 
 
 def by_text(length: int) -> ConfigDict:
-    """A model that is told a caption, of `length` tokens with the two that mark its ends."""
+    """The condition is a caption of `length` tokens, with start and end token."""
     return fields.section(fields.CONDITION, kind="text", length=length)
 
 
@@ -46,14 +46,14 @@ def train(steps: int, batch_size: int, ema: float, every: int) -> ConfigDict:
 
 
 def sample(prompts: tuple[str, ...], solver: str, steps: int, guidance: float, num_images: int = 1) -> ConfigDict:
-    """What --mode=sample draws, and how. num_images: for each prompt."""
+    """Settings of --mode=sample. num_images: for each prompt."""
     return fields.section(
         fields.SAMPLE, prompts=prompts, solver=solver, steps=steps, guidance=guidance, num_images=num_images
     )
 
 
 def evaluation(images: int) -> ConfigDict:
-    """Likelihood of held-out data. images: how many, fewer where there are fewer."""
+    """Likelihood of held-out data. images: how many, or all if there are fewer."""
     return fields.section(fields.EVAL, images=images)
 
 

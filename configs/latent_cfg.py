@@ -4,7 +4,7 @@
     python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
 
 Presets, after a colon (`--config=configs/latent_cfg.py:openmoji_long`):
-  openmoji       64 x 64 drawings with their names; 21 minutes on a 2-core CPU that did other things too, to colours and
+  openmoji       64 x 64 drawings with their names; 21 minutes on a 2-core CPU with other load; learns colours and
                  outlines (held-out PSNR of the first stage 20.5 dB)
   openmoji_long  the same model trained for 75 minutes (held-out PSNR of the first stage 23.4 dB). The demo weights,
                  weights/latent_cfg, have an earlier first stage (20.8 dB) and 6,000 steps of the second
@@ -121,7 +121,7 @@ def _imagenet256() -> ConfigDict:
 
 
 def _latent(name: str, data: ConfigDict) -> ConfigDict:
-    """What all presets share."""
+    """The sections that all presets share."""
     config = common.own(name)
     config.data = data
     config.schedule = common.schedule("cosine")

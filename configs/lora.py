@@ -6,8 +6,8 @@
     $LORA --mode=export                    # runs/lora/export/lora.safetensors, for diffusers and others too
 
 Later, or with somebody else's file: --config=configs/stable_diffusion.py --config.loras="('FILE@0.8',)".
-The weights of the checkpoint stay as they are, in config.dtype; only the updates have gradients, optimizer and average.
-A small model was given one (docs/results.md), no published one yet.
+The weights of the checkpoint do not change and stay in config.dtype. Only the updates have gradients, optimizer state
+and average. This was tried on a small model (docs/results.md), not yet on a published one.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,8 @@ from configs import common, stable_diffusion
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The fields are those of configs/stable_diffusion.py and, in config.lora, the rank of the updates and what has
-    them, by default all attention.
+    """The fields of configs/stable_diffusion.py, and config.lora with the rank of the updates and the updated maps, by
+    default all attention.
     """
     config = stable_diffusion.get_config(arg)
     config.name = "lora"

@@ -6,13 +6,13 @@
     $SD --mode=export
 
 FOLDER is what diffusers saves (model_index.json, unet/, vae/, …), or one .safetensors file in the original layout, to
-which --config.tokenizers=FOLDER gives the tokenizers of its family. The folders of inpainting models, whose U-Net sees
-the mask, are drawn from with --config.sample.image and --config.sample.mask.
+which --config.tokenizers=FOLDER gives the tokenizers of its family. Inpainting models, whose U-Net sees the mask, need
+--config.sample.image and --config.sample.mask.
 
 Fine-tuning trains the whole U-Net on a folder of images with captions (any data source will do): about 14 GB for
 Stable Diffusion 1 with its optimizer and average in float32, and activations on top. `configs/lora.py` needs less. The
-run's weights are then used by sample and export with the same --workdir. A small model was fine-tuned with it
-(docs/results.md), no published one yet.
+run's weights are then used by sample and export with the same --workdir. This was tried on a small model
+(docs/results.md), not yet on a published one.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """arg: none are known."""
+    """arg: not used; there are no presets."""
     if arg:
         raise ValueError(f"stable_diffusion has no presets, got {arg!r}; name the model by --config.checkpoint=FOLDER")
     config = common.published("stable_diffusion")
@@ -32,9 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = common.optimizer(1e-5, warmup=500)
     config.train = common.train(steps=10_000, batch_size=8, ema=0.9999, every=500)
     config.sample = common.sample(
-        ("a photograph of an astronaut riding a horse",), solver="dpmpp_2m", steps=25, guidance=7.5
+        ("a photograph of an astronaut riding a horse",), solver="published", steps=25, guidance=7.5
     )
-    config.sample.spacing = "published"
     config.sample.batch_size = 4
     config.eval = common.evaluation(images=100)
     return config

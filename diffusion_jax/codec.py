@@ -1,4 +1,4 @@
-"""How images become what the denoiser sees, and back. Pixel space is latent space with the identity codec."""
+"""Conversion between images and x0. Pixel space is latent space with the identity codec."""
 
 import functools
 import hashlib
@@ -19,13 +19,15 @@ Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.nd
 class Codec(NamedTuple):
     """Images (B, H, W, 3) <-> x0 (B, H / factor, W / factor, channels).
 
-    cache_key: () -> a name of the weights, part of the key of cached records; "" when nothing is worth caching.
-    encode: images, uint8 or in [-1, 1] -> record (B, ...), what is stored of them.
-    sample: (stats, record, keys (B,)) -> x0, of about unit variance; with keys None its mean.
-    stats: the numbers that `sample` needs.
+    cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
+    encode: images, uint8 or in [-1, 1] -> record (B, ...), which can be stored.
+    sample: (stats, record, keys (B,)) -> x0, of about unit variance. With keys None, its mean.
+    stats: numbers for `sample`.
     decode: (params, x0) -> images, about [-1, 1].
-    params: what `decode` needs.
-    limit: x0 is known to lie within [-limit, limit]; None when nothing is known.
+    params: weights for `decode`.
+    factor: pixels on a side of one cell of x0.
+    channels: of x0.
+    limit: x0 lies within [-limit, limit]. None if there is no limit.
     """
 
     cache_key: Callable[[], str]
@@ -40,26 +42,26 @@ class Codec(NamedTuple):
 
 
 def check_size(size: tuple[int, int], factor: int) -> None:
-    """Raise ValueError, with the nearest sizes that work, unless images of this size have whole latents.
+    """Raise ValueError, with the nearest valid sizes, unless height and width are multiples of factor.
 
     size: height and width in pixels.
-    factor: pixels of a side for one cell of the latent.
+    factor: pixels on a side of one latent cell.
     """
     if any(pixels % factor or pixels < factor for pixels in size):
         nearest = [max(round(pixels / factor), 1) * factor for pixels in size]
         raise ValueError(
             f"height and width must be multiples of {factor} pixels, got {size[0]} and {size[1]}; "
-            f"the nearest that work are {nearest[0]} and {nearest[1]}"
+            f"the nearest valid sizes are {nearest[0]} and {nearest[1]}"
         )
 
 
 def pixels(images: Images) -> Float[Array | np.ndarray, "batch height width 3"]:
-    """Images as numbers in [-1, 1], from uint8 or from such numbers."""
+    """Convert images, uint8 or in [-1, 1], to numbers in [-1, 1]."""
     return to_float(images) if images.dtype == np.uint8 else images
 
 
 def identity() -> Codec:
-    """Pixels as they are: records are the images, x0 is in [-1, 1]."""
+    """The codec of pixel models: records are the images, x0 is in [-1, 1]."""
     return Codec(
         cache_key=lambda: "",
         encode=lambda images: images,
@@ -74,11 +76,11 @@ def identity() -> Codec:
 
 
 def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Codec:
-    """Latents of a KL autoencoder: records are moments, x0 = (z - shift_factor) scaling_factor.
+    """The codec of a KL autoencoder: records are moments, x0 = (z - shift_factor) scaling_factor.
 
-    tile: pixels a side, 0 for none. Larger images are decoded in tiles of this size, which overlap by a quarter and are
-      faded into each other. This saves memory; faint seams can be seen, as each tile is normalised by itself.
-    Raises ValueError for a tile that is not a multiple of four cells of the latent.
+    tile: pixels on a side, 0 for no tiles. Larger images are decoded in tiles of this size, which overlap by a quarter
+      and are blended. This saves memory. Faint seams may be visible, because each tile is normalised by itself.
+    Raises ValueError for a tile that is not a multiple of four latent cells.
     """
     factor = model.factor
     if tile < 0 or tile % (4 * factor):
@@ -112,10 +114,9 @@ def _decode_latent(model: AutoencoderKL, tile: int, params: PyTree, x0: Array) -
 def in_tiles(
     decode: Callable[[Array], Array], z: Float[Array, "batch h w c"], tile: int
 ) -> Float[Array, "batch height width channels"]:
-    """What `decode` makes of z, put together from overlapping tiles, one after the other.
+    """`decode` applied to overlapping tiles of z, one after the other.
 
-    tile: side of a tile in cells of z, of which a quarter overlaps the next one; there the weight of a tile falls
-    linearly to its edge.
+    tile: side of a tile in cells of z. A quarter of it overlaps the next tile, and its weight falls linearly there.
     """
     sides = z.shape[1:3]
     height, width = (min(tile, side) for side in sides)
@@ -138,13 +139,13 @@ def in_tiles(
 
 
 def _starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin so that neighbours overlap by a quarter or more and the last one ends with the image."""
+    """Starts of the tiles: neighbours overlap by a quarter or more, and the last tile ends with the image."""
     last = max(side - tile, 0)
     return [*range(0, last, 3 * tile // 4), last]
 
 
 def _fades(starts: list[int], size: int, side: int, factor: int) -> dict[int, np.ndarray]:
-    """start of a tile -> its weights along one axis, (size * factor,); at every pixel all tiles' add up to 1."""
+    """Start of a tile -> its weights along one axis, (size * factor,). The weights at every pixel sum to 1."""
     place = (np.arange(size * factor) + 0.5) / factor
     total, weights = np.zeros(side * factor), {}
     for start in starts:
@@ -156,7 +157,7 @@ def _fades(starts: list[int], size: int, side: int, factor: int) -> dict[int, np
 
 
 def fingerprint(tree: PyTree) -> str:
-    """SHA-256 over the names and values of a pytree of arrays."""
+    """SHA-256 of the names and values in a pytree of arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())

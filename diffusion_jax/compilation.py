@@ -1,4 +1,4 @@
-"""How XLA compiles the programs of a process."""
+"""Settings for the XLA compiler."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,11 @@ CONCURRENCY = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def configure(low_memory: bool = True) -> None:
-    """Keep compiled programs, so that a second start compiles nothing. Call it before JAX finds its devices.
+    """Cache compiled programs on disk, so that a second start compiles nothing. Call this before JAX finds its devices.
 
-    They are kept in ~/.cache/diffusion_jax/xla, or where jax_compilation_cache_dir says.
-    low_memory: order programs for a CPU for little memory, unless XLA_FLAGS has its own word on it. XLA would order
-    them so that much could run at the same time, and keep three times the arrays of a large U-Net for that; training is
-    a twentieth faster so.
+    The cache is ~/.cache/diffusion_jax/xla, or jax_compilation_cache_dir if that is set.
+    low_memory: schedule CPU programs for little memory, unless XLA_FLAGS sets the order. By default XLA schedules for
+      parallelism, which needs three times the arrays for a large U-Net and trains a twentieth faster.
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))

@@ -12,12 +12,12 @@ from diffusion_jax.models.text import TextEncoder
 
 
 class Conditioning(NamedTuple):
-    """Records and prompts -> what a denoiser is told besides x_t.
+    """Records and prompts -> the condition of the denoiser.
 
-    cache_key: () -> a name of the weights, part of the key of cached records; "" when nothing is worth caching.
+    cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
     of_records: stacked records -> cond, leaves (B, ...).
     of_prompts: prompts -> cond, leaves (B, ...).
-    null: stands for no condition; leaves without the batch axis.
+    null: "no condition"; leaves without the batch axis.
     """
 
     cache_key: Callable[[], str]
@@ -32,7 +32,7 @@ def unconditional() -> Conditioning:
 
 
 def class_labels(num_classes: int) -> Conditioning:
-    """Class numbers 0..num_classes-1; prompts are these numbers; the null class is num_classes."""
+    """Class numbers 0..num_classes-1, also as prompts. The null class is num_classes."""
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
         wrong = [p for p in prompts if not (p.isascii() and p.strip().isdecimal() and int(p) < num_classes)]
@@ -46,9 +46,7 @@ def class_labels(num_classes: int) -> Conditioning:
 
 
 def text(encoder: TextEncoder) -> Conditioning:
-    """Captions through a text encoder: an embedding for each token and the mask of real tokens; null is the empty
-    prompt.
-    """
+    """Captions through a text encoder: an embedding for each token and the mask of tokens. null is the empty prompt."""
     embed = jax.jit(encoder.apply)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:

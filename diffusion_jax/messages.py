@@ -1,11 +1,11 @@
-"""What error messages are made of."""
+"""Text of errors, for use in messages."""
 
 
 def one_line(error: BaseException) -> str:
-    """The whole message of an error, its lines joined."""
+    """The whole message of an error on one line."""
     return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, for a message of one line."""
+    """The first line of an error of another library."""
     return (str(error).strip() or repr(error)).splitlines()[0][:300]

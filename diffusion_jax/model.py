@@ -1,4 +1,4 @@
-"""The one value for a diffusion model: own or published, of latents or of pixels."""
+"""A diffusion model as one value: own or published, of latents or of pixels."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -20,15 +20,15 @@ from diffusion_jax.models.unet import UNet
 
 
 def _no_variables(key: Key[Array, ""]) -> PyTree:
-    raise ValueError("this network does not say how its variables begin: give Network an `init`")
+    raise ValueError("this network has no initial variables: give Network an `init`")
 
 
 class Network(NamedTuple):
     """A network as training and sampling call it.
 
-    apply: (params, x (B, h, w, c), t (B,), cond, keys=None) -> output (B, h, w, c); with keys (B,), dropout is on.
-    init: key -> params, what training begins with.
-    known_channels: channels of cond["known"], what the network is told of the image that it fills in; see `inpaint`.
+    apply: (params, x (B, h, w, c), t (B,), cond, keys=None) -> output (B, h, w, c). Keys (B,) turn dropout on.
+    init: key -> initial params.
+    known_channels: channels of cond["known"], the known part of the image, for an inpainting network; see `inpaint`.
     """
 
     apply: Callable[..., Array]
@@ -37,24 +37,24 @@ class Network(NamedTuple):
 
 
 def network_of(unet: UNet) -> Network:
-    """The U-Net as training and sampling call it, beginning with random variables."""
+    """The U-Net as training and sampling call it; `init` makes random variables."""
     init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
     return Network(Applied(unet), init, unet.known_channels)
 
 
 class DiffusionModel(NamedTuple):
-    """Everything that training, sampling, evaluation and export need to know of a model.
+    """Everything about a model that training, sampling, evaluation and export need.
 
     network: predicts from a noisy x, its time and a condition.
-    params: its variables. Before they are trained or loaded, their shapes (`jax.ShapeDtypeStruct`).
+    params: its variables. Before training or loading, their shapes (`jax.ShapeDtypeStruct`).
     schedule: time -> noise level.
-    parameterization: what the network is given and what its output means.
+    parameterization: the network's input and the meaning of its output.
     codec: images <-> x0.
     conditioning: prompts and records -> cond, and "no condition".
     size: height and width of an image, pixels.
-    adapter: what training changes of the variables.
-    own_plans: name -> (steps, strength) -> Plan, the samplers that came with the model.
-    own_times: name -> steps -> times, where its authors let a solver evaluate it.
+    adapter: which of the variables are trained.
+    own_plans: name -> (steps, strength) -> Plan, samplers that belong to the model.
+    own_times: name -> steps -> times, the times that the model's authors use for a solver.
     """
 
     network: Network
@@ -76,7 +76,7 @@ class DiffusionModel(NamedTuple):
 
     @property
     def useful_schedule(self) -> Schedule:
-        """The schedule to build plans on: without the levels at which the network's errors grow without use."""
+        """The schedule for plans, without levels that magnify the network's errors too much."""
         noisiest = self.schedule(np.float64(self.schedule.t_max))
         with np.errstate(divide="ignore"):
             worst = self.parameterization.magnification(noisiest)
@@ -87,6 +87,6 @@ class DiffusionModel(NamedTuple):
         return denoiser(self.network.apply, params, self.parameterization)
 
     def placed(self) -> "DiffusionModel":
-        """The model with its weights on this host's devices, so that many batches use them where they are."""
+        """The model with its weights on this host's devices, so that they are copied once for many batches."""
         params, decoder = parallel.whole((self.params, self.codec.params))
         return self._replace(params=params, codec=self.codec._replace(params=decoder))

@@ -1,7 +1,7 @@
-"""Where arrays live, and how a training step is compiled for many devices.
+"""Placement of arrays on devices, and compilation of a training step for many devices.
 
-Training: every device of all hosts holds the whole state and works through its share of the global batch (`pmap`).
-Sampling and evaluation: this host's devices share a batch, and the weights lie whole on each of them.
+Training: every device of all hosts holds the whole state and processes its share of the global batch (`pmap`).
+Sampling and evaluation: this host's devices share a batch, and each holds all weights.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ AXIS = "data"
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes what all hosts share: logs, pictures, exported weights."""
+    """Whether this process writes what all hosts share: logs, pictures, exported weights."""
     return jax.process_index() == 0
 
 
@@ -27,32 +27,35 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def from_all_hosts(array: np.ndarray) -> np.ndarray:
-    """The arrays of all hosts, (hosts, ...), in the order of their numbers. array: of one shape on every host."""
+    """The arrays of all hosts, (hosts, ...), in the order of their numbers.
+
+    array: of the same shape on every host.
+    """
     return np.asarray(multihost_utils.process_allgather(array)).reshape(-1, *array.shape)
 
 
 def compile_step(step: Callable, devices: list | None = None) -> Callable:
-    """The step (state, frozen, batch) -> (state, metrics), run on every device at once; the old state is donated.
+    """The step (state, frozen, batch) -> (state, metrics), run on every device at once. The old state is donated.
 
-    step: sees its device's share of the batch. What it returns must be the same on every device, by `mean`.
+    step: gets its device's share of the batch. Its results must be the same on every device; use `mean`.
     devices: all of the slice by default.
-    The compiled step takes state and frozen as `replicate` places them, and the batch as `split` does.
+    Place state and frozen by `replicate`, and the batch by `split`.
     """
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
 def mean(tree: PyTree) -> PyTree:
-    """Inside a step: the mean over devices."""
+    """The mean over devices, inside a step."""
     return jax.lax.pmean(tree, AXIS)
 
 
 def example_numbers(count: int) -> Int[Array, "count"]:
-    """Inside a step: the numbers in the global batch of this device's `count` examples."""
+    """The numbers in the global batch of this device's `count` examples, inside a step."""
     return jax.lax.axis_index(AXIS) * count + jnp.arange(count)
 
 
 def replicate(tree: PyTree, devices: list | None = None) -> PyTree:
-    """Place a pytree whole on every device (all of the slice by default); all hosts must hold the same."""
+    """Copy a pytree to every device (all of the slice by default). It must be the same on all hosts."""
     mesh = Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
     return jax.device_put(jax.device_get(tree), NamedSharding(mesh, PartitionSpec()))
 
@@ -64,25 +67,25 @@ def split(batch: PyTree, num_devices: int | None = None) -> PyTree:
 
 
 def divisible(batch: int) -> int:
-    """The least batch of at least so many images that this host's devices can share."""
+    """The smallest batch size of at least `batch` that this host's devices can share."""
     return batch + -batch % jax.local_device_count()
 
 
 def spread(tree: PyTree, batch: int) -> PyTree:
-    """Place leaves (B, ...) over this host's devices, on one of them where B does not divide by their number."""
+    """Split leaves (B, ...) over this host's devices. If B is not divisible by their number, use one device."""
     return jax.device_put(tree, _placements(batch)[0])
 
 
 def whole(tree: PyTree, batch: int = 0) -> PyTree:
-    """Place a pytree whole on the devices that `spread` uses for such a batch. What lies there already is not moved.
+    """Copy a pytree to every device that `spread` uses for such a batch. Data already there is not moved.
 
-    batch: 0 for any batch that divides by the number of devices.
+    batch: 0 for any batch that the devices can share.
     """
     return jax.device_put(tree, _placements(batch)[1])
 
 
 def _placements(batch: int) -> tuple[Sharding, Sharding]:
-    """Where arrays with a batch axis go, and arrays that every device needs whole."""
+    """The placement of arrays with a batch axis, and of arrays that every device needs whole."""
     devices = jax.local_devices()
     if len(devices) == 1 or batch % len(devices):
         alone = SingleDeviceSharding(devices[0])

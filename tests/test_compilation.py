@@ -1,4 +1,4 @@
-"""What a process asks of XLA, tried in processes of their own."""
+"""Settings for the XLA compiler, tested in separate processes."""
 
 import os
 import subprocess

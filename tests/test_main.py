@@ -245,7 +245,7 @@ BAD = {
     "does not divide over 1 devices x 3 micro-batches": changed("train.accumulate=3"),
     "sample.prompts is empty": changed("sample.prompts=()"),
     "expected a number in 0..9, got 'cat'": [*TINY, "--mode=train", "--prompt=cat"],
-    "--prompt names no prompt": [*TINY, "--mode=train", "--prompt= ; "],
+    "--prompt is empty": [*TINY, "--mode=train", "--prompt= ; "],
     "No such file or directory: 'none.txt'": [*TINY, "--mode=train", "--prompt=@none.txt"],
     "no checkpoint in ": [*TINY, "--mode=sample"],
 }
@@ -267,5 +267,5 @@ def test_bad_input_is_one_clear_line_and_status_2(expected, tmp_path, capfd, mon
 def test_bad_input_ends_the_process_with_status_2(compiled, tmp_path):
     status, stderr = finish(start(compiled, "--mode=sample", f"--workdir={tmp_path}"))
     assert status == 2
-    assert stderr == f"error: no checkpoint in {tmp_path}/checkpoints: run --mode=train first, or name its --workdir\n"
+    assert stderr == f"error: no checkpoint in {tmp_path}/checkpoints: run --mode=train first, or give its --workdir\n"
     assert not list(tmp_path.iterdir())

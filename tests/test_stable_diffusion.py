@@ -121,7 +121,7 @@ def test_an_inpainting_model_needs_its_image_and_mask(run, vocabulary, tmp_path)
     model = our_pipeline(unet=filled(unet, *unet.example_inputs()), tokenizers=(load_tokenizer(vocabulary),))
     save_pipeline(model, tmp_path / "filling")
     flags = [f"--config.checkpoint={tmp_path}/filling", "--mode=sample", "--config.sample.steps=2", "--prompt=a cat"]
-    assert "this model fills in parts of an image" in run("stable_diffusion", *flags, status=2)
+    assert "this is an inpainting model" in run("stable_diffusion", *flags, status=2)
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
     mask = np.zeros((8, 8), np.uint8)

@@ -1,1 +1,1 @@
-"""The program: a config becomes objects (`build`), and a verb of the command line is one file."""
+"""The program: one file for each mode of the command line, and `build` to turn a config into objects."""

@@ -1,4 +1,4 @@
-"""What the parts of a model and its data must agree on, found before anything starts."""
+"""Check that the parts of a model and its data fit together, before anything starts."""
 
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -8,17 +8,15 @@ from diffusion_jax.models.unet import UNet
 
 
 def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
-    """Raise ValueError for a network that cannot denoise what it is given.
+    """Raise ValueError for a network that does not fit its data or its condition.
 
     unet: the network of config.model.
-    channels: of x0, as the codec makes it.
+    channels: of x0, from the codec.
     null_cond: the condition of one image, leaves without the batch axis.
     """
     for field in ("in_channels", "out_channels"):
         if getattr(unet, field) != channels:
-            raise ValueError(
-                f"config.model.{field} must be {channels}, the channels of what it denoises, got {getattr(unet, field)}"
-            )
+            raise ValueError(f"config.model.{field} must be {channels}, the channels of x0, got {getattr(unet, field)}")
     knows_classes = unet.num_class_embeds is not None
     if knows_classes != ("label" in null_cond):
         expected = "None" if knows_classes else "the number of classes and one more"
@@ -33,13 +31,13 @@ def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
 
 
 def check_condition(config: ConfigDict, source: Source) -> None:
-    """Raise ValueError for a source that does not say what the denoiser of the config is told.
+    """Raise ValueError for a source that lacks the condition of the config's denoiser.
 
-    config: with the section condition, or with a checkpoint, which is told a text.
+    config: with the section condition, or with a checkpoint, whose condition is a text.
     """
     kind = config.condition.kind if "condition" in config else "text"
     if kind == "text" and not source.captions:
-        raise ValueError(f"a model that is told a text needs data with captions, and {source.name} has none")
+        raise ValueError(f"a text-conditional model needs data with captions, and {source.name} has none")
     if kind == "class" and source.num_classes != config.condition.num_classes:
         has = f"{source.num_classes} classes" if source.num_classes else "no labels: set config.condition.kind"
         raise ValueError(
@@ -49,7 +47,10 @@ def check_condition(config: ConfigDict, source: Source) -> None:
 
 
 def check_records(train: ConfigDict, source: Source) -> None:
-    """Raise ValueError for batches larger than the whole source. train: the section with batch_size."""
+    """Raise ValueError for batches larger than the whole source.
+
+    train: the section with batch_size.
+    """
     if train.batch_size > len(source):
         raise ValueError(
             f"train.batch_size must be at most {len(source)}, the records of {source.name}, got {train.batch_size}; "

@@ -1,4 +1,4 @@
-"""Config -> objects: the only place where strings become functions. Unknown names raise with the known ones."""
+"""Config -> objects: the only place that turns strings into functions. Errors for unknown names list the known ones."""
 
 import functools
 import inspect
@@ -86,12 +86,12 @@ def has_denoiser(config: ConfigDict) -> bool:
 
 
 def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = False) -> DiffusionModel:
-    """The model that a config describes, or that its checkpoint holds.
+    """The model that a config describes, or the model of its checkpoint.
 
-    The weights of a config's own model are still shapes alone; `weights.load` and training fill them in.
+    The weights of a config's own model are only shapes yet; `weights.load` and training fill them in.
 
     sides: height and width of its images, pixels; 0 for data.size, and where that is 0 for the checkpoint's own size.
-    training: a checkpoint's variables are float32, and its network saves memory as config.remat says.
+    training: make a checkpoint's variables float32, and use config.remat.
     Raises ValueError and FileNotFoundError for what cannot be built or loaded.
     """
     if "checkpoint" in config:
@@ -116,7 +116,7 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
     loaded, dtype = published(config, training), choose(DTYPES, config.dtype, "dtype")
     unet = loaded.unet.module
     if training and unet.in_channels > unet.out_channels:
-        raise ValueError(f"{config.checkpoint} fills in parts of an image; such a model cannot be fine-tuned here")
+        raise ValueError(f"{config.checkpoint} is an inpainting model, which cannot be fine-tuned here")
     if training and config.remat:
         loaded = loaded._replace(unet=loaded.unet._replace(module=unet.clone(remat=True)))
     sides = tuple(side or config.data.size for side in sides)
@@ -126,7 +126,7 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
     """The checkpoint of a config with the LoRAs it names.
 
-    training: float32 variables, unless a LoRA alone is trained.
+    training: float32 variables, unless only a LoRA is trained.
     """
     if not config.checkpoint:
         raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
@@ -155,7 +155,7 @@ def _file_and_scale(file: str) -> tuple[str, float]:
 
 
 def adapter(config: ConfigDict) -> Adapter:
-    """What the config trains of a network's variables."""
+    """Which variables of a network the config trains."""
     if "lora" not in config:
         return adapters.WHOLE
     return adapters.lora(config.lora.rank, lora_scale(config), config.lora.targets)
@@ -177,13 +177,13 @@ def autoencoder(config: ConfigDict) -> AutoencoderKL:
 
 
 def _fields(section: ConfigDict) -> dict:
-    """The section as arguments of a Flax module, its dtype by name."""
+    """The section as arguments of a Flax module, with its dtype from a name."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
     return fields | {"dtype": choose(DTYPES, fields.get("dtype", "float32"), "dtype")}
 
 
 def _untrained_codec(config: ConfigDict) -> Codec:
-    """The codec of config.autoencoder; the weights of an autoencoder are shapes alone."""
+    """The codec of config.autoencoder; the weights of an autoencoder are only shapes yet."""
 
     def untrained() -> Codec:
         own = config.autoencoder.checkpoint
@@ -195,7 +195,7 @@ def _untrained_codec(config: ConfigDict) -> Codec:
 
 
 def conditioning(config: ConfigDict) -> Conditioning:
-    """What the denoiser of config.condition is told."""
+    """The condition of the denoiser, from config.condition."""
     kinds = {
         "none": conditionings.unconditional,
         "class": lambda: conditionings.class_labels(config.condition.num_classes),
@@ -213,7 +213,7 @@ def schedule(config: ConfigDict) -> Schedule:
     section = config.schedule
     if section.name == "laplace":
         raise ValueError(
-            "laplace is a distribution of the levels that training sees, not a schedule to sample along: set "
+            "laplace is a distribution of noise levels in training, not a schedule: set "
             "objective.levels to laplace, and schedule.name to cosine"
         )
     chosen = choose(SCHEDULES, section.name, "schedule")(section)
@@ -221,16 +221,33 @@ def schedule(config: ConfigDict) -> Schedule:
         return chosen
     if config.objective.prediction == "eps":
         raise ValueError(
-            "schedule.zero_terminal_snr starts from noise alone, where eps says nothing of the image: set "
+            "schedule.zero_terminal_snr starts from pure noise, where eps does not determine the image: set "
             "objective.prediction to v or x0"
         )
     return schedules.zero_terminal_snr(chosen)
 
 
 def plan(config: ConfigDict, model: DiffusionModel) -> Plan:
-    """The solver of config.sample as a table, from where it starts on an image if there is one."""
+    """The solver of config.sample as a plan. With a starting image it begins at config.sample.strength."""
     section = config.sample
-    solver, options = choose(SOLVERS, section.solver, "solver"), {}
+    strength = section.strength if section.image and not section.mask else 1.0
+    own = model.own_plans.get(section.solver)
+    table = _plan(section, model, strength) if own is None else _own_plan(section, own, strength)
+    return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
+
+
+def _own_plan(section: ConfigDict, own: Callable[[int, float], Plan], strength: float) -> Plan:
+    for name in ("order", "eta", "spacing"):
+        if section[name] not in (None, ""):
+            raise ValueError(
+                f"sample.{name}: solver={section.solver} is as the model's authors set it, got {name}={section[name]}; "
+                "leave it out, or choose another solver"
+            )
+    return own(section.steps, strength)
+
+
+def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
+    solver, options = choose(SOLVERS | dict(model.own_plans), section.solver, "solver"), {}
     for name in ("order", "eta"):
         if section[name] is not None:
             able = sorted(known for known, f in SOLVERS.items() if name in inspect.signature(f).parameters)
@@ -242,19 +259,17 @@ def plan(config: ConfigDict, model: DiffusionModel) -> Plan:
     schedule, spacing = model.useful_schedule, section.spacing or ("karras" if _is_edm(model) else "trailing")
     if spacing in model.own_times:
         spacing = model.own_times[spacing](section.steps)
-    strength = section.strength if section.image and not section.mask else 1.0
     left = solvers.strength_times(schedule, section.steps, strength, spacing)
-    table = solver(schedule, len(left), spacing=left, **options)
-    return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
+    return solver(schedule, len(left), spacing=left, **options)
 
 
 def _is_edm(model: DiffusionModel) -> bool:
-    """Whether the schedule's time is sigma itself: even parts of it are far from even parts of the way."""
+    """Whether the schedule's time is sigma itself, for which steps even in time are a bad choice."""
     return isinstance(model.schedule, schedules.EDMSchedule)
 
 
 def guidance(config: ConfigDict, negative: PyTree) -> Guidance:
-    """The guidance of config.sample. negative: the condition of its negative prompt, None where it has none."""
+    """The guidance of config.sample. negative: the condition of its negative prompt, or None."""
     section = config.sample
     return Guidance(
         scale=section.guidance,
@@ -269,8 +284,8 @@ def guidance(config: ConfigDict, negative: PyTree) -> Guidance:
 def source(config: ConfigDict, split: str, size: int) -> Source:
     """The records of config.data.
 
-    split: "train", "validation" or "first_stage"; data.splits has the source's word for it.
-    size: of images, pixels a side, for sources that can choose.
+    split: "train", "validation" or "first_stage"; data.splits has the source's name for it.
+    size: of images, pixels on a side, for sources with a choice.
     """
     data = config.data
     name = data.splits[split]
@@ -292,8 +307,8 @@ def transform(config: ConfigDict, size: tuple[int, int], flip: bool = False) -> 
 
 
 def variants(config: ConfigDict, size: tuple[int, int]) -> Transform:
-    """All that the crop and flip of config.data make of an image, for a cache: data.crops random crops or the one in
-    the middle, each mirrored too where data.flip says so. Time and disk grow with their number.
+    """All augmented versions of an image, for a cache: data.crops random crops or the centre crop, each also mirrored
+    if data.flip is set. Time and disk space grow with their number.
     """
     data = config.data
     one = crop(*size, random_crop=data.random_crop, upscale=data.upscale)
@@ -315,7 +330,7 @@ def batches(source: Source, train: ConfigDict, seed: int, transform: Transform |
 def objective(
     section: ConfigDict, model: DiffusionModel | AutoencoderKL, key: Key[Array, ""]
 ) -> tuple[Callable, PyTree, dict]:
-    """(loss, params, frozen) of a stage: what to train, from where, and what the loss reads besides.
+    """(loss, initial params, frozen inputs) of a training stage.
 
     section: config.objective for a DiffusionModel, config.autoencoder.loss for a first stage.
     """

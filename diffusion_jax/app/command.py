@@ -1,4 +1,4 @@
-"""Train, and sample from, the diffusion model that a config describes.
+"""Train the diffusion model that a config describes, and sample from it.
 
 diffusion_jax --config=configs/latent_cfg.py --mode=train
 diffusion_jax --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
@@ -24,7 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PR
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, logs and samples; by default runs/<config name>.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, each running this line: TPU slices, Slurm, MPI.")
-_PROMPT = flags.DEFINE_string("prompt", None, 'What to draw, "a; b" or "@FILE", instead of config.sample.prompts.')
+_PROMPT = flags.DEFINE_string("prompt", None, 'What to generate, "a; b" or "@FILE", instead of config.sample.prompts.')
 
 
 def main(_: list[str]) -> int:
@@ -32,7 +32,7 @@ def main(_: list[str]) -> int:
     config = _CONFIG.value
     if config is None:
         raise ValueError("--config is missing: name a file, e.g. --config=configs/latent_cfg.py")
-    own_folder = Path("runs") / config.name  # a file that could not be read raises here
+    own_folder = Path("runs") / config.name  # raises if the config file cannot be read
     if _MODE.value not in MODES:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
     if _PROMPT.value is not None:
@@ -47,7 +47,7 @@ def main(_: list[str]) -> int:
 
 
 def _show_flags_in_help() -> None:
-    """Let --help show this module's flags and examples, as it shows those of the file that Python was started with."""
+    """Show this module's flags and examples in --help, which shows only those of the main file by itself."""
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     started = sys.modules["__main__"]
@@ -55,7 +55,7 @@ def _show_flags_in_help() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Show this project's messages as plain lines; of others only warnings."""
+    """Show this project's messages as plain lines, and only warnings of other libraries."""
     logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
     handler.setFormatter(std_logging.Formatter("%(message)s"))
@@ -65,11 +65,11 @@ def _quiet_libraries() -> None:
 
 
 def _prompts(flag: str) -> tuple[str, ...]:
-    """The prompts of --prompt: one a line of a file, or split at semicolons."""
+    """The prompts of --prompt: the lines of a file, or text split at semicolons."""
     lines = _lines(Path(flag[1:])) if flag.startswith("@") else flag.split(";")
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ValueError(f'--prompt names no prompt: expected "a; b" or a file with one a line, "@FILE", got {flag!r}')
+        raise ValueError(f'--prompt is empty: expected "a; b" or a file with one prompt a line, "@FILE", got {flag!r}')
     return prompts
 
 
@@ -81,7 +81,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def run() -> None:
-    """The program: errors that a user can mend are one line and exit status 2."""
+    """The program. Errors that a user can fix print one line and exit with status 2."""
     shipped.make_importable()
     _show_flags_in_help()
     try:

@@ -1,4 +1,4 @@
-"""The command line, read by absl and ml_collections, with their complaints as one line each."""
+"""Parse the command line with absl and ml_collections, and report their errors in one line each."""
 
 import sys
 import traceback
@@ -9,20 +9,20 @@ from ml_collections import ConfigDict
 from diffusion_jax.app import shipped
 
 CONFIG = ("--config", "-config")
-TRACEBACK = "Error whilst parsing config file:"  # what ml_collections puts before one
+TRACEBACK = "Error whilst parsing config file:"  # ml_collections prints this before a traceback
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse `argv` and return the program's name alone: the `flags_parser` of `absl.app.run`.
+    """Parse `argv` and return only the program's name: the `flags_parser` of `absl.app.run`.
 
-    Raises ValueError, in one line, for a flag, a config file or a field that cannot be used, the last with the known
-    names, and for words that are no flags.
+    Raises ValueError with a one-line message for a bad flag, config file or field (with the known names), and for
+    arguments that are not flags.
     """
     argv = _with_found_config(argv)
     try:
         words = flags.FLAGS(argv)
         config = flags.FLAGS.config
-        hasattr(config, "name")  # a file that is missing is told of when its config is first looked at
+        hasattr(config, "name")  # a missing file raises only when its config is first used
     except (flags.Error, OSError) as error:
         where, _, trace = str(error).partition(TRACEBACK)
         raise ValueError(where + trace.strip().splitlines()[-1] if trace else where.splitlines()[-1].strip()) from error
@@ -31,7 +31,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if words[1:]:
         raise ValueError(
-            f"expected flags alone, --NAME=VALUE, got {' '.join(words[1:])!r} besides; quote a value that has spaces"
+            f"expected only flags, --NAME=VALUE, got also {' '.join(words[1:])!r}; quote a value that has spaces"
         )
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         raise ValueError(f"get_config() of the file of --config must return a ConfigDict, got {config!r}")
@@ -39,7 +39,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _with_found_config(argv: list[str]) -> list[str]:
-    """`argv` with the path of its config file, `--config=FILE` or `--config FILE`, as `shipped.find` gives it."""
+    """`argv` with the file of `--config=FILE` or `--config FILE` replaced by the path that `shipped.find` finds."""
 
     def found(value: str) -> str:
         file, colon, preset = value.partition(":")
@@ -56,7 +56,7 @@ def _with_found_config(argv: list[str]) -> list[str]:
 
 
 def _explain(argv: list[str]) -> None:
-    """Raise ValueError for a config file that cannot be run, or for a field that its config does not have."""
+    """Raise ValueError for a config file that cannot be run, or for an unknown config field."""
     overrides = [argument for argument in argv if argument.startswith(("--config.", "-config."))]
     sys.argv = [argument for argument in argv if argument not in overrides]  # where config flags look for overrides
     flags.FLAGS.unparse_flags()
@@ -73,7 +73,7 @@ def _explain(argv: list[str]) -> None:
 
 
 def check_field(config: ConfigDict, field: str) -> None:
-    """Raise ValueError, with the known names, unless `config` has the field, a dotted path."""
+    """Raise ValueError, with the known names, if `config` has no such field, a dotted path."""
     where = "config"
     for name in field.split("."):
         if not isinstance(config, ConfigDict):

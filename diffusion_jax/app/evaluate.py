@@ -1,4 +1,4 @@
-"""--mode=eval: how likely held-out data is."""
+"""--mode=eval: measure the likelihood of held-out data."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ from diffusion_jax.evaluation.likelihood import check_section, evaluate_likeliho
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Measure how likely held-out data is, as config.eval says; every figure goes to workdir/eval.json."""
+    """Measure the likelihood of held-out data with the settings of config.eval. Results go to workdir/eval.json."""
     if jax.process_count() > 1:
         raise ValueError("evaluation runs on one host: leave out --distributed")
     if not build.has_denoiser(config):
-        raise ValueError("--mode=eval measures a denoiser, and this config trains a first stage alone")
+        raise ValueError("--mode=eval measures a denoiser, and this config has only a first stage")
     model = build.model(config)
     check_section(config.eval, model.schedule)
     source = build.source(config, "validation", model.size[0])

@@ -1,4 +1,4 @@
-"""--mode=export: the weights as other programs read them."""
+"""--mode=export: write the weights in formats that other programs read."""
 
 import shutil
 from pathlib import Path
@@ -16,9 +16,8 @@ from diffusion_jax.training.checkpoints import Checkpoints
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write the averaged weights to workdir/export, as safetensors that diffusers reads too.
 
-    A model of the config's own becomes the folders unet and vae, in float16, beside the run's config.json; one from a
-    checkpoint a whole pipeline, in config.dtype, as diffusers opens half precision only when told so; a LoRA one file
-    in float32.
+    The config's own model: folders unet and vae, in float16, and the run's config.json. A model from a checkpoint: a
+    whole pipeline in config.dtype (diffusers reads half precision only if told to). A LoRA: one file in float32.
     """
     folder = workdir / "export"
     step = Checkpoints(workdir / "checkpoints").latest_step()

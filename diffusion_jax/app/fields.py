@@ -1,7 +1,7 @@
 """The fields of a config: the default, the range and the meaning of each, stated once.
 
-A section is a table of fields by name. `configs/common.py` makes configs of these tables; `check` holds a config
-against them before anything starts. Names (of a solver, a schedule, ...) are looked up by `build`, which knows them.
+A section is a table of fields by name. `configs/common.py` makes configs from these tables. `check` compares a config
+with them before anything starts. `build` checks the names of solvers, schedules and so on.
 """
 
 import functools
@@ -14,8 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-Check = Callable[[Any], str]  # a value -> what it must be, such as "at least 1"; "" for a value that is right
-SEEDS = 2**32  # seeds are below: JAX and numpy keep them in 32 bits
+Check = Callable[[Any], str]  # a value -> what it must be, such as "at least 1"; "" for a valid value
+SEEDS = 2**32  # seeds must be smaller: JAX and numpy keep them in 32 bits
 SHOWN = 120  # characters of a wrong value in a message
 
 
@@ -23,7 +23,7 @@ SHOWN = 120  # characters of a wrong value in a message
 class Field:
     """One field of a section.
 
-    default: its value where a config names no other, or a function without arguments that makes it.
+    default: its value, or a function without arguments that makes it.
     check: what a value must be.
     doc: what it means.
     """
@@ -75,24 +75,24 @@ def flag(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """A text that files and tokenizers take; bytes of the command line that are not UTF-8 arrive as lone surrogates."""
+    """A text that UTF-8 can encode. Other bytes on the command line arrive as lone surrogates."""
     if not isinstance(value, str):
         return "a text"
     return "text that UTF-8 can encode" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
 
 
 def optional(check: Check) -> Check:
-    """None, or what `check` asks for."""
+    """None, or a value that passes `check`."""
     return lambda value: "" if value is None else check(value)
 
 
 def zero_or(check: Check) -> Check:
-    """0, or what `check` asks for."""
+    """0, or a value that passes `check`."""
     return lambda value: check(value) and whole(0, 0)(value) and f"0 or {check(value)}"
 
 
 def each(check: Check, count: int | None = None) -> Check:
-    """A tuple of what `check` asks for. count: its length, None for any."""
+    """A tuple of values that pass `check`. count: its length, None for any."""
 
     def of_all(value: Any) -> str:
         if not isinstance(value, tuple | list) or count not in (None, len(value)):
@@ -104,7 +104,7 @@ def each(check: Check, count: int | None = None) -> Check:
 
 
 def levels(check: Check) -> Check:
-    """What `check` asks for: once for all levels of a network, or a tuple with an entry for each."""
+    """One value that passes `check` for all levels of a network, or a tuple with one for each level."""
 
     def one_or_each(value: Any) -> str:
         if not isinstance(value, tuple | list):
@@ -118,8 +118,8 @@ seed = whole(0, SEEDS - 1)
 side = whole(8, 8192)
 
 RUN = {
-    "name": Field("", text, "Of the model; its work directory is runs/NAME by default."),
-    "seed": Field(0, seed, "Of initial weights, the order of the data and all noise in training."),
+    "name": Field("", text, "Name of the model. Its work directory is runs/NAME by default."),
+    "seed": Field(0, seed, "Seed of initial weights, the order of the data and all noise in training."),
 }
 
 OWN = {
@@ -131,11 +131,11 @@ PUBLISHED = {
     "dtype": Field(
         "float32",
         text,
-        "Of a checkpoint's networks: float32, or bfloat16 for TPU and GPU.",
+        "Compute type of a checkpoint's networks: float32, or bfloat16 for TPU and GPU.",
     ),
-    "prediction": Field("", text, "eps, v or x0, where the checkpoint does not say."),
+    "prediction": Field("", text, "eps, v or x0, if the checkpoint does not contain it."),
     "tokenizers": Field("", text, "A folder with tokenizers, for a checkpoint of one file."),
-    "allow_pickle": Field(False, flag, "Read .bin and .ckpt files, of which only tensors are admitted."),
+    "allow_pickle": Field(False, flag, "Also read .bin and .ckpt files. Only tensors are read from them."),
     "loras": Field((), each(text), "Files that are added to the weights, each FILE or FILE@SCALE."),
     "remat": Field(True, flag, "Recompute activations in the backward pass instead of keeping them."),
 }
@@ -145,22 +145,22 @@ DATA = {
     "path": Field("", text, "The folder of source=folder."),
     "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
-    "random_crop": Field(False, flag, "Crop anywhere, else from the centre."),
-    "crops": Field(4, whole(1), "Random crops of each image that are cached, where latents are."),
+    "random_crop": Field(False, flag, "Crop at a random place, else at the centre."),
+    "crops": Field(4, whole(1), "Random crops of each image in the cache of latents."),
     "flip": Field(False, flag, "Mirror half of the images."),
     "upscale": Field(False, flag, "Enlarge images smaller than size, else they are skipped."),
 }
 
 SPLITS = {
-    "train": Field("train", text, "What the source calls the images to train on."),
-    "validation": Field("validation", text, "Those held out."),
-    "first_stage": Field("train", text, "Those to train a first stage on."),
+    "train": Field("train", text, "The source's name of the split to train on."),
+    "validation": Field("validation", text, "Its name of the held-out split."),
+    "first_stage": Field("train", text, "Its name of the split to train a first stage on."),
 }
 
 CONDITION = {
     "kind": Field("none", text, "none, class or text."),
-    "num_classes": Field(10, whole(1), "Of kind=class: the number of classes of the source."),
-    "length": Field(32, whole(3, 512), "Of kind=text: tokens of a prompt, with the two that mark its ends."),
+    "num_classes": Field(10, whole(1), "For kind=class: the number of classes of the source."),
+    "length": Field(32, whole(3, 512), "For kind=text: tokens of a prompt, with its start and end token."),
 }
 
 AUTOENCODER = {
@@ -173,101 +173,101 @@ LOSS = {
     "name": Field("autoencoding", text, "What is trained."),
     "l1": Field(1.0, number(0), "Weight of the absolute error."),
     "l2": Field(2.0, number(0), "Weight of the squared error."),
-    "perceptual": Field(0.1, number(0), "Weight of LPIPS; 0 leaves the network out."),
+    "perceptual": Field(0.1, number(0), "Weight of LPIPS; 0 for none."),
     "perceptual_net": Field("alex", text, "The network of LPIPS."),
     "kl": Field(1e-6, number(0), "Weight of the divergence of latents from the standard normal distribution."),
-    "adversarial": Field(0.0, number(0), "Weight of the discriminator's opinion; 0 leaves it out."),
+    "adversarial": Field(0.0, number(0), "Weight of the discriminator; 0 for none."),
 }
 
 SCHEDULE = {
     "name": Field("cosine", text, "linear, scaled_linear, cosine, sigmoid, of T steps; flow, edm, of continuous time."),
-    "T": Field(1000, whole(1, 1_000_000), "Steps, where time is not continuous."),
-    "shift": Field(1.0, positive, "Of flow: above 1, more of the time is spent at high noise."),
-    "sigma_min": Field(0.002, positive, "Of edm: the least noise."),
-    "sigma_max": Field(80.0, positive, "Of edm: the most noise."),
-    "zero_terminal_snr": Field(False, flag, "Rescale so that the last step is noise alone; not for edm and flow."),
+    "T": Field(1000, whole(1, 1_000_000), "Number of steps, if time is not continuous."),
+    "shift": Field(1.0, positive, "For flow: above 1, more of the time is at high noise."),
+    "sigma_min": Field(0.002, positive, "For edm: the least noise."),
+    "sigma_max": Field(80.0, positive, "For edm: the most noise."),
+    "zero_terminal_snr": Field(False, flag, "Rescale so that the last step is pure noise; not for edm and flow."),
 }
 
 OBJECTIVE = {
     "name": Field("denoising", text, "What is trained."),
-    "prediction": Field("v", text, "What the network says: eps, x0, v, flow or edm; a checkpoint says it itself."),
-    "sigma_data": Field(0.5, positive, "Of prediction=edm: the standard deviation of the data."),
-    "weight": Field("uniform", text, "Of the error at each noise level: uniform, min_snr or truncated."),
+    "prediction": Field("v", text, "What the network predicts: eps, x0, v, flow or edm. A checkpoint has its own."),
+    "sigma_data": Field(0.5, positive, "For prediction=edm: the standard deviation of the data."),
+    "weight": Field("uniform", text, "Weight of the error at each noise level: uniform, min_snr or truncated."),
     "levels": Field(
         "",
         text,
-        "Which training sees: uniform, laplace, lognormal, logit_normal; empty: lognormal on edm, else uniform.",
+        "Noise levels in training: uniform, laplace, lognormal, logit_normal; empty: lognormal on edm, else uniform.",
     ),
     "drop": Field(0.1, number(0, 1), "Probability of training without the condition, for guidance."),
 }
 
 OPTIMIZER = {
-    "learning_rate": Field(1e-4, positive, "The highest, after warm-up."),
+    "learning_rate": Field(1e-4, positive, "The highest learning rate, after warm-up."),
     "warmup": Field(0, whole(0), "Steps from 0 up to the learning rate."),
     "decay": Field("constant", text, "constant, or cosine: down to 0 at the last step."),
-    "b1": Field(0.9, fraction, "Of AdamW: decay of the mean of gradients."),
-    "b2": Field(0.999, fraction, "Of AdamW: decay of the mean of squared gradients."),
-    "weight_decay": Field(0.0, number(0), "Of AdamW."),
+    "b1": Field(0.9, fraction, "AdamW: decay of the mean of gradients."),
+    "b2": Field(0.999, fraction, "AdamW: decay of the mean of squared gradients."),
+    "weight_decay": Field(0.0, number(0), "AdamW: weight decay."),
     "clip": Field(1.0, positive, "The largest global norm of a gradient."),
 }
 
 TRAIN = {
     "steps": Field(1000, whole(1), "Updates in all."),
     "batch_size": Field(64, whole(1), "Records of one update, over all devices."),
-    "accumulate": Field(1, whole(1), "Parts that a device's share of the batch is worked through in."),
+    "accumulate": Field(1, whole(1), "Micro-batches of each device's share of the batch."),
     "ema": Field(0.999, fraction, "Decay of the average of the weights."),
     "log_every": Field(20, whole(1), "Steps between lines of metrics.jsonl."),
     "checkpoint_every": Field(500, whole(1), "Steps between checkpoints."),
     "snapshot_every": Field(500, whole(1), "Steps between sample sheets."),
-    "max_bad_steps": Field(20, whole(1), "Updates in a row that may fail to be finite before the run ends."),
+    "max_bad_steps": Field(20, whole(1), "Updates in a row with a loss that is not finite before the run ends."),
 }
 
-# the bounds of steps, rescale, dynamic_threshold and resample are those of the functions in `core` that they go to
+# the functions in `core` check the bounds of steps, rescale, dynamic_threshold and resample
 SAMPLE = {
-    "prompts": Field((), each(text), "What to draw."),
+    "prompts": Field((), each(text), "What to generate."),
     "height": Field(0, zero_or(side), "In pixels; 0 for data.size."),
     "width": Field(0, zero_or(side), "In pixels; 0 for data.size."),
-    "solver": Field("dpmpp_2m", text, "One of those of docs/samplers.md."),
-    "steps": Field(20, whole(), "Of the solver, at most those of the schedule."),
-    "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Of solvers with one; None for their own."),
-    "eta": Field(functools.partial(placeholder, float), optional(number(0)), "As order: how much noise is added."),
+    "solver": Field("dpmpp_2m", text, "A solver of docs/samplers.md; published: the one a checkpoint comes with."),
+    "steps": Field(20, whole(), "Steps of the solver, at most those of the schedule."),
+    "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Order; None for the solver's."),
+    "eta": Field(functools.partial(placeholder, float), optional(number(0)), "Added noise; None for the solver's."),
     "spacing": Field(
-        "", text, "Where the steps lie; empty: karras on edm, else trailing; published: where its authors put them."
+        "", text, "Spacing of the steps; empty: karras on edm, else trailing; published: the times of its authors."
     ),
     "guidance": Field(1.0, number(0), "Scale of classifier-free guidance; 1 for none."),
-    "negative_prompt": Field("", text, "What to lead away from; empty for no condition."),
+    "negative_prompt": Field("", text, "What to move away from; empty for no condition."),
     "rescale": Field(0.0, number(), "phi in [0, 1]: how much of the unguided image's contrast is kept."),
     "guidance_interval": Field((0.0, 0.0), each(number(), 2), "(low, high) in sigma / alpha; (0, 0) for everywhere."),
     "cfg_pp": Field(False, flag, "CFG++, with guidance in [0, 1]."),
     "dynamic_threshold": Field(0.0, number(), "Percentile in (0, 1], for models of pixels; 0 for none."),
-    "image": Field("", text, "A picture's path, to draw it anew."),
+    "image": Field("", text, "Path of a picture to start from."),
     "strength": Field(0.6, number(0, 1), "How much of the image changes."),
-    "mask": Field("", text, "A picture's path, white where the image is made new, whatever the strength."),
+    "mask": Field("", text, "Path of a picture, white where the image is generated, at any strength."),
     "resample": Field(1, whole(), "RePaint's repeats of each step, at least 1."),
-    "tile": Field(0, whole(0), "Side in pixels of the tiles that large images are decoded in; 0 for whole images."),
-    "num_images": Field(1, whole(1), "For each prompt."),
-    "batch_size": Field(64, whole(1), "Images drawn at once."),
-    "seed": Field(0, seed, "Of a prompt's first image; the others count up from it."),
+    "tile": Field(0, whole(0), "Decode large images in tiles with this side in pixels; 0 for whole images."),
+    "num_images": Field(1, whole(1), "Number of images for each prompt."),
+    "batch_size": Field(64, whole(1), "Images generated at once."),
+    "seed": Field(0, seed, "Seed of a prompt's first image; the others count up from it."),
 }
 
 EVAL = {
-    "images": Field(1000, whole(1), "How many to measure, fewer where there are fewer."),
-    "steps": Field(25, whole(1), "Of the flow, four evaluations each."),
-    "probes": Field(1, whole(1), "Of the flow's divergence."),
-    "terms": Field(100, whole(0), "Of the T terms of the bound; 0 for all."),
+    "images": Field(1000, whole(1), "How many images to measure; fewer if there are fewer."),
+    "steps": Field(25, whole(1), "Steps of the flow, four evaluations each."),
+    "probes": Field(1, whole(1), "Probes of the flow's divergence."),
+    "terms": Field(100, whole(0), "How many of the T terms of the bound to evaluate; 0 for all."),
     "batch_size": Field(64, whole(1), "Images measured at once."),
-    "seed": Field(0, seed, "Of the order of the images and all noise."),
+    "seed": Field(0, seed, "Seed of the order of the images and all noise."),
 }
 
 LORA = {
-    "rank": Field(8, whole(1), "Of the updates."),
+    "rank": Field(8, whole(1), "Rank of the updates."),
     "alpha": Field(8.0, positive, "The updates are alpha / rank up down."),
     "targets": Field(
         "attn[12]/to_(q|k|v|out_0)", text, "A regular expression: the paths of the updated linear maps end in it."
     ),
 }
 
-# defaults and meaning of the fields of networks stand in their classes, `models.unet.UNet` and its neighbours
+# the classes of networks, such as `models.unet.UNet`, have the defaults and meaning of their fields
 NETWORK: dict[str, Check] = {
     "in_channels": whole(1),
     "out_channels": whole(1),
@@ -324,7 +324,7 @@ def section(table: dict[str, Field], **values: Any) -> ConfigDict:
 
 
 def completed(config: ConfigDict) -> ConfigDict:
-    """The config with the defaults of the fields that its sections lack, as one does that an earlier version wrote."""
+    """The config with defaults for missing fields. A config.json of an earlier version lacks the newer fields."""
     tables = {
         "data": DATA,
         "condition": CONDITION,
@@ -342,9 +342,9 @@ def completed(config: ConfigDict) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Raise ValueError for the first field whose value is out of its range, and for fields that exclude each other.
+    """Raise ValueError for the first field whose value is out of range, and for fields that exclude each other.
 
-    config: as `configs/` make it. Fields and sections that stand in no table here pass.
+    config: as `configs/` make it. Fields and sections that are in no table here pass.
     """
     for path, checks in SECTIONS.items():
         own = _find(config, path)
@@ -356,11 +356,11 @@ def check(config: ConfigDict) -> None:
     _check_seeds(_find(config, "sample"))
     _check_condition(_find(config, "condition"), _find(config, "model"))
     if "checkpoint" not in config and _find(config, "data").get("size") == 0:
-        raise ValueError("config.data.size must be in [8, 8192], got 0, which stands for the size of config.checkpoint")
+        raise ValueError("config.data.size must be in [8, 8192], got 0, which needs a config.checkpoint")
 
 
 def _find(config: ConfigDict, path: str) -> ConfigDict:
-    """The section at a dotted path; one without fields where the config has none."""
+    """The section at a dotted path; an empty one if the config has none."""
     found = config
     for name in filter(None, path.split(".")):
         found = found.get(name, ConfigDict())
@@ -383,7 +383,7 @@ def _check_condition(condition: ConfigDict, model: ConfigDict) -> None:
     needed = {"class": "num_classes", "text": "length"}.get(kind)
     if needed and needed not in condition:
         raise ValueError(
-            f"config.condition must have the field {needed} for kind={kind}, got {', '.join(condition)} alone; "
+            f"config.condition must have the field {needed} for kind={kind}, got only {', '.join(condition)}; "
             "add it in the config file"
         )
     table = model.get("num_class_embeds")

@@ -1,4 +1,4 @@
-"""The first stage of latent diffusion: the autoencoder, trained, loaded and looked at."""
+"""The first stage of latent diffusion, an autoencoder: train, load and inspect it."""
 
 import json
 from collections.abc import Iterator
@@ -23,26 +23,26 @@ from diffusion_jax.interop import load_autoencoder, save_autoencoder
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
 from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
 
-BATCH = 64  # images that the autoencoder works on at once
-SHOWN = 8  # held-out images that the first stage is watched on
-SCALE_IMAGES = 1024  # images that the latents' standard deviation is estimated from
+BATCH = 64  # images in one call of the autoencoder
+SHOWN = 8  # held-out images in a snapshot of the first stage
+SCALE_IMAGES = 1024  # images to estimate the standard deviation of the latents
 
 
 def folder(workdir: Path) -> Path:
-    """Where a run keeps its first stage."""
+    """The folder of a run's first stage."""
     return workdir / "autoencoder"
 
 
 def is_missing(config: ConfigDict, workdir: Path) -> bool:
-    """Whether a first stage is still to be trained in the work directory."""
+    """Whether the work directory still needs a first stage to be trained."""
     if "checkpoint" in config or config.autoencoder.kind != "kl" or config.autoencoder.checkpoint:
         return False
     return not (folder(workdir) / "config.json").exists()
 
 
 def codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
-    """The codec of a model, with the weights of config.autoencoder.checkpoint or of the work directory where the
-    config has an autoencoder of its own.
+    """The codec of a model. If the config has an autoencoder of its own, with the weights of
+    config.autoencoder.checkpoint or of the work directory.
     """
     if "checkpoint" in config or config.autoencoder.kind != "kl":
         return untrained
@@ -51,9 +51,9 @@ def codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
 
 
 def task(config: ConfigDict, folder: Path) -> Task:
-    """What to train for a first stage in `folder`. Nothing is written yet.
+    """The training task of a first stage in `folder`. Writes nothing yet.
 
-    Raises ValueError for what the config asks for and cannot be done.
+    Raises ValueError if the config cannot be trained.
     """
     section, size = config.autoencoder, config.data.size
     check_batch_size(section.train.batch_size, section.train.accumulate)
@@ -78,8 +78,8 @@ def task(config: ConfigDict, folder: Path) -> Task:
 
 
 def train(task: Task, config: ConfigDict, folder: Path) -> None:
-    """Train the autoencoder of `task`. In the end `folder` holds its averaged weights in the form that
-    `load_autoencoder` reads, with the scale of its latents, and validation.json with its PSNR on held-out images.
+    """Train the autoencoder of `task`. Writes to `folder` its averaged weights for `load_autoencoder`, with the scale
+    of the latents, and validation.json with its PSNR on held-out images.
     """
     size, model = config.data.size, build.autoencoder(config)
     variables = fit(task, folder, config.autoencoder.train, config.seed)["autoencoder"]
@@ -98,14 +98,14 @@ def reconstruct_held_out(config: ConfigDict, folder: Path) -> np.ndarray:
 
 
 def _shown(config: ConfigDict) -> np.ndarray:
-    """The held-out images, uint8, that a first stage is watched on."""
+    """The held-out images, uint8, in a snapshot of a first stage."""
     size = config.data.size
     transform = _images_only(build.transform(config, (size, size)))
     return next(_some_images(build.source(config, "validation", size), transform, SHOWN))[:SHOWN]
 
 
 def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray) -> np.ndarray:
-    """A sheet of uint8 images (B, H, W, 3), each above what comes back from the mean of its latent."""
+    """A sheet of uint8 images (B, H, W, 3), each above its reconstruction from the mean of its latent."""
     back = to_uint8(jax.jit(model.apply)(variables, to_float(images)))
     return pictures.grid([*images, *np.asarray(back)], columns=len(images))
 
@@ -115,8 +115,8 @@ def _images_only(transform: Transform) -> Transform:
 
 
 def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform, seed: int) -> float:
-    """Standard deviation of the latents' means (Rombach et al. 2022, appendix D.1, scale its inverse), of images drawn
-    at random by the seed, as a source may be sorted.
+    """Standard deviation of the latent means, whose inverse is the scale (Rombach et al. 2022, appendix D.1). The
+    images are shuffled by the seed, because a source may be sorted.
     """
     encode = jax.jit(lambda images: mode(model.apply(variables, to_float(images), method="encode")))
     latents = [encode(images) for images in _some_images(source, transform, SCALE_IMAGES, seed)]
@@ -124,9 +124,7 @@ def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transfo
 
 
 def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform) -> dict:
-    """PSNR in dB, the mean over images, of what comes back from the mean of the latent, clipped to the pixels'
-    range.
-    """
+    """PSNR in dB, averaged over images, of reconstructions from the mean of the latent, clipped to pixel range."""
 
     @jax.jit
     def psnr(images):
@@ -139,8 +137,8 @@ def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, tra
 
 
 def _some_images(source: Source, transform: Transform, count: int, seed: int | None = None) -> Iterator[np.ndarray]:
-    """Batches of uint8 images, `count` in all or as many as there are: in the source's order, or shuffled by a seed."""
-    size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)  # leaves no remainder
+    """Batches of uint8 images, `count` in all or as many as there are. In the source's order, or shuffled by a seed."""
+    size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)  # divides the source without remainder
     images = loader(source, size, seed or 0, transform=transform, shuffle=seed is not None, repeat=False)
     for i, batch in enumerate(images):
         if i * size >= count:
@@ -149,5 +147,5 @@ def _some_images(source: Source, transform: Transform, count: int, seed: int | N
 
 
 def millions(params: PyTree) -> float:
-    """How many million numbers a pytree holds."""
+    """The number of parameters in a pytree, in millions."""
     return sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6

@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG files that say how they were made, and labelled grids of them."""
+"""Picture files: PNG with their settings, and labelled grids."""
 
 import math
 import textwrap
@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-TILE = 128  # pixels a side that small images are enlarged to in a grid
+TILE = 128  # pixels on a side; smaller images are enlarged in a grid
 LABEL = 30  # pixels below a tile for its label
 
 
@@ -27,8 +27,8 @@ def grid(
 ) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """All images on one white sheet, small ones enlarged.
 
-    columns: images of a row; 1 lays the sheet out about square instead. labels: a line or two under each image, or
-    none.
+    columns: images in a row. 1 makes the sheet about square instead.
+    labels: one or two lines under each image, or none.
     """
     if columns == 1:
         columns = math.ceil(math.sqrt(len(images)))

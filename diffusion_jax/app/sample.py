@@ -1,4 +1,4 @@
-"""--mode=sample: what config.sample asks for, generated batch by batch."""
+"""--mode=sample: generate the images of config.sample, batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,16 +22,16 @@ from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
 
-NOT_NOTED = ("prompts", "num_images", "batch_size", "seed")  # fields that say nothing of a single picture
+NOT_NOTED = ("prompts", "num_images", "batch_size", "seed")  # fields that do not describe a single picture
 
 
 class Request(NamedTuple):
-    """What config.sample asks for.
+    """The work of config.sample.
 
     prompts, cond: the prompts and their conditions, leaves (prompts, ...).
-    jobs: (number of the prompt, seed) of every image.
-    image: (H, W, 3) uint8 of the model's size, None for pictures from prompts alone.
-    mask: (H, W, 1), True where the image is made new; None for no mask.
+    jobs: (index of the prompt, seed) of every image.
+    image: (H, W, 3) uint8 of the model's size. None for pictures from prompts only.
+    mask: (H, W, 1), True where the image is generated. None for no mask.
     """
 
     prompts: tuple[str, ...]
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """One generated image, uint8 (H, W, 3), and what made it."""
+    """One generated image, uint8 (H, W, 3), with its prompt and seed."""
 
     prompt: str
     seed: int
@@ -54,8 +54,8 @@ class Generated(NamedTuple):
 def run(config: ConfigDict, workdir: Path) -> None:
     """Generate config.sample.num_images for each of config.sample.prompts into workdir/samples.
 
-    With config.sample.image they are that picture made anew, with config.sample.mask a part of it. A config without a
-    denoiser shows held-out images, each above its reconstruction.
+    config.sample.image is the starting image, config.sample.mask its part to inpaint. A config without a denoiser
+    shows held-out images, each above its reconstruction.
     """
     if jax.process_count() > 1:
         raise ValueError("sampling runs on one host: leave out --distributed")
@@ -90,21 +90,21 @@ def _clear(folder: Path) -> None:
 
 
 def request(config: ConfigDict, model: DiffusionModel) -> Request:
-    """What config.sample asks for. Raises ValueError for what is wrong with it, before any network is there."""
+    """Read config.sample. Raises ValueError for anything wrong with it, before any network is built."""
     section = config.sample
     prompts = tuple(section.prompts)
     jobs = [(i, section.seed + k) for i in range(len(prompts)) for k in range(section.num_images)]
     if not jobs:
         raise ValueError("nothing to generate: sample.prompts is empty or sample.num_images is 0")
     if section.mask and not section.image:
-        raise ValueError("sample.mask says where an image is made new: name the image too, sample.image")
+        raise ValueError("sample.mask marks the part of an image to generate: set sample.image too")
     if section.resample != 1 and not section.mask:
-        raise ValueError("sample.resample fits new parts to old ones: it needs sample.image and sample.mask")
-    # together, so that all come out of one length
+        raise ValueError("sample.resample is for inpainting: it needs sample.image and sample.mask")
+    # in one call, so that all have the same length
     cond = model.conditioning.of_prompts([*prompts, *([section.negative_prompt] if section.negative_prompt else [])])
     negative = jax.tree.map(lambda leaf: leaf[-1], cond) if section.negative_prompt else None
     plan, guidance = build.plan(config, model), build.guidance(config, negative)
-    # what is wrong with its numbers raises here
+    # raises for numbers out of range
     guided(lambda x, level, cond: None, guidance, model.conditioning.null, 1.0)
     return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
 
@@ -113,7 +113,7 @@ def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarr
     section = config.sample
     if not section.image:
         return None, None
-    resize, rng = crop(*size, upscale=True), np.random.default_rng(0)  # the crop is the centre's
+    resize, rng = crop(*size, upscale=True), np.random.default_rng(0)  # a centre crop, so rng is unused
     image, mask = _read(section.image, "sample.image"), None
     if section.mask:
         mask = _read(section.mask, "sample.mask")
@@ -132,7 +132,10 @@ def _read(path: str, field: str) -> np.ndarray:
 
 
 def generate(request: Request, model: DiffusionModel, batch_size: int, progress: bool = False) -> Iterator[Generated]:
-    """Every job of the request, in batches of one size. progress: show a bar of the steps."""
+    """Generate every job of the request, in batches of one size.
+
+    progress: show a progress bar of the steps.
+    """
     jobs, plan = request.jobs, request.plan
     size = parallel.divisible(min(batch_size, len(jobs)))
     model = model.placed()
@@ -155,7 +158,7 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
 def _images(
     request: Request, model: DiffusionModel, cond: PyTree, keys: Key[Array, "batch"], callback: Callback
 ) -> jax.Array:
-    """One batch by the pipeline that the request needs."""
+    """Generate one batch with the pipeline that the request needs."""
     rest = (cond, keys, request.plan, request.guidance, callback)
     if request.image is None:
         return text_to_image(model, *rest)
@@ -166,11 +169,11 @@ def _images(
 
 
 def sheet(config: ConfigDict, made: Sequence[Generated]) -> np.ndarray:
-    """All images on one sheet, those of a prompt in a row."""
+    """All images on one sheet, one row for each prompt."""
     return pictures.grid([one.image for one in made], config.sample.num_images, [one.prompt for one in made])
 
 
 def _texts(config: ConfigDict, prompt: str, seed: int, origin: str) -> dict[str, str]:
-    """What a picture says of how it was made, for its PNG text chunk."""
+    """The settings of a picture, for its PNG text chunk."""
     fields = {name: str(value) for name, value in config.sample.items() if name not in NOT_NOTED and value is not None}
     return {"prompt": prompt, "seed": str(seed), **fields, "weights": origin, "config": config.to_json_best_effort()}

@@ -9,11 +9,11 @@ ROOT = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
 
 
 def find(path: str | Path) -> Path:
-    """The path itself if there is such a file or folder, or if none comes with the program; else the one that does."""
+    """The path itself if it exists, else the same path among the shipped files; the path itself if neither exists."""
     return Path(path) if Path(path).exists() or not (ROOT / path).exists() else ROOT / path
 
 
 def make_importable() -> None:
-    """Let config files say `from configs import common` wherever they lie."""
+    """Make `from configs import common` work in config files of any folder."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))

@@ -1,4 +1,4 @@
-"""--mode=train: the first stage if the work directory has none, then the denoiser."""
+"""--mode=train: train the first stage if the work directory has none, then the denoiser."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from diffusion_jax.data.transforms import Transform
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
 
-ENCODE_BATCH = 64  # images that the autoencoder encodes at once
+ENCODE_BATCH = 64  # images in one call of the encoder
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Train what the config describes. A stopped run goes on where it was."""
+    """Train what the config describes. Resumes a stopped run."""
     if build.has_denoiser(config):
         _train_denoiser(config, workdir)
         return
@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
-    # everything that the config describes is built before hours of training rather than after
+    # build everything in the config now, so that errors come before hours of training
     check_batch_size(config.train.batch_size, config.train.accumulate)
     model = build.model(config, training=True)
     asked = sample.request(config, model)
@@ -74,9 +74,9 @@ def _note_config(config: ConfigDict, workdir: Path) -> None:
 def _training_records(
     config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel
 ) -> tuple[Source, Transform]:
-    """Records {"latent", "cond"}, and what is left to do to them.
+    """Records {"latent", "cond"}, and the transform still to apply to them.
 
-    What frozen networks make of a record is computed once, for every variant of it that augmentation may ask for.
+    The outputs of frozen networks are computed once for each record and each of its augmented versions.
     """
     codec, conditioning = model.codec, model.conditioning
     keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}

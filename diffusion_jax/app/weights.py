@@ -16,30 +16,28 @@ from diffusion_jax.training.checkpoints import Checkpoints
 
 
 def load_model(folder: str | Path, size: tuple[int, int] = (0, 0)) -> DiffusionModel:
-    """The model in a folder, with its weights: the work directory of a training, what --mode=export wrote of it, or the
-    demo, "weights/latent_cfg".
+    """The model in a folder, with its weights.
 
-    folder: with a config.json, and checkpoints/ or unet/. The demo is found from any current folder.
-    size: height and width of the images in pixels; 0 for one that is as in training.
-    Raises FileNotFoundError for a folder without a config or without weights, and ValueError for one of another kind of
-    model and for a size that the model cannot make.
+    folder: the work directory of a training, the export that --mode=export wrote, or "weights/latent_cfg", the demo,
+      which is found from any current folder.
+    size: height and width of the images, pixels. 0 for the size in training.
+    Raises FileNotFoundError for a folder without config.json or weights, and ValueError for a config without a denoiser
+    and for a size that the model cannot make.
     """
     folder = shipped.find(folder)
     config = fields.completed(ConfigDict(read_json(folder / "config.json")))
     if not build.has_denoiser(config):
-        raise ValueError(
-            f"{folder / 'config.json'} describes no denoiser; an autoencoder is loaded by load_autoencoder"
-        )
+        raise ValueError(f"{folder / 'config.json'} describes no denoiser; load an autoencoder by load_autoencoder")
     if "checkpoint" not in config:
         config.weights = str(folder) if (folder / "unet").exists() else ""
     return load(config, folder, build.model(config, size))[0]
 
 
 def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[DiffusionModel, str]:
-    """The model with weights, and where they are from: the newest checkpoint of the work directory if it has one, else
-    what comes with the config.
+    """The model with weights, and where they come from: the newest checkpoint of the work directory, else the weights
+    that come with the config.
 
-    Raises FileNotFoundError where there are none, and ValueError for a checkpoint of another config.
+    Raises FileNotFoundError without weights, and ValueError for a checkpoint of another config.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     step = checkpoints.latest_step()
@@ -56,11 +54,11 @@ def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[Diff
         if (folder / "vae").exists():
             codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
         return model._replace(network=network_of(unet), params=params, codec=codec), config.weights
-    raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or name its --workdir")
+    raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or give its --workdir")
 
 
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
-    """What the newest checkpoint trained, averaged. Raises ValueError for LoRAs that were not there in training."""
+    """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that it was not trained with."""
     if "loras" in config and "lora" not in config:
         known = json.loads((workdir / "config.json").read_text())["loras"]
         if list(config.loras) != known:

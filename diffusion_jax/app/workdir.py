@@ -1,4 +1,4 @@
-"""The work directory of a run: found writable before the work begins, and held by one training at a time."""
+"""The work directory of a run: checked to be writable before the work begins, and locked by one training at a time."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ from diffusion_jax import parallel
 
 
 def make_writable(folder: Path) -> None:
-    """Make the folder. Raises OSError, naming it, unless files can be written in it."""
+    """Create the folder. Raises OSError, naming it, if files cannot be written in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -20,9 +20,9 @@ def make_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Within this context no other training has the work directory; the system lets go of it when a process dies.
+    """Lock the work directory within this context. The system releases the lock if the process dies.
 
-    Of several hosts the first holds it for all. Raises OSError for one that cannot be written or that another has.
+    Of several hosts the first locks it for all. Raises OSError if it is not writable or another training has locked it.
     """
     make_writable(workdir)
     if not parallel.is_main():

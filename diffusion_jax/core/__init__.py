@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, forward process, solvers as tables, guidance and the one sampling loop."""
+"""The mathematics of diffusion: schedules, parameterizations, guidance, solvers as tables and one sampling loop."""

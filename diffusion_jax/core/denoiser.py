@@ -1,4 +1,4 @@
-"""Denoisers: functions (x_t, level, cond) -> Prediction, and how a network becomes one."""
+"""Denoisers: functions (x_t, level, cond) -> Prediction, and how to build one from a network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]
 
 
 def as_pytree(denoise: Denoise) -> Denoise:
-    """A denoiser that can be an argument of a compiled function: a pytree as it is, a plain function wrapped."""
+    """Make the denoiser a valid argument of a compiled function: wrap a plain function, return a pytree unchanged."""
     return Partial(denoise) if jax.tree_util.all_leaves([denoise]) else denoise
 
 
 def denoiser(apply: Apply, params: PyTree, parameterization: Parameterization) -> Denoise:
-    """A denoiser from a network.
+    """Build a denoiser from a network.
 
-    apply: (params, x (B, ...), t (B,), cond) -> output (B, ...). Pass the same object every time, so that the program
-      compiled for it is found again.
+    apply: (params, x (B, ...), t (B,), cond) -> output (B, ...). Pass the same object every time: the compiled program
+      is looked up by it.
     params: pytree. The network's variables, an input of the compiled program.
-    parameterization: what the network is given and what its output means, such as `parameterization.v`.
+    parameterization: the network's input and the meaning of its output, such as `parameterization.v`.
     """
     return Partial(_Network(apply, parameterization), params)
 
 
 @dataclass(frozen=True)
 class _Network:
-    """A network and its parameterization; equal when both are, so that a new denoiser finds the compiled program."""
+    """A network and its parameterization. Equal pairs compare equal, so a new denoiser reuses the compiled program."""
 
     apply: Apply
     parameterization: Parameterization
@@ -47,23 +47,23 @@ class _Network:
 
 
 def check_levels(denoise: PyTree, level: NoiseLevel) -> None:
-    """Raise ValueError where a network inside the denoiser would be asked for x0 at a level that magnifies its errors.
+    """Raise ValueError if a network inside the denoiser is evaluated at a level that magnifies its errors in x0.
 
-    level: NoiseLevel of (R,). All levels that the denoiser will be evaluated at.
+    level: NoiseLevel of (R,). All levels at which the denoiser will be evaluated.
     """
     for parameterization in _parameterizations(denoise):
         with np.errstate(divide="ignore"):
             worst = np.max(parameterization.magnification(level), initial=0.0)
         if worst > 1.001 * NOISE_ALONE:  # a level found by its log-SNR differs by rounding
             raise ValueError(
-                f"the plan evaluates the network at a level where an error of its answer becomes {worst:.0f} times as "
-                f"large in x0, and at most {NOISE_ALONE:g} times is of use: build the plan on "
+                f"the plan evaluates the network at a level that magnifies its error {worst:.0f} times in x0; "
+                f"expected at most {NOISE_ALONE:g} times: build the plan on "
                 "schedules.below(schedule), or use a network that predicts v or x0"
             )
 
 
 def _parameterizations(denoise: PyTree) -> set[Parameterization]:
-    """Those of all networks inside a denoiser."""
+    """The parameterizations of all networks inside a denoiser."""
     if not isinstance(denoise, Partial):
         return set()
     own = {denoise.func.parameterization} if isinstance(denoise.func, _Network) else set()

@@ -1,6 +1,6 @@
-"""Guidance: denoiser -> denoiser. Nothing here touches a solver.
+"""Guidance: functions denoiser -> denoiser. Solvers know nothing of guidance.
 
-Levels are of () or (B,): a teacher inside a loss sees one noise level for each image.
+Levels are () or (B,), so guidance also works inside a loss that has one noise level for each image.
 """
 
 from typing import NamedTuple
@@ -17,14 +17,14 @@ from diffusion_jax.core.process import NoiseLevel, Prediction, expand
 
 
 class Guidance(NamedTuple):
-    """How the condition is followed. The fields bear the names of the functions of this module.
+    """How strongly, and where, sampling follows the condition. The fields are named after the functions of this module.
 
-    scale: 1 for no guidance; one number or (B,).
-    negative: a condition to lead away from instead of "no condition"; leaves with or without the batch axis.
+    scale: () or (B,). 1 is no guidance.
+    negative: condition to move away from, instead of "no condition". Leaves with or without the batch axis.
     rescale: in [0, 1]. How much of the contrast of the unguided image is kept.
     interval: (low, high). Guide only where low < sigma / alpha <= high; None for everywhere.
-    cfg_pp: put the unguided noise back. The scale is then in [0, 1], and the plan has one row a step.
-    dynamic_threshold: percentile in [0, 1], for models of pixels; None clips x0 instead.
+    cfg_pp: use CFG++, which adds back the unguided noise. Needs a scale in [0, 1] and a plan of one row a step.
+    dynamic_threshold: percentile in [0, 1], for pixel models. None clips x0 instead.
     """
 
     scale: float | Float[Array, "batch"] = 1.0
@@ -36,17 +36,17 @@ class Guidance(NamedTuple):
 
 
 def guided(denoise: Denoise, guidance: Guidance, null_cond: PyTree, limit: float | None = None) -> Denoise:
-    """The denoiser as `guidance` asks for.
+    """Apply all settings of `guidance` to the denoiser.
 
     null_cond: the model's "no condition".
-    limit: x0 is kept within [-limit, limit]; None where nothing is known of it.
-    Raises ValueError for numbers out of range and for choices that exclude each other.
+    limit: clip x0 to [-limit, limit]. None does not clip, as for latents.
+    Raises ValueError for numbers out of range and for options that cannot be combined.
     """
     null_cond = null_cond if guidance.negative is None else guidance.negative
     if guidance.cfg_pp and guidance.rescale:
-        raise ValueError("CFG++ and rescaled guidance exclude each other: leave one out")
+        raise ValueError("CFG++ and rescaled guidance exclude each other: remove one of them")
     if guidance.dynamic_threshold is not None and limit is None:
-        raise ValueError("dynamic thresholding is for models of pixels; this model's latents have no limit")
+        raise ValueError("dynamic thresholding is for models of pixels; this model generates latents, without a limit")
     plain = as_pytree(denoise)
     if guidance.cfg_pp:
         denoise = cfg_pp(plain, guidance.scale, null_cond)
@@ -54,7 +54,7 @@ def guided(denoise: Denoise, guidance: Guidance, null_cond: PyTree, limit: float
         denoise = rescale(plain, guidance.scale, null_cond, guidance.rescale)
     else:
         denoise = classifier_free(plain, guidance.scale, null_cond)
-    if not jax.tree.leaves(null_cond):  # no condition, nothing to lead away from
+    if not jax.tree.leaves(null_cond):  # an unconditional model has nothing to be guided by
         denoise = plain
     if guidance.interval is not None:
         denoise = interval(denoise, plain, *guidance.interval)
@@ -64,7 +64,7 @@ def guided(denoise: Denoise, guidance: Guidance, null_cond: PyTree, limit: float
 
 
 def _number(value: ArrayLike, name: str, low: float = 0.0, high: float = np.inf) -> Array:
-    """value as float32, () or (B,); outside [low, high] it raises, unless it is traced."""
+    """Convert value, () or (B,), to float32. Raise ValueError outside [low, high], unless it is traced."""
     if not isinstance(value, jax.core.Tracer) and not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
         bounds = f"at least {low:g}" if high == np.inf else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {bounds}, got {value}")
@@ -72,14 +72,14 @@ def _number(value: ArrayLike, name: str, low: float = 0.0, high: float = np.inf)
 
 
 def classifier_free(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
-    """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), on x0 and eps alike.
+    """Classifier-free guidance (Ho & Salimans 2022): null + scale * (conditional - null), for x0 and for eps.
 
-    Both branches run in one call of the network, on a batch of 2B in which an image's two branches are neighbours, so
-    that a batch split over devices stays where it is. A scale known to be 1 or 0 needs one branch and runs that alone.
+    One call of the network computes both branches, on a batch of 2B. The two branches of an image are adjacent, so a
+    batch split over devices needs no communication. A scale known to be 1 or 0 runs only the branch that it needs.
 
-    scale: () or (B,). 1 is no guidance, above 1 more of the condition.
-    null_cond: what stands for "no condition", or a negative prompt; leaves as those of cond, with or without the batch
-      axis. A leaf of cond that it lacks, such as the known part of an image, is shared by both branches.
+    scale: () or (B,). 1 is no guidance, more than 1 follows the condition more closely.
+    null_cond: the model's "no condition", or a negative prompt. Leaves as those of cond, with or without the batch
+      axis. Both branches share the leaves of cond that null_cond lacks, such as the known part of an image.
     """
     number = _number(scale, "guidance")
     if _is_all(scale, 1.0):
@@ -90,7 +90,7 @@ def classifier_free(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> De
 
 
 def _is_all(value: ArrayLike, number: float) -> bool:
-    """Whether the value is known, and that number for every image."""
+    """Whether the value is known and equals `number` for every image."""
     return not isinstance(value, jax.core.Tracer) and bool(np.all(np.asarray(value) == number))
 
 
@@ -106,7 +106,7 @@ def _classifier_free(
 
 
 def _without(cond: PyTree, null_cond: PyTree) -> PyTree:
-    """cond with the leaves that null_cond has replaced by its own, in cond's shapes."""
+    """cond with the leaves of null_cond in place of its own, broadcast to the shapes of cond."""
     if isinstance(cond, dict):
         null_cond = cond | null_cond
     return jax.tree.map(lambda leaf, null: jnp.broadcast_to(null, leaf.shape).astype(leaf.dtype), cond, null_cond)
@@ -132,15 +132,15 @@ def _extrapolate(start: Prediction, end: Prediction, scale: Array, x: Array) -> 
 
 
 def _with_x0(prediction: Prediction, x0: Array, level: NoiseLevel) -> Prediction:
-    """The prediction with another x0, and eps moved so that alpha x0 + sigma eps stays what it was."""
+    """Replace x0, and adjust eps so that alpha x0 + sigma eps does not change."""
     alpha, sigma = expand(level.alpha, x0), expand(level.sigma, x0)
     return Prediction(x0=x0, eps=prediction.eps + alpha / sigma * (prediction.x0 - x0))
 
 
 def rescale(denoise: Denoise, scale: ArrayLike, null_cond: PyTree, phi: float = 0.7) -> Denoise:
-    """Classifier-free guidance whose x0 keeps the contrast of the conditional one (Lin et al. 2023, eq. 15 and 16).
+    """Classifier-free guidance that keeps the contrast of the conditional x0 (Lin et al. 2023, eq. 15 and 16).
 
-    x0 = phi x0_guided std(x0_conditional) / std(x0_guided) + (1 - phi) x0_guided, the deviations over each image.
+    x0 = phi x0_guided std(x0_conditional) / std(x0_guided) + (1 - phi) x0_guided, with std over each image.
     scale, null_cond: as in `classifier_free`.
     phi: in [0, 1]. 0 is plain guidance.
     """
@@ -160,10 +160,10 @@ def _rescale(
 
 
 def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
-    """CFG++ (Chung et al. 2024, algorithm 2): x0 is guided, the noise that is put back is the unconditional one.
+    """CFG++ (Chung et al. 2024, algorithm 2): x0 is guided; the noise that is added back is the unconditional one.
 
-    x0 = null + scale (conditional - null), eps = null. The pair is not tied to x: meant for ddim and euler, whose steps
-    are alpha' x0 + sigma' eps.
+    x0 = null + scale (conditional - null), eps = null. The pair no longer satisfies alpha x0 + sigma eps = x. Use it
+    with ddim and euler, whose steps are alpha' x0 + sigma' eps.
     scale: in [0, 1].
     """
     return Partial(_cfg_pp, as_pytree(denoise), _number(scale, "the scale of CFG++", high=1.0), null_cond)
@@ -192,8 +192,8 @@ def _autoguidance(
 def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denoise:
     """Guidance at some noise levels only (Kynkäänniemi et al. 2024): `guided` where low < sigma / alpha <= high.
 
-    plain: the denoiser without guidance, used elsewhere; there the network runs once and not twice, unless the images
-      have levels of their own.
+    plain: the denoiser without guidance, used at all other levels. It runs the network once and not twice, unless each
+      image has its own level.
     """
     if not 0 <= low < high:
         raise ValueError(f"a guidance interval must have 0 <= low < high, got {low} and {high}")
@@ -211,7 +211,7 @@ def _interval(
 
 
 def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
-    """Keep the predicted x0 within [-limit, limit], and eps tied to it (the sampler of Ho et al. 2020, for pixels)."""
+    """Clip the predicted x0 to [-limit, limit] and adjust eps to match (the sampler of Ho et al. 2020, for pixels)."""
     return Partial(_clip_x0, as_pytree(denoise), _number(limit, "the limit of x0"))
 
 
@@ -221,9 +221,10 @@ def _clip_x0(denoise: Denoise, limit: Array, x: Array, level: NoiseLevel, cond: 
 
 
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, limit: float = 1.0) -> Denoise:
-    """Dynamic thresholding (Saharia et al. 2022, section 2.3): x0 = clip(x0, -s, s) limit / s.
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): x0 = clip(x0, -s, s) limit / s. For pixel models.
 
-    s: the given quantile of |x0| of each image, at least limit. percentile: in [0, 1]. For pixels in [-limit, limit].
+    percentile: in [0, 1]. s is this quantile of |x0| over each image, and at least limit.
+    limit: pixels are in [-limit, limit].
     """
     fraction = _number(percentile, "the percentile of dynamic thresholding", high=1.0)
     return Partial(_dynamic_threshold, as_pytree(denoise), fraction, _number(limit, "the limit of x0"))

@@ -1,6 +1,6 @@
-"""How likely a model finds data: exactly, along its probability flow, and by the variational bound of its chain.
+"""The likelihood of data under a model: exact along the probability flow, or the variational bound of the chain.
 
-Both in nats for each image, for any schedule and any denoiser. `bits_per_dim` makes them the usual figure.
+Both are in nats for each image, for any schedule and any denoiser. `bits_per_dim` converts them to bits per dimension.
 """
 
 import functools
@@ -18,16 +18,18 @@ from diffusion_jax.core.process import NoiseLevel, add_noise, expand, snr, veloc
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers.plan import times
 
-PIXEL = 2 / 255  # from one value of an 8-bit image to the next, in [-1, 1]
-RK4 = np.array([[0, 1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]])  # how far each stage reaches, and its weight
-STEPS = 1000  # of the chain where time is continuous
+PIXEL = 2 / 255  # spacing of the values of an 8-bit image in [-1, 1]
+RK4 = np.array([[0, 1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]])  # node and weight of each Runge-Kutta stage
+STEPS = 1000  # default length of the chain in continuous time
 
 
 class Flow(NamedTuple):
-    """The probability flow as a table: R = 4 x steps rows, one for each evaluation of the denoiser.
+    """The probability flow as a table of R = 4 x steps rows. Each row evaluates the denoiser once.
 
-    level: NoiseLevel of (R,). reach, weight: (R,) the velocity before times `reach` leads to the point of evaluation,
-    the velocity there times `weight` adds to the step. last: (R,) whether the row ends its step.
+    level: NoiseLevel of (R,).
+    reach: (R,). The row evaluates at the start of the step plus `reach` times the previous velocity.
+    weight: (R,). The row adds `weight` times its velocity to the step.
+    last: (R,). Whether the row ends its step.
     """
 
     level: NoiseLevel
@@ -37,8 +39,11 @@ class Flow(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The chain of the bound. level: NoiseLevel of (T,), the least noisy first. weight: (T-1,) of the x0 error at
-    t = 1..T-1. share: (T-1,) how likely each of them is to be drawn.
+    """The chain of the variational bound.
+
+    level: NoiseLevel of (T,), the least noisy first.
+    weight: (T-1,) of the x0 error at t = 1..T-1.
+    share: (T-1,) probability of drawing each of these t.
     """
 
     level: NoiseLevel
@@ -55,7 +60,7 @@ class Bound(NamedTuple):
 
     @property
     def total(self) -> Float[Array, "batch"]:
-        """At least -log p(x0), in the mean over the noise that is drawn."""
+        """The whole bound. Its expectation over the drawn noise is at least -log p(x0)."""
         return self.prior + self.diffusion + self.decoder
 
 
@@ -69,28 +74,30 @@ def log_likelihood(
     steps: int = 25,
     probes: int | None = 1,
 ) -> Float[Array, "batch"]:
-    """Log density in nats that the model gives x at the level of t_min (Song et al. 2021, "Score-based generative
+    """Log density of x in nats under the model at the level of t_min (Song et al. 2021, "Score-based generative
     modeling", section 4.3 and appendix D.2).
 
-    The flow is dx/dt = alpha' x0(x, t) + sigma' eps(x, t). For y = x / r with r^2 = alpha^2 + sigma^2, and in the angle
-    phi = arctan(sigma / alpha), it is the same for every schedule (Salimans & Ho 2022, appendix D), D the size of x:
+    The flow is dx/dt = alpha' x0(x, t) + sigma' eps(x, t). In y = x / r with r^2 = alpha^2 + sigma^2 and the angle
+    phi = arctan(sigma / alpha) it is the same for every schedule (Salimans & Ho 2022, appendix D). D is the size of x:
 
         dy/dphi = v(y, phi) = cos(phi) eps - sin(phi) x0
         log p(x) = log N(y(t_max); 0, I) + integral of div v dphi from t_min to t_max - D log r(t_min)
 
-    So the prior is N(0, (alpha^2 + sigma^2) I) at t_max, from which `sampling.initial_noise` draws. The integral is
-    taken by Runge and Kutta's method of order 4, its steps even in log-SNR; the divergence is z^T (dv/dy) z, in the
-    mean over probes z of random signs (Hutchinson), the same along the whole flow: so the mean over keys is exact.
+    So the prior is N(0, (alpha^2 + sigma^2) I) at t_max, the same as `sampling.initial_noise`. The integral uses the
+    fourth-order Runge-Kutta method with steps even in log-SNR. The divergence is the mean of z^T (dv/dy) z over
+    probes z of random signs (Hutchinson). The probes stay fixed along the flow, so the mean over keys is exact.
 
-    denoise: (x (B, ...), level of scalars, cond) -> Prediction. x: (B, ...). keys: (B,), one for each image, whose
-      figure does not depend on its batch. cond: leaves (B, ...).
-    steps: four evaluations of the denoiser each, and of its gradient. probes: for each image; None takes the divergence
-      exactly, at the cost of D probes.
-    Raises ValueError for steps or probes below 1, and for as many steps as a schedule of steps has.
+    denoise: (x (B, ...), level of scalars, cond) -> Prediction.
+    x: (B, ...).
+    keys: (B,), one for each image. The result of an image does not depend on its batch.
+    cond: leaves (B, ...).
+    steps: integration steps. Each costs four evaluations of the denoiser and of its gradient.
+    probes: number for each image. None computes the divergence exactly, at the cost of D probes.
+    Raises ValueError for steps or probes below 1, and for steps not below T on a schedule of T steps.
     """
     T = schedule.num_steps
     if steps < 1 or (T and steps >= T):
-        raise ValueError(f"the flow needs steps {f'in 1..{T - 1}' if T else 'of at least 1'}, got {steps}")
+        raise ValueError(f"steps of the flow must be {f'in 1..{T - 1}' if T else 'at least 1'}, got {steps}")
     if probes is not None and probes < 1:
         raise ValueError(f"the divergence needs at least 1 probe, got {probes}")
     return _integrate(as_pytree(denoise), _flow(schedule, steps), x, _probes(keys, x.shape[1:], probes), cond)
@@ -109,7 +116,7 @@ def _flow(schedule: Schedule, steps: int) -> Flow:
 
 
 def _probes(keys: Array, shape: tuple[int, ...], count: int | None) -> Array:
-    """(P, B, ...): z with mean z z^T = I; of count None the D directions of space, their mean exact."""
+    """Probes z (P, B, ...) with mean z z^T = I. For count None, the D scaled unit vectors, whose mean is exact."""
     if count is None:
         size = int(np.prod(shape))
         return jnp.broadcast_to(size**0.5 * jnp.eye(size).reshape(size, 1, *shape), (size, len(keys), *shape))
@@ -118,7 +125,7 @@ def _probes(keys: Array, shape: tuple[int, ...], count: int | None) -> Array:
 
 @jax.jit
 def _integrate(denoise: Denoise, flow: Flow, x: Array, probes: Array, cond: PyTree) -> Array:
-    """The log density of x. One evaluation of the denoiser is compiled, whatever the number of steps."""
+    """The log density of x. The program evaluates the denoiser in one place, whatever the number of steps."""
     axes = tuple(range(1, x.ndim))
 
     def v(level: NoiseLevel, y: Array) -> Array:
@@ -126,7 +133,7 @@ def _integrate(denoise: Denoise, flow: Flow, x: Array, probes: Array, cond: PyTr
         return velocity(*denoise(r * y, level, cond), level) / r
 
     def stage(state, row: Flow):
-        y, end, slope, integral = state  # where the step began and, so far, ends; the velocity before
+        y, end, slope, integral = state  # start of the step, its end so far, the previous velocity
         slope, pull = jax.vjp(functools.partial(v, row.level), y + row.reach * slope)
         divergence = jnp.mean(jax.vmap(lambda z: jnp.sum(z * pull(z)[0], axes))(probes), axis=0)
         end = end + row.weight * slope
@@ -140,12 +147,12 @@ def _integrate(denoise: Denoise, flow: Flow, x: Array, probes: Array, cond: PyTr
 
 
 def pixel_decoder(x0: Array, mean: Array, std: Array) -> Array:
-    """log P(x0) of each value of an 8-bit image in [-1, 1]: the mass of N(mean, std^2) between the borders of the
-    value, x0 -+ 1/255, the darkest and brightest without outer border (Ho et al. 2020, eq. 13).
+    """log P(x0) for each value of an 8-bit image in [-1, 1]: the mass of N(mean, std^2) in x0 -+ 1/255. The bins of the
+    darkest and brightest values extend to infinity (Ho et al. 2020, eq. 13).
     """
     below = jnp.where(x0 < -1 + PIXEL / 2, -jnp.inf, (x0 - PIXEL / 2 - mean) / std)
     above = jnp.where(x0 > 1 - PIXEL / 2, jnp.inf, (x0 + PIXEL / 2 - mean) / std)
-    right = below + above > 0  # mirrored to the left tail, where the difference of logarithms keeps its digits
+    right = below + above > 0  # mirror to the left tail, where the difference of logarithms keeps its digits
     low, high = log_ndtr(jnp.where(right, -above, below)), log_ndtr(jnp.where(right, -below, above))
     return high + jnp.log1p(-jnp.exp(low - high))
 
@@ -166,19 +173,20 @@ def variational_bound(
     terms: int | None = None,
     decoder: Callable[[Array, Array, Array], Array] = pixel_decoder,
 ) -> Bound:
-    """The bound on -log p(x0) of the chain that draws x_{t-1} from q(x_{t-1} | x_t, x0(x_t)), in nats (Ho et al. 2020,
-    eq. 5; Kingma et al. 2021, eq. 13), t = 0..T-1 from the least noisy level to the noisiest:
+    """Bound on -log p(x0) in nats for the chain that samples x_{t-1} from q(x_{t-1} | x_t, x0(x_t)) (Ho et al. 2020,
+    eq. 5; Kingma et al. 2021, eq. 13), with t = 0..T-1 from the least noisy level to the noisiest:
 
         L_T     = KL(q(x_{T-1} | x0) || N(0, (alpha^2 + sigma^2) I))
         L_t     = (SNR_{t-1} - SNR_t) / 2 |x0 - x0(x_t)|^2,    t = 1..T-1
         L_0     = -log p(x0 | x_{t=0}), around x0(x_{t=0}) with the standard deviation sigma_0
 
-    denoise: (x (B, ...), level of (B,), cond) -> Prediction. x0, keys, cond: as in `log_likelihood`.
-    steps: T; None takes all of a schedule of steps, and 1000 even in log-SNR where time is continuous.
-    terms: evaluate only so many L_t of each image, unbiased; None for all. Their t are drawn in as many equal strata of
-      log(1 + SNR), of which L_t is an even share where the data is a unit normal.
+    denoise: (x (B, ...), level of (B,), cond) -> Prediction.
+    x0, keys, cond: as in `log_likelihood`.
+    steps: T. None takes every step of a schedule of steps, or 1000 steps even in log-SNR in continuous time.
+    terms: how many L_t to evaluate for each image, without bias. None evaluates all. Each t is drawn from one of as
+      many equal strata of log(1 + SNR). For unit normal data every stratum has the same share of the bound.
     decoder: (x0, mean, std) -> log probability or density of each value; `pixel_decoder` or `gaussian_decoder`.
-    Raises ValueError for terms below 1, and what `solvers.times` raises for steps.
+    Raises ValueError for terms below 1, and for the same steps as `solvers.times`.
     """
     if terms is not None and terms < 1:
         raise ValueError(f"the bound needs at least 1 term, got {terms}")
@@ -199,7 +207,7 @@ def variational_bound(
 def _chain_terms(
     denoise: Denoise, chain: Chain, x0: Array, keys: Array, cond: PyTree, terms: int | None, decoder: Callable
 ) -> tuple[Array, Array]:
-    """(the sum of L_1..L_{T-1}, L_0), (B,) each."""
+    """The sum of L_1..L_{T-1}, and L_0, (B,) each."""
     count, batch, axes = len(chain.weight), len(x0), tuple(range(1, x0.ndim))
 
     def guess(level: NoiseLevel, keys: Array) -> Array:
@@ -211,7 +219,7 @@ def _chain_terms(
 
     def term(total: Array, i: Array) -> tuple[Array, None]:
         t_keys, eps_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1 + i)))(keys).T
-        index, drawn = jnp.full(batch, i), 1.0  # `drawn`: how often this t is, in the mean
+        index, drawn = jnp.full(batch, i), 1.0  # `drawn`: expected number of times that this t is drawn
         if terms is not None:
             u = (i + jax.vmap(jax.random.uniform)(t_keys)) / terms
             index = jnp.searchsorted(jnp.cumsum(chain.share), u).clip(0, count - 1)
@@ -226,17 +234,19 @@ def _chain_terms(
 
 
 def dequantize(x0: Float[Array, "batch *shape"], keys: Key[Array, "batch"]) -> Float[Array, "batch *shape"]:
-    """8-bit images in [-1, 1], each value spread evenly over the 2/255 that are its own (Theis et al. 2016, section
-    3.1). keys: (B,), one for each image.
+    """Spread each value of 8-bit images in [-1, 1] evenly over its bin of width 2/255 (Theis et al. 2016, section 3.1).
+
+    keys: (B,), one for each image.
     """
     return x0 + PIXEL * (jax.vmap(lambda key: jax.random.uniform(key, x0.shape[1:]))(keys) - 0.5)
 
 
 def bits_per_dim(nats: Float[Array, "batch"], dimensions: int, bin: float = PIXEL) -> Float[Array, "batch"]:
-    """Bits for each of D values, (nats / D - log(bin)) / log(2); lower is better.
+    """Bits per dimension, (nats / D - log(bin)) / log(2). Lower is better.
 
-    nats: negative log density of the values `dequantize` spread over bins of the width `bin`, which bounds the negative
-    log probability of the image (Theis et al. 2016, eq. 6). Of probabilities, as the bound with `pixel_decoder`,
-    `bin` is 1. dimensions: D, height x width x 3.
+    nats: negative log density of values that `dequantize` spread over bins of width `bin`. This bounds the negative log
+      probability of the image (Theis et al. 2016, eq. 6).
+    dimensions: D, height x width x 3.
+    bin: width of a bin. 1 if nats is a negative log probability, as the bound with `pixel_decoder`.
     """
     return (nats / dimensions - np.log(bin)) / np.log(2)

@@ -1,4 +1,4 @@
-"""The forward process: noise levels, closed-form noising, and the pair (x0, eps) behind a noisy image.
+"""The forward process: noise levels, closed-form noising, and the pair (x0, eps) that makes up a noisy image.
 
 Everywhere x_t = alpha * x0 + sigma * eps (Kingma et al. 2021, "Variational Diffusion Models", eq. 1).
 """
@@ -13,10 +13,11 @@ from jaxtyping import Array, Float
 
 
 class NoiseLevel(NamedTuple):
-    """One point of the forward process, or an array of them.
+    """One point of the forward process, or a batch of points. All fields have the same shape, () or (B,).
 
     t: the time as the network sees it (steps 0..T-1 for the discrete schedules).
-    alpha: scale of the data. sigma: standard deviation of the noise. All three have one shape: () or (B,).
+    alpha: scale of the data.
+    sigma: standard deviation of the noise.
     """
 
     t: ArrayLike
@@ -25,7 +26,7 @@ class NoiseLevel(NamedTuple):
 
     @property
     def logsnr(self) -> ArrayLike:
-        """Log signal-to-noise ratio, 2 log(alpha / sigma); infinite on clean data and on noise alone."""
+        """Log signal-to-noise ratio, 2 log(alpha / sigma). Infinite for clean data and for pure noise."""
         if isinstance(self.alpha, jax.Array):
             return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
         with np.errstate(divide="ignore"):
@@ -33,14 +34,14 @@ class NoiseLevel(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says about x_t: the data x0 and the noise eps, tied by alpha * x0 + sigma * eps = x_t."""
+    """The output of a denoiser for x_t: the data x0 and the noise eps, tied by alpha * x0 + sigma * eps = x_t."""
 
     x0: Float[Array, "batch *shape"]
     eps: Float[Array, "batch *shape"]
 
 
 def expand(scalar: ArrayLike, x: Array) -> Array:
-    """Give `scalar`, () or (B,), trailing axes so that it broadcasts from the left against x (B, ...)."""
+    """Append axes to `scalar`, () or (B,), so that it broadcasts against x (B, ...) along the batch."""
     scalar = jnp.asarray(scalar, jnp.float32)
     return scalar.reshape(scalar.shape + (1,) * (x.ndim - scalar.ndim)) if scalar.ndim else scalar
 
@@ -62,9 +63,9 @@ def velocity(
 def split(
     x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel, p: ArrayLike, q: ArrayLike
 ) -> Prediction:
-    """The pair with alpha x0 + sigma eps = x_t and p x0 + q eps = out, by Cramer's rule.
+    """Solve alpha x0 + sigma eps = x_t and p x0 + q eps = out for (x0, eps), by Cramer's rule.
 
-    p, q: (), (B,). What the network says of x0 and of eps; see `core.parameterization`.
+    p, q: () or (B,). Coefficients of x0 and eps in the network's output; see `core.parameterization`.
     """
     alpha, sigma, p, q = (expand(scalar, x_t) for scalar in (level.alpha, level.sigma, p, q))
     determinant = alpha * q - sigma * p
@@ -72,17 +73,17 @@ def split(
 
 
 def from_eps(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
-    """The network says eps: x0 = (x_t - sigma eps) / alpha (Ho et al. 2020, eq. 15)."""
+    """The network predicts eps: x0 = (x_t - sigma eps) / alpha (Ho et al. 2020, eq. 15)."""
     return split(x_t, out, level, 0.0, 1.0)
 
 
 def from_x0(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
-    """The network says x0: eps = (x_t - alpha x0) / sigma."""
+    """The network predicts x0: eps = (x_t - alpha x0) / sigma."""
     return split(x_t, out, level, 1.0, 0.0)
 
 
 def from_v(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
-    """The network says v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D), for any alpha and sigma.
+    """The network predicts v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D), for any alpha and sigma.
 
     x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2),  eps = (sigma x_t + alpha v) / (alpha^2 + sigma^2).
     """

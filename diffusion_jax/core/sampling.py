@@ -1,4 +1,4 @@
-"""The one sampling loop: a scan over the rows of a plan. It knows no solver's name."""
+"""The sampling loop: a scan over the rows of a plan, the same for every solver."""
 
 import functools
 from collections.abc import Callable
@@ -14,19 +14,25 @@ from diffusion_jax.core.denoiser import Denoise, as_pytree, check_levels
 from diffusion_jax.core.process import NoiseLevel, add_noise
 from diffusion_jax.core.solvers import HISTORY, Plan
 
-KNOWN = 2**31 - 1  # folded into an image's key for the noise of its known part; no plan has as many rows
+KNOWN = 2**31 - 1  # folded into an image's key for the noise on its known part; larger than any row index
 
 
 class State(NamedTuple):
-    """Between rows: x (B, ...), and the last d, (1 + HISTORY, B, ...), that of row i at i mod (1 + HISTORY)."""
+    """The state between rows.
+
+    x: (B, ...).
+    past: (1 + HISTORY, B, ...). The last d, that of row i in slot i mod (1 + HISTORY).
+    """
 
     x: Array
     past: Array
 
 
 class Known(NamedTuple):
-    """What inpainting keeps: x0 (B, ...) of the known image; mask, broadcast to x0, 1 where a new image is to be made
-    and 0 where the known one stays.
+    """What inpainting keeps.
+
+    x0: (B, ...) the known image.
+    mask: broadcasts to x0. 1 where the image is generated, 0 where the known image is kept.
     """
 
     x0: Array
@@ -34,8 +40,11 @@ class Known(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A chunk of a plan on the device: the rows, their number in the whole plan, and whether they are more than
-    padding. `plan.past` is on the slots of `State.past`; padding leaves x and x0 as they are.
+    """A chunk of a plan on the device.
+
+    plan: the rows, `plan.past` in the slots of `State.past`. Padding rows leave x and x0 unchanged.
+    index: (R,) position of each row in the whole plan.
+    active: (R,) False for padding.
     """
 
     plan: Plan
@@ -44,9 +53,10 @@ class Rows(NamedTuple):
 
 
 def initial_noise(keys: Key[Array, "batch"], shape: tuple[int, ...], level: NoiseLevel) -> Float[Array, "batch *shape"]:
-    """Noise to start a plan from: (B, *shape), as wide as x_t is when the data has unit variance.
+    """Noise to start a plan from: (B, *shape), with the standard deviation of x_t for data of unit variance.
 
-    keys: one for each image. level: where it will be used, `plan.start`.
+    keys: (B,), one for each image.
+    level: the plan's first level, `plan.start`.
     """
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
     return noise * jnp.sqrt(jnp.square(level.alpha) + jnp.square(level.sigma))
@@ -62,14 +72,14 @@ def advance(
     cond: PyTree,
     known: Known | None = None,
 ) -> tuple[State, Array]:
-    """Run a chunk of rows; returns the state after it and the last x0 predicted, `x0` if none was.
+    """Run a chunk of rows. Returns the new state and the last prediction of x0, or `x0` if no row was active.
 
-    `denoise` is a pytree (see `denoiser.as_pytree`), so nothing in it is recompiled for. The old state's memory is used
-    for the new one.
+    denoise: a pytree (see `denoiser.as_pytree`), so that new values in it do not recompile.
+    state: its memory is donated to the new state.
     """
 
     def fresh_noise(index: Array) -> Array:
-        # 0 made the initial noise
+        # index 0 is the initial noise
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + index), state.x.shape[1:]))
         return draw(keys).astype(state.x.dtype)
 
@@ -81,7 +91,7 @@ def advance(
         (state, x0), plan = carry, row.plan
         x0, eps = jax.lax.cond(row.active, lambda: predict(state.x, plan.level), lambda: (x0, state.x))
         remembered = plan.memory[0] * x0 + plan.memory[1] * eps
-        # written before it is read, so that XLA updates it in place
+        # write before reading, so that XLA updates it in place
         past = jax.lax.dynamic_update_index_in_dim(state.past, remembered, row.index % len(state.past), 0)
         x = plan.x0 * x0 + plan.eps * eps + sum(plan.past[slot] * past[slot] for slot in range(len(past)))
         x = jax.lax.cond(plan.noise != 0, lambda: x + plan.noise * fresh_noise(row.index), lambda: x)
@@ -89,7 +99,8 @@ def advance(
             x = jax.lax.cond(row.active, lambda: _blend(x, known, plan.next, keys, 1 + row.index), lambda: x)
         return (State(x, past), x0), None
 
-    return jax.lax.scan(body, (state, x0), rows)[0]
+    each = rows._replace(plan=rows.plan._replace(initial=None))
+    return jax.lax.scan(body, (state, x0), each)[0]
 
 
 def sample(
@@ -105,16 +116,18 @@ def sample(
 ) -> Float[Array, "batch *shape"]:
     """Carry x from the plan's first level to its last.
 
-    denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial` (as
-      `denoiser.denoiser` and the functions of `guidance` do) and new values of them do not recompile.
-    plan: from `solvers`. x: (B, ...) at the plan's first level, see `initial_noise`. keys: (B,), one for each image: an
-      image does not depend on the batch it was made in. cond: pytree handed to `denoise`, leaves (B, ...).
-    chunk: rows run by one call of the compiled program, padded with rows that skip the network, so any number of steps
-      reuses it; None runs all rows in one call, the form to use inside your own `jax.jit`.
-    known: for inpainting, the part of x to hold on to at every level (see `keep`), each time with fresh noise.
-    callback: after each chunk called with (rows done, prediction of x0); returning True stops there.
-    Returns x (B, ...) at the plan's last level, float32 as x is. Raises ValueError for a plan that evaluates a network
-    where its errors grow without use, as those of eps do on noise alone (`denoiser.check_levels`).
+    denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial`, as
+      `denoiser.denoiser` and the functions of `guidance` do, so that new values do not recompile.
+    plan: from `solvers`.
+    x: (B, ...) at the plan's first level, see `initial_noise`.
+    keys: (B,), one for each image. An image does not depend on the batch in which it is generated.
+    cond: pytree passed to `denoise`, leaves (B, ...).
+    chunk: rows for each call of the compiled program. The last chunk is padded with rows that skip the network, so any
+      number of steps reuses the program. None runs all rows in one call; use it inside your own `jax.jit`.
+    known: for inpainting, the part of x to keep (see `keep`). It gets fresh noise at every level.
+    callback: called after each chunk with (rows done, prediction of x0). Sampling stops if it returns True.
+    Returns x (B, ...) at the plan's last level, float32 like x.
+    Raises ValueError for a plan that evaluates a network where its errors become useless, such as eps on pure noise.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row or None for all rows, got {chunk}")
@@ -135,20 +148,20 @@ def sample(
 def run_rows(
     denoise: Denoise, rows: Rows, x: Float[Array, "batch *shape"], keys: Key[Array, "batch"], cond: PyTree = None
 ) -> Float[Array, "batch *shape"]:
-    """`sample` with the plan as an input of your own `jax.jit`: rows are `rows(plan, at_least)`."""
+    """`sample` with the plan as an input of your own `jax.jit`. Build rows with `rows(plan, at_least)`."""
     return advance(as_pytree(denoise), rows, _start(x), x, keys, cond)[0].x
 
 
 def rows(plan: Plan, at_least: int = 0) -> Rows:
-    """The whole plan for `run_rows`, padded to at_least rows, so that shorter plans use the same program."""
+    """The whole plan for `run_rows`, padded to at_least rows so that shorter plans reuse the same program."""
     return _rows(plan, 0, max(plan.num_rows, at_least))
 
 
 def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."]) -> Known:
-    """What `sample` needs to make a new image where mask is 1 and keep x0 where it is 0 (Lugmayr et al. 2022, eq. 8).
+    """Tell `sample` to generate where mask is 1 and to keep x0 where it is 0 (Lugmayr et al. 2022, eq. 8).
 
     x0: (B, ...) the known image.
-    mask: values in [0, 1] of a shape that broadcasts to x0's.
+    mask: values in [0, 1], in a shape that broadcasts to x0's.
     Raises ValueError for a mask of another shape.
     """
     if not _broadcasts(jnp.shape(mask), x0.shape):
@@ -157,7 +170,7 @@ def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."]) -> Known:
 
 
 def _start(x: Array) -> State:
-    # made from x so that it lies on x's device, as every later state does: one program for all chunks
+    # computed from x, so that it is on x's device like every later state: one program serves all chunks
     return State(jnp.copy(x), jnp.broadcast_to(jnp.zeros_like(x), (1 + HISTORY, *x.shape)))
 
 
@@ -166,7 +179,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def _blend(x: Array, known: Known, level: NoiseLevel, keys: Array, rows: ArrayLike) -> Array:
-    """The made part of x after so many rows, and the known image with fresh noise at the level of x."""
+    """Blend the generated part of x, after `rows` rows, with the known image at the level of x, under fresh noise."""
 
     def draw(key: Array) -> Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, KNOWN), rows), x.shape[1:])
@@ -176,11 +189,11 @@ def _blend(x: Array, known: Known, level: NoiseLevel, keys: Array, rows: ArrayLi
 
 
 def _rows(plan: Plan, start: int, size: int) -> Rows:
-    """Rows start..start+size of the plan in float32; past its end x <- eps, which is x where `active` is False."""
+    """Rows start..start+size of the plan in float32. Padding has x <- eps, and eps is x where `active` is False."""
     index = np.arange(start, start + size)
     active = index < plan.num_rows
     taken = np.minimum(index, plan.num_rows - 1)
-    rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan)
+    rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan._replace(initial=None))
     past = np.zeros((size, 1 + HISTORY), np.float32)
     np.put_along_axis(past, (index[:, None] - np.arange(1, 1 + HISTORY)) % (1 + HISTORY), rows.past, axis=1)
     rows = rows._replace(
@@ -188,5 +201,6 @@ def _rows(plan: Plan, start: int, size: int) -> Rows:
         eps=np.where(active, rows.eps, 1),
         noise=np.where(active, rows.noise, 0),
         past=np.where(active[:, None], past, 0),
+        initial=np.float32(plan.initial),
     )
     return Rows(rows, index, active)

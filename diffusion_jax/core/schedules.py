@@ -1,10 +1,10 @@
 """Noise schedules: time -> noise level, and back.
 
-A schedule is a callable `schedule(t) -> NoiseLevel` with `t_of_logsnr(l)`, `t_min` and `t_max`. Given numpy it answers
-in numpy float64 (plans are built there, exactly); given jax arrays it answers in float32 and can be traced.
+A schedule is a callable `schedule(t) -> NoiseLevel` with `t_of_logsnr(l)`, `t_min` and `t_max`. For numpy input it
+returns numpy float64, which plans are built in. For jax arrays it returns float32 and can be traced.
 
-A schedule has its own time, which runs from t_min to t_max. `NoiseLevel.t` is the time that the network sees; it may be
-on another scale, so give a schedule only its own times, or find them by `t_of_logsnr`.
+A schedule has its own time, from t_min to t_max. `NoiseLevel.t` is the time that the network sees and may be on another
+scale. Pass a schedule only its own times; `t_of_logsnr` returns them.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from jax.typing import ArrayLike
 
 from diffusion_jax.core.process import NoiseLevel
 
-NOISE_ALONE = 200.0  # sigma / alpha from which on a state says nothing of the image; linear ends at 157, edm at 80
+NOISE_ALONE = 200.0  # at this sigma / alpha and above, a state is pure noise in practice; linear ends at 157, edm at 80
 
 
 @runtime_checkable
 class Schedule(Protocol):
     """What every schedule offers.
 
-    num_steps: T of a schedule of steps, None for one of continuous time. t_min, t_max: the least and the most noisy
-    time.
+    num_steps: T, or None in continuous time.
+    t_min, t_max: the least and the most noisy time.
     resolution: a difference of times that is small on the scale of the schedule.
     """
 
@@ -42,16 +42,16 @@ class Schedule(Protocol):
         """The time at which the log-SNR is `logsnr`, any shape; clipped to [t_min, t_max]."""
 
     def until(self, t: float) -> "Schedule":
-        """The same schedule without the times above t, a time of it."""
+        """The same schedule without the times above t, which must be one of its times."""
 
 
 def _xp(t: ArrayLike):
-    """The array module that `t` lives in: jax.numpy for jax arrays and tracers, else numpy."""
+    """The array module for `t`: jax.numpy for jax arrays and tracers, else numpy."""
     return jnp if isinstance(t, jax.Array) else np
 
 
 def _time(t: ArrayLike) -> ArrayLike:
-    """Time in the precision of where it lives."""
+    """t as float32 for jax arrays, else as float64."""
     return t.astype(jnp.float32) if isinstance(t, jax.Array) else np.asarray(t, np.float64)[()]
 
 
@@ -59,16 +59,16 @@ def _time(t: ArrayLike) -> ArrayLike:
 class DiscreteSchedule:
     """A variance-preserving schedule of T steps, alpha^2 + sigma^2 = 1.
 
-    logsnr_table: (T,) float64, log(alpha_bar / (1 - alpha_bar)) of step t = 0..T-1, falling. Between steps log-SNR is
-    interpolated linearly, so t may be fractional. The last entry may be -inf (zero terminal SNR); up to it alpha then
-    falls linearly to 0.
+    logsnr_table: (T,) float64, log(alpha_bar / (1 - alpha_bar)) of step t = 0..T-1, falling. Log-SNR is interpolated
+      linearly between steps, so t may be fractional. The last entry may be -inf (zero terminal SNR). On the way to it
+      alpha falls linearly to 0.
     """
 
     logsnr_table: np.ndarray
 
     def __post_init__(self):
         if self.logsnr_table.ndim != 1 or len(self.logsnr_table) < 1 or not np.all(np.diff(self.logsnr_table) < 0):
-            raise ValueError("a schedule needs one table of strictly falling log-SNR, one value for each step")
+            raise ValueError("a schedule needs a table of strictly falling log-SNR, one value for each step")
 
     @property
     def num_steps(self) -> int:
@@ -97,7 +97,7 @@ class DiscreteSchedule:
 
     @property
     def _finite_table(self) -> np.ndarray:
-        """The table, its infinite end replaced by the value before it."""
+        """The table with an infinite last entry replaced by the entry before it."""
         return np.maximum(self.logsnr_table, self.logsnr_table[np.isfinite(self.logsnr_table)][-1])
 
     @property
@@ -108,7 +108,7 @@ class DiscreteSchedule:
         """t, any shape, in [0, T-1] -> NoiseLevel of that shape."""
         xp, t = _xp(t), _time(t)
         logsnr = xp.interp(t, xp.arange(self.num_steps, dtype=t.dtype), xp.asarray(self._finite_table, t.dtype))
-        # sigmoid(l) = alpha^2; each from its own sign of l, so that neither loses digits near 0 or 1
+        # sigmoid(l) = alpha^2 and sigmoid(-l) = sigma^2; computed separately, so neither loses digits near 0 or 1
         alpha, sigma = (1 + xp.exp(-logsnr)) ** -0.5, (1 + xp.exp(logsnr)) ** -0.5
         if self._ends_in_noise:
             left = xp.clip(self.t_max - t, 0, 1)
@@ -164,7 +164,7 @@ class EDMSchedule:
 class FlowSchedule:
     """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [1/1000, t_max].
 
-    The network sees 1000 t, as in published flow models: sinusoidal embeddings of time are made for 0 to 1000.
+    The network sees 1000 t, as in published flow models, because sinusoidal time embeddings are scaled for 0 to 1000.
     """
 
     shift: float
@@ -190,7 +190,10 @@ class FlowSchedule:
 
 
 def from_betas(betas: Sequence | np.ndarray) -> DiscreteSchedule:
-    """The schedule of a forward chain with variances `betas` (T,), each in (0, 1): alpha_bar_t = prod(1 - beta_s)."""
+    """The schedule of a forward chain with variances `betas` (T,), each in (0, 1): alpha_bar_t = prod(1 - beta_s).
+
+    Raises ValueError for betas of another shape or range.
+    """
     return _from_log_alpha_bar(_log_alpha_bar(betas))
 
 
@@ -208,9 +211,9 @@ def _from_log_alpha_bar(log_alpha_bar: np.ndarray) -> DiscreteSchedule:
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """Betas linear in t (Ho et al. 2020, section 4).
 
-    T: steps. However many, they end equally noisy: alpha_bar is that of the chain of 1000 steps at every 1000/T-th of
-      them. For T betas of your own, use `from_betas`.
-    beta_start, beta_end: the first and the last beta of the chain of 1000 steps.
+    T: number of steps. Any T ends equally noisy: alpha_bar is that of the 1000-step chain at every 1000/T-th step. For
+      T betas of your own, use `from_betas`.
+    beta_start, beta_end: first and last beta of the 1000-step chain.
     """
     return _in_steps(T, np.linspace(beta_start, beta_end, 1000))
 
@@ -221,7 +224,7 @@ def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 
 
 
 def _in_steps(T: int, betas: np.ndarray) -> DiscreteSchedule:
-    """The chain with variances `betas` in T steps of equal length; log alpha_bar is interpolated linearly."""
+    """The chain with variances `betas` in T equal steps; log alpha_bar is interpolated linearly."""
     _check_steps(T)
     done = np.arange(1, T + 1) * len(betas) / T
     return _from_log_alpha_bar(np.interp(done, np.arange(len(betas) + 1), np.append(0.0, _log_alpha_bar(betas))))
@@ -256,12 +259,12 @@ def _from_alpha_bar(alpha_bar, T: int, max_beta: float) -> DiscreteSchedule:
 
 
 def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
-    """The schedule rescaled so that its last step is noise alone (Lin et al. 2023, algorithm 1).
+    """The schedule rescaled so that its last step is pure noise (Lin et al. 2023, algorithm 1).
 
-    sqrt(alpha_bar) is shifted to end on 0 and scaled to keep its first value. The network must predict v or x0.
+    sqrt(alpha_bar) is shifted to end at 0 and scaled to keep its first value. The network must predict v or x0.
     """
     if not isinstance(schedule, DiscreteSchedule) or schedule.num_steps < 2:
-        raise ValueError("zero_terminal_snr rescales a schedule of at least 2 steps, such as linear or scaled_linear")
+        raise ValueError("zero_terminal_snr needs a schedule of at least 2 steps, such as linear or scaled_linear")
     root = np.sqrt(schedule.alphas_bar)
     alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     with np.errstate(divide="ignore"):
@@ -269,13 +272,13 @@ def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
 
 
 def below(schedule: Schedule, ratio: float = NOISE_ALONE) -> Schedule:
-    """The schedule restricted to the times at which sigma / alpha is at most `ratio`, itself where all are.
+    """Restrict the schedule to times with sigma / alpha at most `ratio`. Returns it unchanged if all times qualify.
 
-    Sample on it with a network that predicts eps: x0 = (x_t - sigma eps) / alpha magnifies the network's error by
-    sigma / alpha, which is 20,000 on the last step of cosine and without bound at zero terminal SNR. The state at a
-    ratio of 200 is noise alone in practice, so sampling may start there.
-    schedule: any. Of a schedule of T steps the first ones are left, whose number is the new T.
-    ratio: greatest sigma / alpha. Raises ValueError where the schedule is noisier than that at all times.
+    Use it to sample with a network that predicts eps: x0 = (x_t - sigma eps) / alpha magnifies the network's error by
+    sigma / alpha, which is 20,000 at the last step of cosine and infinite at zero terminal SNR. At a ratio of 200 the
+    state is pure noise in practice, so sampling may start there.
+    schedule: any. A schedule of T steps keeps its first steps; their number is the new T.
+    ratio: largest sigma / alpha. Raises ValueError if every time of the schedule is noisier.
     """
     limit = -2 * np.log(ratio)
     if schedule(schedule.t_max).logsnr >= limit:

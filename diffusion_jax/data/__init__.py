@@ -1,1 +1,1 @@
-"""Pictures and what is said about them: sources, transforms, the loader and the cache of what networks make of them."""
+"""Pictures with captions or labels: sources, transforms, the loader, and a cache of the outputs of frozen networks."""

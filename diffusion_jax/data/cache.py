@@ -1,4 +1,4 @@
-"""What frozen networks make of a source, computed once and kept on disk: latents, text embeddings."""
+"""Outputs of frozen networks for a source (latents, text embeddings), computed once and kept on disk."""
 
 import hashlib
 import json
@@ -30,18 +30,18 @@ def cached(
     batch_size: int,
     transform: Transform | None = None,
 ) -> Source:
-    """The source of {field: array or dict of arrays} that the functions in `fields` make of each record.
+    """A source of {field: array or dict of arrays}, the outputs of the functions in `fields` for each record.
 
-    Computed on the first call and kept in `folder`/<SHA-256 of source.name and key_parts>; later calls map the files.
-    Each array is one .npy file. They appear together or not at all: an interrupted run leaves nothing half written.
+    Computed on the first call and kept in `folder`/<SHA-256 of source.name and key_parts>. Later calls map the files
+    into memory. Each array is one .npy file. They appear all at once: an interrupted run leaves no partial cache.
 
-    source: the records; bad ones are skipped with a warning.
+    source: the records. Bad ones are skipped with a warning.
     key_parts: JSON values, all that the result depends on besides the source: size, crop, networks, a hash of weights.
     fields: name -> function of a stacked batch.
-    batch_size: rows of every batch; the last one is filled up, so that a jitted function compiles once.
-    transform: as in `loader`; what it draws is fixed by the record's index.
+    batch_size: rows of every batch. The last one is padded, so that a jitted function compiles once.
+    transform: as in `loader`. Its random numbers depend only on the record's index.
 
-    Raises ValueError if the source is empty or no record is good.
+    Raises ValueError if the source is empty or has no good record.
     """
     key = json.dumps({"source": source.name, "fields": sorted(fields), **key_parts}, sort_keys=True)
     path = Path(folder) / hashlib.sha256(key.encode()).hexdigest()
@@ -60,7 +60,9 @@ def cached(
 def _build(
     source: Source, folder: Path, fields: dict[str, Field], batch_size: int, transform: Transform | None
 ) -> None:
-    """Write folder/field.npy or folder/field/part.npy for each array, and folder/index.npy: which records were good."""
+    """Write folder/field.npy or folder/field/part.npy for each array, and folder/index.npy, the indices of good
+    records.
+    """
     kept: list[int] = []
     files: dict[str, np.memmap] = {}
     for indices, batch in _batches(source, batch_size, transform):
@@ -78,7 +80,7 @@ def _build(
 
 
 def _batches(source: Source, batch_size: int, transform: Transform | None) -> Iterator[tuple[list[int], Record]]:
-    """(indices of good records, their stacked batch, filled up to batch_size), with a progress bar."""
+    """Yield (indices of good records, their batch padded to batch_size), with a progress bar."""
     reader = Reader(source, transform)
     reads = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
     ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
@@ -99,7 +101,7 @@ def _flatten(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _publish(building: Path, path: Path) -> None:
-    """Give a finished folder its name; if another process was faster, its equal stays."""
+    """Move a finished folder to `path`. If another process finished first, keep its identical folder."""
     try:
         building.rename(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a folder of pictures holds, and what its files say about the pictures."""
+"""Find the pictures of a folder, and their captions or classes."""
 
 import hashlib
 import json
@@ -9,7 +9,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Listing(NamedTuple):
-    """The pictures of a folder, relative to it, with a caption or a label for each, or none; the classes' names."""
+    """The pictures of a folder, as paths relative to it.
+
+    captions, labels: one for each picture, or empty.
+    classes: the names of the classes.
+    """
 
     files: list[Path]
     captions: list[str]
@@ -18,7 +22,7 @@ class Listing(NamedTuple):
 
 
 def list_pictures(root: Path) -> Listing:
-    """The pictures below a folder with what is said about them in the first of these ways that it has.
+    """List the pictures below a folder. Captions or labels come from the first of these that exists.
 
     metadata.jsonl: lines {"file_name": "cats/1.png", "text": "a cat"}, the imagefolder convention; only these pictures.
     1.txt beside every 1.png: its caption.
@@ -42,14 +46,14 @@ def list_pictures(root: Path) -> Listing:
 
 
 def digest(root: Path, listing: Listing) -> str:
-    """A hash that changes with the captions and the pictures; with their sizes and times, as reading all takes long."""
+    """A hash of captions and pictures. Uses file sizes and times for the pictures, because reading them takes long."""
     stats = [(root / file).stat() for file in listing.files]
     content = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(listing.files, stats, strict=True)]
     return hashlib.sha256(json.dumps([content, listing.captions]).encode()).hexdigest()
 
 
 def _find(root: Path) -> list[Path]:
-    """The pictures below root in the order of their names; hidden files and folders are left out."""
+    """The pictures below root, sorted by name. Skips hidden files and folders."""
     files = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
     files = sorted(file for file in files if not any(part.startswith(".") for part in file.parts))
     if not files:
@@ -58,7 +62,7 @@ def _find(root: Path) -> list[Path]:
 
 
 def _metadata(root: Path) -> list[tuple[Path, str]] | None:
-    """(picture, caption) as metadata.jsonl says, None without that file."""
+    """(picture, caption) from metadata.jsonl, or None without that file."""
     metadata = root / "metadata.jsonl"
     if not metadata.exists():
         return None
@@ -79,7 +83,7 @@ def _metadata(root: Path) -> list[tuple[Path, str]] | None:
 
 
 def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, str]]:
-    """(picture, caption) from the text files beside the pictures, empty if there is none."""
+    """(picture, caption) from the text files beside the pictures, or empty if there are none."""
     without = [file for file in files if not (root / file).with_suffix(".txt").exists()]
     if len(without) == len(files):
         return []

@@ -1,4 +1,4 @@
-"""From a source to batches, by Grain: shuffled, sharded, prefetched by threads and resumable to the exact record."""
+"""From a source to batches, with Grain: shuffled, sharded, prefetched by threads, resumable at the exact record."""
 
 import threading
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ NAMED = 10  # bad records that get a warning line of their own
 
 
 class Reader:
-    """(index, rng) -> the transformed record, or None after a warning that names a bad one.
+    """(index, rng) -> the transformed record. For a bad record, a warning and None.
 
-    Warnings: one line for each of the first ten bad records, and their total when the whole source has been read.
-    Raises ValueError if all records are bad. Safe to call from many threads.
+    Each of the first ten bad records gets a warning line. Their total follows when the whole source has been read.
+    Raises ValueError if all records are bad. Thread-safe.
     """
 
     def __init__(self, source: Source, transform: Transform | None):
@@ -54,7 +54,7 @@ class Reader:
 
 
 def stack(records: Sequence[Any]) -> Any:
-    """A batch: dicts by key, numbers and arrays along a new first axis, anything else (text) in an array of objects."""
+    """Make a batch: numbers and arrays are stacked on a new first axis, dicts by key, other values as objects."""
     first = records[0]
     if isinstance(first, dict):
         return {key: stack([record[key] for record in records]) for key in first}
@@ -77,16 +77,16 @@ def loader(
     shuffle: bool = True,
     repeat: bool = True,
 ) -> grain.DatasetIterator:
-    """An iterator of batches, the same for the same seed, with get_state() and set_state() to resume exactly.
+    """An iterator of batches, the same for the same seed. get_state() and set_state() resume it exactly.
 
-    source: the records; bad ones are skipped with a warning.
+    source: the records. Bad ones are skipped with a warning.
     batch_size: records in a batch of this process.
-    process_index, process_count: this process takes every process_count-th record of the order common to all.
+    process_index, process_count: this process takes every process_count-th record of the common order.
     transform: (record, numpy generator) -> record.
-    shuffle: a new order each epoch.
-    repeat: epochs without end, batches reach over their borders; else once, and what does not fill a batch is dropped.
+    shuffle: use a new order each epoch.
+    repeat: loop forever; batches may cross from one epoch into the next. If False, one epoch without a partial batch.
 
-    Raises ValueError if the source is empty, gives no whole batch, or has no good record.
+    Raises ValueError if the source is empty, is smaller than a batch, or has no good record.
     """
     records = len(source) // process_count
     if records == 0 or (records < batch_size and not repeat):
@@ -95,7 +95,7 @@ def loader(
         )
     indices = grain.MapDataset.range(len(source)).seed(seed)
     indices = indices.shuffle() if shuffle else indices
-    # Before sharding, so that an image is cropped the same however many processes there are.
+    # Before sharding, so that the crop of an image does not depend on the number of processes.
     dataset = indices.random_map(Reader(source, transform))
     dataset = dataset.repeat() if repeat else dataset[: records * process_count]
     dataset = dataset[process_index::process_count]

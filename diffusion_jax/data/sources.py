@@ -1,4 +1,4 @@
-"""Sources: random-access sets of records, {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
+"""Sources: random-access data sets of {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
 
 import difflib
 import textwrap
@@ -18,11 +18,11 @@ from diffusion_jax.data.transforms import Record, decode
 
 @dataclass(frozen=True)
 class Source:
-    """A random-access set of records.
+    """A random-access data set.
 
     name: identifies the content, used in cache keys.
     size: number of records.
-    read: index -> record; raises BadRecord for one that cannot be used.
+    read: index -> record. Raises BadRecord for a record that cannot be used.
     num_classes: number of labels, 0 if there are none.
     captions: the caption of each record, empty if there are none.
     files: the file of each record, empty if records are not files.
@@ -46,13 +46,13 @@ class Source:
         return self.read(range(self.size)[index])
 
     def describe(self, index: int) -> str:
-        """What to call a record in a message."""
+        """The name of a record in messages."""
         return self.files[index] if self.files else f"record {index} of {self.name}"
 
 
 @dataclass(frozen=True)
 class Captions(Sequence):
-    """Captions that are read when they are asked for."""
+    """Captions that are read only when they are used."""
 
     size: int
     read: Callable[[int], str]
@@ -66,17 +66,17 @@ class Captions(Sequence):
 
 
 def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
-    """OpenMoji drawings with their names, built on first use (seconds).
+    """OpenMoji drawings with their names. Built on first use (seconds).
 
     size: height and width in pixels, a multiple of 8 up to 1024.
     split: "train", "validation" (5 % of the drawings), "unnamed" (more drawings, with empty captions), or a sum of
-        these such as "train+unnamed".
+      these such as "train+unnamed".
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
 
-    Records also hold "aliases", a list of other names. Raises ValueError for another size or split.
+    Records also have "aliases", a list of other names. Raises ValueError for another size or split.
     """
     if f"{size}px" not in OpenMoji.builder_configs:
-        raise ValueError(f"OpenMoji is drawn at a multiple of 8 pixels, from 8 to 1024; got {size}")
+        raise ValueError(f"the size of OpenMoji must be a multiple of 8 pixels, from 8 to 1024; got {size}")
     builder = OpenMoji(config=f"{size}px", data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     return _from_builder(builder, split)
@@ -84,7 +84,7 @@ def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = 
 
 def digits(split: str = "train") -> Source:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 grey as RGB, ten classes. Every tenth is for validation."""
-    from sklearn.datasets import load_digits  # here, as it takes seconds to import
+    from sklearn.datasets import load_digits  # imported late: it takes seconds
 
     if split not in ("train", "validation"):
         raise ValueError(f'digits has the splits "train" and "validation", got "{split}"')
@@ -103,7 +103,7 @@ def digits(split: str = "train") -> Source:
 
 
 def folder(path: str | PathLike) -> Source:
-    """A folder of pictures, with captions in files or classes by subfolder: see `list_pictures`, also for errors."""
+    """A folder of pictures, with captions in files or classes by subfolder. See `list_pictures`, also for errors."""
     root = Path(path)
     listing = list_pictures(root)
 
@@ -126,13 +126,13 @@ def folder(path: str | PathLike) -> Source:
 
 
 def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
-    """A data set of TFDS, downloaded and prepared on first use; its pictures with their caption or label.
+    """A TFDS data set with captions or labels. It is downloaded and prepared on first use.
 
     name: as in `tfds.load`, e.g. "cifar10" or "openmoji/64px".
-    split: one that it has, or a slice such as "train[:90%]".
+    split: a split of the data set, or a slice such as "train[:90%]".
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
 
-    Needs TensorFlow only to prepare a data set whose builder uses it.
+    TensorFlow is needed only to prepare a data set whose builder uses it.
     Raises ValueError if there is no such data set or split, if it cannot be prepared, or if it has no pictures.
     """
     try:
@@ -148,13 +148,13 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
     except ModuleNotFoundError as error:
         advice = f'install {error.name or "TensorFlow"}, or prepare it elsewhere with file_format="array_record"'
         raise ValueError(f'TFDS cannot prepare "{name}" here: {advice}') from error
-    except Exception as error:  # whatever a builder raises: a download, a wrong config, a version
+    except Exception as error:  # a builder may raise anything: a failed download, a wrong config, a version
         raise ValueError(f'TFDS cannot prepare "{name}": {textwrap.shorten(str(error), 300)}') from error
     return _from_builder(builder, split)
 
 
 def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
-    """The source of one split of a prepared TFDS builder: its first image, its "caption" or other text, its label."""
+    """The source of one split of a prepared TFDS builder: its first image, its "caption" or another text, its label."""
     try:
         builder.info.splits[split]
     except (KeyError, ValueError) as error:
@@ -164,7 +164,7 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     if image is None:
         raise ValueError(f"{builder.name} has no images: its features are {sorted(features)}")
     caption, label = _caption(features), _first(features, tfds.features.ClassLabel)
-    # Pictures stay encoded: one decoder for every source, no OpenCV, and captions can be read without pictures.
+    # Pictures stay encoded: all sources share one decoder, OpenCV is not needed, captions are read without pictures.
     records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
 
     def read(index: int) -> Record:
@@ -188,7 +188,9 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
 
 
 def _caption(features: tfds.features.FeaturesDict) -> Callable[[dict], str] | None:
-    """How to read a caption from a raw record, None without: a text, or the first of several as COCO has them."""
+    """A function from raw record to caption, or None without captions. Of several texts, as in COCO, it takes the
+    first.
+    """
     text = _first(features, tfds.features.Text)
     if text:
         return lambda raw: raw[text].decode()
@@ -201,7 +203,7 @@ def _caption(features: tfds.features.FeaturesDict) -> Callable[[dict], str] | No
 
 
 def _first(features: tfds.features.FeaturesDict, kind: type) -> str | None:
-    """The name of the feature of a kind; of several, the one with the plainest name."""
+    """The name of the feature of a given kind. If there are several, the one with the plainest name."""
     plain = ("image", "caption", "text", "label")
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     return min(names, key=lambda name: (name not in plain, names.index(name)), default=None)

@@ -1,4 +1,4 @@
-"""From a picture of any kind and size to a square of uint8 RGB, and from there to what networks take."""
+"""Turn any picture into a square of uint8 RGB, and that into the input of a network."""
 
 import io
 import warnings
@@ -13,19 +13,19 @@ from diffusion_jax.messages import first_line
 
 Record = dict
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million, above which PIL suspects an attack on memory
-MOST_RATIO = 32  # of the sides of a picture: resizing a longer one takes minutes, and its crop would show a splinter
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses what PIL would warn of
+MOST_RATIO = 32  # of the sides of a picture: a longer one takes minutes to resize, and its crop shows almost nothing
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` checks the size itself
 Transform = Callable[[Record, np.random.Generator], Record]
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used. The message says why; readers skip the record and name it."""
+    """A record that cannot be used. The message says why. Readers skip the record and log it."""
 
 
 def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]:
     """Read a picture from its file or its encoded bytes: upright by its EXIF tag, transparency on white, 8-bit RGB.
 
-    Raises BadRecord if it is truncated, no picture, or too large or too long to be resized.
+    Raises BadRecord if it is truncated, not a picture, too large or too elongated.
     """
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
@@ -56,11 +56,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def crop(height: int, width: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:
-    """A transform that makes record["image"] height x width: resized until one side fits and the other is no shorter,
-    then cropped.
+    """A transform that resizes record["image"] to cover height x width, then crops it to that size.
 
-    height, width: in pixels. random_crop: crop anywhere, else from the centre. flip: mirror half of the images.
-    upscale: enlarge images that are smaller, else they are bad records.
+    height, width: in pixels.
+    random_crop: crop at a random place, else at the centre.
+    flip: mirror half of the images.
+    upscale: enlarge smaller images, else raise BadRecord for them.
     """
     size = np.array([height, width])
 
@@ -84,11 +85,11 @@ def crop(height: int, width: int, random_crop: bool = False, flip: bool = False,
 
 
 def variants(transform: Transform, crops: int, flip: bool) -> Transform:
-    """A transform that makes record["image"] all of its augmented forms, (variants, H, W, 3), for a cache of them.
+    """A transform that replaces record["image"] by its augmented versions, (variants, H, W, 3), for a cache.
 
     transform: makes one crop.
-    crops: how many of them.
-    flip: each of them mirrored too.
+    crops: number of crops.
+    flip: add the mirror image of each crop.
     """
 
     def all_variants(record: Record, rng: np.random.Generator) -> Record:
@@ -99,10 +100,10 @@ def variants(transform: Transform, crops: int, flip: bool) -> Transform:
 
 
 def to_float(images: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:
-    """0..255 -> [-1, 1], float32. Takes numpy and JAX arrays, traced ones too."""
+    """0..255 -> [-1, 1], float32. For numpy and JAX arrays, traced ones too."""
     return images.astype("float32") / 127.5 - 1
 
 
 def to_uint8(images: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array | np.ndarray, "*shape"]:
-    """[-1, 1] -> 0..255, rounded, values outside clipped. Takes numpy and JAX arrays, traced ones too."""
+    """[-1, 1] -> 0..255, rounded and clipped. For numpy and JAX arrays, traced ones too."""
     return ((images + 1) * 127.5).round().clip(0, 255).astype("uint8")

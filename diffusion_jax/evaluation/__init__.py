@@ -1,1 +1,1 @@
-"""How good a model is, measured on held-out data."""
+"""Measure the quality of a model on held-out data."""

@@ -1,4 +1,4 @@
-"""How likely a trained model finds held-out data, both ways of `core.likelihood`, as one report."""
+"""The likelihood of held-out data under a trained model: both measures of `core.likelihood` in one report."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
 from diffusion_jax.model import DiffusionModel
 
-REPORTED = ("images", "steps", "probes", "terms", "batch_size", "seed")  # fields that the figures depend on
+REPORTED = ("images", "steps", "probes", "terms", "batch_size", "seed")  # settings that change the results
 
 
 def check_section(section, schedule: Schedule) -> None:
@@ -30,18 +30,20 @@ def check_section(section, schedule: Schedule) -> None:
 
 
 def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transform, section) -> dict:
-    """The report of a model on a source, given the captions or classes: of "flow", the negative log likelihood by the
-    probability flow, and "bound", the variational bound, with its terms, the mean and its standard error over images.
+    """Report the likelihood of a source under a model, given the captions or classes. "flow" is the negative log
+    likelihood by the probability flow. "bound" is the variational bound with its terms. Both are a mean over images
+    with its standard error.
 
-    A model of pixels: bits/dim, the lower the better, both at least that of the image: the flow's for its uniform
-    dequantization. A model of latents: nats for each value of the latent, of one draw of the first stage's posterior
+    A pixel model: bits/dim, lower is better. Both are upper bounds on those of the image, the flow's because of uniform
+    dequantization. A latent model: nats for each value of the latent, for one sample of the first stage's posterior,
     and with a Gaussian decoder in the bound. Such a model has no density of pixels.
-    There is no guidance, as what is guided is no density. x0 is clipped to the pixels' range in the bound, as in
-    sampling, but not in the flow, which takes its gradient.
+    No guidance is used, because a guided prediction has no density. x0 is clipped to the range of pixels in the bound,
+    as in sampling, but not in the flow, which differentiates it.
 
-    section: config section with images (all if there are fewer, in an order drawn from seed), steps and probes (see
-    `core.likelihood.log_likelihood`), terms (see `variational_bound`; 0 for all), batch_size, seed; `check_section`
-    says whether they are of use. Raises ValueError if no record of the source can be read.
+    section: config section with images (in an order shuffled by seed; all if there are fewer), steps and probes (see
+      `core.likelihood.log_likelihood`), terms (see `variational_bound`; 0 for all), batch_size, seed. Check it by
+      `check_section` first.
+    Raises ValueError if no record of the source can be read.
     """
     total = min(section.images, len(source))
     size = parallel.divisible(min(section.batch_size, total))
@@ -59,7 +61,7 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
 
 
 def _good_records(source: Source, transform: Transform, total: int, seed: int) -> Iterator[Record]:
-    """`total` good records in an order drawn from the seed, or as many as there are."""
+    """`total` good records, or as many as there are, in an order shuffled by the seed."""
     reader, rng = Reader(source, transform), np.random.default_rng(seed)
     records = (reader(int(index), rng) for index in rng.permutation(len(source)))
     return itertools.islice((record for record in records if record is not None), total)
@@ -72,7 +74,7 @@ def _figures(
     keys: Key[Array, "batch"],
     section,
 ) -> dict[str, Float[Array, "batch"]]:
-    """The figures of each image by name, spread over this host's devices."""
+    """The results of each image by name, computed on this host's devices."""
     codec, pixels, schedule = model.codec, _of_pixels(model), model.schedule
     x0_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
     x0 = jnp.asarray(codec.sample(codec.stats, codec.encode(images), x0_keys))
@@ -103,6 +105,6 @@ def _of_pixels(model: DiffusionModel) -> bool:
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:
-    """Mean over images and its standard error, which one image does not tell: NaN is no JSON, so None."""
+    """Mean over images and its standard error. For one image the error is None, because JSON has no NaN."""
     error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "standard_error": error}

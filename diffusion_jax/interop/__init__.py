@@ -1,4 +1,4 @@
-"""Checkpoints of other ecosystems, in and out."""
+"""Read and write checkpoints of diffusers, transformers and the original Stable Diffusion code."""
 
 from diffusion_jax.interop.encoders import load_text_encoder, save_text_encoder
 from diffusion_jax.interop.folders import load_autoencoder, load_unet, save_autoencoder, save_unet

@@ -26,7 +26,7 @@ MODULES = {
     "CLIPTextModelWithProjection": ClipTextEncoder,
     "T5EncoderModel": T5Encoder,
 }
-# What diffusers' classes assume for a field that their config.json leaves out, where ours assumes something else.
+# Default values in transformers of fields missing in config.json, where our defaults differ.
 DEFAULTS = {
     "CLIPTextModel": {},
     "CLIPTextModelWithProjection": dict(projection_dim=512),
@@ -38,11 +38,12 @@ LAYERS = ("last_hidden_state", "penultimate")
 def load_text_encoder(
     folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False
 ) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
-    """The text encoder of a folder and its variables, so that `encoder.apply(variables, ids)` runs it, T5 with a mask.
+    """The text encoder of a folder and its variables. Run it by `encoder.apply(variables, ids)`, T5 with a mask too.
 
-    dtype: of the variables. allow_pickle: see `read_tensors`.
-    For another compute type, `encoder.clone(dtype=jnp.bfloat16)` shares the variables.
-    Raises FileNotFoundError for a missing file and ValueError for a config or weights that cannot be honoured.
+    dtype: of the variables.
+    allow_pickle: see `read_tensors`.
+    For another compute type, `encoder.clone(dtype=jnp.bfloat16)` uses the same variables.
+    Raises FileNotFoundError for a missing file and ValueError for an unsupported config or weights that do not fit.
     """
     encoder, like = text_encoder_of(*read_config(folder))
     tensors, source = read_tensors(folder, WEIGHTS, allow_pickle)
@@ -50,19 +51,19 @@ def load_text_encoder(
 
 
 def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
-    """The encoder of a config.json's content and the shapes of its variables. source: the file, for the messages."""
+    """The encoder that a config.json describes, and the shapes of its variables. Arguments as in `folders.unet_of`."""
     name = next(iter(config.get("architectures") or [None]))
     if name not in MODULES:
         raise ValueError(f"{source}: expected the architecture of a text encoder, {', '.join(MODULES)}; got {name}")
     known = {field.name for field in dataclasses.fields(MODULES[name])} - {"parent", "name", "dtype"}
     if name == "CLIPTextModel":
-        known.remove("projection_dim")  # of the model that it was cut out of
+        known.remove("projection_dim")  # of the full CLIP model
     fields = DEFAULTS[name] | {field: config[field] for field in known & config.keys()}
     return module_and_shapes(MODULES[name], fields, source, lambda encoder: encoder.example_inputs())
 
 
 def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5Encoder) -> dict[str, np.ndarray]:
-    """A text encoder's tensors under the one set of names, of all that different versions of transformers wrote."""
+    """A text encoder's tensors with one set of names. Different versions of transformers use different names."""
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if isinstance(encoder, T5Encoder):
         return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
@@ -93,14 +94,15 @@ def text_encoder(
     layer: str = "last_hidden_state",
     dtype: DTypeLike = jnp.float32,
 ) -> TextEncoder:
-    """A published encoder with its tokenizer behind the seam of `models.text`, e.g. of pipeline/text_encoder and
+    """A published encoder and its tokenizer as a `models.text.TextEncoder`, e.g. from pipeline/text_encoder and
     pipeline/tokenizer.
 
-    Denoisers that read CLIP attend to its padding as to any token, so its mask is True everywhere; that of T5 is not.
+    Denoisers attend to the padding of CLIP like to any token, so its mask is True everywhere. T5's is not.
 
-    length: tokens of a prompt, as `load_tokenizer`. layer: of CLIP, "last_hidden_state" or "penultimate".
+    length: tokens of a prompt, as in `load_tokenizer`.
+    layer: of CLIP, "last_hidden_state" or "penultimate".
     dtype: of the large multiplications.
-    Raises ValueError for another layer and for a length beyond the encoder's positions, else as the two loaders.
+    Raises ValueError for another layer or a length beyond the encoder's positions, and the errors of both loaders.
     """
     if layer not in LAYERS:
         raise ValueError(f"layer: expected one of {', '.join(LAYERS)}, got {layer!r}")
@@ -134,7 +136,7 @@ def _clip_layer(module, layer, params, ids, mask):
 
 
 def _fingerprint(*folders):
-    """SHA-256 over the files of folders."""
+    """SHA-256 of the files in these folders."""
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_file()):
         with open(path, "rb") as file:

@@ -16,9 +16,9 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 
 WEIGHTS = "diffusion_pytorch_model"
-OURS = {"parent", "name", "dtype", "remat", "attention_implementation"}  # fields that say how to run, not what
+OURS = {"parent", "name", "dtype", "remat", "attention_implementation"}  # fields for running a network
 
-# What diffusers' classes assume for a field that their config.json leaves out, where ours assumes something else.
+# Default values in diffusers of fields missing in config.json, where our defaults differ.
 DEFAULTS = {
     "UNet2DConditionModel": {},
     "UNet2DModel": dict(
@@ -31,7 +31,7 @@ DEFAULTS = {
     ),
     "AutoencoderKL": dict(block_out_channels=(64,), layers_per_block=1, sample_size=32),
 }
-# Fields of one class that mean nothing to the other, left out when saving.
+# Fields that exist in only one of the two classes of diffusers, left out when saving the other.
 FOREIGN = {
     "UNet2DConditionModel": {"add_attention", "attn_norm_num_groups"},
     "UNet2DModel": {
@@ -46,7 +46,7 @@ FOREIGN = {
     },
     "AutoencoderKL": set(),
 }
-# Fields of diffusers that our networks lack because they have them at one value, or that change nothing here.
+# Fields of diffusers that our networks lack: only one value is supported, or the field changes nothing here.
 FIXED = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
@@ -62,11 +62,12 @@ NO_EFFECT = {"addition_embed_type_num_heads", "num_train_timesteps"}
 
 
 def load_unet(folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False) -> tuple[UNet, PyTree]:
-    """The U-Net of a folder and its variables, so that `unet.apply(variables, x, t, …)` runs it.
+    """The U-Net of a folder and its variables. Run it by `unet.apply(variables, x, t, …)`.
 
-    dtype: of the variables. allow_pickle: see `read_tensors`.
-    For another compute type or remat, `unet.clone(dtype=jnp.bfloat16, remat=True)` shares the variables.
-    Raises FileNotFoundError for a missing file and ValueError for a config or weights that cannot be honoured.
+    dtype: of the variables.
+    allow_pickle: see `read_tensors`.
+    For another compute type or remat, `unet.clone(dtype=jnp.bfloat16, remat=True)` uses the same variables.
+    Raises FileNotFoundError for a missing file and ValueError for an unsupported config or weights that do not fit.
     """
     unet, like = unet_of(*read_config(folder))
     return unet, from_torch(*read_tensors(folder, WEIGHTS, allow_pickle), like, dtype)
@@ -75,30 +76,34 @@ def load_unet(folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: 
 def load_autoencoder(
     folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False
 ) -> tuple[AutoencoderKL, PyTree]:
-    """The autoencoder of a folder and its variables; everything else as `load_unet`."""
+    """The autoencoder of a folder and its variables. Arguments as in `load_unet`."""
     autoencoder, like = autoencoder_of(*read_config(folder))
     return autoencoder, from_torch(*read_tensors(folder, WEIGHTS, allow_pickle), like, dtype)
 
 
 def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
-    """The U-Net of a config.json's content and the shapes of its variables. source: the file, for the messages."""
+    """The U-Net that a config.json describes, and the shapes of its variables.
+
+    config: content of the config.json.
+    source: its path, for messages.
+    """
     name = config.get("_class_name")
     if name not in ("UNet2DConditionModel", "UNet2DModel"):
         raise ValueError(f"{source}: expected a UNet2DConditionModel or UNet2DModel, got {name}")
     if name == "UNet2DConditionModel" and config.get("mid_block_type") == "UNetMidBlock2D":
-        raise ValueError(f"{source}: mid_block_type 'UNetMidBlock2D' is supported in UNet2DModel alone")
+        raise ValueError(f"{source}: mid_block_type 'UNetMidBlock2D' is supported only in UNet2DModel")
     return module_and_shapes(UNet, _fields(UNet, config, source), source, lambda unet: unet.example_inputs())
 
 
 def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
-    """The autoencoder of a config.json's content and the shapes of its variables, as `unet_of`."""
+    """The autoencoder that a config.json describes, and the shapes of its variables. Arguments as in `unet_of`."""
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"{source}: expected an AutoencoderKL, got {config.get('_class_name')}")
     levels = len(config.get("block_out_channels", (64,)))
     types = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     for field, known in types.items():
         if tuple(config.get(field, (known,) * levels)) != (known,) * levels:
-            raise ValueError(f"{source}: {field} must be {levels} times {known!r}, one for each of block_out_channels")
+            raise ValueError(f"{source}: {field} must be {levels} times {known!r}, once for each of block_out_channels")
     config = {name: value for name, value in config.items() if name not in types}
     fields = _fields(AutoencoderKL, config, source)
     return module_and_shapes(AutoencoderKL, fields, source, lambda autoencoder: (autoencoder.example_image(),))
@@ -130,9 +135,10 @@ def read_config(folder: str | Path) -> tuple[dict, Path]:
 
 
 def module_and_shapes(module: type, fields: Mapping, source: str | Path, inputs: Callable):
-    """The module with these fields and its abstract variables. inputs: module -> arguments of its `init`.
+    """The module with these fields, and the shapes of its variables.
 
-    source: the file that the fields come from, for the ValueError where no network can be built from them.
+    source: file of the fields, for the ValueError if no network can be built from them.
+    inputs: module -> arguments of its `init`.
     """
     try:
         made = module(**fields)
@@ -142,7 +148,7 @@ def module_and_shapes(module: type, fields: Mapping, source: str | Path, inputs:
 
 
 def _fields(module: type, config: Mapping, source: str | Path) -> dict:
-    """Arguments of `module` from a peer's config; ValueError where the config asks for what the module has not."""
+    """Arguments of `module` from a diffusers config. Raises ValueError for options that the module does not support."""
     known = {field.name for field in dataclasses.fields(module)} - OURS
     for name, value in config.items():
         inert = name.startswith("_") or name in known | NO_EFFECT or value in (None, False, *FIXED.get(name, ()))

@@ -3,8 +3,8 @@
     W <- W + scale · (alpha / rank) · up · down       a linear map: down (rank, in), up (out, rank)
                                                       a convolution: down (rank, in, h, w), up (out, rank, 1, 1)
 
-Two families of files name the maps that they update. Kohya's joins their path by underscores, the original code's path
-for SDXL; those of diffusers and peft keep its dots:
+There are two naming schemes for the updated maps. Kohya's files join the path with underscores, and use the path of the
+original code for SDXL. Files of diffusers and peft use dots:
 
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, ….lora_up.weight, ….alpha
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
@@ -29,7 +29,7 @@ from diffusion_jax.interop.tensors import read_file, read_metadata, write_file
 from diffusion_jax.messages import first_line
 
 KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
-# What follows the name of a map, in all spellings, and what it is.
+# All suffixes of the name of a map, and their meaning.
 ROLES = {
     ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora.down.weight": "down", "_lora.down.weight": "down",
     ".lora_linear_layer.down.weight": "down",
@@ -40,7 +40,7 @@ ROLES = {
 
 
 class Update(NamedTuple):
-    """down (rank, in, …), up (out, rank, …), and alpha, which is the rank where a file does not say."""
+    """down (rank, in, …), up (out, rank, …), and alpha, which is the rank if the file does not give it."""
 
     down: np.ndarray
     up: np.ndarray
@@ -50,9 +50,9 @@ class Update(NamedTuple):
 def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str, Update]]:
     """The updates of a .safetensors file by part ("unet", "text_encoder", "text_encoder_2") and map.
 
-    Maps are named by their path joined with underscores, the one spelling that all files can be brought to.
+    A map is named by its path joined with underscores, because every file's names can be converted to that.
     layers_per_block: of the U-Net, to translate the names of the original code.
-    Raises ValueError for tensors that are no part of a LoRA and for halves of one.
+    Raises ValueError for tensors that are not part of a LoRA and for incomplete updates.
     """
     found: dict[tuple[str, str], dict] = {}
     tensors = read_file(path)
@@ -61,7 +61,7 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
         suffix = next((suffix for suffix in ROLES if name.endswith(suffix)), None)
         if suffix is None:
             raise ValueError(
-                f"{path}: {name} is no tensor of a LoRA; expected names that end in one of {', '.join(ROLES)}"
+                f"{path}: {name} is not a tensor of a LoRA; expected names that end in one of {', '.join(ROLES)}"
             )
         place = _place(name.removesuffix(suffix), layers_per_block)
         found.setdefault(place, {})[ROLES[suffix]] = tensor
@@ -78,7 +78,7 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
 def save_lora(path: str | Path, updates: PyTree, scale: float) -> None:
     """Write updates of a U-Net, as `models.lora` trains them, to a .safetensors file in the layout of peft.
 
-    scale: alpha / rank, by which `up` is multiplied, so that readers find alpha equal to the rank.
+    scale: alpha / rank. `up` is multiplied by it, so that readers see an alpha equal to the rank.
     """
     tensors = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(updates):
@@ -90,15 +90,15 @@ def save_lora(path: str | Path, updates: PyTree, scale: float) -> None:
 
 
 def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0) -> PublishedPipeline:
-    """The pipeline with the updates of a file added to its weights; scale -1 takes those of scale 1 out again.
+    """The pipeline with the updates of a file added to its weights. Scale -1 removes updates of scale 1.
 
-    Raises ValueError for an update of a map that the pipeline has not or of another shape, else as `load_lora`.
+    Raises ValueError for updates of unknown maps or of another shape, and the errors of `load_lora`.
     """
     updates = load_lora(path, int(np.max(pipeline.unet.module.layers_per_block)))
     names = pipeline.text_names
     unknown = updates.keys() - {"unet", *names}
     if unknown:
-        raise ValueError(f"{path} updates {', '.join(sorted(unknown))}, which this pipeline has not")
+        raise ValueError(f"{path} updates {', '.join(sorted(unknown))}, which this pipeline does not have")
 
     def merged(name, part):
         return part._replace(params=merge(part.params, updates.get(name, {}), scale, f"{path}, {name}"))
@@ -110,7 +110,10 @@ def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0
 
 
 def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: str) -> PyTree:
-    """Flax variables with updates, as `load_lora` names them, added to their kernels. source: for the messages."""
+    """Add updates, named as by `load_lora`, to the kernels of Flax variables.
+
+    source: the file, for messages.
+    """
     left = dict(updates)
 
     def merged(keys, leaf):
@@ -119,7 +122,7 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
         if path[-1] != "kernel" or target not in left:
             return leaf
         change = _product(left.pop(target))
-        if math.prod(change.shape[2:]) == 1:  # a linear map may be stored as a 1x1 convolution and the other way round
+        if math.prod(change.shape[2:]) == 1:  # a linear map may be stored as a 1x1 convolution, and vice versa
             change = change.reshape(*change.shape[:2], *(1,) * (leaf.ndim - 2))
         if change.ndim == leaf.ndim:
             change = change.T if change.ndim == 2 else change.transpose(2, 3, 1, 0)
@@ -129,12 +132,12 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
 
     params = jax.tree_util.tree_map_with_path(merged, params)
     if left:
-        raise ValueError(f"{source}: {len(left)} updates of maps that the network has not, such as {min(left)}")
+        raise ValueError(f"{source}: {len(left)} updates of maps that the network does not have, such as {min(left)}")
     return params
 
 
 def _alphas(path):
-    """What diffusers writes into the header of a file: {"unet.lora_alpha": 8, …}."""
+    """The alphas that diffusers writes into the header of a file: {"unet.lora_alpha": 8, …}."""
     try:
         return dict(json.loads(read_metadata(path).get("lora_adapter_metadata", "{}")))
     except (TypeError, ValueError) as error:
@@ -142,7 +145,7 @@ def _alphas(path):
 
 
 def _place(name, layers):
-    """(part, path joined with underscores) of the map that a file calls `name`."""
+    """(part, path joined with underscores) of the map `name` in a file."""
     kohya = re.match(r"(lora_unet|lora_te[12]?)_(.*)", name)
     if kohya:
         part, path = KOHYA[kohya[1]], kohya[2]
@@ -151,7 +154,7 @@ def _place(name, layers):
         head, _, rest = name.partition(".")
         part, path = (head, rest) if head in KOHYA.values() else ("unet", name)
         path = re.sub(r"base_model\.model\.|\.processor", "", path)
-        path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files leave out the index
+        path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files omit the index
         path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)
     if part != "unet" and not path.startswith("text_"):
         path = f"text_model.{path}"

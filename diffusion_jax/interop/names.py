@@ -1,10 +1,10 @@
-"""The one rule between Flax parameters and the tensors of a torch state dict.
+"""The rule from Flax parameters to the tensors of a torch state dict, the same for all models.
 
     down_blocks_0 / resnets_1 / conv1 / kernel, (H, W, in, out)
     down_blocks.0.resnets.1.conv1.weight, (out, in, H, W)
 
-Join the path with dots; an index behind an underscore is an index behind a dot; kernels are transposed; kernel, scale
-and embedding are all called weight. Nothing here knows a model.
+The path is joined with dots. An index after an underscore becomes an index after a dot. Kernels are transposed. Kernel,
+scale and embedding are all called weight.
 """
 
 import os
@@ -20,15 +20,15 @@ from jaxtyping import PyTree
 
 from diffusion_jax.interop.tensors import release
 
-# Names in which the number is diffusers' own spelling and not the index of a list.
+# Names in which the number is part of diffusers' name and not an index.
 NUMBERED = re.compile(r"(linear|wi)_\d+")
 LOADERS = 8  # tensors converted at the same time, at most
-# The attention of the oldest autoencoder and U-Net checkpoints, as diffusers renames it too.
+# Names of attention in the oldest autoencoder and U-Net checkpoints. diffusers renames them in the same way.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """The state dict's name of the parameter at `path`, e.g. ("to_out_0", "kernel") -> "to_out.0.weight"."""
+    """The state dict name of the parameter at `path`, e.g. ("to_out_0", "kernel") -> "to_out.0.weight"."""
     *modules, leaf = path
     modules = [name if NUMBERED.fullmatch(name) else re.sub(r"_(\d+)$", r".\1", name) for name in modules]
     return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
@@ -40,11 +40,12 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dtype: DTypeLike | None = None) -> PyTree:
-    """A torch state dict -> Flax variables of the structure and shapes of `like`, converted a few at a time.
+    """Convert a torch state dict to Flax variables with the structure and shapes of `like`, a few tensors at a time.
 
-    source: the file, for the message. like: arrays or shapes, e.g. `jax.eval_shape(module.init, key, *inputs)`.
-    dtype: of the variables, those of `like` where None.
-    Raises ValueError naming the first few tensors that are missing, not known, or of another shape.
+    source: the file, for messages.
+    like: arrays or shapes, e.g. `jax.eval_shape(module.init, key, *inputs)`.
+    dtype: of the variables. None uses those of `like`.
+    Raises ValueError naming the first few tensors that are missing, unknown or of another shape.
     """
     tensors = modern(tensors)
     verbs = ("lacks", "has unknown", "has misshapen")
@@ -59,7 +60,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
     def convert(path, leaf):
         tensor = tensors[torch_name(path)]
         kernel = _kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
-        # a copy, as the tensor may be a piece of a mapped file, whose memory is not to add up with that of the copies
+        # a copy: the tensor may be part of a mapped file, whose memory is then released
         with jax.default_device(device):
             array = jax.device_put(kernel, may_alias=False).block_until_ready()
         release(tensor)
@@ -72,7 +73,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
 
 
 class Differences(NamedTuple):
-    """What keeps tensors from fitting a network: their names, and for the misshapen both shapes."""
+    """Tensors that do not fit a network, by name, and both shapes of the misshapen ones."""
 
     missing: list[str]
     unknown: list[str]
@@ -94,7 +95,7 @@ def differences(tensors: Mapping[str, np.ndarray], like: PyTree) -> Differences:
 
 
 def modern(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of today, where the oldest checkpoints call their attention otherwise."""
+    """The tensors with current names: the oldest checkpoints use other names for attention."""
     return {_modern(name): tensor for name, tensor in tensors.items()}
 
 

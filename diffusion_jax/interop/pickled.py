@@ -1,8 +1,8 @@
-"""Tensors out of torch's zip files (`torch.save`, since 1.6), without torch and without running what is in them.
+"""Read tensors from torch's zip files (`torch.save`, since 1.6), without torch and without executing their code.
 
-The archive holds `<name>/data.pkl`, a pickle of the nested dict in which each tensor is a call of torch's functions
-on a reference to a storage, and one file of bytes for each storage, `<name>/data/<key>`. Pickles can name any function
-to be called; here the few that describe tensors become plain tuples, and every other name is refused.
+The archive has `<name>/data.pkl`, a pickled nested dict. In it each tensor is a call of torch functions on a reference
+to a storage. The bytes of each storage are in a file `<name>/data/<key>`. A pickle can call any function. This reader
+turns the few calls that describe tensors into plain tuples, and rejects every other name.
 """
 
 import collections
@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 
 from diffusion_jax.messages import first_line
@@ -37,9 +37,9 @@ class _Tensor(NamedTuple):
 
 
 def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a .bin, .ckpt, .pt or .pth file by name; of its `state_dict` where it has one.
+    """The tensors of a .bin, .ckpt, .pt or .pth file by name, from its `state_dict` if it has one.
 
-    Raises ValueError for a file of another format, for one that names anything but tensors, and for malformed ones.
+    Raises ValueError for another format, for a file with anything but tensors, and for malformed files.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -56,7 +56,7 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
             return {name: _view(values[tensor.storage], tensor) for name, tensor in tensors.items()}
     except OSError:
         raise
-    except Exception as error:  # a hostile pickle can fail in any way
+    except Exception as error:  # a malicious pickle can fail in any way
         reason = first_line(error)
         raise ValueError(f"{path}: expected tensors as torch.save writes them, got something else ({reason})") from None
 
@@ -72,12 +72,12 @@ class _TensorUnpickler(pickle.Unpickler):
                 return lambda tensor, *_: tensor
             case "collections", "OrderedDict":
                 return collections.OrderedDict
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a tensor")
 
     def persistent_load(self, reference):
         kind, dtype, key, _, numel = reference
         if kind != "storage" or dtype not in STORAGES.values():
-            raise pickle.UnpicklingError(f"it refers to a {kind!r}, which is no storage of numbers")
+            raise pickle.UnpicklingError(f"it refers to a {kind!r}, which is not a storage of numbers")
         return _Storage(dtype, key, numel)
 
 
@@ -85,12 +85,12 @@ def _read_storage(archive, root, storage):
     entry = archive.getinfo(f"{root}data/{storage.key}")
     size = storage.numel * np.dtype(storage.dtype).itemsize
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
-        raise ValueError(f"storage {storage.key} has not the size that its tensors need")
+        raise ValueError(f"storage {storage.key} does not have the size that its tensors need")
     return np.frombuffer(archive.read(entry), storage.dtype)
 
 
 def _view(values, tensor):
-    """The strided view that a tensor is of its storage, within its bounds."""
+    """The strided view of its storage that a tensor is, checked against the bounds."""
     _, offset, shape, strides = tensor
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):

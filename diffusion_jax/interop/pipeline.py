@@ -36,7 +36,7 @@ from diffusion_jax.models.unet import UNet
 TEXT = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NETWORKS = {"unet": unet_of, "vae": autoencoder_of} | dict.fromkeys(TEXT, text_encoder_of)
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # the peer's names and ours
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # names in diffusers and here
 STABLE_DIFFUSION = {  # how all of them were trained
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network of a pipeline before its variables are made: their shapes, and the tensors they are to be made of."""
+    """A network of a pipeline before loading: the shapes of its variables, and the tensors to load."""
 
     module: UNet | AutoencoderKL | ClipTextEncoder | T5Encoder
     like: PyTree
@@ -70,7 +70,7 @@ class Network(NamedTuple):
 class PublishedPipeline(NamedTuple):
     """A text-to-image model of the Stable Diffusion family.
 
-    unet, autoencoder: the denoiser of latents, and what makes latents of images and images of latents.
+    unet, autoencoder: the denoiser of latents, and the network from images to latents and back.
     text_encoders, tokenizers: one each (SD 1 and 2, the refiner of SDXL) or two (SDXL); of a single file no tokenizers.
     schedule, prediction: of the denoiser; "eps", "v" or "x0".
     scheduler: scheduler_config.json, where timestep_spacing, steps_offset and the like say how its authors sample.
@@ -88,7 +88,7 @@ class PublishedPipeline(NamedTuple):
 
     @property
     def text_names(self) -> tuple[str, ...]:
-        """The folders of the text encoders; the refiner of SDXL has the second alone."""
+        """The folders of the text encoders; the refiner of SDXL has only the second."""
         refiner = len(self.text_encoders) == 1 and self.unet.module.addition_embed_type is not None
         return TEXT[1:] if refiner else TEXT[: len(self.text_encoders)]
 
@@ -102,10 +102,11 @@ def load_pipeline(
 ) -> PublishedPipeline:
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
 
-    dtype: of all variables. prediction: overrides "eps", "v" or "x0"; a single file of SD 2 does not say, 512-base is
-    "eps" and 768 is "v". tokenizers: the folder of a pipeline whose tokenizers a single file is to have.
+    dtype: of all variables.
+    prediction: override it with "eps", "v" or "x0". Needed for a single file of SD 2: 512-base is "eps", 768 is "v".
+    tokenizers: the folder of a pipeline with the tokenizers for a single file.
     allow_pickle: see `read_file`.
-    Raises FileNotFoundError for what is missing and ValueError for what cannot be honoured, naming the file.
+    Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = Path(path)
     if prediction not in (None, *PREDICTIONS.values()):
@@ -135,7 +136,7 @@ def load_pipeline(
 
 
 def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
-    """Write a folder that `load_pipeline` and the peer read. dtype: of the stored tensors."""
+    """Write a folder that `load_pipeline` and diffusers read. dtype: of the stored tensors."""
     folder = Path(folder)
     unet = pipeline.unet.module
     save_unet(*pipeline.unet, folder / "unet", dtype)

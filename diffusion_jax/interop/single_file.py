@@ -1,12 +1,12 @@
-"""Whole Stable Diffusion checkpoints in one file, as the original latent diffusion code names their tensors.
+"""Whole Stable Diffusion checkpoints in one file, with the tensor names of the original latent diffusion code.
 
-Such a file has no configs. What shapes tell is read off them; the rest is what the three families are known by:
+Such a file has no configs. Infer the architecture from tensor shapes, and the rest from the model family:
 
     SD 1.x   cond_stage_model.transformer.*  CLIP ViT-L                   8 heads
     SD 2.x   cond_stage_model.model.*        OpenCLIP ViT-H               heads of 64 channels
     SDXL     conditioner.embedders.{0,1}.*   CLIP ViT-L, OpenCLIP ViT-bigG   heads of 64 channels
 
-Every part is renamed to what diffusers and transformers call it, so that the same code builds it as from a folder.
+Tensors are renamed as in diffusers and transformers, so that the code for folders can build every part.
 """
 
 import re
@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusion_jax.interop.tensors import read_file
 
-# In patterns a dot stands for any one character, so that they fit names joined by underscores too.
+# A dot in these patterns matches any character, so that they also match names joined by underscores.
 UNET = [
     (r"^time_embed.0", "time_embedding.linear_1"),
     (r"^time_embed.2", "time_embedding.linear_2"),
@@ -60,23 +60,23 @@ OPEN_CLIP = [
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.", ".self_attn."),
 ]
-INERT = re.compile(r"(^loss|\.?position_ids$|^logit_scale$|^attn_mask$)")  # what these networks do not compute with
+INERT = re.compile(r"(^loss|\.?position_ids$|^logit_scale$|^attn_mask$)")  # unused by these networks
 
 Tensors = dict[str, np.ndarray]
 
 
 class Description(NamedTuple):
-    """A part of a pipeline as its folder would describe it: the content of its config.json and its tensors."""
+    """A part of a pipeline as in a folder: the content of its config.json, and its tensors."""
 
     config: dict
     tensors: Tensors
 
 
 def read_single_file(path: str | Path, allow_pickle: bool = False) -> dict[str, Description]:
-    """The parts of a checkpoint, "unet", "vae", "text_encoder" and "text_encoder_2" as far as it has them.
+    """The parts of a checkpoint: "unet", "vae", "text_encoder" and "text_encoder_2", if it has them.
 
-    Tensors outside these parts (averaged copies, tables of the schedule) are left out.
-    Raises ValueError where the file holds no Stable Diffusion, and what `read_file` raises.
+    Other tensors (averaged copies, tables of the schedule) are ignored.
+    Raises ValueError if the file is not a Stable Diffusion checkpoint, and the errors of `read_file`.
     """
     tensors = read_file(path, allow_pickle)
     unet = _under(tensors, "model.diffusion_model.")
@@ -101,7 +101,7 @@ def read_single_file(path: str | Path, allow_pickle: bool = False) -> dict[str, 
 
 
 def unet_name(name: str, layers: int) -> str:
-    """A tensor of the U-Net (or, joined by underscores, of its LoRA) as diffusers calls it.
+    """The name in diffusers of a tensor of the U-Net (or of its LoRA, joined by underscores).
 
         input_blocks.n.0|1   n - 1 = block·(layers + 1) + layer    resnets|attentions of down_blocks, or a downsampler
         output_blocks.n.0|1  n = block·(layers + 1) + layer        resnets|attentions of up_blocks, or an upsampler
@@ -109,7 +109,7 @@ def unet_name(name: str, layers: int) -> str:
     layers: residual blocks of a level.
     """
     name = _rename(name, UNET)
-    match = re.match(r"(input|output)_blocks.(\d+).(\d).(op|conv(?![12_]))?", name)  # no resnet's conv1, conv_shortcut
+    match = re.match(r"(input|output)_blocks.(\d+).(\d).(op|conv(?![12_]))?", name)  # not conv1, conv_shortcut
     if not match:
         return name
     side, number, kind, resampling = match.groups()
@@ -139,7 +139,7 @@ def _unet(tensors):
             "layers_per_block": layers,
             "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
             "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-            # the last level's entry is that of the middle too
+            # the middle has the same value as the last level
             "transformer_layers_per_block": [
                 *(depth or 1 for depth in depths[:-1]),
                 _count(tensors, middle + "transformer_blocks."),
@@ -160,7 +160,7 @@ def _unet(tensors):
 def _autoencoder(tensors, unet):
     tensors = {_rename(name, AUTOENCODER): tensor for name, tensor in tensors.items()}
     levels = _count(tensors, "decoder.up_blocks.")
-    mirrored = re.compile(r"(decoder\.up_blocks\.)(\d+)")  # whose levels the original counts from the finest
+    mirrored = re.compile(r"(decoder\.up_blocks\.)(\d+)")  # the original counts levels from the finest
     tensors = {
         mirrored.sub(lambda match: f"{match[1]}{levels - 1 - int(match[2])}", name): _linear(name, tensor)
         for name, tensor in tensors.items()
@@ -183,7 +183,7 @@ def _autoencoder(tensors, unet):
 
 
 def _linear(name, tensor):
-    """The maps of the attention in the middle, which the original stores as 1x1 convolutions."""
+    """Convert the maps of the middle attention, 1x1 convolutions in the original, to linear maps."""
     return tensor.reshape(tensor.shape[:2]) if ".attentions." in name and tensor.ndim == 4 else tensor
 
 
@@ -192,7 +192,7 @@ def _clip(tensors):
 
 
 def _open_clip(tensors, skip=0, projection=True):
-    """skip: last layers to leave out, as the denoiser reads what is before them. projection: keep the pooled text's."""
+    """skip: last layers to drop, which the denoiser does not use. projection: keep that of the pooled text."""
     if not tensors:
         return None
     count, named = _count(tensors, "transformer.resblocks."), {}
@@ -201,7 +201,7 @@ def _open_clip(tensors, skip=0, projection=True):
         if name.startswith(skipped) or (name == "text_projection" and not projection):
             continue
         new = _rename(name, OPEN_CLIP)
-        if ".in_proj_" in new:  # three maps in one
+        if ".in_proj_" in new:  # q, k and v in one tensor
             head, leaf = new.split("in_proj_")
             named |= {
                 f"{head}{which}_proj.{leaf}": third for which, third in zip("qkv", np.split(tensor, 3), strict=True)
@@ -231,7 +231,7 @@ def _text_config(tensors, activation, name):
 
 
 def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
-    """The tensors whose names start with `prefix`, without it."""
+    """The tensors with this prefix, under their names without it."""
     named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
     return {name: tensor for name, tensor in named if not INERT.search(name)}
 
@@ -243,5 +243,5 @@ def _rename(name, rules):
 
 
 def _count(tensors, prefix):
-    """How many different parts of a name follow `prefix`, that is, the length of a list of modules."""
+    """The number of different name parts after `prefix`: the length of a list of modules."""
     return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})

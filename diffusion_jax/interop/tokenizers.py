@@ -1,4 +1,4 @@
-"""Tokenizers of CLIP and T5 from the files that lie in a checkpoint's tokenizer folder."""
+"""Tokenizers of CLIP and T5 from the tokenizer folder of a checkpoint."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.messages import first_line
 
-# What transformers assumes for the roles of tokens that a folder does not fill.
+# Special tokens that transformers uses if a folder does not name them.
 CLIP_ROLES = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|endoftext|>",
@@ -16,23 +16,22 @@ CLIP_ROLES = {
     "pad_token": "<|endoftext|>",
 }
 T5_ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-# CLIP's words: its two marks, English endings, runs of letters, single digits, runs of anything else but spaces.
+# CLIP's words: its start and end token, English endings, runs of letters, single digits, runs of other characters.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-UNKNOWN_LENGTH = 10**6  # transformers writes a still larger number where it knows none
+UNKNOWN_LENGTH = 10**6  # transformers writes a larger number if the length is unknown
 
 
 def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
-    """The tokenizer of a folder, set to cut and pad every prompt to `length` tokens with those that mark its ends.
+    """The tokenizer of a folder. It cuts and pads every prompt to `length` tokens, with start and end token.
 
-    It is read from tokenizer.json, or made from vocab.json and merges.txt (CLIP, Radford et al. 2021: byte pairs) or
-    from spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018). tokenizer_config.json and
-    special_tokens_map.json say which token pads: the one that ends a text for OpenAI's CLIP, "!" for OpenCLIP. A token
-    with such a role is found anywhere in a prompt, so that there every "!" becomes padding; this is what the reference
-    does and what the networks were used with.
+    It is read from tokenizer.json, or built from vocab.json and merges.txt (CLIP, Radford et al. 2021: byte pairs) or
+    spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018). tokenizer_config.json and
+    special_tokens_map.json name the padding token: the end token in OpenAI's CLIP, "!" in OpenCLIP. Special tokens are
+    recognised anywhere in a prompt, so every "!" becomes padding there. The reference does the same, and the networks
+    were trained with it.
 
-    length: if None, model_max_length of tokenizer_config.json, or 77 for CLIP and 512 for T5 where it names none.
-    Raises FileNotFoundError for a folder without a tokenizer, ValueError for malformed files and for a length without
-    room for a token between the marks.
+    length: None is model_max_length of tokenizer_config.json, else 77 for CLIP and 512 for T5.
+    Raises FileNotFoundError for a folder without a tokenizer, and ValueError for malformed files or too small a length.
     """
     folder = Path(folder)
     settings = _settings(folder)
@@ -41,7 +40,7 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
         pad = _add_special_tokens(tokenizer, settings, roles)
     except FileNotFoundError:
         raise
-    except Exception as error:  # each of the file formats fails in its own way
+    except Exception as error:  # each file format fails in its own way
         reason = first_line(error)
         raise ValueError(f"{folder}: expected the files of a CLIP or T5 tokenizer, but {reason}") from None
 
@@ -50,21 +49,21 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
         length = known if known < UNKNOWN_LENGTH else default_length
     marks = tokenizer.num_special_tokens_to_add(is_pair=False)
     if length <= marks:
-        raise ValueError(f"length: expected more than {marks} tokens, as so many mark the ends of a text, got {length}")
+        raise ValueError(f"length: expected more than {marks} tokens, the number of start and end tokens, got {length}")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     return tokenizer
 
 
 def _settings(folder):
-    """tokenizer_config.json, under the older special_tokens_map.json where it does not list the tokens itself."""
+    """tokenizer_config.json, with special_tokens_map.json for tokens that it does not list."""
     files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     config, tokens = (read_json(path) if path.is_file() else {} for path in files)
     return config if "added_tokens_decoder" in config else config | tokens
 
 
 def _build(folder, settings):
-    """(tokenizer without special tokens that its files do not name, default roles, default length)."""
+    """(tokenizer with only the special tokens of its files, default roles, default length)."""
     whole, vocab, merges, pieces = (
         folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
     )
@@ -81,7 +80,7 @@ def _build(folder, settings):
 
 
 def _clip(vocab, merges, settings):
-    """Byte pairs of lower-case words, whose last piece ends in "</w>"."""
+    """Byte pairs of lower-case words. The last piece of a word ends in "</w>"."""
     lines = merges.splitlines()
     pairs = [tuple(line.split()) for line in lines["#version" in lines[0] :] if line]
     bos, eos, unk = (
@@ -100,10 +99,10 @@ def _clip(vocab, merges, settings):
 
 
 def _t5(model, settings):
-    """The most likely pieces of words that begin with "▁", then the end; the sentinels of training come last."""
+    """The most likely pieces of words, which begin with "▁", then the end token. Training sentinels come last."""
     model = sentencepiece_model_pb2.ModelProto.FromString(model)
     if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
-        raise ValueError("spiece.model is no unigram model")
+        raise ValueError("spiece.model is not a unigram model")
     sentinels = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(settings.get("extra_ids", 100)))]
     vocab = [(piece.piece, piece.score) for piece in model.pieces] + sentinels
     tokenizer = Tokenizer(models.Unigram(vocab, model.trainer_spec.unk_id))
@@ -121,7 +120,7 @@ def _t5(model, settings):
 
 
 def _add_special_tokens(tokenizer, settings, roles):
-    """Let the tokenizer find the tokens of `settings` and those with a role anywhere; returns the one that pads."""
+    """Make the tokenizer recognise special tokens anywhere. Returns the padding token."""
     listed = sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
     tokenizer.add_special_tokens([_added(token) for _, token in listed])
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

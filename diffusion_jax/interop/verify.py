@@ -1,10 +1,10 @@
-"""Does a published model fit its configs, and is it computed here as in diffusers?
+"""Check that a published model fits its configs, and that its outputs equal those of diffusers.
 
     python -m diffusion_jax.interop.verify FOLDER
 
-names each tensor of each network that is missing, unexpected or misshapen; and where torch, diffusers and transformers
-are installed, the largest difference of each top-level block's output on random input, relative to its largest value.
-A whole pipeline in one file is compared with its configs alone.
+Prints each tensor that is missing, unexpected or of the wrong shape. If torch, diffusers and transformers are
+installed, prints the largest difference of the output of each top-level block on random input, relative to its largest
+value. A pipeline in a single file is only compared with its configs.
 """
 
 import re
@@ -20,18 +20,18 @@ import numpy as np
 from diffusion_jax.interop.names import differences, from_torch, torch_name
 from diffusion_jax.interop.pipeline import TEXT, Network, read_networks
 
-DEPTH = {"unet": 1, "vae": 2} | dict.fromkeys(TEXT, 3)  # of the modules that count as blocks
+DEPTH = {"unet": 1, "vae": 2} | dict.fromkeys(TEXT, 3)  # depth of the modules that are compared
 PEER = ("torch", "diffusers", "transformers")
 
 
 def tensor_report(name: str, network: Network) -> list[str]:
-    """A line for each tensor of a network that does not fit; none where all do."""
+    """One line for each tensor that does not fit the network; empty if all fit."""
     kinds = zip(("missing", "unexpected", "misshapen"), differences(network.tensors, network.like), strict=True)
     return [f"{name}: {kind} {tensor}" for kind, tensors in kinds for tensor in tensors]
 
 
 def block_report(name: str, network: Network, folder: Path) -> Iterator[tuple[str, float]]:
-    """(block, largest relative difference from diffusers') in the order in which diffusers computes them.
+    """(block, largest relative difference from diffusers), in the order in which diffusers computes them.
 
     folder: of this network, for diffusers to read.
     """
@@ -44,7 +44,7 @@ def block_report(name: str, network: Network, folder: Path) -> Iterator[tuple[st
 
 
 def main(arguments: list[str]) -> int:
-    """0 where every tensor fits, 1 where one does not, 2 for what cannot be read at all."""
+    """Exit status: 0 if every tensor fits, 1 if one does not, 2 if the model cannot be read."""
     if len(arguments) != 1:
         print("usage: python -m diffusion_jax.interop.verify FOLDER", file=sys.stderr)
         return 2
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _inputs(name, module):
-    """Random inputs of a network, by the names of its arguments."""
+    """Random inputs of a network by argument name."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -92,7 +92,7 @@ def _inputs(name, module):
 
 
 def _our_outputs(module, variables, inputs, depth):
-    """Outputs of the modules down to `depth` by their names in diffusers, images with channels first."""
+    """Outputs of the modules down to `depth`, by their names in diffusers. Images have channels first."""
 
     def run(variables, inputs):
         kept = lambda block, _: 0 < len(block.path) <= depth  # noqa: E731
@@ -108,7 +108,7 @@ def _our_outputs(module, variables, inputs, depth):
 
 
 def _peer_outputs(name, network, folder, inputs):
-    """Outputs of all of diffusers' modules by name, those of CLIP under the prefix that newer versions leave out."""
+    """Outputs of all modules in diffusers by name. CLIP's get the prefix that newer versions leave out."""
     import diffusers
     import torch
     import transformers

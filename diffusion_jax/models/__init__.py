@@ -1,1 +1,1 @@
-"""Networks in Flax Linen; submodules bear the names of the checkpoints that exist."""
+"""Networks in Flax Linen. Submodules have the names of published checkpoints."""

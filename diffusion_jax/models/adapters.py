@@ -1,4 +1,4 @@
-"""What training changes of a network's variables: all of them, or low-rank updates beside them (`models.lora`)."""
+"""Which variables training changes: all of them, or only low-rank updates (`models.lora`)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,9 +9,10 @@ from diffusion_jax.models import lora as low_rank
 
 
 class Adapter(NamedTuple):
-    """split: (variables, key) -> (trained, rest). What training begins with, and what it leaves alone.
+    """How variables are divided into trained and frozen ones.
 
-    join: (trained, rest) -> the variables that the network computes with.
+    split: (variables, key) -> (trained, rest). The initial trained variables, and the frozen ones.
+    join: (trained, rest) -> the variables that the network uses.
     """
 
     split: Callable[[PyTree, Key[Array, ""]], tuple[PyTree, PyTree]]
@@ -22,9 +23,9 @@ WHOLE = Adapter(lambda variables, key: (variables, {}), lambda trained, rest: tr
 
 
 def lora(rank: int, scale: float, targets: str = low_rank.ATTENTION) -> Adapter:
-    """Low-rank updates alone are trained.
+    """Train only low-rank updates.
 
-    rank, targets: as in `models.lora.init`, also for errors.
+    rank, targets: as in `models.lora.init`, with the same errors.
     scale: alpha / rank.
     """
     return Adapter(

@@ -1,4 +1,4 @@
-"""A Flax module as the function that training and sampling call."""
+"""A Flax module as the function `apply` that training and sampling call."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 @dataclass(frozen=True)
 class Applied:
-    """module.apply. Equal for equal modules, so that what was compiled for one serves the other."""
+    """module.apply. Equal modules compare equal, so they share compiled programs."""
 
     module: nn.Module
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
 
-BLOCK = 512  # queries at a time in "blocks"
+BLOCK = 512  # queries in one block of "blocks"
 SCORES = 2**21  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
 TOKENS = 1024  # at a time in `FeedForward` on CPU
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
@@ -27,11 +27,11 @@ def attention(
 ) -> Float[Array, "batch queries heads width"]:
     """softmax(q·kᵀ / sqrt(width))·v, the softmax in float32 (Vaswani et al. 2017, eq. 1).
 
-    mask: True at the keys that may be seen; all of them without it.
-    implementation: "xla" one softmax over the whole score matrix; "blocks" the same for a few heads and at most 512
-    queries at a time, the scores of more queries recomputed in the backward pass, so that memory grows with queries and
-    not with their square; "cudnn" the fused kernel; "auto" blocks on CPU and for long sequences on TPU, cudnn on GPU
-    where it can, xla elsewhere. Raises ValueError for another name.
+    mask: True for the keys that queries may attend to. None is all keys.
+    implementation: "xla", one softmax over the whole score matrix. "blocks", a few heads and at most 512 queries at a
+      time; the backward pass recomputes the scores, so memory grows linearly with the number of queries. "cudnn", the
+      fused kernel. "auto", blocks on CPU and for long sequences on TPU, cudnn on GPU if possible, xla elsewhere.
+    Raises ValueError for another implementation.
     """
     if implementation == "auto":
         implementation = _best_implementation(q)
@@ -69,9 +69,9 @@ def _in_blocks(q, k, v, mask):
     size = math.ceil(queries / blocks)
     group = _largest_divisor(b * heads, SCORES // (size * k.shape[1]))
     attend = functools.partial(_group_in_blocks, blocks=blocks)
-    # scaled early: q has fewer numbers than the scores
+    # scale q and not the scores: q has fewer numbers
     q = jnp.pad(q / math.sqrt(width), [(0, 0), (0, blocks * size - queries), (0, 0), (0, 0)])
-    # heads beside images: XLA on CPU multiplies matrices several times as fast when the axes before them are joined
+    # join images and heads: XLA on CPU multiplies matrices several times as fast with one axis before them
     q, k, v = (x.swapaxes(1, 2).reshape(-1, group, x.shape[1], width) for x in (q, k, v))
     mask = None if mask is None else jnp.repeat(mask, heads, axis=0).reshape(-1, group, 1, mask.shape[1])
     out = jax.lax.map(lambda each: attend(*each), (q, k, v, mask))
@@ -79,17 +79,17 @@ def _in_blocks(q, k, v, mask):
 
 
 def _block(q, k, v, mask):
-    """q, divided by sqrt(width), k, v: (heads, queries or keys, width). mask: (heads, 1, keys) or None."""
+    """q (heads, queries, width), divided by sqrt(width); k, v (heads, keys, width); mask (heads, 1, keys) or None."""
     scores = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)  # divided late: there are fewer of them
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)  # divide last: out has fewer numbers
 
 
 def _group_in_blocks(q, k, v, mask, blocks):
-    """A few heads, (heads, queries, width)."""
+    """Attention for a few heads at once, (heads, queries, width)."""
     if blocks == 1:
         return _block(q, k, v, mask)
     split = q.reshape(len(q), blocks, -1, q.shape[-1]).swapaxes(0, 1)
@@ -104,7 +104,8 @@ def _largest_divisor(number, limit):
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or to a context.
 
-    bias: of the maps before the softmax; the one behind it always has one. out_init: of that one.
+    bias: whether the maps to q, k and v have a bias. The output map always has one.
+    out_init: initializer of the output map.
     """
 
     heads: int
@@ -131,8 +132,8 @@ class Attention(nn.Module):
 class AttentionBlock2D(nn.Module):
     """Residual self-attention over all pixels (DDPM, Ho et al. 2020; the autoencoder of Rombach et al. 2022).
 
-    head_width: channels of a head; None is one head of all channels.
-    groups, eps: of the norm; without groups there is no norm.
+    head_width: channels of a head. None is one head of all channels.
+    groups, eps: of the norm. None groups is no norm.
     """
 
     head_width: int | None
@@ -166,9 +167,9 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A GEGLU four times as wide as its input, and a linear map back; on CPU for at most 1024 tokens at a time.
+    """A GEGLU four times as wide as its input, and a linear map back. On CPU for at most 1024 tokens at a time.
 
-    What is between them, eight times the input, then stays in the processor's cache.
+    The hidden values, eight times the input, then stay in the processor's cache.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -192,7 +193,7 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Pre-norm self-attention, cross-attention to the context, feed-forward, each with its residual.
 
-    only_cross_attention: the first attention looks at the context too.
+    only_cross_attention: the first attention is cross-attention too.
     """
 
     heads: int
@@ -218,8 +219,10 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """Transformer blocks over the pixels of an image that attend to a text (Rombach et al. 2022, section 3.3).
 
-    heads: of every attention. layers: how many blocks. groups: of the norm before them.
-    linear_projection: whether the maps into and out of the blocks are stored as linear maps or as 1x1 convolutions.
+    heads: of every attention.
+    layers: number of blocks.
+    groups: of the norm before them.
+    linear_projection: whether checkpoints store the input and output maps as linear maps or as 1x1 convolutions.
     """
 
     heads: int

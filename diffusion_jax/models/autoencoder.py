@@ -15,10 +15,12 @@ from diffusion_jax.models.layers import Conv, Downsample2D, GroupNorm, Pointwise
 
 
 class Encoder(nn.Module):
-    """Image -> features; each level but the last halves height and width.
+    """Image -> features. Each level but the last halves height and width.
 
-    channels: of each level. layers: residual blocks of a level. out_channels: of the result.
-    resnet, attention, norm: what makes these submodules from their name; attention may be None.
+    channels: of each level.
+    layers: residual blocks of a level.
+    out_channels: channels of the result.
+    resnet, attention, norm: functions from name to submodule; attention may be None.
     """
 
     channels: tuple[int, ...]
@@ -43,7 +45,7 @@ class Encoder(nn.Module):
 
 
 class UpDecoderBlock(nn.Module):
-    """Residual blocks, then an upsampling if there is one."""
+    """Residual blocks, then optional upsampling."""
 
     layers: int
     resnet: Callable
@@ -57,7 +59,7 @@ class UpDecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The mirror of `Encoder`: each level but the last doubles height and width; `channels` start with the coarsest."""
+    """The mirror of `Encoder`. Each level but the last doubles height and width; `channels` is coarsest first."""
 
     channels: tuple[int, ...]
     layers: int
@@ -79,13 +81,14 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Images to Gaussian moments of latents, latents to images; the fields are those of diffusers' config.json.
+    """Images -> Gaussian moments of latents, and latents -> images. The fields are those of diffusers' config.json.
 
-    block_out_channels: channels of each level, finest first; the latent is 2^(levels - 1) times smaller than the image.
-    layers_per_block: residual blocks of a level (one more on the way up). latent_channels: C.
-    scaling_factor, shift_factor: a diffusion model sees (z - shift_factor)·scaling_factor; kept as data, not applied.
-    force_upcast: the weights overflow in float16, so that dtype float16 is then computed in float32.
-    dtype, remat, attention_implementation: as in `UNet`; parameters, moments and images are float32.
+    block_out_channels: channels of each level, finest first. The latent is 2^(levels - 1) times smaller than the image.
+    layers_per_block: residual blocks of a level (one more in the decoder).
+    latent_channels: C.
+    scaling_factor, shift_factor: a diffusion model sees (z - shift_factor)·scaling_factor. Stored here, not applied.
+    force_upcast: the weights overflow in float16, so compute in float32 when dtype is float16.
+    dtype, remat, attention_implementation: as in `UNet`. Parameters, moments and images are float32.
     """
 
     in_channels: int = 3
@@ -108,7 +111,7 @@ class AutoencoderKL(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels of a side for one cell of the latent."""
+        """Pixels on a side of one latent cell."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def setup(self):
@@ -132,9 +135,10 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = PointwiseConv(self.latent_channels)
 
     def encode(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w moments"]:
-        """Image in [-1, 1] -> mean and log variance of its latent on the last axis; the latter within [-30, 20].
+        """Image in [-1, 1] -> mean and log variance of its latent on the last axis. Log variance is clipped to [-30,
+        20].
 
-        Raises ValueError when height or width is no multiple of the factor between image and latent.
+        Raises ValueError if height or width is not a multiple of `factor`.
         """
         factor = self.factor
         if x.shape[1] % factor or x.shape[2] % factor or x.shape[3] != self.in_channels:
@@ -158,24 +162,24 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z) if self.use_post_quant_conv else z)
 
     def example_image(self) -> Float[Array, "1 height width channels"]:
-        """The smallest zeros that `init` takes."""
+        """The smallest valid input of `init`, all zeros."""
         size = 2 ** (len(self.block_out_channels) - 1)
         return jnp.zeros((1, size, size, self.in_channels))
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
-        """The reconstruction of x from the mean of its latent; touches every parameter, so `init` calls it."""
+        """Reconstruct x from the mean of its latent. Uses every parameter, so `init` calls it."""
         return self.decode(mode(self.encode(x)))
 
 
 def mode(moments: Float[Array, "batch h w moments"]) -> Float[Array, "batch h w latent"]:
-    """The mean of the latent's distribution."""
+    """The mean of the latent distribution."""
     return jnp.split(moments, 2, axis=-1)[0]
 
 
 def sample_moments(
     moments: Float[Array, "batch h w moments"], keys: Key[Array, " batch"]
 ) -> Float[Array, "batch h w latent"]:
-    """A draw z = mean + exp(logvar / 2)·noise, with a key for each image."""
+    """Sample z = mean + exp(logvar / 2)·noise, with one key for each image."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
     return mean + jnp.exp(0.5 * logvar) * noise

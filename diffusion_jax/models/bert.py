@@ -27,7 +27,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v in heads, without looking at padding."""
+    """softmax(q k^T / sqrt(d)) v in heads. Padding is masked."""
 
     num_attention_heads: int
 
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """LayerNorm(residual + Dense(x)): how both halves of a layer end."""
+    """LayerNorm(residual + Dense(x)), the end of both halves of a layer."""
 
     layer_norm_eps: float
 
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """Token ids -> one embedding for each token, transformers' `last_hidden_state`. Defaults are MiniLM-L6-H384's."""
+    """Token ids -> one embedding for each token, `last_hidden_state` in transformers. Defaults are MiniLM-L6-H384's."""
 
     vocab_size: int = 30522
     hidden_size: int = 384
@@ -127,7 +127,7 @@ class BertEncoder(nn.Module):
     def __call__(
         self, ids: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
-        """ids: tokens. mask: False on padding, which no token looks at."""
+        """ids: (B, L) tokens. mask: (B, L), False on padding."""
         x = Embeddings(
             self.vocab_size,
             self.hidden_size,

@@ -1,7 +1,7 @@
-"""One level of a U-Net or an autoencoder: residual blocks, attention between them, a change of size at the end.
+"""One level of a U-Net or an autoencoder: residual blocks, attention between them, resampling at the end.
 
-The blocks are given what makes their submodules from a name, so that they know no size, norm or kind of attention, and
-`seen`: what every residual block is told besides the image.
+A block gets functions that build its submodules from a name, so it does not depend on sizes, norms or kinds of
+attention. `seen` holds the inputs of every residual block besides the image.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 
 class DownBlock(nn.Module):
-    """`layers` residual blocks, each followed by attention if there is one, then a downsampling if there is one.
+    """`layers` residual blocks, each followed by optional attention, then optional downsampling.
 
-    resnet, attention, downsample: what makes these submodules from their name; the last two may be None.
-    Returns the result and everything that the way up will be shown: one array a layer, and the downsampled one.
+    resnet, attention, downsample: functions from name to submodule; the last two may be None.
+    Returns the result and the skips for the upward half: one array for each layer, and the downsampled one.
     """
 
     layers: int
@@ -37,7 +37,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """A residual block, attention if there is one, a residual block."""
+    """A residual block, optional attention, a residual block."""
 
     resnet: Callable
     attention: Callable | None
@@ -51,7 +51,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """The mirror of `DownBlock`: each residual block is shown the skip that it takes from the end of the list."""
+    """The mirror of `DownBlock`. Each residual block takes one skip from the end of the list."""
 
     layers: int
     resnet: Callable

@@ -1,5 +1,5 @@
 """The text encoder of CLIP (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
-Supervision", section 2.4): a transformer in which a token sees itself and those before it.
+Supervision", section 2.4): a transformer with causal attention.
 
 Field names follow config.json and layer names the state dict of transformers' `CLIPTextModelWithProjection`.
 """
@@ -20,15 +20,15 @@ ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
-OLD_EOS = 2  # written by mistake into the first published configs, whose tokenizers end a text with the largest id
+OLD_EOS = 2  # a mistake in the first published configs; their tokenizers end a text with the largest id
 
 
 class TextFeatures(NamedTuple):
-    """What denoisers read from a text.
+    """The features of a text that denoisers use.
 
     last_hidden_state: every token after all layers and the final norm (Stable Diffusion 1 and 2).
     penultimate: every token before the last layer, not normalized (both encoders of Stable Diffusion XL).
-    pooled: the token that ends the text, of `last_hidden_state`, projected where the encoder has a projection.
+    pooled: `last_hidden_state` at the token that ends the text, projected if the encoder has a projection.
     """
 
     last_hidden_state: Float[Array, "batch length width"]
@@ -54,7 +54,9 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v in heads, the softmax in float32; a token sees itself and those before it."""
+    """softmax(q k^T / sqrt(d)) v in heads, the softmax in float32. Causal: a token attends to itself and earlier
+    tokens.
+    """
 
     heads: int
     dtype: DTypeLike = jnp.float32
@@ -102,7 +104,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers; returns what the last one made and what it was given."""
+    """A stack of layers. Returns the output and the input of the last layer."""
 
     layer: Callable[..., nn.Module]
     count: int
@@ -118,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Embeddings, layers, final norm; returns the normalized tokens and those given to the last layer."""
+    """Embeddings, layers, final norm. Returns the normalized tokens and the input of the last layer."""
 
     embeddings: Callable[..., nn.Module]
     encoder: Callable[..., nn.Module]
@@ -135,11 +137,11 @@ class TextTransformer(nn.Module):
 class ClipTextEncoder(nn.Module):
     """Token ids -> an embedding for each token and one for the text. Defaults are those of transformers' config.
 
-    projection_dim: P, size of the projected embedding of the text; None for an encoder without that projection
-    (`CLIPTextModel`, whose own config.json may give a number that nothing uses).
+    projection_dim: P, size of the projected embedding of the text. None for an encoder without a projection
+      (`CLIPTextModel`; its config.json may still have a number, which is unused).
     hidden_act: "quick_gelu" (OpenAI's weights) or "gelu" (OpenCLIP's).
     eos_token_id: the token that ends a text. 2 means the largest id of the text, as in the first published configs.
-    dtype: of the large multiplications; parameters, norms, softmax and results are float32.
+    dtype: of the large multiplications. Parameters, norms, softmax and results are float32.
     """
 
     vocab_size: int = 49408
@@ -156,7 +158,7 @@ class ClipTextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "batch length"]) -> TextFeatures:
-        """ids: tokens, with the one that ends the text in every row. ValueError for more than the positions known."""
+        """ids: (B, L) tokens, with the end token in every row. Raises ValueError for too large an L."""
         embeddings = functools.partial(Embeddings, self.vocab_size, self.hidden_size, self.max_position_embeddings)
         layer = functools.partial(
             EncoderLayer,
@@ -176,5 +178,5 @@ class ClipTextEncoder(nn.Module):
         return TextFeatures(tokens, given, pooled)
 
     def example_inputs(self) -> tuple[Int[Array, "1 1"]]:
-        """Arguments of `init`."""
+        """The smallest valid arguments of `init`."""
         return (jnp.zeros((1, 1), jnp.int32),)

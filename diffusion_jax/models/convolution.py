@@ -1,4 +1,4 @@
-"""Products of matrices and convolutions, each in the form that is fastest where the process runs."""
+"""Matrix products and convolutions, each in the form that is fastest on the current backend."""
 
 import functools
 import math
@@ -20,9 +20,10 @@ def convolve(
     padding: Padding,
     stride: int = 1,
 ) -> Num[Array, "batch h w features"]:
-    """A convolution; padding: (before, after) of height and of width.
+    """A convolution. On CPU, 3x3 convolutions of many channels use Winograd's algorithm: XLA's takes up to twice as
+    long.
 
-    On CPU, where XLA's own takes up to twice as long, 3x3 convolutions of many channels are Winograd's.
+    padding: (before, after) for height and for width.
     """
     same = kernel.shape[:2] == (3, 3) and stride == 1 and [tuple(sides) for sides in padding] == SAME
     if same and _is_large(kernel, math.prod(x.shape[:3]), x.dtype):
@@ -35,18 +36,18 @@ def convolve_repeated(
     kernel: Num[Array, "3 3 channels features"],
     size: tuple[int, int] | None = None,
 ) -> Num[Array, "batch h w features"]:
-    """A 3x3 convolution, padded by 1, of an image whose pixels were repeated twice in both directions.
+    """A 3x3 convolution, padded by 1, of an image with every pixel repeated twice in both directions.
 
-    size: crop the repeated image to it before the convolution.
-    Each output pixel sees only 2x2 different input pixels, so this is four 2x2 convolutions of the small image, one for
-    the even and the odd pixels of either axis, with sums of the kernel's taps: 16 products in place of 36, on CPU 9.
+    size: (height, width). Crop the repeated image to it before the convolution.
+    Each output pixel depends on only 2x2 different input pixels. So this is four 2x2 convolutions of the small image,
+    one for each parity of row and column, with summed kernel taps: 16 products instead of 36, and 9 on CPU.
     """
     b, h, w, _ = x.shape
     pixels = 4 * b * h * w
-    cut = size not in (None, (2 * h, 2 * w))  # the edge then goes through a repeated pixel
+    cut = size not in (None, (2 * h, 2 * w))  # the crop then splits a repeated pixel
     if not cut and _is_large(kernel, pixels, x.dtype):
         return _minimal_repeated(x, kernel.astype(x.dtype))
-    if cut or pixels < kernel.shape[-1]:  # of a large kernel and a small image the sums would cost the most
+    if cut or pixels < kernel.shape[-1]:  # for a large kernel and a small image, summing the taps would cost most
         height, width = size or (2 * h, 2 * w)
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
         return convolve(x, kernel.astype(x.dtype), SAME)
@@ -56,10 +57,9 @@ def convolve_repeated(
 def multiply(
     x: Num[Array, "*batch channels"], kernel: Num[Array, "channels features"]
 ) -> Float[Array, "*batch features"]:
-    """x · kernel; on CPU the float32 sums as they are, since XLA multiplies bfloat16 three times as fast into them.
+    """x · kernel. On CPU the result is float32, because XLA multiplies bfloat16 into float32 three times as fast.
 
-    All axes of x but the last are joined before the product: XLA on CPU then finds the kernel's gradient up to twice as
-    fast.
+    All axes of x but the last are merged first: XLA on CPU then computes the kernel's gradient up to twice as fast.
     """
     sums = jnp.promote_types(x.dtype, jnp.float32) if jax.default_backend() == "cpu" else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=sums)
@@ -67,7 +67,7 @@ def multiply(
 
 
 def _convolve(x, kernel, padding, stride=1):
-    """On CPU as one product where the kernel is larger than the image, as one a tap of many channels in bfloat16."""
+    """On CPU: one product if the kernel is larger than the image, one for each tap for many channels in bfloat16."""
     size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
     few = len(x) * math.prod(size) < kernel.shape[-1]
     wide = x.dtype == jnp.bfloat16 and x.shape[-1] > 256
@@ -97,23 +97,24 @@ def _convolve_repeated(x, kernel):
 
 
 def _repeated_taps(kernel, axis, parity):
-    """Three taps over repeated pixels -> two over the pixels: even outputs see [x-1 | x x], odd ones [x x | x+1]."""
+    """Sum three taps over repeated pixels to two over pixels: even outputs see [x-1 | x x], odd ones [x x | x+1]."""
     left, middle, right = jnp.split(kernel, 3, axis)
     pair = [left, middle + right] if parity == 0 else [left + middle, right]
     return jnp.concatenate(pair, axis)
 
 
 def _is_large(kernel, pixels, dtype):
-    """Whether a convolution on CPU gains more by fewer products than it loses by the sums around them."""
+    """Whether a convolution on CPU saves more by fewer products than the extra sums cost."""
     large = min(kernel.shape[2:]) >= 256 and pixels >= 512
     return jax.default_backend() == "cpu" and large and dtype == jnp.float32
 
 
 class Filtering(NamedTuple):
-    """Two pixels of a convolution of a line with three taps, by fewer than six products (Winograd 1980).
+    """Two output pixels of a 1D convolution with three taps, by fewer than six products (Winograd 1980).
 
-    pixels(tile(d) * taps(g)), d: the inputs that two pixels see, `inputs` of them, from each two pixels to the next
-    `step` further.
+    The result is pixels(tile(d) * taps(g)) for inputs d and taps g.
+    inputs: number of inputs d for two output pixels.
+    step: inputs from one pair of output pixels to the next.
     """
 
     inputs: int
@@ -123,7 +124,7 @@ class Filtering(NamedTuple):
     pixels: Callable
 
 
-# F(2, 3) of Lavin & Gray 2015, section 4.1, and the same where d0 d1 | d1 d2 are repeated pixels: a product is 0.
+# F(2, 3) of Lavin & Gray 2015, section 4.1. With repeated pixels d0 d1 | d1 d2 one of its products is 0.
 MINIMAL = Filtering(
     inputs=4,
     step=2,
@@ -141,9 +142,9 @@ MINIMAL_REPEATED = Filtering(
 
 
 def _filter(filtering, x, kernel):
-    """The filtering of rows and columns: two by two pixels from a tile of x. Lavin & Gray 2015, eq. 8.
+    """Filter rows and columns: 2x2 output pixels from each tile of x (Lavin & Gray 2015, eq. 8).
 
-    One row of the filtered tiles after another, so that no array is larger than x, kernel and the result.
+    Works on one row of the filtered tiles at a time, so that no array is larger than x, the kernel and the result.
     """
     inputs, step, tile, taps, pixels = filtering
     b, height, width, _ = x.shape
@@ -161,7 +162,7 @@ def _filter(filtering, x, kernel):
     units = [np.eye(n, dtype=np.float32) for n in (inputs, 3, inputs)]
     matrices = np.stack(tile(units[0])), np.stack(taps(units[1])), np.stack(pixels(units[2]), axis=1)
     y = jnp.zeros((b, rows, 2, columns * 2 * kernel.shape[-1]), x.dtype)
-    # a row comes with the state: XLA on CPU would look up those of a scan again for every number
+    # the row is part of the state: XLA on CPU would read a scanned input again for every number
     first, following = [m[0] for m in matrices], [np.roll(m, -1, axis=0) for m in matrices]
     (y, _), _ = jax.lax.scan(add, (y, first), following)
     size = [n * 2 // step for n in (height, width)]
@@ -169,7 +170,7 @@ def _filter(filtering, x, kernel):
 
 
 def _bilinear(fast, slow):
-    """`fast` with the derivatives of `slow`, which XLA can transpose; both are linear in each argument."""
+    """`fast` with the derivatives of `slow`, which XLA can transpose. Both are linear in each argument."""
     function = jax.custom_jvp(fast)
 
     @function.defjvp

@@ -11,13 +11,13 @@ from diffusion_jax.models.layers import GroupNorm
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells real patches from made ones: a logit for each overlapping patch (Isola et al. 2017, section 3.2.2).
+    """Tell real patches from generated ones: one logit for each overlapping patch (Isola et al. 2017, section 3.2.2).
 
-    4x4 convolutions with leaky ReLU. Group norm stands where the paper has batch norm, so that an image's logits do not
-    depend on the other images of its batch.
+    4x4 convolutions with leaky ReLU. Group norm replaces the batch norm of the paper, so that the logits of an image do
+    not depend on the other images of its batch.
 
-    channels: of the first layer, doubled by each layer up to 8 times as many. layers: how many halve the image; three
-    make a patch of 70x70 pixels.
+    channels: of the first layer. Each layer doubles them, up to 8 times as many.
+    layers: number of layers that halve the image. Three give a patch of 70x70 pixels.
     """
 
     channels: int = 64
@@ -26,7 +26,7 @@ class PatchDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w"]:
-        smallest = 3 * 2**self.layers  # each of the last two convolutions takes a pixel off
+        smallest = 3 * 2**self.layers  # the last two convolutions remove one pixel each
         if min(x.shape[1:3]) < smallest:
             raise ValueError(
                 f"PatchDiscriminator: expected images of at least {smallest}x{smallest} pixels, got shape "
@@ -44,6 +44,6 @@ class PatchDiscriminator(nn.Module):
         return conv(1)(x)[..., 0].astype(jnp.float32)
 
     def example_image(self) -> Float[Array, "1 height width 3"]:
-        """The smallest zeros that `init` takes."""
+        """The smallest valid input of `init`, all zeros."""
         smallest = 3 * 2**self.layers
         return jnp.zeros((1, smallest, smallest, 3))

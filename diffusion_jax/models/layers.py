@@ -1,8 +1,8 @@
 """Layers that the U-Net and the autoencoder share: time embedding, group norm, residual block, resampling.
 
 Images are (batch, height, width, channels). Parameters are float32; `dtype` is the type of the large multiplications.
-Initialisation is that of DDPM (Ho et al. 2020): fan-average uniform kernels, and zeros for the last convolution of each
-residual branch, so that a fresh network starts as the identity along its residual stream.
+Initialisation follows DDPM (Ho et al. 2020): fan-average uniform kernels, and zeros for the last convolution of each
+residual branch, so that a new residual block passes its input through.
 """
 
 import functools
@@ -22,7 +22,10 @@ zeros_init = nn.initializers.zeros_init()
 
 
 class Conv(nn.Module):
-    """A 3x3 convolution. padding: on every side, or (before, after) of height and of width."""
+    """A 3x3 convolution.
+
+    padding: pixels on every side, or (before, after) for height and for width.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -39,7 +42,7 @@ class Conv(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear map of the last axis; variables of the collection "lora" add (x down) up (`models.lora`)."""
+    """A linear map of the last axis. Variables of the collection "lora" add (x down) up to it (`models.lora`)."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -61,7 +64,7 @@ class Dense(nn.Module):
         return y.astype(self.dtype)
 
 
-# A 1x1 convolution is a linear map whose kernel is stored with its two sizes of 1.
+# A 1x1 convolution is a linear map with a kernel of shape (1, 1, in, out).
 PointwiseConv = functools.partial(Dense, window=(1, 1))
 
 
@@ -72,7 +75,8 @@ def sinusoidal_embedding(
 
         w_i = 10000^(-i / (width/2 - freq_shift)),   embedding = [sin(t·w), cos(t·w)], flipped: [cos(t·w), sin(t·w)]
 
-    t: times in the network's own unit (steps, fractions allowed). width: size of the result; an odd one ends in a zero.
+    t: (B,), times in the network's own unit (steps, fractions allowed).
+    width: channels of the result. An odd width ends in a zero.
     """
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
@@ -82,7 +86,7 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear maps with a SiLU between, in float32: small, and every residual block depends on them."""
+    """Two linear maps with a SiLU between. Float32, because it is small and every residual block depends on it."""
 
     width: int
 
@@ -97,8 +101,8 @@ class GroupNorm(nn.Module):
 
         y = (x - mean) / sqrt(var + eps) · scale + bias,   mean and var over the pixels and the channels of a group
 
-    The sums run over pixels first and join the channels of a group afterwards, on (batch, channels) arrays, so no large
-    array is reshaped. Raises ValueError when groups does not divide the channels.
+    Means are taken over pixels first, then over the channels of a group, so that no large array is reshaped.
+    Raises ValueError if `groups` does not divide the channels.
     """
 
     groups: int
@@ -120,7 +124,7 @@ class GroupNorm(nn.Module):
         return x * slope + (bias - mean * slope)
 
     def _group_mean(self, x):
-        """(B, H, W, C) -> (B, 1, 1, C), the mean of each channel's group."""
+        """The mean of each channel's group, (B, H, W, C) -> (B, 1, 1, C)."""
         by_channel = x.mean(axis=(1, 2))
         by_group = by_channel.reshape(len(x), self.groups, -1).mean(axis=-1)
         return jnp.repeat(by_group, x.shape[-1] // self.groups, axis=-1)[:, None, None, :]
@@ -129,10 +133,10 @@ class GroupNorm(nn.Module):
 def dropout(
     x: Float[Array, "batch *shape"], rate: float, keys: Key[Array, "batch"], place: int
 ) -> Float[Array, "batch *shape"]:
-    """x with each number set to 0 with probability `rate` and the others enlarged (Srivastava et al. 2014).
+    """Set each number of x to 0 with probability `rate` and scale up the others (Srivastava et al. 2014).
 
-    keys: one for each image, so that what an image loses does not depend on its batch.
-    place: where in the network, so that no two layers lose the same.
+    keys: (B,), one for each image, so that the result of an image does not depend on its batch.
+    place: identifies the layer, so that every layer drops different numbers.
     """
     own = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))(keys)
     return jnp.where(own, x / (1 - rate), 0)
@@ -141,11 +145,11 @@ def dropout(
 class ResnetBlock2D(nn.Module):
     """Residual block of DDPM / ADM: norm, SiLU, conv, time, norm, SiLU, dropout, conv, plus the input.
 
-    out_channels: channels of the result; the input passes a 1x1 convolution when it has another number.
+    out_channels: channels of the result. If the input has another number, it passes a 1x1 convolution.
     groups, eps: of the norms.
-    dropout: rate in [0, 1), of networks that are given keys.
-    time_scale_shift: "default" adds the projected time embedding after the first convolution (DDPM), "scale_shift" lets
-    it modulate the second norm (ADM, Dhariwal & Nichol 2021). Without `temb` there is no time projection.
+    dropout: rate in [0, 1), applied if the call gets keys.
+    time_scale_shift: "default" adds the projected time embedding after the first convolution (DDPM). "scale_shift"
+      scales and shifts the second norm with it (ADM, Dhariwal & Nichol 2021). No `temb`, no time projection.
     """
 
     out_channels: int
@@ -162,7 +166,7 @@ class ResnetBlock2D(nn.Module):
         temb: Float[Array, "batch embedding"] | None = None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch height width out"]:
-        """keys: one for each image. With them dropout is on."""
+        """keys: (B,), one for each image. They turn dropout on."""
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
         h = Conv(self.out_channels, name="conv1", dtype=self.dtype)(h)
 
@@ -187,7 +191,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """A 3x3 convolution with stride 2. padding 0 pads right and below alone, as DDPM's TensorFlow "SAME" did."""
+    """A 3x3 convolution with stride 2. Padding 0 pads only right and below, as "SAME" in DDPM's TensorFlow code."""
 
     out_channels: int
     padding: int = 1
@@ -200,7 +204,7 @@ class Downsample2D(nn.Module):
 
 
 class UpsampledConv(nn.Module):
-    """A 3x3 convolution of an image whose pixels were repeated twice in both directions (`convolve_repeated`)."""
+    """A 3x3 convolution of an image with every pixel repeated twice in both directions (`convolve_repeated`)."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -209,14 +213,14 @@ class UpsampledConv(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width _"], size: tuple[int, int] | None = None
     ) -> Float[Array, "batch h w features"]:
-        """size: crop the repeated image to it before the convolution."""
+        """size: (height, width). Crop the repeated image to it before the convolution."""
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
         return convolve_repeated(x.astype(self.dtype), kernel, size) + bias
 
 
 class Upsample2D(nn.Module):
-    """Doubles height and width by repeating pixels, or to one less of each where `size` says so, then convolves."""
+    """Double height and width by repeating pixels, then convolve. `size` may crop one row or column before that."""
 
     out_channels: int
     dtype: DTypeLike = jnp.float32

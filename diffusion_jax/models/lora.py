@@ -1,8 +1,8 @@
-"""Low-rank updates of a network's linear maps, trained in their place (LoRA, Hu et al. 2021).
+"""Low-rank updates of a network's linear maps, trained instead of the maps (LoRA, Hu et al. 2021).
 
     y = W x + (alpha / rank) up (down x),    down (in, rank) normal, up (rank, out) zero at first
 
-`layers.Dense` adds them where the variables have a collection "lora".
+`layers.Dense` adds them if the variables have a collection "lora".
 """
 
 import math
@@ -18,10 +18,11 @@ ATTENTION = r"attn[12]/to_(q|k|v|out_0)"
 
 
 def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTENTION) -> PyTree:
-    """{"down", "up"} for each linear map whose path, joined by "/", ends in a match of the regular expression
-    `targets`; float32, nested as the variables' "params" are. Such an update changes nothing yet.
+    """New updates {"down", "up"} for the linear maps of a network. They change nothing before training.
 
-    Raises ValueError for a rank below 1 and where no map matches.
+    targets: regular expression. It selects the maps whose path, joined by "/", ends in a match.
+    Returns float32 updates, nested like the "params" of the variables.
+    Raises ValueError for a rank below 1, and if no map matches.
     """
     if rank < 1:
         raise ValueError(f"a LoRA's rank must be at least 1, got {rank}")
@@ -45,7 +46,10 @@ def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTEN
 
 
 def added(variables: PyTree, updates: PyTree, scale: float) -> PyTree:
-    """The variables of the network with its updates. scale: alpha / rank."""
+    """The variables of the network with its updates.
+
+    scale: alpha / rank.
+    """
 
     def scaled(path: tuple, leaf: Array | np.ndarray) -> Array | np.ndarray:
         return scale * leaf if path[-1].key == "up" else leaf

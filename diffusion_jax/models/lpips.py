@@ -16,15 +16,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 EPS = 1e-10
-MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's, of images in [-1, 1]
+MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet, for images in [-1, 1]
 
 
 class Net(NamedTuple):
     """A classifier up to its last convolution.
 
-    stages: (stride, padding) of each convolution, by stages.
-    pool: window of the max pooling before each stage, with stride 2; 0 for none.
-    smallest: pixels a side that still reach the last stage.
+    stages: (stride, padding) of each convolution of each stage.
+    pool: window of the max pooling before each stage, with stride 2. 0 for none.
+    smallest: smallest image, in pixels on a side, that reaches the last stage.
     """
 
     stages: tuple[tuple[tuple[int, int], ...], ...]
@@ -41,10 +41,11 @@ NETS = {
 def lpips(
     params: dict, x: Float[Array, "batch height width 3"], y: Float[Array, "batch height width 3"]
 ) -> Float[Array, "batch"]:
-    """The distance of each pair; 0 for equal images, about 0.1 for alike and 0.7 for unlike ones.
+    """The distance of each pair: 0 for equal images, about 0.1 for similar and 0.7 for different ones.
 
     params: from `interop.lpips.load_lpips`.
     x, y: images in [-1, 1], at least 31 pixels high and wide for AlexNet, 16 for VGG16.
+    Raises ValueError for smaller images.
     """
     name = next(name for name in NETS if name in params)
     net = NETS[name]
@@ -60,7 +61,7 @@ def lpips(
 
 
 def _norm(features: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width 1"]:
-    # Under the root, so that the gradient is finite where all features are 0, as on plain white.
+    # The constant is inside the root: the gradient is then finite where all features are 0, as on plain white.
     return jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True) + EPS**2)
 
 

@@ -26,7 +26,7 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
         d                                                         for d < n/2
         n/2 + floor(n/2 · log(d / (n/2)) / log(max_distance / (n/2)))   beyond, at most n - 1
 
-    in the single precision of the published networks, whose roundings decide at the borders.
+    Computed in float32 as in the published networks, because rounding decides at the borders.
     """
     offset = np.arange(length) - np.arange(length)[:, None]
     half, distance = buckets // 2, np.abs(offset)
@@ -38,9 +38,9 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T + b) v in heads, without a scale and without looking at padding, the softmax in float32.
+    """softmax(q k^T + b) v in heads, without a scale, the softmax in float32. Padding is masked.
 
-    The first of a network makes the bias b from the positions, and all others are given it.
+    The first layer computes the bias b from the positions and passes it to all others.
     """
 
     heads: int
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """wo(gelu(wi_0 x) · wi_1 x), the gelu by its tanh approximation."""
+    """wo(gelu(wi_0 x) · wi_1 x), with the tanh approximation of gelu."""
 
     width: int
     dtype: DTypeLike = jnp.float32
@@ -86,7 +86,7 @@ def rms_norm(eps: float, name: str) -> nn.RMSNorm:
 
 
 class AttentionLayer(nn.Module):
-    """The attention half of a block: its residual, and the bias for the next block."""
+    """The attention half of a block. Returns its residual sum and the bias for the next block."""
 
     attention: Callable[..., SelfAttention]
     eps: float
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks, which share the bias that the first one makes, and the final norm."""
+    """The blocks and the final norm. All blocks share the bias of the first one."""
 
     block: Callable[..., Block]
     count: int
@@ -150,12 +150,12 @@ class Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids -> an embedding for each token, transformers' `last_hidden_state`. Defaults are T5 v1.1 XXL's.
+    """Token ids -> one embedding for each token, `last_hidden_state` in transformers. Defaults are T5 v1.1 XXL's.
 
-    d_kv: width of a head, num_heads · d_kv need not be d_model.
-    feed_forward_proj: "gated-gelu", that of v1.1 and all that came after; ValueError for another.
-    dtype: of the large multiplications; parameters, norms, softmax and results are float32. Activations overflow
-    float16, not bfloat16.
+    d_kv: width of a head. num_heads · d_kv may differ from d_model.
+    feed_forward_proj: "gated-gelu", as in v1.1 and later. Raises ValueError for another.
+    dtype: of the large multiplications. Parameters, norms, softmax and results are float32. Activations overflow
+      float16, but not bfloat16.
     """
 
     vocab_size: int = 32128
@@ -174,7 +174,7 @@ class T5Encoder(nn.Module):
     def __call__(
         self, ids: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
-        """ids: tokens. mask: False on padding, which no token looks at."""
+        """ids: (B, L) tokens. mask: (B, L), False on padding."""
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(f"feed_forward_proj: expected 'gated-gelu', got {self.feed_forward_proj!r}")
         eps = self.layer_norm_epsilon
@@ -195,5 +195,5 @@ class T5Encoder(nn.Module):
         return Stack(block, self.num_layers, eps, name="encoder")(x, mask)
 
     def example_inputs(self) -> tuple[Int[Array, "1 1"], Bool[Array, "1 1"]]:
-        """Arguments of `init`."""
+        """The smallest valid arguments of `init`."""
         return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

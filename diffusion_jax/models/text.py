@@ -1,4 +1,4 @@
-"""Text encoders: one seam from prompts to an embedding for each token, whatever network stands behind it."""
+"""Text encoders: one interface from prompts to an embedding for each token, for any network."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 
 
 class TextEncoder(NamedTuple):
-    """How prompts become what a denoiser attends to.
+    """How prompts become the embeddings that a denoiser attends to.
 
-    tokenize: prompts -> (ids (B, L) int32, mask (B, L) bool, False on padding); cuts long prompts with a warning.
-    apply: (params, ids, mask) -> embeddings (B, L, D) float32, pure.
-    params: its weights, as `apply` takes them.
+    tokenize: prompts -> (ids (B, L) int32, mask (B, L) bool, False on padding). Cuts long prompts with a warning.
+    apply: (params, ids, mask) -> embeddings (B, L, D) float32, a pure function.
+    params: the weights, first argument of `apply`.
     length: L, tokens of a prompt.
     width: D, channels of an embedding.
     name: identifies the encoder and its length, used in cache keys.
@@ -32,7 +32,7 @@ class TextEncoder(NamedTuple):
 def tokenize(
     prompts: Sequence[str], tokenizer: Tokenizer, length: int
 ) -> tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]:
-    """Token ids and mask of prompts, by a tokenizer set to cut and pad to `length`. One warning for all that it cut."""
+    """Token ids and mask of prompts. The tokenizer must cut and pad to `length`. One warning covers all cut prompts."""
     encodings = tokenizer.encode_batch(list(prompts))
     cut = [prompt for prompt, encoding in zip(prompts, encodings, strict=True) if encoding.overflowing]
     if cut:

@@ -24,7 +24,7 @@ from diffusion_jax.models.layers import (
     zeros_init,
 )
 
-BLOCK_TYPES = {  # diffusers' name of a block -> what follows each of its residual blocks
+BLOCK_TYPES = {  # diffusers' name of a block -> the kind of attention after each of its residual blocks
     "DownBlock2D": None,
     "AttnDownBlock2D": "self",
     "CrossAttnDownBlock2D": "cross",
@@ -37,26 +37,27 @@ BLOCK_TYPES = {  # diffusers' name of a block -> what follows each of its residu
 
 
 class UNet(nn.Module):
-    """Predicts from a noisy image, its time and a condition; image in, image of the same height and width out.
+    """A U-Net: (noisy image, time, condition) -> prediction of the same height and width.
 
-    The fields are those of the config.json of diffusers' `UNet2DConditionModel` and `UNet2DModel`, with their meaning;
-    the defaults are the former's (Stable Diffusion 1). A field that may be a tuple has an entry for each level.
-    The way down, `encode`, serves networks that control another one too.
+    The fields are those of config.json of diffusers' `UNet2DConditionModel` and `UNet2DModel`, with the same meaning.
+    Defaults are those of `UNet2DConditionModel` (Stable Diffusion 1). A tuple has one entry for each level.
+    A control network can reuse `encode`, the downward half.
 
-    block_out_channels: channels of each level, finest first. layers_per_block: residual blocks of a level.
-    attention_head_dim: in `Attn…` blocks the channels of a head (None: one head of all channels); in `CrossAttn…`
-        blocks, by a historical slip that every published config relies on, the number of heads.
-    upcast_attention: kept for diffusers, whose scores need it in half precision; here they are always float32.
-    attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D; None means norm_num_groups, or no
-        norm under resnet_time_scale_shift="scale_shift".
-    num_class_embeds: size of the table of class embeddings; None for a network that knows no classes.
-    addition_embed_type: "text_time" for a network that is told a vector of the whole text and numbers about the image,
-        such as its size and crop (SDXL, Podell et al. 2023, section 2.2), each number as sinusoidal waves of width
-        addition_time_embed_dim; projection_class_embeddings_input_dim is the width of all of these together.
+    block_out_channels: channels of each level, finest first.
+    layers_per_block: residual blocks of a level.
+    attention_head_dim: in `Attn…` blocks, channels of a head (None: one head of all channels). In `CrossAttn…` blocks
+      it is the number of heads: a historical mistake that every published config relies on.
+    upcast_attention: unused. Attention scores are always float32; diffusers reads it for half precision.
+    attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D. None means norm_num_groups, or no
+      norm under resnet_time_scale_shift="scale_shift".
+    num_class_embeds: size of the table of class embeddings. None for a network without classes.
+    addition_embed_type: "text_time" for a network whose condition has one vector for the whole text, and numbers about
+      the image such as its size and crop (SDXL, Podell et al. 2023, section 2.2). Each number becomes sinusoidal waves
+      of width addition_time_embed_dim. projection_class_embeddings_input_dim is the width of vector and waves together.
 
     Not in that config:
-    dtype: of the large multiplications; parameters, norms, softmax, time embedding and output are float32.
-    remat: recompute residual blocks and transformers in the backward pass instead of keeping their insides.
+    dtype: of the large multiplications. Parameters, norms, softmax, time embedding and output are float32.
+    remat: recompute residual blocks and transformers in the backward pass instead of storing their activations.
     attention_implementation: see `attention`.
     """
 
@@ -95,7 +96,7 @@ class UNet(nn.Module):
 
     @property
     def known_channels(self) -> int:
-        """Channels of cond["known"], of a network that fills in parts of an image."""
+        """Channels of cond["known"] for an inpainting network, else 0."""
         return max(self.in_channels - self.out_channels, 0)
 
     def setup(self):
@@ -123,17 +124,18 @@ class UNet(nn.Module):
         cond: Mapping[str, Array] = MappingProxyType({}),
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch height width out"]:
-        """x: the noisy image. t: its time as the network knows it, one for each image or one for all.
+        """Predict from the noisy image x at time t.
 
-        cond: what the network is told, each with the batch axis before it.
-          text (L, D) float, mask (L,) bool: the text, and True where it is no padding; the mask may be left out.
+        t: () or (B,), in the network's own unit.
+        cond: the condition, each entry with a batch axis in front.
+          text (L, D) float, mask (L,) bool: the text; False marks padding. The mask is optional.
           label () int: the class.
           text_embeds (P,), time_ids (N,) float: the vector and the numbers of addition_embed_type. For SDXL the numbers
             are the height and width of the original image, top and left of the crop, height and width of the result,
             all in pixels.
-          known (h, w, k) float: what is known of the image, of a network that fills in.
-        keys: one for each image. With them dropout is on, and what an image loses does not depend on its batch.
-        Raises ValueError for fields that contradict each other, and for a condition that is missing or not known.
+          known (h, w, k) float: the known part of the image, for an inpainting network.
+        keys: (B,), one for each image. They turn dropout on. The result of an image does not depend on its batch.
+        Raises ValueError for fields that contradict each other, and for a missing or unknown condition.
         """
         h, skips, seen = self.encode(x, t, cond, keys)
         return self.decode(h, skips, seen, cond)
@@ -141,9 +143,9 @@ class UNet(nn.Module):
     def encode(
         self, x: Array, t: Array, cond: Mapping[str, Array], keys: Array | None = None
     ) -> tuple[Array, list[Array], tuple[Array, Array | None]]:
-        """The way down, with the middle: (result, skips, what residual blocks see). Arguments are those of a call.
+        """The downward half and the middle: (result, skips, inputs of the residual blocks). Arguments as in `__call__`.
 
-        skips: what the way up is shown, finest first.
+        skips: inputs of the upward half, finest first.
         """
         self._check(x, cond)
         seen = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), cond), keys
@@ -161,14 +163,14 @@ class UNet(nn.Module):
     def decode(
         self, x: Array, skips: Sequence[Array], seen: tuple[Array, Array | None], cond: Mapping[str, Array]
     ) -> Float[Array, "batch height width out"]:
-        """The way up, from what `encode` returns."""
+        """The upward half. Its inputs are the results of `encode`."""
         skips = list(skips)
         for block, kind in zip(self.up_blocks, self.up_block_types, strict=True):
             x = block(x, skips, seen, *_context(kind, cond))
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
     def example_inputs(self) -> tuple[Array, Array, dict[str, Array]]:
-        """The smallest zeros that this network takes, (x, t, cond), for `init` and for tracing its shapes."""
+        """The smallest valid (x, t, cond), all zeros, for `init` and for shape inference."""
         size, cond = 2 ** (len(self.block_out_channels) - 1), {}
         if self._reads_text():
             cond["text"] = jnp.zeros((1, 1, self.cross_attention_dim))
@@ -200,7 +202,7 @@ class UNet(nn.Module):
         )
 
     def _resnet(self, level: int) -> Callable[..., ResnetBlock2D]:
-        """What makes a residual block of a level from its name."""
+        """A function from name to the residual block of a level."""
         return functools.partial(
             self._rematted(ResnetBlock2D),
             self.block_out_channels[level],
@@ -212,7 +214,7 @@ class UNet(nn.Module):
         )
 
     def _attention(self, block_type: str, level: int) -> Callable[..., nn.Module] | None:
-        """What makes the attention of a block from its name, None for a block without."""
+        """A function from name to the attention of a block, or None for a block without attention."""
         heads = self._per_level("attention_head_dim")[level]
         shared = dict(dtype=self.dtype, implementation=self.attention_implementation)
         if BLOCK_TYPES[block_type] == "cross":
@@ -279,7 +281,7 @@ class UNet(nn.Module):
             known = [name for name in BLOCK_TYPES if part in name]
             for name in np.atleast_1d(getattr(self, field) or ()):
                 if name not in known:
-                    raise ValueError(f"UNet: {field} has {str(name)!r}; known are {', '.join(known)}")
+                    raise ValueError(f"UNet: {field} has {str(name)!r}; expected one of {', '.join(known)}")
         for field, known in (
             ("resnet_time_scale_shift", ("default", "scale_shift")),
             ("addition_embed_type", (None, "text_time")),
@@ -301,7 +303,7 @@ class UNet(nn.Module):
         unknown = [name for name in cond if not (needed.get(name, False) or (name == "mask" and needed["text"]))]
         if missing or unknown:
             raise ValueError(
-                f"UNet: this network is told {', '.join(n for n in needed if needed[n]) or 'nothing'}, "
+                f"UNet: expected a condition with {', '.join(n for n in needed if needed[n]) or 'nothing'}, "
                 f"got {', '.join(sorted(cond)) or 'nothing'}"
             )
         known = cond["known"].shape[-1] if needed["known"] else 0
@@ -321,5 +323,5 @@ class UNet(nn.Module):
 
 
 def _context(block_type: str, cond: Mapping[str, Array]) -> tuple:
-    """What a block looks at besides the image: the text and its mask."""
+    """The inputs of a block besides the image: the text and its mask."""
     return (cond["text"], cond.get("mask")) if BLOCK_TYPES[block_type] == "cross" else ()

@@ -1,5 +1,6 @@
-"""What a network is trained to do: `loss(params, frozen, batch, keys) -> (loss, metrics)`.
+"""Training objectives: `loss(params, frozen, batch, keys) -> (loss, metrics)`.
 
-keys: (B,), one for each example. frozen: what the loss reads and training leaves alone, a dict; the training step adds
-"step", the number of updates so far, and "ema", the averaged params.
+keys: (B,), one for each example.
+frozen: dict of inputs that are not trained. The training step adds "step", the number of updates so far, and "ema",
+  the averaged params.
 """

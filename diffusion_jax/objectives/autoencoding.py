@@ -32,9 +32,9 @@ def autoencoding(
     perceptual: (frozen params, x, x') -> distance (B,), or None.
     discriminate: (params, image) -> logits, or None.
     weights: {"l1", "l2", "perceptual", "kl", "adversarial"}.
-    Parameters are {"autoencoder": ...} and, with `discriminate`, {"discriminator": ...} beside it: one optimizer step
-    updates both, since each term's gradient reaches only the network it is meant for. batch = {"image": (B, H, W, 3),
-    uint8 or in [-1, 1]}.
+    Params are {"autoencoder": ...}, and {"discriminator": ...} if there is one. One optimizer step updates both,
+    because the gradient of each term reaches only its own network. batch = {"image": (B, H, W, 3), uint8 or in [-1,
+    1]}.
     """
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
@@ -62,7 +62,7 @@ def autoencoding(
 def hinge(
     discriminate: Callable[[PyTree, Array], Array], params: PyTree, real: Array, fake: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Hinge losses of generator and discriminator (Lim & Ye 2017), each with the other's network held still."""
+    """Hinge losses of generator and discriminator (Lim & Ye 2017). Each treats the other network as constant."""
     stop = jax.lax.stop_gradient
     generator = -jnp.mean(discriminate(stop(params), fake))
     on_real, on_fake = discriminate(params, real), discriminate(params, stop(fake))

@@ -1,4 +1,4 @@
-"""Predict the noise (or x0, or v) by plain regression (Ho et al. 2020, algorithm 1)."""
+"""Predict the noise (or x0, or v) by regression (Ho et al. 2020, algorithm 1)."""
 
 from collections.abc import Callable
 
@@ -31,8 +31,8 @@ def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels
     weight: (level, parameterization) -> (B,), from `objectives.levels`.
     drop: probability of training without the condition, in [0, 1].
     levels: (schedule, keys (B,)) -> NoiseLevel of (B,), from `objectives.levels`.
-    The loss trains what `model.adapter` says. It takes batch = {"latent": record of the codec (B, ...), "cond": leaves
-    (B, ...)} and frozen as `frozen_parts` makes it.
+    The loss takes params as split by `model.adapter`, frozen from `frozen_parts`, and batch = {"latent": record of the
+    codec (B, ...), "cond": leaves (B, ...)}.
     """
     parameterization = model.parameterization
 
@@ -52,5 +52,8 @@ def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels
 
 
 def frozen_parts(model: DiffusionModel, rest: PyTree) -> dict:
-    """What the loss reads and training leaves alone. rest: the variables that `model.adapter` does not train."""
+    """The frozen inputs of the loss.
+
+    rest: the variables that `model.adapter` does not train.
+    """
     return {"codec": model.codec.stats, "null_cond": model.conditioning.null, "rest": rest}

@@ -1,7 +1,7 @@
-"""Which noise levels training sees, and how much the error at each of them counts.
+"""The noise levels that training uses, and the weight of the error at each of them.
 
-The levels of training and the path of sampling are two things: a model trained on a distribution of log-SNR that is
-dense where it matters is still sampled along its whole schedule.
+They are independent of the path of sampling: a model trained mostly at some log-SNR is still sampled along its whole
+schedule.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Weight = Callable[[NoiseLevel, Parameterization], Float[Array, "batch"]]
 
 
 def uniform(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
-    """Uniform in the schedule's time: one of 0..T-1, or anywhere in [t_min, t_max] where time is continuous."""
+    """Uniform in the schedule's time: a step in 0..T-1, or any time in [t_min, t_max] in continuous time."""
 
     def time(key: Key[Array, ""]) -> Array:
         if schedule.num_steps:
@@ -35,24 +35,22 @@ def laplace(schedule: Schedule, keys: Key[Array, "batch"], mean: float = 0.0, sc
 
 
 def lognormal(schedule: Schedule, keys: Key[Array, "batch"], mean: float = -1.2, std: float = 1.2) -> NoiseLevel:
-    """log(sigma / alpha) from N(mean, std^2), as EDM is trained (Karras et al. 2022, table 1)."""
+    """log(sigma / alpha) from N(mean, std^2), as in EDM (Karras et al. 2022, table 1)."""
     return _at(schedule, -2 * (mean + std * jax.vmap(jax.random.normal)(keys)))
 
 
 def logit_normal(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
-    """logit(u) from N(0, 1) for u = sigma / (alpha + sigma), as rectified flows are trained (Esser et al. 2024, section
-    3.1).
-    """
+    """logit(u) from N(0, 1), u = sigma / (alpha + sigma), as in rectified flow (Esser et al. 2024, section 3.1)."""
     return _at(schedule, -2 * jax.vmap(jax.random.normal)(keys))
 
 
 def _at(schedule: Schedule, logsnr: Float[Array, "batch"]) -> NoiseLevel:
-    """The schedule's levels at these log-SNR, those beyond its ends at its ends."""
+    """The schedule's levels at these log-SNR, clipped to its ends."""
     return schedule(schedule.t_of_logsnr(logsnr))
 
 
 def uniform_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
-    """Weight 1 on the squared error of whatever the network predicts (L_simple, Ho et al. 2020, eq. 14)."""
+    """Weight 1 on the squared error of the network's output (L_simple, Ho et al. 2020, eq. 14)."""
     return jnp.ones_like(level.sigma)
 
 
@@ -67,5 +65,5 @@ def truncated_snr_weight(level: NoiseLevel, parameterization: Parameterization) 
 
 
 def _on_x0(weight: Array, level: NoiseLevel, parameterization: Parameterization) -> Array:
-    """From a weight on the squared error of x0 to that on the squared error of the network's answer."""
+    """Convert a weight on the squared error of x0 to one on the squared error of the network's output."""
     return weight * parameterization.magnification(level) ** 2

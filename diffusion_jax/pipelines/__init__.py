@@ -1,4 +1,4 @@
-"""From prompts and pixels to pixels: pure functions over a model and a plan."""
+"""From prompts and images to images: pure functions of a model and a plan."""
 
 from diffusion_jax.core.guidance import Guidance
 from diffusion_jax.pipelines.generate import from_noise

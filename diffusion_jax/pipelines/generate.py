@@ -1,10 +1,11 @@
-"""The one path from noise to pixels."""
+"""From noise to pixels: the common code of all pipelines."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax import parallel
@@ -20,7 +21,7 @@ Callback = Callable[[int, Array], bool | None] | None
 
 
 def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
-    """The x0 of images, uint8 or in [-1, 1]; of an autoencoder, the mean of its posterior.
+    """The x0 of images, uint8 or in [-1, 1]. For an autoencoder, the mean of its posterior.
 
     Raises ValueError for images of another size than the model's.
     """
@@ -30,9 +31,9 @@ def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
     return jnp.asarray(codec.sample(codec.stats, codec.encode(image), None))
 
 
-def noise(model: DiffusionModel, keys: Key[Array, "batch"], level: NoiseLevel) -> Float[Array, "batch h w c"]:
-    """The noise that images of these keys start from at a level, `plan.start`."""
-    return initial_noise(keys, model.shape, level)
+def noise(model: DiffusionModel, keys: Key[Array, "batch"], std: ArrayLike = 1.0) -> Float[Array, "batch h w c"]:
+    """The initial noise for images with these keys. std: standard deviation, usually `plan.initial`."""
+    return initial_noise(keys, model.shape, NoiseLevel(0.0, 0.0, std))
 
 
 def solve(
@@ -45,19 +46,20 @@ def solve(
     callback: Callback = None,
     known: Known | None = None,
 ) -> Float[Array, "batch h w c"]:
-    """Carry x from the plan's first level to its last, spread over this host's devices when B divides by their number.
+    """Carry x from the plan's first level to its last. This host's devices share the batch if B is divisible by their
+    number.
 
-    cond: leaves (B, ...), of whatever kind the model was trained with. A text may be several times as long as that of
-      the model's null condition, which is then repeated.
+    cond: leaves (B, ...), of the kind that the model was trained with. A text may be several times as long as in the
+      model's null condition, which is then repeated.
     keys: (B,), one for each image. An image depends on its key and condition, not on the batch.
-    guidance: scale of classifier-free guidance, 1 for none, one number or (B,); or a `Guidance`.
-    callback: after each chunk of rows called with (rows done, prediction of x0); returning True stops there.
-    known: for inpainting, the part of x to hold on to; see `core.sampling.keep`.
-    Raises ValueError for a model that fills in, whose condition does not say what is known, and for what
-    `core.guidance.guided` and `core.sampling.sample` refuse.
+    guidance: scale of classifier-free guidance, () or (B,), 1 for none; or a `Guidance`.
+    callback: called after each chunk of rows with (rows done, prediction of x0). Sampling stops if it returns True.
+    known: for inpainting, the part of x to keep; see `core.sampling.keep`.
+    Raises ValueError for an inpainting model without a known part in its condition, and the errors of
+    `core.guidance.guided` and `core.sampling.sample`.
     """
     if model.network.known_channels and "known" not in cond:
-        raise ValueError("this model fills in parts of an image: it needs an image and a mask")
+        raise ValueError("this is an inpainting model: it needs an image and a mask")
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
     x, cond, keys, known = parallel.spread((x, cond, keys, known), len(keys))
@@ -71,7 +73,7 @@ def solve(
 
 
 def _lengthened(null_cond: PyTree, cond: PyTree) -> PyTree:
-    """What stands for no condition, its texts repeated until they are as long as those of cond."""
+    """null_cond with its texts repeated to the length of those in cond."""
 
     def lengthened(null: Array, leaf: Array) -> Array:
         repeats = leaf.shape[1] // len(null) if null.ndim and null.ndim == leaf.ndim - 1 else 1
@@ -96,8 +98,8 @@ def from_noise(
     callback: Callback = None,
     known: Known | None = None,
 ) -> Float[Array, "batch height width 3"]:
-    """Images in about [-1, 1] from the state x at `plan.start`: noise, or an image part of the way to it.
+    """Images in about [-1, 1] from the state x at `plan.start`: noise, or a partly denoised image.
 
-    All else as in `solve`.
+    Other arguments as in `solve`.
     """
     return decode(model, solve(model, x, cond, keys, plan, guidance, callback, known))

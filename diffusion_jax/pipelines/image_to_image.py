@@ -1,11 +1,11 @@
-"""Image and prompt -> image; and an image back to its noise."""
+"""Image and prompt -> image, and image -> its noise."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.codec import Images, pixels
-from diffusion_jax.core.process import NoiseLevel, add_noise
+from diffusion_jax.core.process import add_noise
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines.generate import Callback, Guided, encode, from_noise, noise, solve
@@ -20,13 +20,12 @@ def image_to_image(
     guidance: Guided = 1.0,
     callback: Callback = None,
 ) -> Float[Array, "batch height width 3"]:
-    """The image noised to `plan.start` and generated anew from there (SDEdit, Meng et al. 2022, section 3).
+    """Add noise to the image up to `plan.start`, then denoise it (SDEdit, Meng et al. 2022, section 3).
 
     image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size.
-    plan: a solver on `solvers.strength_times(schedule, steps, strength)`. Without rows, strength 0, the image comes
-      back unchanged. Strength 1 generates what `text_to_image` does, up to the alpha that the schedule leaves of the
-      image at its noisiest time.
-    All else as in `text_to_image`.
+    plan: a solver on `solvers.strength_times(schedule, steps, strength)`. Strength 0 has no rows and returns the image
+      unchanged. Strength 1 generates what `text_to_image` does, up to the remaining alpha at the noisiest time.
+    Other arguments as in `text_to_image`.
     """
     if plan.num_rows == 0:
         return jnp.asarray(pixels(image))
@@ -37,8 +36,8 @@ def image_to_image(
 def noised(
     model: DiffusionModel, x0: Float[Array, "batch h w c"], keys: Key[Array, "batch"], plan: Plan
 ) -> Float[Array, "batch h w c"]:
-    """x0 with the noise of the keys, at `plan.start`."""
-    return add_noise(x0, noise(model, keys, NoiseLevel(0.0, 0.0, 1.0)), plan.start)
+    """x0 with noise at the level `plan.start`."""
+    return add_noise(x0, noise(model, keys), plan.start)
 
 
 def invert(
@@ -46,10 +45,10 @@ def invert(
 ) -> Float[Array, "batch h w c"]:
     """The noise from which `ddim` generates the image (Song et al. 2021, section 4.3).
 
-    `from_noise` with `ddim` on the same times and the same cond brings the image back; another cond edits it. More
-    steps bring it closer, and so does guidance of 1.
+    `from_noise` with `ddim` on the same times and cond reconstructs the image. Another cond edits it. More steps and a
+    guidance of 1 reconstruct it more closely.
     plan: `solvers.ddim_inversion`.
-    All else as in `image_to_image`.
+    Other arguments as in `image_to_image`.
     """
     unused = jax.random.split(jax.random.key(0), len(image))  # the plan adds no noise
     return solve(model, encode(model, image), cond, unused, plan, guidance, callback)

@@ -1,4 +1,4 @@
-"""Image, mask and prompt -> image, new where the mask says so."""
+"""Image, mask and prompt -> image, generated where the mask is 1."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +22,17 @@ def inpaint(
     guidance: Guided = 1.0,
     callback: Callback = None,
 ) -> Float[Array, "batch height width 3"]:
-    """A new image where mask is 1, the old one where it is 0.
+    """Generate the image where mask is 1, and keep it where mask is 0.
 
-    A model that fills in (`Network.known_channels`) is told what is known: 1 where a cell of the latent is new, and the
-    latent of the image without its masked pixels (Rombach et al. 2022, section 4.5). With any other model the known
-    part is held at every level of the plan (Lugmayr et al. 2022, algorithm 1). Where mask is 0 the result is the given
-    image exactly.
+    An inpainting model (`Network.known_channels`) gets the known part as a condition: the mask, 1 for generated latent
+    cells, and the latent of the image without its masked pixels (Rombach et al. 2022, section 4.5). With any other
+    model the known part is replaced at every level of the plan (Lugmayr et al. 2022, algorithm 1). Where mask is 0, the
+    result equals the given image exactly.
     image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size.
     mask: (B or 1, H, W, 1), in [0, 1]. Values between blend. Every latent cell that overlaps the mask is generated.
-    plan: from noise alone, or on `solvers.strength_times` for new parts that begin with the old ones.
-      `solvers.with_resampling(plan, repeats)` fits the parts together better.
-    All else as in `text_to_image`.
+    plan: from pure noise, or on `solvers.strength_times` to start from the old content.
+      `solvers.with_resampling(plan, repeats)` makes the parts match better.
+    Other arguments as in `text_to_image`.
     Raises ValueError for a mask of another shape.
     """
     if mask.shape not in [(batch, *image.shape[1:3], 1) for batch in (1, len(image))]:
@@ -53,8 +53,8 @@ def inpaint(
 def seen(
     model: DiffusionModel, image: Images, mask: Float[Array, "#batch height width 1"]
 ) -> Float[Array, "batch h w c"]:
-    """(B, h, w, 1 + channels) for a model that fills in: the mask, as it is at the corner of each cell, and the latent
-    of the image with grey where it is to be new.
+    """The condition (B, h, w, 1 + channels) of an inpainting model: the mask, sampled at the corner of each cell, and
+    the latent of the image with grey instead of its masked pixels.
     """
     new, factor = mask > 0.5, model.codec.factor
     latent = encode(model, jnp.where(new, 0.0, pixels(image)))
@@ -63,7 +63,7 @@ def seen(
 
 
 def _touched(mask: Float[Array, "batch height width 1"], factor: int) -> Float[Array, "batch h w 1"]:
-    """1 for each cell of factor x factor pixels that the mask touches, else 0."""
+    """1 for each cell of factor x factor pixels that overlaps the mask, else 0."""
     batch, height, width, _ = mask.shape
     cells = mask.reshape(batch, height // factor, factor, width // factor, factor)
     return jnp.any(cells > 0, axis=(2, 4))[..., None].astype(mask.dtype)

@@ -1,4 +1,4 @@
-"""Between two noises, two prompts, two seeds."""
+"""Interpolation between two noises, two prompts or two seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ Weight = float | Float[Array | np.ndarray, "batch"]
 def slerp(
     a: Float[Array, "batch *shape"], b: Float[Array, "batch *shape"], weight: Weight
 ) -> Float[Array, "batch *shape"]:
-    """Along the great circle from a to b (Shoemake 1985), so that noise between two noises is as strong as they are.
+    """Interpolate along the great circle from a to b (Shoemake 1985), which keeps the strength of noise.
 
-    sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle between a and b; linear where they
-    are parallel. Each image is one vector. weight w: 0 gives a, 1 gives b; one number or (B,).
+    sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle between a and b. Linear if they
+    are parallel. Each image is one vector.
+
+    weight: w, () or (B,). 0 gives a, 1 gives b.
     """
     axes = tuple(range(1, a.ndim))
 
@@ -38,10 +40,11 @@ def slerp(
 
 
 def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
-    """The condition between two: (1 - weight) a + weight b of embeddings, a token real where it is in either.
+    """Interpolate two conditions: (1 - weight) a + weight b for embeddings, "or" for masks.
 
-    a, b: leaves (B, ...) of one shape, floats or masks of bool. weight: one number or (B,).
-    Raises ValueError for leaves of other kinds: there is nothing between two classes.
+    a, b: leaves (B, ...) of the same shapes, floats or bool masks.
+    weight: () or (B,).
+    Raises ValueError for leaves of other kinds, such as class labels.
     """
 
     def between(a: ArrayLike, b: ArrayLike) -> Array:
@@ -49,7 +52,7 @@ def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
         if a.dtype == bool:
             return a | b
         if not jnp.issubdtype(a.dtype, jnp.floating):
-            raise ValueError(f"only embeddings can be mixed: there is nothing between values of {a.dtype}")
+            raise ValueError(f"only embeddings can be mixed: expected floats or bool masks, got {a.dtype}")
         w = expand(weight, a)
         return (1 - w) * a + w * b
 
@@ -59,8 +62,8 @@ def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
 def variations(
     model: DiffusionModel, keys: Key[Array, "batch"], other_keys: Key[Array, "batch"], plan: Plan, strength: Weight
 ) -> Float[Array, "batch h w c"]:
-    """The noise of `keys`, turned a little towards that of `other_keys`, for `from_noise`.
+    """Noise between that of `keys` and that of `other_keys`, for `from_noise`.
 
-    strength: () or (B,). 0 for the images of `keys`, 1 for those of `other_keys`.
+    strength: () or (B,). 0 gives the images of `keys`, 1 those of `other_keys`.
     """
-    return slerp(noise(model, keys, plan.start), noise(model, other_keys, plan.start), strength)
+    return slerp(noise(model, keys, plan.initial), noise(model, other_keys, plan.initial), strength)

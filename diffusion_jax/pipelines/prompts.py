@@ -1,11 +1,12 @@
-"""Prompts with weights and prompts of any length for CLIP's encoders, as users of popular web interfaces know them.
+"""Weighted prompts of any length for CLIP's encoders, in the grammar of popular web interfaces.
 
     (word)       its tokens count 1.1 times          ((word))     1.1 · 1.1 times
     (word:1.3)   1.3 times                           [word]       1 / 1.1 times
     \\( \\) \\[ \\] \\\\   the characters themselves
 
-Brackets nest and their weights multiply. One that is never closed reaches to the end of the prompt; one that was never
-opened is a character, and so is a colon that no number and round bracket follow; any other backslash is left out.
+Brackets nest and their weights multiply. A bracket that is never closed extends to the end of the prompt. A closing
+bracket without an opening one is a plain character, and so is a colon not followed by a number and a round bracket. Any
+other backslash is dropped.
 """
 
 import re
@@ -18,14 +19,14 @@ from tokenizers import Tokenizer
 
 EMPHASIS = 1.1
 ROUND, SQUARE = "()", "[]"
-# backslash and what it escapes | end of a bracket with its weight | bracket | anything else
+# escaped character | closing bracket with its weight | bracket | other text
 SYMBOLS = re.compile(r"(\\[\\()\[\]]?)|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|([()\[\]])|[^\\()\[\]:]+|:")
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    """A prompt -> its pieces of text and their weights, neighbours of one weight joined; [("", 1.0)] for no text."""
+    """Split a prompt into (text, weight) pieces, merging neighbours of equal weight. An empty prompt is [("", 1.0)]."""
     pieces: list[tuple[str, float]] = []
-    opened: dict[str, list[int]] = {ROUND: [], SQUARE: []}  # the piece before which each open bracket stands
+    opened: dict[str, list[int]] = {ROUND: [], SQUARE: []}  # index of the piece after each open bracket
     implied = {ROUND: EMPHASIS, SQUARE: 1 / EMPHASIS}
 
     def multiply(start: int, factor: float):
@@ -59,16 +60,16 @@ def _joined(pieces):
 def chunk(
     pieces: Sequence[tuple[str, float]], tokenizer: Tokenizer
 ) -> tuple[Int[np.ndarray, "chunks length"], Float[np.ndarray, "chunks length"]]:
-    """Pieces of a prompt -> token ids in as many chunks as they need, and the weight of each token.
+    """Token ids of a prompt's pieces, in as many chunks as needed, and the weight of each token.
 
-    tokenizer: as `load_tokenizer` sets it, to L tokens with one that begins and one that ends a text. Each chunk is
-    these two around at most L - 2 tokens of the prompt (75 of 77), then padding; their own weight is 1.
-    Raises ValueError for the tokenizer of another family.
+    tokenizer: from `load_tokenizer`, with L tokens including a start and an end token. A chunk has these two around at
+      most L - 2 tokens of the prompt (75 of 77), then padding. Their own weight is 1.
+    Raises ValueError for a tokenizer of another family.
     """
     marks = tokenizer.num_special_tokens_to_add(is_pair=False)
     if marks != 2:
         raise ValueError(
-            f"weighted prompts: expected CLIP's tokenizer, which marks both ends of a text, got {marks} marks"
+            f"weighted prompts: expected CLIP's tokenizer, with a start and an end token, got {marks} such tokens"
         )
     begin, end, *padding = tokenizer.encode("").ids
     tokens = [(token, weight) for text, weight in pieces for token in _token_ids(text, tokenizer)]
@@ -80,7 +81,7 @@ def chunk(
 
 
 def _token_ids(text, tokenizer):
-    """Ids of a text however long it is, without the tokens that mark its ends."""
+    """Ids of a text of any length, without start and end token."""
     first = tokenizer.encode(text, add_special_tokens=False)
     parts = (first, *first.overflowing)
     return [i for part in parts for i, real in zip(part.ids, part.attention_mask, strict=True) if real]
@@ -91,8 +92,10 @@ def chunked(
 ) -> tuple[Int[np.ndarray, "batch chunks length"], Float[np.ndarray, "batch chunks length"]]:
     """Token ids and weights of prompts in this module's grammar, in chunks.
 
-    All come out as long as the longest needs, the others followed by empty chunks: guidance needs the prompt and the
-    negative prompt in one call. tokenizer: as `chunk` needs it.
+    All prompts get as many chunks as the longest, because one call guides by prompt and negative prompt. Extra chunks
+    are empty.
+
+    tokenizer: as in `chunk`.
     """
     made = [chunk(parse(prompt), tokenizer) for prompt in prompts]
     empty = chunk([], tokenizer)
@@ -107,14 +110,14 @@ def chunked(
 def emphasise(
     z: Float[Array, "rows length width"], weights: Float[Array | np.ndarray, "batch chunks length"]
 ) -> Float[Array, "batch tokens width"]:
-    """Weighted embeddings of chunks, one after the other: tokens = chunks · length.
+    """Weighted embeddings of chunks, concatenated: tokens = chunks · length.
 
         z' = (w · z) mean(z) / mean(w · z),    means over all tokens and channels of one chunk of one prompt
 
-    so that a weight moves emphasis between the tokens of a chunk and leaves the mean of their embeddings where the
-    denoiser knows it. With all weights 1, z' = z. A chunk whose mean is nothing beside its values has none to keep.
+    A weight thus moves emphasis between the tokens of a chunk and keeps the mean of their embeddings, which the
+    denoiser was trained on. If all weights are 1, z' = z. A chunk whose mean is almost 0 is not rescaled.
 
-    z: what the encoder says of the chunks, rows = batch · chunks.
+    z: embeddings of the chunks, rows = batch · chunks.
     """
     batch, chunks, length = weights.shape
     weighted = z * weights.reshape(batch * chunks, length, 1)

@@ -1,4 +1,4 @@
-"""Published models of the Stable Diffusion family as models of this library."""
+"""Convert published models of the Stable Diffusion family to models of this library."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,11 +14,14 @@ from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core import sampling, solvers
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
+from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
+from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, Network
 from diffusion_jax.models.applied import Applied
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
+from diffusion_jax.pipelines.generate import noise
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
@@ -31,15 +34,15 @@ def from_published(
 ) -> DiffusionModel:
     """The published model as one value.
 
-    Conditions are {"text": (B, L, D)}, the last layer of the text encoder (SD 1 and 2); of SDXL (Podell et al. 2023)
-    the layers before the last ones, side by side, with {"text_embeds": (B, P), "time_ids": (B, 6)}, the vector of the
-    whole prompt and the sizes of an image that was neither scaled nor cropped. Prompts may be weighted and of any
-    length (`pipelines.prompts`), captions of records are cut to one chunk. No condition is the empty prompt, or zeros
-    where the model's authors say so.
-    size: height and width of the images in pixels, the model's own by default; 0 for one that is its own.
-    dtype: that networks compute in.
+    Conditions are {"text": (B, L, D)}. SD 1 and 2: the last layer of the text encoder. SDXL (Podell et al. 2023): the
+    penultimate layers of both encoders, concatenated, with {"text_embeds": (B, P), "time_ids": (B, 6)}, the vector of
+    the whole prompt and the sizes of an image that was neither scaled nor cropped. Prompts may have weights and any
+    length (`pipelines.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or zeros
+    if the model's index says so.
+    size: height and width of the images in pixels, the model's own by default. 0 means the model's own side.
+    dtype: compute type of the networks.
     tile: see `codec.autoencoder_kl`.
-    Raises ValueError for a size that the autoencoder cannot make, for a model without tokenizers, and for one that also
+    Raises ValueError for a size that the autoencoder cannot generate, for a model without tokenizers, and for one that
     needs an aesthetic score.
     """
     unet = published.unet.module.clone(dtype=dtype)
@@ -56,14 +59,24 @@ def from_published(
         codec=codec,
         conditioning=_conditioning(published, size, dtype),
         size=size,
+        own_plans={"published": sampler(published)},
         own_times={"published": functools.partial(published_times, published)},
     )
 
 
-def published_times(published: PublishedPipeline, steps: int) -> np.ndarray:
-    """The times at which the model's authors let a solver of `steps` steps evaluate it: (steps,), falling.
+def sampler(published: PublishedPipeline) -> Callable[[int, float], Plan]:
+    """(steps, strength) -> the plan of the model's own scheduler, with the corrections that diffusers makes to the
+    scheduler of a Stable Diffusion 1 or 2 pipeline when it loads one.
+    """
+    wide = published.unet.module.addition_embed_type is not None
+    config = dict(published.scheduler) | ({} if wide else {"clip_sample": False, "steps_offset": 1})
+    return functools.partial(published_plan, config, published.schedule)
 
-    Raises ValueError for steps outside 1..T, and for so many that the authors' offset leaves the schedule.
+
+def published_times(published: PublishedPipeline, steps: int) -> np.ndarray:
+    """The times that the model's scheduler_config.json sets for a solver of `steps` steps: (steps,), falling.
+
+    Raises ValueError for steps outside 1..T, and for steps at which steps_offset leaves the schedule.
     """
     spacing = published.scheduler.get("timestep_spacing", "leading")
     times = solvers.times(published.schedule, steps, spacing)
@@ -80,7 +93,7 @@ def _check(published: PublishedPipeline) -> None:
     unet, channels = published.unet.module, published.autoencoder.module.latent_channels
     if unet.in_channels not in (channels, 2 * channels + 1) or published.text_names == ("text_encoder_2",):
         raise ValueError(
-            "expected a model that sees the noisy latents and a prompt, and of inpainting a mask and the known latents"
+            "expected a U-Net whose input is the noisy latents, or for inpainting also a mask and the known latents"
         )
 
 
@@ -89,10 +102,12 @@ def generator(
 ) -> tuple[Callable[..., Array], PyTree]:
     """Token ids to pixels as one compiled function: (run, weights), for compiling ahead and for throughput.
 
-    run(weights, ids, weights_of_tokens, keys, rows, scale) -> images (B, height, width, 3) in about [-1, 1]. ids: for
-    each text encoder (2B, chunks, L), the prompts and then as many negative prompts, with weights_of_tokens
-    (2B, chunks, L), as `prompts.chunked` makes them. keys: (B,). rows: `sampling.rows(plan, at_least)`; plans of no
-    more rows than at_least, other scales, seeds and prompts use the same program. scale: of guidance, a number or (B,).
+    run(weights, ids, weights_of_tokens, keys, rows, scale) -> images (B, height, width, 3) in about [-1, 1].
+    ids: for each text encoder (2B, chunks, L), the prompts, then as many negative prompts, from `prompts.chunked`.
+    weights_of_tokens: (2B, chunks, L), likewise.
+    keys: (B,).
+    rows: `sampling.rows(plan, at_least)`. Plans of up to at_least rows, other scales and prompts use the same program.
+    scale: of guidance, () or (B,).
     size, dtype, errors: as in `from_published`.
     """
     model = from_published(published, size, dtype)
@@ -109,14 +124,14 @@ def generator(
             {name: leaf[half] for name, leaf in both.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
         )
         denoise = guided(model.denoiser(weights["unet"]), Guidance(scale, negative), model.conditioning.null)
-        x = sampling.initial_noise(keys, model.shape, jax.tree.map(lambda leaf: leaf[0], rows.plan.level))
+        x = noise(model, keys, rows.plan.initial)
         return model.codec.decode(weights["codec"], sampling.run_rows(denoise, rows, x, keys, cond))
 
     return jax.jit(run), weights
 
 
 def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Callable[..., PyTree]:
-    """(variables of each text encoder, ids of each (B, chunks, L), weights (B, chunks, L)) -> cond, pure."""
+    """A pure function (variables, ids (B, chunks, L) of each text encoder, weights (B, chunks, L)) -> cond."""
     wide = published.unet.module.addition_embed_type is not None
     encoders = [part.module.clone(dtype=dtype) for part in published.text_encoders]
     height, width = size

@@ -15,14 +15,14 @@ def text_to_image(
     guidance: Guided = 1.0,
     callback: Callback = None,
 ) -> Float[Array, "batch height width 3"]:
-    """Images in about [-1, 1] for a batch of conditions, spread over this host's devices when B divides by their
+    """Images in about [-1, 1] for a batch of conditions. This host's devices share the batch if B is divisible by their
     number.
 
-    cond: leaves (B, ...), of whatever kind the model was trained with, such as `model.conditioning.of_prompts` makes.
+    cond: leaves (B, ...), of the kind that the model was trained with, e.g. from `model.conditioning.of_prompts`.
     keys: (B,), one for each image. An image depends on its key and condition, not on the batch.
     plan: a solver, from `core.solvers`.
-    guidance: scale of classifier-free guidance, 1 for none, one number or (B,); or a `Guidance`.
-    callback: after each chunk of rows called with (rows done, prediction of x0); returning True stops there.
+    guidance: scale of classifier-free guidance, () or (B,), 1 for none; or a `Guidance`.
+    callback: called after each chunk of rows with (rows done, prediction of x0). Sampling stops if it returns True.
     Raises ValueError as `generate.solve` does.
     """
-    return from_noise(model, noise(model, keys, plan.start), cond, keys, plan, guidance, callback)
+    return from_noise(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback)

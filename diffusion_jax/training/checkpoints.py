@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: the whole training state and the data position, so that a run goes on as if never stopped."""
+"""Checkpoints with Orbax: the whole training state and the data position, so that a run resumes exactly."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from diffusion_jax.messages import first_line
 from diffusion_jax.training.step import TrainState
 
 MOST_DATA_STATE = 1 << 16  # bytes of a data iterator's state
-ARRAY_DESCRIPTION = 2048  # bytes that Orbax writes about an array, rather more than less
+ARRAY_DESCRIPTION = 2048  # upper estimate of the bytes of metadata that Orbax writes for an array
 
 
 class Checkpoints:
-    """The checkpoints of one run, `folder`/<step>/. Each appears whole or not at all.
+    """The checkpoints of one run, `folder`/<step>/. A checkpoint is never visible half written.
 
-    keep: how many of the newest to keep while saving; 0 only reads, and changes nothing in the folder.
+    keep: number of newest checkpoints to keep. 0 only reads, and changes nothing in the folder.
     """
 
     def __init__(self, folder: str | Path, keep: int = 0):
@@ -30,17 +30,17 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
             create=saving,
-            cleanup_tmp_directories=saving,  # a run that was killed, or had no room, leaves a part of a checkpoint
-            enable_async_checkpointing=False,  # when `save` returns all is on disk, and an error is raised here and now
+            cleanup_tmp_directories=saving,  # a killed run or a full disk leaves a partial checkpoint
+            enable_async_checkpointing=False,  # `save` returns when all is on disk, and raises errors itself
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, None where there is none."""
+        """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data_state: dict) -> None:
-        """Write a checkpoint of state.step. Raises OSError when it cannot be written; older checkpoints stay intact."""
+        """Write a checkpoint of state.step. Raises OSError if it cannot be written; older checkpoints stay intact."""
         step = int(state.step)
         if step == self.latest_step():
             return
@@ -51,9 +51,9 @@ class Checkpoints:
             state=ocp.args.StandardSave(rest), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
         )
         try:
-            self._need_room(state)  # asked before, as Orbax complains of a full disk in hundreds of lines
+            self._need_room(state)  # checked first, because Orbax reports a full disk in hundreds of lines
             self._manager.save(step, args=items, force=True)
-        except Exception as error:  # Orbax lets through whatever its writers raise
+        except Exception as error:  # Orbax passes on any error of its writers
             last = self.latest_step()
             kept = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
             reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
@@ -79,8 +79,10 @@ class Checkpoints:
         return self._restore(ema=ocp.args.StandardRestore(like)).ema
 
     def check(self, like: PyTree) -> None:
-        """Raise ValueError, naming the first that differs, unless the newest checkpoint's weights are as those of
-        `like`. Nothing but their shapes is read.
+        """Raise ValueError, naming the first difference, if shapes in the newest checkpoint differ from those of
+        `like`.
+
+        Reads only metadata.
         """
         saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.folder / str(self._newest()) / "ema").tree)
         expected = _shapes(like)
@@ -97,7 +99,7 @@ class Checkpoints:
 
     def _restore(self, **items):
         step = self._newest()
-        # checked before, as Orbax may fail in the middle of reading arrays of other shapes
+        # checked first, because Orbax may fail in the middle of reading arrays of other shapes
         self.check(items["ema"].item)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -112,20 +114,20 @@ class Checkpoints:
 
 
 def _split(state: TrainState) -> tuple[dict, PyTree]:
-    """(all but the average, the average), so that sampling can read the second alone."""
+    """(everything but the average, the average). Sampling then reads only the average."""
     fields = state._asdict()
     ema = fields.pop("ema")
     return fields, ema
 
 
 def _shapes(tree: PyTree) -> dict[str, str]:
-    """The shape of each array by its path; of a checkpoint's metadata too."""
+    """The shape of each array by its path. Works for a checkpoint's metadata too."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {keystr(path, simple=True, separator="/"): f"shape {tuple(leaf.shape)}" for path, leaf in leaves}
 
 
 def _of_all_hosts(data_state: dict) -> list[dict]:
-    """Each host reads its own share of the data, so each has a position of its own."""
+    """The data positions of all hosts. They differ because each host reads its own share of the data."""
     text = json.dumps(data_state).encode()
     padded = np.frombuffer(text.ljust(MOST_DATA_STATE), np.uint8)
     if len(padded) > MOST_DATA_STATE:
@@ -137,6 +139,6 @@ def _own(data_states: list[dict]) -> dict:
     if len(data_states) != jax.process_count():
         raise ValueError(
             f"the checkpoint was saved by {len(data_states)} hosts and this run has {jax.process_count()}; "
-            "go on with as many as before"
+            "use as many hosts as before"
         )
     return data_states[jax.process_index()]

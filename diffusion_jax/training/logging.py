@@ -1,4 +1,4 @@
-"""What a run says: a progress bar, `metrics.jsonl` and TensorBoard. Process 0 alone writes."""
+"""The log of a run: a progress bar, `metrics.jsonl` and TensorBoard. Only process 0 writes."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from diffusion_jax import parallel
 
 
 class RunLog:
-    """The log of one run in `workdir`, from step `start` on. Use as a context manager."""
+    """The log of one run in `workdir`, starting at step `start`. Use it as a context manager."""
 
     def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, name: str):
         self.batch_size = batch_size
@@ -46,7 +46,10 @@ class RunLog:
             self._board.close()
 
     def step(self, metrics: dict) -> None:
-        """One more step is under way. metrics: scalars on the device; they are not waited for here."""
+        """Record one more step.
+
+        metrics: scalars on the device. This call does not wait for them.
+        """
         self._pending.append(metrics)
         self._bar.update()
 
@@ -59,7 +62,7 @@ class RunLog:
         means |= {name: int(values[-1][name]) for name in ("bad_steps", "bad_in_row")}
         self._pending, self._since = [], now
         if self._main:
-            # JSON has no word for what is not finite
+            # JSON cannot express numbers that are not finite
             line = {name: value if math.isfinite(value) else None for name, value in means.items()}
             self._lines.write(json.dumps({"step": step} | line, allow_nan=False) + "\n")
             self._lines.flush()
@@ -68,7 +71,7 @@ class RunLog:
             self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s")
 
     def image(self, step: int, image: np.ndarray) -> None:
-        """Keep an (H, W, 3) uint8 picture of samples, as a file and in TensorBoard."""
+        """Save an (H, W, 3) uint8 picture of samples as a file and in TensorBoard."""
         if self._main:
             self._folder.mkdir(exist_ok=True)
             Image.fromarray(image).save(self._folder / f"step_{step:07d}.png")
@@ -76,16 +79,16 @@ class RunLog:
 
 
 def _reopen(path: Path, start: int):
-    """Open for appending, without the lines of steps that a killed run wrote after its last checkpoint."""
+    """Open for appending. Drop the lines of steps after the last checkpoint of a killed run."""
     kept = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 if json.loads(line)["step"] <= start:
                     kept.append(line + "\n")
-            except json.JSONDecodeError:  # cut off when the run was killed
+            except json.JSONDecodeError:  # the run was killed while writing this line
                 break
     whole = path.with_suffix(".tmp")
     whole.write_text("".join(kept))
-    whole.replace(path)  # killed here, nothing is lost
+    whole.replace(path)  # atomic: a kill here loses nothing
     return path.open("a")

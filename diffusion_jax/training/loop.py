@@ -17,7 +17,7 @@ from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
 from diffusion_jax.training.step import init_state, make_train_step
 
-KEPT_CHECKPOINTS = 2  # should the newest be damaged, there is one more
+KEPT_CHECKPOINTS = 2  # the second is a spare in case the newest is damaged
 
 
 class Task(NamedTuple):
@@ -26,10 +26,10 @@ class Task(NamedTuple):
     name: shown in the progress bar.
     loss: (params, frozen, batch, keys) -> (loss, metrics), see `objectives`.
     params: initial weights.
-    frozen: dict. What the loss reads and training leaves alone.
+    frozen: dict of inputs of the loss that are not trained.
     batches: an iterator of numpy batches with get_state and set_state (`data.loader`).
     optimizer: optax.
-    snapshot: None or (averaged weights) -> picture (H, W, 3) uint8, made now and then.
+    snapshot: averaged weights -> picture (H, W, 3) uint8, called every train.snapshot_every steps. Or None.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
+    """The run received SIGTERM or SIGINT and has saved its state."""
 
 
 class Diverged(ArithmeticError):
@@ -50,11 +50,13 @@ class Diverged(ArithmeticError):
 
 
 def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
-    """Train, or go on training, until `train.steps`; returns the averaged weights, as numpy.
+    """Train until `train.steps`, from the newest checkpoint if there is one. Returns the averaged weights as numpy.
 
-    workdir: holds checkpoints/, metrics.jsonl and tensorboard/. train: config section with steps, batch_size (global),
-    ema, accumulate, log_every, checkpoint_every, snapshot_every, max_bad_steps. Raises Stopped after SIGTERM or Ctrl-C,
-    Diverged after max_bad_steps updates in a row that were not finite; the last checkpoint is good in both cases.
+    workdir: holds checkpoints/, metrics.jsonl and tensorboard/.
+    train: config section with steps, batch_size (global), ema, accumulate, log_every, checkpoint_every, snapshot_every,
+      max_bad_steps.
+    Raises Stopped after SIGTERM or Ctrl-C, and Diverged after max_bad_steps updates in a row that were not finite. The
+    last checkpoint is good in both cases.
     """
     workdir = Path(workdir)
     check_batch_size(train.batch_size, train.accumulate)
@@ -89,7 +91,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
             if task.snapshot and parallel.is_main() and (step % train.snapshot_every == 0 or step == train.steps):
                 log.image(step, task.snapshot(parallel.to_host(state.ema)))
             if step == train.steps:
-                signalled = stop.requested(step)  # or while the last picture was made
+                signalled = stop.requested(step)  # the signal may also arrive during the snapshot
             if signalled:
                 raise Stopped(
                     f"stopped by {signalled} after step {step}; saved to {checkpoints.folder}; run again to go on"
@@ -98,7 +100,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
-    """Raise ValueError unless the global batch divides into devices and micro-batches."""
+    """Raise ValueError unless the global batch can be divided into devices and micro-batches."""
     devices = jax.device_count()
     if batch_size % (devices * accumulate):
         raise ValueError(
@@ -108,31 +110,29 @@ def check_batch_size(batch_size: int, accumulate: int) -> None:
 
 
 def check_resumed(workdir: Path, params: PyTree) -> None:
-    """Raise ValueError if the work directory has a checkpoint, and it is one of other weights than `params`."""
+    """Raise ValueError if the checkpoint in the work directory does not fit `params`."""
     checkpoints = Checkpoints(workdir / "checkpoints")
     if checkpoints.latest_step() is not None:
         checkpoints.check(params)
 
 
 def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
-    # called with the metrics of the step before the running one, so that the device is not kept waiting
+    # called with the metrics of the step before the running one, so that the device does not wait
     if metrics is not None and int(metrics["bad_in_row"]) >= limit:
         last = checkpoints.latest_step()
         kept = "no checkpoint was saved before" if last is None else f"step {last} is saved in {checkpoints.folder}"
         raise Diverged(
             f"the loss was not finite for {limit} steps in a row, up to step {step}; {kept}; "
-            "lower optimizer.learning_rate or look at the data"
+            "lower optimizer.learning_rate or check the data"
         )
 
 
 class _StopSignals:
-    """Within this context the first SIGTERM or SIGINT (Ctrl-C) is noted, instead of ending the process; the second is
-    what it always was.
-    """
+    """Within this context the first SIGTERM or SIGINT (Ctrl-C) is recorded. The second ends the process as usual."""
 
     def __enter__(self) -> "_StopSignals":
         self._noted = ""
-        # of several hosts one alone may be told to stop: there JAX listens, and agrees with the others on a step
+        # the signal may reach only one of several hosts: JAX then lets all hosts agree on a step
         own = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         self._before = {number: signal.signal(number, self._note) for number in own}
         return self
@@ -142,7 +142,7 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def requested(self, step: int) -> str:
-        """The signal for which the run is to stop after `step`, "" for none; the same on every host."""
+        """The signal that asks the run to stop after `step`, or "". The same on every host."""
         if not self._before:
             return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
         return self._noted

@@ -1,4 +1,4 @@
-"""The training state and one step: gradients averaged over devices, EMA, and bad updates skipped."""
+"""The training state and one step: gradients averaged over devices, EMA, and skipping of bad updates."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,9 +16,9 @@ class TrainState(NamedTuple):
 
     step: updates tried.
     ema: exponential moving average of params.
-    key: root of all randomness as plain integers, never advanced: step and example number are folded in.
-    bad_steps: updates skipped for a loss or gradient that was not finite.
-    bad_in_row: the latest run of them.
+    key: root of all randomness, as plain integers. It never changes; step and example number are folded into it.
+    bad_steps: updates skipped because loss or gradient was not finite.
+    bad_in_row: how many of the latest updates in a row were skipped.
     """
 
     step: Int[Array, ""]
@@ -31,8 +31,11 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. params: float32 leaves."""
-    step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no two share a buffer: it is donated
+    """The state before the first step.
+
+    params: float32 leaves.
+    """
+    step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no shared buffers: they are donated
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(
         step, params, ema, optimizer.init(params), jax.random.key_data(jax.random.key(seed)), bad_steps, bad_in_row
@@ -48,13 +51,12 @@ def make_train_step(
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
     """The compiled step (state, frozen, batch) -> (state, metrics), see `parallel.compile_step`.
 
-    An example's randomness depends on the key, the step and its number in the global batch alone, so the gradient is
-    the same for any number of devices, to rounding.
+    The randomness of an example depends only on the key, the step and its number in the global batch. So the gradient
+    is the same for any number of devices, up to rounding.
 
-    loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over its examples. It finds "step" and "ema" of the
-      state among `frozen`.
-    ema_decay: in [0, 1). Of the average, which is shorter while training is young.
-    accumulate: micro-batches that one device's share is worked through in.
+    loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over examples. `frozen` also has "step" and "ema".
+    ema_decay: in [0, 1). Decay of the average, lower early in training.
+    accumulate: number of micro-batches of each device's share.
     devices: all of the slice by default.
     metrics: loss, grad_norm, those of the loss, and the counts of skipped updates.
     """
@@ -68,7 +70,7 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # a short memory while the average is young, so that it does not hold on to the initial weights
+        # average over fewer steps at first, so that the initial weights are soon forgotten
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
 

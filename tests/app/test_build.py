@@ -1,4 +1,4 @@
-"""Every combination of prediction, schedule, spacing and space that a config accepts is sampled and trained rightly."""
+"""Every combination of prediction, schedule, spacing and space that a config accepts samples and trains correctly."""
 
 import functools
 import itertools
@@ -63,7 +63,7 @@ def deviation(model, config) -> float:
     exact = model._replace(network=Network(ideal), params=knowledge(model.parameterization, plan.level))
     keys = jax.random.split(jax.random.key(0), count)
     cond = model.conditioning.of_prompts(["3"] * count)
-    x0 = generate.solve(exact, generate.noise(exact, keys, plan.start), cond, keys, plan)
+    x0 = generate.solve(exact, generate.noise(exact, keys, plan.initial), cond, keys, plan)
     return abs(float(jnp.std(x0)) / STD - 1)
 
 

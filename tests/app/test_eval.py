@@ -27,7 +27,7 @@ def apply(params, x, t, cond, key=None):
 
 
 def shades(count, bad=()):
-    """Noisy images whose label says how bright they are."""
+    """Noisy images whose label is their brightness."""
 
     def read(i):
         if i in bad:
@@ -98,7 +98,7 @@ BAD = {
     "eval.terms must be at least 0, got -1": "--config.eval.terms=-1",
     "eval.steps must be less than the schedule's 1000 steps, got 1000": "--config.eval.steps=1000",
     "no checkpoint in ": "--config.eval.images=3",
-    "this config trains a first stage alone": "--config=configs/autoencoder.py",
+    "this config has only a first stage": "--config=configs/autoencoder.py",
 }
 
 

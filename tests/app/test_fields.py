@@ -1,4 +1,4 @@
-"""What is wrong with a number, or with two that do not go together, is one line before anything starts."""
+"""A wrong number, or two numbers that do not fit together, give a one-line error before anything starts."""
 
 import math
 
@@ -97,7 +97,7 @@ OUT_OF_RANGE = {
     "objective.drop must be in [0, 1], got 2.0": "objective.drop=2.0",
     "data.size must be 0 or in [8, 8192], got -8": "data.size=-8",
     "data.size must be 0 or in [8, 8192], got 7": "data.size=7",
-    "data.size must be in [8, 8192], got 0, which stands for the size of config.checkpoint": "data.size=0",
+    "data.size must be in [8, 8192], got 0, which needs a config.checkpoint": "data.size=0",
     "data.crops must be at least 1, got 0": "data.crops=0",
     "schedule.T must be in [1, 1000000], got 0": "schedule.T=0",
     "model.norm_num_groups must be at least 1, got 0": "model.norm_num_groups=0",
@@ -120,8 +120,8 @@ DISAGREEING = {
     ],
     "32 channels cannot be split into 5 groups": [DIGITS, "--config.model.norm_num_groups=5"],
     # of sizes
-    "multiples of 8 pixels, got 65 and 64; the nearest that work are 64 and 64": [LATENT, "--config.sample.height=65"],
-    "multiples of 8 pixels, got 12 and 64; the nearest that work are 16 and 64": [LATENT, "--config.sample.height=12"],
+    "got 65 and 64; the nearest valid sizes are 64 and 64": [LATENT, "--config.sample.height=65"],
+    "got 12 and 64; the nearest valid sizes are 16 and 64": [LATENT, "--config.sample.height=12"],
     "multiples of 8 pixels, got 60 and 60": [AUTOENCODER, "--config.data.size=60", "--mode=train"],
     # of the data
     "records of digits-train, got 100000": [DIGITS, "--config.train.batch_size=100000", "--mode=train"],
@@ -145,11 +145,11 @@ DISAGREEING = {
         "--prompt=3",
     ],
     # of the command line
-    "got 'foo bar' besides": [DIGITS, "foo", "bar"],
+    "got also 'foo bar'": [DIGITS, "foo", "bar"],
     "cannot be read: SyntaxError: ": ["--config=BINARY"],
     "cannot be read in line 2: NameError: name 'nope'": ["--config=NAME"],
     "must return a ConfigDict, got 3": ["--config=THREE"],
-    "must have the field num_classes for kind=class, got kind, length alone": ["--config=OWN"],
+    "must have the field num_classes for kind=class, got only kind, length": ["--config=OWN"],
     "sample.prompts must be a tuple, each text that UTF-8 can encode, got ('\\udcff',)": [DIGITS, "--prompt=\udcff"],
     "expected a file of text in UTF-8, got": [DIGITS, "--prompt=@BINARY"],
     "expected a number in 0..9, got '²'": [DIGITS, "--prompt=²"],

@@ -1,4 +1,4 @@
-"""The first stage learns from its own split, and from mirrored images if it is to; no other stage does."""
+"""The first stage trains on its own split, and on mirrored images if configured; no other stage does."""
 
 import numpy as np
 import pytest

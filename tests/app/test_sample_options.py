@@ -1,4 +1,4 @@
-"""The options of --mode=sample, as users meet them: pictures from pictures, and one clear line for what cannot be."""
+"""The options of --mode=sample from the command line: pictures from pictures, and a one-line message for each error."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ DEMO = ["--config=configs/latent_cfg.py", "--config.sample.steps=2", "--prompt=p
 
 @pytest.fixture
 def paths(tmp_path):
-    """Files to draw from, by the name that stands for them in a flag."""
+    """Input files, by the name that stands for them in a flag."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "image.png")
     mask = np.zeros((64, 64), np.uint8)
@@ -41,7 +41,7 @@ BAD = {
     "sample.image {TEXT}: not a picture of a known format": "image=TEXT",
     "sample.mask {NONE}: not a readable picture": "image=IMAGE mask=NONE",
     "sample.mask is 64x32 pixels and sample.image 64x64: they must be of one size": "image=IMAGE mask=SMALL",
-    "name the image too, sample.image": "mask=MASK",
+    "set sample.image too": "mask=MASK",
     "strength must be in [0, 1], got 1.5": "image=IMAGE strength=1.5",
     "strength must be in [0, 1], got -0.1": "image=IMAGE strength=-0.1",
     "guidance must be at least 0, got -1": "guidance=-1",

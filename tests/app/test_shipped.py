@@ -54,7 +54,7 @@ def test_help_shows_the_flags_and_the_examples(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(command_line.ROOT)}
     told = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True).stdout
     assert "diffusion_jax --config=configs/latent_cfg.py --mode=train" in told
-    assert "--workdir: For checkpoints" in told and "--prompt: What to draw" in told
+    assert "--workdir: For checkpoints" in told and "--prompt: What to generate" in told
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A work directory is found writable before anything starts, and one training at a time has it."""
+"""A work directory is checked to be writable before anything starts, and one training at a time locks it."""
 
 import json
 

@@ -1,6 +1,6 @@
 """diffusers' schedulers beside our plans: one network, one list of time steps, both in float64.
 
-`PEERS` says which scheduler is the peer of which solver. A peer's tables are float32; here it is given ours in float64
+`PEERS` has the scheduler, called the peer, of each solver. A peer's tables are float32; here it gets ours in float64
 (that they are the same numbers is tested on its own), so that what is left to differ is the solver.
 """
 
@@ -44,7 +44,7 @@ START = _rng.normal(size=(BATCH, DIM))
 
 
 def network(x, level: NoiseLevel, kind: str):
-    """What a perfect network for a Gaussian mixture says of x (B, D) at `level`: eps, v or x0."""
+    """The output of a perfect network for a Gaussian mixture, for x (B, D) at `level`: eps, v or x0."""
     xp = jnp if isinstance(x, jax.Array) else np
     alpha, sigma = level.alpha, level.sigma
     variance = alpha**2 * STDS**2 + sigma**2
@@ -301,23 +301,11 @@ def _on_grid(steps: int, spacing: str) -> bool:
     return spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
 
 
-def published_3m(schedule, steps: int, spacing) -> Plan:
-    """dpmpp_3m with half of D_2, as published code has it."""
-    plan = solvers.dpmpp_3m(schedule, steps, spacing)
-    x0, past = plan.x0.copy(), plan.past.copy()
-    for i in np.flatnonzero(plan.past[:, 1]):
-        lam = plan.level.logsnr[i - 2 : i + 1][::-1] / 2
-        h = plan.next.logsnr[i] / 2 - lam[0]
-        r0, r1 = (lam[:2] - lam[1:]) / h
-        # half of - alpha' ((exp(-h) - 1 + h) / h^2 - 1 / 2) 2 (D_10 - D_11) / (r_0 + r_1), taken back
-        half = plan.next.alpha[i] * ((np.expm1(-h) + h) / h**2 - 0.5) / (r0 + r1)
-        x0[i] += half / r0
-        past[i, :2] += half * np.array([-1 / r0 - 1 / r1, 1 / r1])
-    return plan._replace(x0=x0, past=past)
+published_3m = functools.partial(solvers.dpmpp_3m, curvature=1.0)
 
 
 def unlimited(solver: Callable[..., Plan]) -> Callable[..., Plan]:
-    """The solver without our limit on steps from noise alone, which binds on cosine."""
+    """The solver without our limit on steps from pure noise, which applies on cosine."""
 
     def build(*arguments, **options) -> Plan:
         with mock.patch.object(singlestep, "NOISE_ALONE", np.inf):
@@ -648,8 +636,8 @@ DEVIATIONS = {
     ),
     "noise alone": Deviation(
         "HeunDiscrete, DPMSolverSinglestep dpmsolver, PNDM on cosine",
-        "steps from t = 999, sigma / alpha 20,000, magnify what two noise predictions differ by; ours makes steps "
-        "from noise alone of order 1 (the image of Heun's method with 10 steps, against ours)",
+        "steps from t = 999, sigma / alpha 20,000, magnify the difference of two noise predictions; ours makes steps "
+        "from pure noise of order 1 (the image of Heun's method with 10 steps, against ours)",
         _magnified,
     ),
     "dpm_solver end": Deviation(
@@ -659,7 +647,7 @@ DEVIATIONS = {
     ),
     "dpm_solver middle": Deviation(
         "DPMSolverSinglestep, dpmsolver, order 3",
-        "the second of three stages weights e_1 - e by (exp(r_2 h) - 1) / 2; ours as the paper's u_2, and as the peer "
+        "the second of three stages weights e_1 - e by (exp(r_2 h) - 1) / 2; ours as the paper's u_2, and as diffusers "
         "with solver_type heun in that stage",
         lambda: _states(PEERS["dpm_solver 3"], *_case, 10, "trailing", before_step=None),
     ),
@@ -681,7 +669,7 @@ DEVIATIONS = {
     ),
     "clip": Deviation(
         "DDIM, clip_sample",
-        "eps stays what it was before x0 was clipped; ours stays tied to x0, the peer's use_clipped_model_output",
+        "eps stays what it was before x0 was clipped; ours stays tied to x0, diffusers' use_clipped_model_output",
         lambda: _states(CLIPPED, *_case, 10, "leading"),
     ),
     "ddpm end": Deviation(
@@ -692,12 +680,12 @@ DEVIATIONS = {
     "sde noise": Deviation(
         "DPMSolverSDE",
         "the noises of a step's stages are those of a Brownian motion in sigma; ours have the correlation of the "
-        "equation that is solved (from the peer's source: its noise needs torchsde, and is replaced here)",
+        "equation that is solved (from diffusers' source: its noise needs torchsde, and is replaced here)",
         _brownian_in_sigma,
     ),
     "inversion": Deviation(
         "DDIMInverse",
-        "the network is told the level a step goes to; ours is told the level x is at",
+        "the network gets the level at the end of a step; ours gets the level of x",
         lambda: relative(*inversion("to")),
     ),
     "consistency noise": Deviation(
@@ -713,12 +701,12 @@ DEVIATIONS = {
     ),
     "linspace n + 1": Deviation(
         "DPMSolver, UniPC, DEIS, linspace",
-        "takes n of n + 1 times and leaves out 0, unlike the peer's DDIM and Euler (difference in time steps)",
+        "takes n of n + 1 times and leaves out 0, unlike diffusers' DDIM and Euler (difference in time steps)",
         lambda: _off_spacing(diffusers.DPMSolverMultistepScheduler, 10, "linspace"),
     ),
     "leading n + 1": Deviation(
         "DPMSolver, UniPC, DEIS, leading",
-        "takes n of n + 1 times and leaves out 0, unlike the peer's DDIM and Euler (difference in time steps)",
+        "takes n of n + 1 times and leaves out 0, unlike diffusers' DDIM and Euler (difference in time steps)",
         lambda: _off_spacing(diffusers.DPMSolverMultistepScheduler, 10, "leading"),
     ),
     "trailing 61": Deviation(
@@ -728,7 +716,7 @@ DEVIATIONS = {
     ),
     "karras times": Deviation(
         "DPMSolverMultistep, UniPC, DEIS, karras",
-        "the network is told whole time steps, not those of its noise levels (difference in time steps)",
+        "the network gets whole time steps, not those of its noise levels (difference in time steps)",
         _rounded_karras_times,
     ),
     "between steps": Deviation(
@@ -744,7 +732,7 @@ DEVIATIONS = {
     ),
     "zero SNR": Deviation(
         "DPMSolverMultistep, rescale_betas_zero_snr",
-        "sets the last alpha_bar to 2^-24 and looks back at what was predicted there; ours keeps 0 and does not",
+        "sets the last alpha_bar to 2^-24 and uses the prediction made there again; ours keeps 0 and does not",
         lambda: relative(*zero_snr(diffusers.DPMSolverMultistepScheduler, solvers.dpmpp_2m)),
         5e-4,
     ),

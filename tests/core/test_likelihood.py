@@ -12,7 +12,7 @@ from diffusion_jax.core.process import NoiseLevel, Prediction
 from tests.core.mixture import HIGH, PLANE, Mixture
 
 CLEAN = NoiseLevel(0.0, 1.0, 0.0)
-# the prior of the last two is met exactly: they end in noise alone
+# the last two end in pure noise, so their prior is exact
 SCHEDULES = {
     "linear": schedules.linear(),
     "cosine": schedules.cosine(),

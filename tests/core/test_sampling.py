@@ -17,7 +17,7 @@ def draw(plan, batch=4, seed=0, denoise=mixture.denoise, **options):
 
 
 def test_the_scan_is_the_table():
-    """The compiled loop computes what the plan says, with the noise of its keys."""
+    """The compiled loop computes the rows of the plan, with the noise of its keys."""
     schedule = schedules.linear()
     keys = jax.random.split(jax.random.key(0), 4)
     for plan in (solvers.ddpm(schedule, 23), solvers.dpmpp_sde(schedule, 12), solvers.unipc(schedule, 23, order=3)):
@@ -128,7 +128,7 @@ def test_inpainting_keeps_what_is_known():
 
 
 def fill_in(correlation, plan):
-    """4000 draws of x_0 given x_1 = 1.5, of a Gaussian of unit variance whose denoiser is known."""
+    """4000 samples of x_0 given x_1 = 1.5, of a Gaussian of unit variance whose denoiser is known."""
     covariance = np.array([[1.0, correlation], [correlation, 1.0]])
 
     def denoise(x, level, cond):

@@ -1,4 +1,4 @@
-"""Plans against theory: orders of convergence, the law of what stochastic solvers draw, and what every plan must be."""
+"""Plans against theory: orders of convergence, the law of stochastic samples, and properties of every plan."""
 
 import functools
 from collections.abc import Callable
@@ -126,7 +126,7 @@ def test_converges_to_the_probability_flow_at_its_order(name, target):
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "zero terminal SNR", "flow"])
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_few_steps_are_near_the_exact_flow_on_every_schedule(name, schedule):
-    """However much noise a schedule starts from: no solver magnifies what it does not know."""
+    """Whatever noise a schedule starts from, no solver magnifies the network's errors there."""
     schedule, noise = SCHEDULES[schedule], np.random.default_rng(0).normal(size=(64, 2))
     exact = mixture.run(solvers.dpmpp_3m(schedule, 400, spacing="logsnr"), noise, PLANE.denoise)
     plan = DETERMINISTIC[name].build(schedule, 10)
@@ -171,7 +171,7 @@ def test_every_plan_is_finite_and_ends_clean(name, schedule, spacing, steps):
     """And calls the network as often as is documented."""
     plan = ALL[name].build(SCHEDULES[schedule], steps, spacing=spacing)
     check(plan)
-    # a step from noise alone has one stage
+    # a step from pure noise has one stage
     from_noise = np.sum(plan.level.sigma > NOISE_ALONE * plan.level.alpha)
     assert ALL[name].calls(steps) - from_noise <= plan.num_rows <= ALL[name].calls(steps)
 
@@ -257,7 +257,7 @@ def check(plan: solvers.Plan) -> None:
 
 
 def modest(params, x, t, cond):
-    """A network that says something, and nothing large."""
+    """A network with an arbitrary small output."""
     return jnp.tanh(x)
 
 

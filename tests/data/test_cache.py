@@ -1,4 +1,4 @@
-"""A cache holds what its functions would make again, and never half of it."""
+"""A cache has the outputs of its functions, and is never half written."""
 
 import logging
 

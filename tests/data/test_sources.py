@@ -1,4 +1,4 @@
-"""Sources hold what their files say, and name in one line what is wrong with them."""
+"""Sources have the content of their files, and report errors in one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Folders of text encoders: every naming that transformers wrote, one line for what cannot be, and the seam."""
+"""Folders of text encoders: all names that transformers used, one-line errors, and the common interface."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ def variables(name):
 
 
 def saved(name, folder, **changes):
-    """A folder whose config.json then says something else; None takes a field out."""
+    """A folder with a changed config.json; None removes a field."""
     save_text_encoder(ENCODERS[name], variables(name), folder)
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes

@@ -1,4 +1,4 @@
-"""Folders of the peer: ours round-trip, the peer's own load and agree, and the other way round."""
+"""Model folders: ours survive a round trip, those of diffusers load here and agree, and ours load in diffusers."""
 
 import json
 
@@ -199,7 +199,7 @@ def test_round_trip(tmp_path, dtype):
 
 
 def edited(folder, **changes):
-    """A saved U-Net whose config.json then says something else."""
+    """A saved U-Net with a changed config.json."""
     unet = UNet(**TEXT)
     variables = jax.tree.map(
         lambda s: jnp.zeros(s.shape), jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())
@@ -221,7 +221,7 @@ def edited(folder, **changes):
         ({"block_out_channels": "wide"}, "no network can be built from it"),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported"),
-        ({"mid_block_type": "UNetMidBlock2D"}, "supported in UNet2DModel alone"),
+        ({"mid_block_type": "UNetMidBlock2D"}, "supported only in UNet2DModel"),
         ({"down_block_types": ["DownBlock2D"] * 2}, "unknown [0-9]+ tensors: down_blocks.0.attentions.0"),
         ({"block_out_channels": [16, 64]}, "misshapen"),
         ({"layers_per_block": 2}, "lacks [0-9]+ tensors: "),
@@ -244,7 +244,7 @@ def test_missing_files_are_named(tmp_path):
         load_unet(tmp_path)
     edited(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"\.bin is a pickle, a program that runs as it is read"):
+    with pytest.raises(ValueError, match=r"\.bin is a pickle, which may contain code"):
         load_unet(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected the weights of one model there"):

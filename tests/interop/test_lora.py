@@ -1,4 +1,4 @@
-"""Low-rank updates: the formula for every spelling of their names, and the peer's own fused weights."""
+"""Low-rank updates: the formula for every naming scheme, and equality with the weights that diffusers fuses."""
 
 import jax
 import numpy as np
@@ -128,7 +128,7 @@ DOWN, UP = np.zeros((RANK, 16), np.float32), np.zeros((16, RANK), np.float32)
         ({f"unet.{MAP}.lora_A.weight": DOWN[:0], f"unet.{MAP}.lora_B.weight": UP[:, :0]}, "of one rank"),
         ({f"unet.{MAP}.lora_A.weight": DOWN[..., None], f"unet.{MAP}.lora_B.weight": UP[..., :2]}, "of one rank"),
         ({f"unet.{MAP}.lora_A.weight": np.zeros((RANK, 4, 4)), f"unet.{MAP}.lora_B.weight": UP}, "the map has"),
-        ({f"unet.{MAP}.hada_w1_a": DOWN}, "hada_w1_a is no tensor of a LoRA"),
+        ({f"unet.{MAP}.hada_w1_a": DOWN}, "hada_w1_a is not a tensor of a LoRA"),
         ({"lora_te2_x.lora_down.weight": DOWN, "lora_te2_x.lora_up.weight": UP}, "text_encoder_2, which this pipeline"),
     ],
 )

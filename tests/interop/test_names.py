@@ -1,4 +1,4 @@
-"""The rule between Flax and torch names goes both ways and says what is wrong in one line."""
+"""The rule between Flax and torch names works both ways and reports errors in one line."""
 
 import jax
 import jax.numpy as jnp

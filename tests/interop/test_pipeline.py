@@ -1,7 +1,10 @@
-"""Whole pipelines: the peer's load and agree, ours load in the peer, and every tensor survives a round trip."""
+"""Whole pipelines: diffusers' load here and agree, ours load in diffusers, and every tensor survives a round trip."""
 
 import functools
+import itertools
 import json
+import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import from_noise, text_to_image
 from diffusion_jax.pipelines import prompts as weighted
 from diffusion_jax.pipelines.inpaint import seen
-from diffusion_jax.pipelines.published import from_published, generator, published_times
+from diffusion_jax.pipelines.published import from_published, generator, published_times, sampler
 from tests.interop import test_single_file
 
 UNET = {
@@ -188,7 +191,7 @@ def vocabulary(tmp_path_factory):
 
 
 def published(kind, vocabulary, folder):
-    """A tiny pipeline of the peer, saved as it is published."""
+    """A tiny pipeline of diffusers, saved in the published format."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
@@ -225,13 +228,13 @@ def published(kind, vocabulary, folder):
 
 
 def embeddings(whole, kind):
-    """What the peer's U-Net is told of PROMPTS."""
+    """The condition of diffusers' U-Net for PROMPTS."""
     out = whole.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     return out[0], out[2] if kind == "sdxl" else None
 
 
 def peer_outputs(whole, kind):
-    """(text, prediction of the U-Net, image) of the peer as numpy arrays, images last in channels."""
+    """(text, prediction of the U-Net, image) of diffusers as numpy arrays, with channels last."""
     import torch
 
     with torch.no_grad():
@@ -244,7 +247,7 @@ def peer_outputs(whole, kind):
 
 
 def our_outputs(pipeline, kind):
-    """The same of ours."""
+    """The same from our implementation."""
     features = []
     for (module, params), tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
         ids = jnp.array([encoding.ids for encoding in tokenizer.encode_batch(PROMPTS)])
@@ -282,23 +285,71 @@ def test_agrees_with_the_peer_both_ways(kind, vocabulary, tmp_path):
         assert np.abs(again - theirs).max() <= 2e-6 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_images_are_those_of_the_peer(kind, vocabulary, tmp_path):
-    """From prompt to pixels, with guidance: the same noise becomes the same image."""
-    whole = published(kind, vocabulary, tmp_path / "theirs")
-    import torch
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+AS_PUBLISHED = [  # the family and its scheduler; None is the one that `published` saves
+    ("sd", None, {}),
+    ("sdxl", None, {}),
+    ("sd", "DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}),
+    ("sd", "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 0}),
+    ("sd", "DDPMScheduler", {}),
+    ("sdxl", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("sd", "EulerDiscreteScheduler", {}),
+    ("sd", "EulerAncestralDiscreteScheduler", {}),
+    ("sd", "HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("sd", "LMSDiscreteScheduler", {}),
+    ("sd", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("sdxl", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("sd", "DPMSolverSinglestepScheduler", {}),
+    ("sd", "UniPCMultistepScheduler", {"timestep_spacing": "leading"}),
+    ("sd", "DEISMultistepScheduler", {}),
+    ("sd", "LCMScheduler", {}),
+]
 
-    noise = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
-    options = dict(num_inference_steps=3, guidance_scale=4.0, output_type="np")
-    theirs = whole(PROMPTS[:2], latents=torch.tensor(noise), height=8, width=8, **options).images
 
-    model = load_pipeline(tmp_path / "theirs")
-    pipeline = from_published(model)
-    plan = solvers.ddim(model.schedule, 3, spacing=whole.scheduler.timesteps.double().numpy())
+@pytest.fixture(scope="module")
+def saved(vocabulary, tmp_path_factory):
+    """A function of a family and of a prediction other than its own: (folder, published pipeline, model)."""
+
+    @functools.cache
+    def loaded(kind, prediction=None):
+        path = tmp_path_factory.mktemp(kind)
+        published(kind, vocabulary, path)
+        pipeline = load_pipeline(path, prediction=prediction)
+        return path, pipeline, from_published(pipeline, size=(8, 8))
+
+    return loaded
+
+
+@pytest.mark.parametrize(("kind", "scheduler", "config"), AS_PUBLISHED)
+def test_images_are_those_of_the_peer(kind, scheduler, config, saved, tmp_path):
+    """From prompt to pixels, with guidance, by the scheduler of the folder: the same noise becomes the same image."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    path, pipeline, model = saved(kind, scheduler and "eps")
+    folder = shutil.copytree(path, tmp_path / "folder")
+    plan = model.own_plans["published"](8)
+    if scheduler is not None:
+        made = getattr(diffusers, scheduler)(**SCALED | config)
+        made.save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler]}))
+        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        schedule, _ = schedule_of(settings, "test")
+        plan = sampler(pipeline._replace(scheduler=settings, schedule=schedule))(8)
     keys = jax.random.split(jax.random.key(0), 2)
-    x = jnp.asarray(noise.transpose(0, 2, 3, 1))
-    ours = from_noise(pipeline, x, pipeline.conditioning.of_records({"caption": PROMPTS[:2]}), keys, plan, 4.0)
-    np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
+    cond = model.conditioning.of_records({"caption": PROMPTS[:2]})
+    ours = text_to_image(model, cond, keys, plan, 4.0)
+
+    def noise(i):
+        """That of the image, 0, or of a row of the plan, 1 + i."""
+        drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), model.shape))(keys)
+        return torch.from_numpy(np.array(drawn).transpose(0, 3, 1, 2))
+
+    whole, rows = diffusers.DiffusionPipeline.from_pretrained(folder), itertools.count(1)
+    options = dict(num_inference_steps=8, guidance_scale=4.0, output_type="np", height=8, width=8, latents=noise(0))
+    steps = f"{type(whole.scheduler).__module__}.randn_tensor"
+    with mock.patch(steps, lambda *_, **__: noise(next(rows)), create=True):
+        theirs = whole(PROMPTS[:2], **options).images
+    np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-3)
     assert np.std(theirs) > 0.1
 
 
@@ -338,7 +389,7 @@ def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
 
 
 def _without_noise(encode):
-    """The encoder with the mean for a draw."""
+    """The encoder with the posterior mean instead of a sample."""
 
     def wrapped(x):
         out = encode(x)
@@ -369,7 +420,7 @@ def test_a_trained_lora_is_what_the_peer_loads(vocabulary, tmp_path):
 
 
 def test_weighted_and_long_prompts_of_both_encoders(vocabulary, tmp_path):
-    """All are as long as the longest; what a prompt says does not depend on the others."""
+    """All prompts are padded to the longest; the result of a prompt does not depend on the others."""
     published("sdxl", vocabulary, tmp_path)
     model = load_pipeline(tmp_path)
     pipeline = from_published(model, size=(12, 8))

@@ -1,4 +1,4 @@
-"""Checkpoints in one file: tiny ones, named as the original code names them, become the peer's own state dicts."""
+"""Checkpoints in one file: tiny ones with the original names become the state dicts of diffusers and transformers."""
 
 import re
 import types
@@ -298,7 +298,7 @@ PUBLISHED = {  # configs as published, the sizes of their networks in parameters
 @pytest.mark.slow
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_published_networks_in_full_size(family, monkeypatch):
-    """Shapes alone: their number of parameters, the config read off one file, and the peer's names and shapes."""
+    """Shapes only: the number of parameters, the config inferred from one file, and diffusers' names and shapes."""
     config, parameters = (
         {"_class_name": "UNet2DConditionModel", "layers_per_block": 2} | PUBLISHED[family][0],
         PUBLISHED[family][1],

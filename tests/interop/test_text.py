@@ -1,4 +1,4 @@
-"""MiniLM behind the text encoder's seam."""
+"""MiniLM through the common interface of text encoders."""
 
 import logging
 from importlib.util import find_spec

@@ -135,7 +135,7 @@ def t5_families(pieces):
 
 
 def assert_equal(folder, peer, strings):
-    """Ours and the peer's ids and masks of 77 tokens, ours read from the folder's own and from the peer's files."""
+    """Our and transformers' ids and masks of 77 tokens, ours read from the folder's own and transformers' files."""
     theirs = peer.from_pretrained(folder)
     expected = theirs(strings, padding="max_length", max_length=77, truncation=True)
     theirs.save_pretrained(folder / "saved")
@@ -221,7 +221,7 @@ def test_malformed_files_are_one_line(files, message, tmp_path):
 
 def test_other_piece_models_are_refused(tmp_path):
     folder = write_folder(tmp_path / "bpe", None, None, **{"spiece.model": train_pieces("bpe")})
-    with pytest.raises(ValueError, match="no unigram model"):
+    with pytest.raises(ValueError, match="not a unigram model"):
         load_tokenizer(folder)
 
 

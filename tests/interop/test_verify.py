@@ -1,4 +1,4 @@
-"""The check of a published model: says what is wrong with its tensors, and finds a block that computes otherwise."""
+"""The check of a published model reports wrong tensors, and finds a block with different outputs."""
 
 import numpy as np
 import pytest

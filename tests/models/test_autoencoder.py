@@ -1,4 +1,4 @@
-"""Laws of the autoencoder and the discriminator; equality with the peer is in tests/interop."""
+"""Laws of the autoencoder and the discriminator; equality with diffusers is in tests/interop."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The BERT encoder does not look at padding, and equals the peer's on the same weights."""
+"""The BERT encoder ignores padding, and equals that of transformers on the same weights."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""CLIP's text encoder sees no later token, pools at the end of a text, and equals the peer's on the same weights."""
+"""CLIP's text encoder is causal, pools at the end of a text, and equals that of transformers on the same weights."""
 
 import functools
 

@@ -72,5 +72,5 @@ def test_unknown_nets_are_refused():
 
 
 def test_the_unpickler_reads_arrays_alone():
-    with pytest.raises(pickle.UnpicklingError, match="expected numpy arrays alone, the file names collections"):
+    with pytest.raises(pickle.UnpicklingError, match="expected only numpy arrays, the file contains collections"):
         ArrayUnpickler(io.BytesIO(pickle.dumps(OrderedDict()))).load()

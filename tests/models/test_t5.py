@@ -1,4 +1,4 @@
-"""T5's encoder does not look at padding, knows positions by their distance alone, and equals the peer's."""
+"""T5's encoder ignores padding, depends only on the distance of positions, and equals that of transformers."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Laws of the U-Net; its equality with the peer is in tests/interop."""
+"""Laws of the U-Net; its equality with diffusers is in tests/interop."""
 
 import flax.linen as nn
 import jax
@@ -158,7 +158,7 @@ def test_ddpm_and_stable_diffusion_have_their_published_sizes():
     [
         ({"down_block_types": ("DownBlock2D",)}, "down_block_types has 1 entries, block_out_channels has 2"),
         ({"layers_per_block": (1, 2, 3)}, "layers_per_block has 3 entries"),
-        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "known are UNetMidBlock2D, UNetMidBlock2DCrossAttn"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "one of UNetMidBlock2D, UNetMidBlock2DCrossAttn"),
         ({"up_block_types": ("UpBlock2D", "DownBlock2D")}, "up_block_types has 'DownBlock2D'"),
         ({"resnet_time_scale_shift": "ada_group"}, r"must be one of \('default', 'scale_shift'\), got 'ada_group'"),
         ({"norm_num_groups": 3}, "16 channels cannot be split into 3 groups"),
@@ -167,8 +167,8 @@ def test_ddpm_and_stable_diffusion_have_their_published_sizes():
             "32 channels cannot be split into 5 heads|16 channels cannot be split into 5 heads",
         ),
         ({"cross_attention_dim": 13}, r"width 13, got shape \(2, 5, 12\)"),
-        ({"num_class_embeds": 3}, "is told text, label, got mask, text"),
-        ({"in_channels": 9}, "is told text, known, got mask, text"),
+        ({"num_class_embeds": 3}, "expected a condition with text, label, got mask, text"),
+        ({"in_channels": 9}, "expected a condition with text, known, got mask, text"),
         ({"in_channels": 2}, "expected 2 input channels .* got 4"),
         ({"addition_embed_type": "text"}, r"must be one of \(None, 'text_time'\)"),
         ({"addition_embed_type": "text_time"}, "needs addition_time_embed_dim"),

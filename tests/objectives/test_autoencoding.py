@@ -1,4 +1,4 @@
-"""Each term of the first stage's loss is what it says, and reaches only the network it is meant for."""
+"""Each term of the first stage's loss has the right value, and its gradient reaches only its own network."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A model small enough to know by heart: the best denoiser of Gaussian pixels, and a codec of blocks."""
+"""A model with a known solution: the best denoiser of Gaussian pixels, and a codec of blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from diffusion_jax.core import parameterization, schedules
 from diffusion_jax.model import DiffusionModel, Network
 
 SIZE = 8
-SCHEDULE = schedules.flow()  # its noisiest time is noise alone
+SCHEDULE = schedules.flow()  # its noisiest time is pure noise
 VARIANCE = 0.04
 
 
@@ -44,7 +44,7 @@ def _as_it_is(stats, record, keys):
 
 
 def painted(apply, params, null, size=SIZE, schedule=SCHEDULE, codec=None) -> DiffusionModel:
-    """A model of pixels whose network says x0, and whose conditions are told as they are."""
+    """A pixel model whose network predicts x0, and whose conditions are used unchanged."""
     conditioning = Conditioning(lambda: "", lambda records: records, lambda prompts: prompts, null)
     codec = codec or codecs.identity()
     return DiffusionModel(Network(apply), params, schedule, parameterization.x0, codec, conditioning, (size, size))
@@ -55,7 +55,7 @@ LATENTS = PIXELS._replace(codec=blocks())
 
 
 def told(*greys):
-    """A condition for each image: the grey to draw."""
+    """A condition for each image: the grey value to generate."""
     return {"grey": jnp.array(greys, jnp.float32)[:, None, None, None]}
 
 

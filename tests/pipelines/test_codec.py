@@ -1,4 +1,4 @@
-"""Images to what the denoiser sees and back: the same pixels for the identity, the autoencoder's own for latents."""
+"""Images to x0 and back: the same pixels for the identity, the autoencoder's output for latents."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a denoiser is told: nothing, a class, or a text; and what stands for no condition."""
+"""The condition of a denoiser: none, a class, or a text; and its "no condition"."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from diffusion_jax.models.text import TextEncoder
 
 
 def letters(length=4):
-    """A text encoder that says each letter's number, once and squared."""
+    """A text encoder whose embedding is each letter's number and its square."""
 
     def tokenize(prompts):
         ids = np.array([[ord(c) for c in prompt[:length].ljust(length, "\0")] for prompt in prompts], np.int32)

@@ -1,4 +1,4 @@
-"""One small tuple says how the condition is followed."""
+"""The options of `Guidance`, through a pipeline."""
 
 import jax.numpy as jnp
 import numpy as np

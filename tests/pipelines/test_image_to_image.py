@@ -1,4 +1,4 @@
-"""An image noised part of the way and drawn anew, with a network that knows the answer."""
+"""An image partly noised and generated again, with a network that knows the answer."""
 
 import jax.numpy as jnp
 import numpy as np

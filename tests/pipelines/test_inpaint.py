@@ -1,4 +1,4 @@
-"""New where the mask says so, and the given image everywhere else."""
+"""Inpainting generates where the mask is 1 and keeps the given image elsewhere."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +43,7 @@ def test_a_mask_of_ones_is_text_to_image_and_of_zeros_the_image(pipeline):
 
 
 def test_a_latent_cell_that_the_mask_touches_is_new():
-    """Row 2 alone is masked: the cell of rows 2 and 3 is drawn, and row 3 is put back from the image."""
+    """Only row 2 is masked: the cell of rows 2 and 3 is generated, and row 3 is restored from the image."""
     mask = np.zeros_like(HALF)
     mask[:, 2] = 1
     made = paint(mask, LATENTS)

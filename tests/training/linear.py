@@ -1,4 +1,4 @@
-"""The smallest thing that trains as a diffusion model does: on noise of its own for each example."""
+"""The smallest model that trains like a diffusion model, with separate noise for each example."""
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ from tests.training import linear
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches kill -9."""
+    """An exception that nothing catches, like kill -9."""
 
 
 class Batches:

@@ -1,9 +1,8 @@
-"""Solvers that look back at the predictions of earlier steps.
+"""Solvers that use the predictions of earlier steps.
 
-A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda; m_0, m_1, ...
-are data predictions, e_0, e_1, ... noise predictions, the newest first. The order grows as predictions come in and
-falls to 1 on the last step, which ends on sigma' = 0 where h is infinite; predictions made at alpha = 0 are not looked
-back at.
+A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda. m_0, m_1, ...
+are data predictions, e_0, e_1, ... noise predictions, the newest first. The order grows as predictions come in. It
+falls to 1 on the last step, where sigma' = 0 and h is infinite. Predictions made at alpha = 0 are not used again.
 """
 
 import math
@@ -19,19 +18,25 @@ from diffusion_jax.core.solvers.singlestep import differs, finite
 Levels = list[NoiseLevel]
 
 
-def _multistep(steps: list[Step], order: int, update: Callable, remembers: np.ndarray, falls: bool = True) -> Plan:
-    """Each step by update(levels, next, predictions).
+def _multistep(steps: list[Step], orders: Sequence[int], update: Callable, remembers: np.ndarray) -> Plan:
+    """Build each step by update(levels, next, predictions).
 
-    levels: as many as the step's order, and predictions made there, both with the newest first. remembers: what they
-    are, X0 or EPS. falls: lower the order towards the end, down to 1 where h is infinite.
+    orders: highest order of each step. A step uses at most as many predictions as were made.
+    levels, predictions: as many as the step's order, the newest first.
+    remembers: kind of prediction, X0 or EPS.
     """
     rows = []
-    for i, (level, next) in enumerate(steps):
+    for i, ((level, next), order) in enumerate(zip(steps, orders, strict=True)):
         levels = [now for now, _ in reversed(steps[: i + 1]) if now.alpha > 0][:order]
-        if falls:
-            levels = levels[: len(steps) - i if finite(level, next) else 1]
         rows.append(Row(level, next, update(levels or [level], next, [remembers, *PAST]), remembers))
     return stack(rows)
+
+
+def _orders(steps: list[Step], order: int, falls: bool = True) -> list[int]:
+    """1 where h is infinite or 0. falls: lower the order towards the end."""
+    left = [min(order, len(steps) - i) if falls else order for i in range(len(steps))]
+    moves = [finite(level, next) and level.sigma != next.sigma for level, next in steps]
+    return [most if moved else 1 for moved, most in zip(moves, left, strict=True)]
 
 
 def _order(order: int, known: tuple[int, ...], solver: str) -> int:
@@ -57,23 +62,28 @@ def _dpmpp_2m(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarr
     return next.sigma / levels[0].sigma * state(levels[0]) - next.alpha * np.expm1(-h) * (m[0] + D1 / 2)
 
 
-def dpmpp_2m(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+def dpmpp_2m(schedule: Schedule, steps: int, spacing: Spacing = "trailing", falls: bool = True) -> Plan:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). `steps` network calls.
 
     r = (lambda_0 - lambda_1) / h,  x' = sigma' / sigma x - alpha' (exp(-h) - 1) (m_0 + (m_0 - m_1) / (2 r))
+    falls: the last step is of order 1 even where it does not end on clean data.
     """
-    return _multistep(path(schedule, steps, spacing), 2, _dpmpp_2m, X0)
+    grid = path(schedule, steps, spacing)
+    return _multistep(grid, _orders(grid, 2, falls), _dpmpp_2m, X0)
 
 
-def dpmpp_3m(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+def dpmpp_3m(
+    schedule: Schedule, steps: int, spacing: Spacing = "trailing", falls: bool = True, curvature: float = 2.0
+) -> Plan:
     """DPM-Solver++(3M), the multistep solver of third order (Lu et al. 2022b, section 4). `steps` network calls.
 
     r_i = (lambda_i - lambda_{i+1}) / h,  D_10 = (m_0 - m_1) / r_0,  D_11 = (m_1 - m_2) / r_1
-    D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),  D_2 = 2 (D_10 - D_11) / (r_0 + r_1)
+    D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),  D_2 = curvature (D_10 - D_11) / (r_0 + r_1)
     x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 + alpha' ((exp(-h) - 1) / h + 1) D_1
          - alpha' ((exp(-h) - 1 + h) / h^2 - 1 / 2) D_2
-    D_2 is h^2 times the second derivative of m in lambda. Published code leaves out its factor of 2, and with it the
-    third order.
+    falls: the last steps are of order 2 and 1.
+    curvature: 2, which makes D_2 h^2 times the second derivative of m in lambda. Published code has 1, and with it
+      only second order.
     """
 
     def update(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarray:
@@ -84,7 +94,7 @@ def dpmpp_3m(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> P
         r0, r1 = (lam[0] - lam[1]) / h, (lam[1] - lam[2]) / h
         D11 = (m[1] - m[2]) / r1
         D1 = D10 + r0 / (r0 + r1) * (D10 - D11)
-        D2 = 2 * (D10 - D11) / (r0 + r1)
+        D2 = curvature * (D10 - D11) / (r0 + r1)
         return (
             next.sigma / levels[0].sigma * state(levels[0])
             - next.alpha * np.expm1(-h) * m[0]
@@ -92,13 +102,15 @@ def dpmpp_3m(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> P
             - next.alpha * ((np.expm1(-h) + h) / h**2 - 0.5) * D2
         )
 
-    return _multistep(path(schedule, steps, spacing), 3, update, X0)
+    grid = path(schedule, steps, spacing)
+    return _multistep(grid, _orders(grid, 3, falls), update, X0)
 
 
-def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing", falls: bool = True) -> Plan:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5). `steps` network calls.
 
     x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) (m_0 + (m_0 - m_1) / (2 r)) + sigma' sqrt(1 - exp(-2 h)) z
+    falls: as in `dpmpp_2m`.
     """
 
     def update(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarray:
@@ -110,7 +122,8 @@ def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") 
         drift = next.sigma / level.sigma * np.exp(-h) * state(level) + next.alpha * kept * (m[0] + D1 / 2)
         return drift + next.sigma * kept**0.5 * Z
 
-    return _multistep(path(schedule, steps, spacing), 2, update, X0)
+    grid = path(schedule, steps, spacing)
+    return _multistep(grid, _orders(grid, 2, falls), update, X0)
 
 
 def _adams_weights(nodes: Sequence[float] | np.ndarray, moments: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -118,13 +131,13 @@ def _adams_weights(nodes: Sequence[float] | np.ndarray, moments: Sequence[float]
     return np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
 
 
-def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 3) -> Plan:
-    """Diffusion exponential integrator, tAB-DEIS in log(sigma / alpha) (Zhang & Chen 2022, eq. 14). `steps` network
-    calls.
+def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 3, falls: bool = True) -> Plan:
+    """Diffusion exponential integrator, tAB-DEIS in log(sigma / alpha) (Zhang & Chen 2022, eq. 14).
 
-    x' = alpha' / alpha x - sigma' sum_j w_j e_j, exact where e is a polynomial in lambda: with u = (lambda - lambda_0)
-    / h,
+    x' = alpha' / alpha x - sigma' sum_j w_j e_j, exact where e is a polynomial in lambda. u = (lambda - lambda_0) / h:
     sum_j w_j u_j^k = c_k = h int_0^1 u^k exp((1 - u) h) du;  c_0 = exp(h) - 1,  c_k = k / h c_{k-1} - 1.
+    `steps` network calls.
+    falls: the last steps have lower order, down to 1, even if they do not end on clean data.
     """
 
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
@@ -138,14 +151,15 @@ def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: i
         slope = _adams_weights(nodes, moments) @ e[: len(levels)]
         return next.alpha / levels[0].alpha * state(levels[0]) - next.sigma * slope
 
-    return _multistep(path(schedule, steps, spacing), _order(order, (1, 2, 3), "deis"), update, EPS)
+    grid = path(schedule, steps, spacing)
+    return _multistep(grid, _orders(grid, _order(order, (1, 2, 3), "deis"), falls), update, EPS)
 
 
 def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 4) -> Plan:
     """Linear multistep of Adams and Bashforth on d(x / alpha) / ds = e, s = sigma / alpha. `steps` network calls.
 
-    x' / alpha' = x / alpha + (s' - s) sum_j w_j e_j, exact where e is a polynomial in s: with u = (s - s_0) / (s' -
-    s_0), sum_j w_j u_j^k = int_0^1 u^k du = 1 / (k + 1).
+    x' / alpha' = x / alpha + (s' - s) sum_j w_j e_j, exact where e is a polynomial in s.
+    With u = (s - s_0) / (s' - s_0),  sum_j w_j u_j^k = int_0^1 u^k du = 1 / (k + 1).
     """
 
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
@@ -158,18 +172,18 @@ def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: in
         return next.alpha * (state(level) / level.alpha + ds * slope)
 
     known = tuple(range(1, len(PAST) + 1))
-    return _multistep(path(schedule, steps, spacing), _order(order, known, "lms"), update, EPS, falls=False)
+    grid = path(schedule, steps, spacing)
+    return _multistep(grid, [_order(order, known, "lms")] * len(grid), update, EPS)
 
 
 def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
-    """Pseudo linear multistep (Liu et al. 2022, eq. 12): DDIM steps along Adams-Bashforth's mean of up to 4
-    predictions.
+    """Pseudo linear multistep (Liu et al. 2022, eq. 12): DDIM along the Adams-Bashforth mean of up to 4 predictions.
 
     The first step is taken twice, the second time along (e + e_1) / 2 as in Heun's method. steps + 1 network calls;
-    `steps` where there is but one step, or the first starts from noise alone.
+    `steps` if there is only one step, or if the first starts from pure noise.
     """
     adams = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-    rows, kept = [], []  # kept: the rows whose predictions are looked back at
+    rows, kept = [], []  # kept: the rows whose predictions later rows use
     for i, (level, next) in enumerate(path(schedule, steps, spacing)):
         kept.append(len(rows))
         weights = adams[min(len(kept), 4)]
@@ -190,8 +204,8 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
 
     With r_j = (lambda_j - lambda_0) / h and D_j = (m_j - m_0) / r_j:
       predictor x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 - alpha' B(h) sum_j a_j D_j
-      corrector the same with D of m', just made at x', among the D_j, where r = 1.
-    variant: B(h) is -h for "bh1" and exp(-h) - 1 for "bh2". The prediction at x' is the one the next step starts from.
+      corrector the same, with D of m', the new prediction at x', added to the D_j; its r is 1.
+    variant: B(h) is -h for "bh1" and exp(-h) - 1 for "bh2". The next step starts from the same prediction at x'.
     """
     _order(order, (1, 2, 3), "unipc")
     if variant not in ("bh1", "bh2"):
@@ -199,7 +213,7 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
     rows, before, grid = [], [], path(schedule, steps, spacing)
     for i, (level, next) in enumerate(grid):
         x = state(level)
-        if before:  # the corrector starts where the predictor started: what they add is all that differs
+        if before:  # corrector and predictor start from the same x: only the terms that they add differ
             x = x + _unipc_terms(before, level, PAST, variant, X0) - _unipc_terms(before, level, PAST, variant)
         before = []
         update = state(next)
@@ -214,7 +228,7 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
 def _unipc_terms(
     levels: Levels, next: NoiseLevel, m: list[np.ndarray], variant: str, m_next: np.ndarray | None = None
 ) -> np.ndarray:
-    """What UniPC's predictor, or its corrector if given m_next, adds to sigma' / sigma x."""
+    """The term that UniPC's predictor adds to sigma' / sigma x; the corrector's term if m_next is given."""
     lam = [_lambda(level) for level in levels]
     h = _lambda(next) - lam[0]
     nodes = [(there - lam[0]) / h for there in lam[1:]]

@@ -1,4 +1,4 @@
-"""Solvers that look at one prediction and remember none.
+"""Solvers that use one prediction and remember none.
 
 A prime marks the level after a step: alpha', sigma'.
 """
@@ -24,7 +24,7 @@ def ddim(schedule: Schedule, steps: int, spacing: Spacing = "trailing", eta: flo
     def row(level: NoiseLevel, next: NoiseLevel) -> Row:
         s = eta * _posterior_std(level, next)
         if s > next.sigma:
-            raise ValueError(f"eta {eta} asks for more noise than the next level holds; use at most 1")
+            raise ValueError(f"eta {eta} adds more noise than the next level has; use at most 1")
         return Row(level, next, next.alpha * X0 + np.sqrt(next.sigma**2 - s**2) * EPS + s * Z)
 
     return stack(row(level, next) for level, next in path(schedule, steps, spacing))
@@ -73,7 +73,7 @@ def dpmpp_1(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Pl
 
 
 def euler_ancestral(schedule: Schedule, steps: int, spacing: Spacing = "trailing", eta: float = 1.0) -> Plan:
-    """Euler steps to a lower level than asked for, and noise back up: DDIM with `eta`, 1 for all the posterior's noise.
+    """Euler steps below the next level, then noise back up to it: DDIM with `eta`, 1 for all of the posterior's noise.
 
     With s = sigma / alpha: s_up = eta s' sqrt(1 - s'^2 / s^2), s_down^2 = s'^2 - s_up^2. `steps` network calls.
     """
@@ -89,10 +89,10 @@ def consistency(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -
 
 
 def ddim_inversion(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
-    """DDIM run backwards (Song et al. 2021, section 4.3): from a clean image to the noise that `ddim` draws it from.
+    """DDIM run backwards (Song et al. 2021, section 4.3): from a clean image to the noise that `ddim` turns into it.
 
-    x' = alpha' x0 + sigma' eps  up the levels. The image, which has no noise, is shown to the network as if it were at
-    the least noisy of them. `steps` network calls.
+    x' = alpha' x0 + sigma' eps  with rising levels. The clean image is given to the network at the least noisy level.
+    `steps` network calls.
     """
     level = [level for level, _ in reversed(path(schedule, steps, spacing))]
     first = level[0]

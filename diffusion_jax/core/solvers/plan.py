@@ -1,11 +1,11 @@
 """Plans: solvers as data, built on the host in float64 and run by `sampling.sample`.
 
-A row evaluates the denoiser at its level, giving (x0, eps), and then
+A row evaluates the denoiser at its level, which gives (x0, eps), and then computes
 
-    d  = memory[0] x0 + memory[1] eps                                what later rows may look back at
+    d  = memory[0] x0 + memory[1] eps                                what later rows may use
     x <- x0_coef x0 + eps_coef eps + noise z + sum_k past[k] d_k     d_1 the last row's d, d_2 the one before, ...
 
-Since x = alpha x0 + sigma eps, any rule linear in the state, the predictions and fresh noise has this form. Builders
+Since x = alpha x0 + sigma eps, any rule linear in the state, the predictions and fresh noise has this form. Solvers
 write such rules as formulas in the unit vectors X0, EPS, Z and PAST = [d_1, d_2, ...].
 """
 
@@ -29,11 +29,14 @@ Spacing = str | Sequence[int | float] | Sequence[Step] | np.ndarray
 
 
 class Plan(NamedTuple):
-    """A solver, as data. R rows, numpy float64 until it is handed to the device.
+    """A solver, as data. R rows, numpy float64 until they are copied to the device.
 
     level: NoiseLevel of (R,), where row i evaluates the denoiser.
     next: NoiseLevel of (R,), the state's level after row i.
-    x0, eps, noise: (R,) coefficients. memory: (R, 2) on (x0, eps). past: (R, HISTORY).
+    x0, eps, noise: (R,) coefficients.
+    memory: (R, 2) coefficients of (x0, eps).
+    past: (R, HISTORY) coefficients.
+    initial: (), standard deviation of the initial noise. By default that of x_t for data of unit variance.
     """
 
     level: NoiseLevel
@@ -43,20 +46,26 @@ class Plan(NamedTuple):
     noise: ArrayLike
     memory: ArrayLike
     past: ArrayLike
+    initial: ArrayLike
 
     @property
     def num_rows(self) -> int:
-        """R, which is also the number of times that the denoiser is evaluated."""
+        """R, also the number of evaluations of the denoiser."""
         return len(self.x0)
 
     @property
     def start(self) -> NoiseLevel:
-        """The level of the state before the first row, scalars."""
+        """The level of the state before the first row, as scalars."""
         return NoiseLevel(*(v[0] for v in self.level))
 
 
 class Row(NamedTuple):
-    """One row while it is built. level, next: of scalars. update: what x becomes. memory: what d is, in X0 and EPS."""
+    """One row of a plan under construction.
+
+    level, next: NoiseLevel of scalars.
+    update: the new x, in unit vectors.
+    memory: d, in X0 and EPS.
+    """
 
     level: NoiseLevel
     next: NoiseLevel
@@ -65,13 +74,20 @@ class Row(NamedTuple):
 
 
 def stack(rows: Iterable[Row]) -> Plan:
-    """The rows as a plan; without any, a plan that changes nothing."""
+    """Stack the rows into a plan. No rows give a plan that changes nothing."""
     rows = list(rows)
     level, next, update, memory = zip(*rows, strict=True) if rows else [()] * 4
     x0, eps, noise, *past = np.reshape(update, (-1, len(X0))).T
-    return Plan(
-        _levels(level), _levels(next), x0, eps, noise, np.reshape(memory, (-1, len(X0)))[:, :2], np.stack(past, axis=1)
-    )
+    initial = np.hypot(rows[0].level.alpha, rows[0].level.sigma) if rows else 1.0
+    memory = np.reshape(memory, (-1, len(X0)))[:, :2]
+    return Plan(_levels(level), _levels(next), x0, eps, noise, memory, np.stack(past, axis=1), initial)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """One plan after another, each starting where the one before it ends."""
+    bare = [plan._replace(initial=None) for plan in plans]
+    rows = jax.tree.map(lambda *columns: np.concatenate(columns), *bare)
+    return rows._replace(initial=plans[0].initial)
 
 
 def _levels(levels: Sequence[NoiseLevel]) -> NoiseLevel:
@@ -79,7 +95,7 @@ def _levels(levels: Sequence[NoiseLevel]) -> NoiseLevel:
 
 
 def state(level: NoiseLevel) -> np.ndarray:
-    """alpha x0 + sigma eps, in unit vectors: x itself at the level of a row, its step of first order at another."""
+    """alpha x0 + sigma eps, in unit vectors: x itself at a row's own level, a first-order step at another level."""
     return level.alpha * X0 + level.sigma * EPS
 
 
@@ -93,8 +109,8 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
       karras    sigma / alpha on a rho = 7 ramp (Karras et al. 2022, eq. 5)
       logsnr    evenly in log-SNR (Lu et al. 2022, section 3.3)
       quadratic squares of an even ramp of sqrt(t) (Song et al. 2021, appendix D.3)
-    The first three are whole numbers on a schedule of T steps. In continuous time, leading goes evenly up from t_min,
-    one part of `steps` short of t_max; trailing goes evenly down to t_max / steps, or to t_min if that is noisier.
+    The first three are whole numbers on a schedule of T steps. In continuous time, leading goes evenly up from t_min
+    and ends one step short of t_max; trailing goes evenly down to t_max / steps, or to t_min if that is noisier.
     Raises ValueError for steps outside 1..T and for an unknown spacing.
     """
     t_min, t_max, T = schedule.t_min, schedule.t_max, schedule.num_steps
@@ -117,7 +133,7 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
             up = np.arange(steps)[::-1]
             return up * float(T // steps) if T else t_min + up / steps * (t_max - t_min)
         case "linspace":
-            # upwards from t_min, so that a tie is rounded as it is elsewhere; one step starts from t_max
+            # upwards from t_min, so that ties round as in diffusers; a single step starts from t_max
             even = np.linspace(t_min, t_max, steps)[::-1] if steps > 1 else np.array([t_max])
             return np.round(even) if T else even
         case "trailing":
@@ -127,7 +143,7 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
         case "quadratic":
             t = (t_max**0.5 + ramp * (t_min**0.5 - t_max**0.5)) ** 2
         case _:
-            # log-SNR may be without bound at t_max; the ramp then starts a little below it
+            # log-SNR may be infinite at t_max; the ramp then starts a little below it
             noisiest = t_max if schedule(t_max).alpha > 0 else t_max - schedule.resolution
             high, low = schedule(noisiest).logsnr, schedule(t_min).logsnr
             if spacing == "karras":
@@ -135,15 +151,15 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
                 t = schedule.t_of_logsnr(-14 * np.log(high + ramp * (low - high)))
             else:
                 t = schedule.t_of_logsnr(high + ramp * (low - high))
-    t[0] = t_max  # which rounding may have missed
+    t[0] = t_max  # exactly, despite rounding
     return np.clip(t, t_min, t_max)
 
 
 def path(schedule: Schedule, steps: int, spacing: Spacing) -> list[Step]:
     """The (level, next level) of each step; the last one ends on clean data, alpha = 1, sigma = 0.
 
-    spacing: as in `times`, or the list of steps itself, in which a step may start above the end of the one before (then
-    `renoised` fills the gap).
+    spacing: as in `times`, or the list of steps itself. In a list, a step may start noisier than the step before ended;
+      `renoised` then fills the gap.
     """
     if not isinstance(spacing, str) and len(spacing) and isinstance(spacing[0], tuple):
         return list(spacing)
@@ -153,11 +169,12 @@ def path(schedule: Schedule, steps: int, spacing: Spacing) -> list[Step]:
 
 
 def renoised(plan: Plan, scale: float = 1.0) -> Plan:
-    """Where a row starts above the level on which the row before it ended, that row adds the noise between the two.
+    """Add noise between rows: where a row starts noisier than the row before it ended, that earlier row adds the noise.
 
     q(x_t | x_s), t noisier than s, is alpha_t / alpha_s x_s plus noise of variance sigma_t^2 - (alpha_t / alpha_s)^2
-    sigma_s^2 (Kingma et al. 2021, eq. 20). scale: of that noise, S_noise of Karras et al. 2022, algorithm 2.
-    Raises ValueError if a row looks back across such a gap: predictions made before it belong to another trajectory.
+    sigma_s^2 (Kingma et al. 2021, eq. 20).
+    scale: factor on that noise, S_noise of Karras et al. 2022, algorithm 2.
+    Raises ValueError if a row looks back across such a gap: predictions before it belong to another trajectory.
     """
     target = NoiseLevel(*(np.append(v[1:], end[-1:]) for v, end in zip(plan.level, plan.next, strict=True)))
     ratio = target.alpha / plan.next.alpha
@@ -166,7 +183,7 @@ def renoised(plan: Plan, scale: float = 1.0) -> Plan:
     steps_begin = np.append(True, extra > 0)[: plan.num_rows]
     rows_in_step = np.arange(plan.num_rows) - np.maximum.accumulate(np.where(steps_begin, np.arange(plan.num_rows), 0))
     if np.any(plan.past[rows_in_step[:, None] <= np.arange(HISTORY)]):
-        raise ValueError("adding noise between steps needs a solver that takes them one at a time, not a multistep one")
+        raise ValueError("adding noise between steps needs a one-step solver (heun, euler, ...), not a multistep one")
     return plan._replace(
         next=target,
         x0=ratio * plan.x0,
@@ -177,23 +194,26 @@ def renoised(plan: Plan, scale: float = 1.0) -> Plan:
 
 
 def with_resampling(plan: Plan, repeats: int) -> Plan:
-    """RePaint's resampling with jumps of one step (Lugmayr et al. 2022, algorithm 1): each step `repeats` times, noised
-    back to its own level in between, so that an inpainted part grows to fit the known one.
+    """RePaint's resampling with jumps of one step (Lugmayr et al. 2022, algorithm 1). Each step is taken `repeats`
+    times and noised back to its start in between. This makes an inpainted region match the known one better.
 
-    plan: of a solver of one row a step (ddpm, ddim, euler, euler_ancestral, consistency); others raise ValueError.
+    plan: from a solver of one row a step (ddpm, ddim, euler, euler_ancestral, consistency).
+    Raises ValueError for other plans and for repeats below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if np.any(plan.past):
         raise ValueError("resampling needs a solver of one row a step: ddpm, ddim, euler or consistency")
-    return renoised(jax.tree.map(lambda c: np.repeat(c, repeats, axis=0), plan))
+    rows = jax.tree.map(lambda c: np.repeat(c, repeats, axis=0), plan._replace(initial=None))
+    return renoised(rows._replace(initial=plan.initial))
 
 
 def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spacing = "trailing") -> np.ndarray:
-    """The times of `times` that are left when an image is changed with a strength: the last round(steps * strength).
+    """The times left when an image is changed with a given strength: the last round(steps * strength) of `times`.
 
-    strength: 0 leaves the image as it is (no times), 1 starts from noise alone. Hand them to a solver as its spacing,
-    with their number as its steps, so that a multistep solver starts its history where the image starts.
+    strength: 0 leaves the image as it is (no times), 1 starts from pure noise.
+    Pass the times to a solver as its spacing, and their number as its steps. A multistep solver then starts its history
+    where the image starts.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")

@@ -1,12 +1,10 @@
-"""Solvers of several stages a step: a trial state is a row like any other.
+"""Solvers of several stages a step. A trial state is a row like any other.
 
 A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda. The state at
-the start of a step is not kept: it is linear in the trial state and in what the denoiser said there, and so is written
-in them.
-Where h is infinite, on the way to sigma' = 0 or from alpha = 0, a step is of first order and has one stage. So it is,
-for solvers of the noise prediction, from a level that is noise alone in practice: there two predictions differ by next
-to nothing and h multiplies what they differ by (on the cosine schedule, whose last sigma / alpha is 20,000, by
-thousands).
+the start of a step is not stored. It is linear in the trial state and the prediction there, and is written in them.
+Where h is infinite (to sigma' = 0, or from alpha = 0) a step is of first order and has one stage. Solvers of the noise
+prediction do the same from a level that is pure noise in practice: two predictions there hardly differ, and h
+multiplies their difference (by thousands on the cosine schedule, whose last sigma / alpha is 20,000).
 """
 
 from collections.abc import Callable
@@ -26,7 +24,7 @@ def finite(level: NoiseLevel, next: NoiseLevel) -> bool:
 
 
 def differs(level: NoiseLevel, next: NoiseLevel) -> bool:
-    """Whether a noise prediction at `level` says enough of the image to be compared with the next one."""
+    """Whether a noise prediction at `level` depends enough on the image to be compared with the next one."""
     return finite(level, next) and bool(level.sigma < NOISE_ALONE * level.alpha)
 
 
@@ -53,12 +51,12 @@ def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
 def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 2) -> Plan:
     """DPM-Solver of order 1, 2 or 3, singlestep (Lu et al. 2022, algorithms 1, 2 and 4). `steps` network calls.
 
-    Stages are at levels of the grid, r_i = (lambda_i - lambda) / h, so `steps` levels make steps of `order` stages, the
-    last of fewer. With e, e_1, e_2 the noise predictions of the stages:
-      u_1 = alpha_1 / alpha x - sigma_1 (exp(r_1 h) - 1) e
-      u_2 = alpha_2 / alpha x - sigma_2 (exp(r_2 h) - 1) e - sigma_2 r_2 / r_1 ((exp(r_2 h) - 1) / (r_2 h) - 1) (e_1 -
-      e) 2nd: x' = alpha' / alpha x - sigma' (exp(h) - 1) e - sigma' / (2 r_1) (exp(h) - 1) (e_1 - e)
-      3rd: x' = alpha' / alpha x - sigma' (exp(h) - 1) e - sigma' / r_2 ((exp(h) - 1) / h - 1) (e_2 - e)
+    Stages are at levels of the grid, r_i = (lambda_i - lambda) / h: `steps` levels are grouped into steps of `order`
+    stages, fewer at the end. With e, e_1, e_2 the noise predictions of the stages and phi(h) = exp(h) - 1:
+      u_1 = alpha_1 / alpha x - sigma_1 phi(r_1 h) e
+      u_2 = alpha_2 / alpha x - sigma_2 phi(r_2 h) e - sigma_2 r_2 / r_1 (phi(r_2 h) / (r_2 h) - 1) (e_1 - e)
+      2nd: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / (2 r_1) phi(h) (e_1 - e)
+      3rd: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / r_2 (phi(h) / h - 1) (e_2 - e)
     """
     if order not in (1, 2, 3):
         raise ValueError(f"dpm_solver has orders 1, 2 and 3, got {order}")
@@ -92,7 +90,7 @@ def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", or
 
 
 def _groups(steps: list[Step], order: int, joins: Callable) -> list[list[NoiseLevel]]:
-    """The levels of each solver step: its start, the grid's levels at which it has its other stages, and its end.
+    """The levels of each solver step: its start, the grid levels of its other stages, and its end.
 
     joins: (level, next) -> whether that step of the grid can be part of a longer one.
     """
@@ -126,13 +124,12 @@ def dpmpp_2s(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> P
 
 
 def dpmpp_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
-    """DPM-Solver++(SDE), two stages a step, the first halfway in lambda (Lu et al. 2022b, section 5, with the stages of
-    2S).
+    """DPM-Solver++(SDE), two stages a step, the first halfway in lambda (Lu et al. 2022b, section 5, stages as in 2S).
 
     u  = sigma_1 / sigma exp(-h / 2) x + alpha_1 (1 - exp(-h)) m + n_1
     x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) m_1 + n'
-    with n_1 of variance sigma_1^2 (1 - exp(-h)) and n' = sigma' / sigma_1 exp(-h / 2) n_1 + sigma' sqrt(1 - exp(-h)) z,
-    the noise that one Brownian motion puts into both. 2 steps - 1 network calls.
+    with n_1 of variance sigma_1^2 (1 - exp(-h)) and n' = sigma' / sigma_1 exp(-h / 2) n_1 + sigma' sqrt(1 - exp(-h)) z.
+    Both come from the same Brownian motion. 2 steps - 1 network calls.
     """
     rows = []
     for s, t in path(schedule, steps, spacing):
@@ -145,7 +142,7 @@ def dpmpp_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> 
 
         x, m = state(s), X0
         trial = s1.sigma / s.sigma * decay * x + s1.alpha * kept * m
-        # n' holds ratio n_1, and n_1 = u - trial: what is left of x' once m_1 and ratio u are taken out is remembered
+        # n' contains ratio n_1, and n_1 = u - trial: remember the part of x' that has neither m_1 nor ratio u
         ratio = t.sigma / s1.sigma * decay
         rows.append(
             Row(s, s1, trial + s1.sigma * kept**0.5 * Z, memory=t.sigma / s.sigma * decay**2 * x - ratio * trial)
@@ -159,9 +156,8 @@ def with_churn(solver: Solver, churn: float, s_min: float = 0.0, s_max: float = 
     """The solver with noise added before each step (Karras et al. 2022, algorithm 2).
 
     Before a step from s = sigma / alpha in [s_min, s_max], noise of s_noise times the needed strength raises the level
-    to s (1 + gamma), gamma = min(churn / steps, sqrt(2) - 1), and the step starts from there; not above the schedule's
-    t_max.
-    solver: heun, euler, or another of this package that takes one step at a time.
+    to s (1 + gamma), gamma = min(churn / steps, sqrt(2) - 1), but not above the schedule's t_max.
+    solver: a one-step solver of this package, such as heun or euler.
     """
     if churn < 0 or s_noise < 0:
         raise ValueError(f"churn and s_noise must be at least 0, got {churn} and {s_noise}")

@@ -1,0 +1,248 @@
+"""The sampler that a published model comes with: a scheduler_config.json of diffusers as a plan.
+
+The plan does what diffusers 0.42 does, even where that differs from the paper; docs/samplers_peer.md lists the places.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from scipy import stats
+
+from diffusion_jax.core import solvers
+from diffusion_jax.core.process import NoiseLevel
+from diffusion_jax.core.schedules import DiscreteSchedule
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.core.solvers.plan import X0, Row, Step, Z, joined, stack, state
+
+LEADING = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler")  # timestep_spacing by default
+OTHERS = ("bh1", "bh2", "logrho")  # solver_type of other classes, which a scheduler replaces by its own
+CLEAN = NoiseLevel(0.0, 1.0, 0.0)
+FEW = 15  # with fewer steps the order of multistep solvers falls at the end
+ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use for noise alone
+
+
+def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, strength: float = 1.0) -> Plan:
+    """The plan of a scheduler_config.json.
+
+    config: the content of the file. The class is DDIM, PNDM, DDPM, LCM, EulerDiscrete, EulerAncestralDiscrete,
+      HeunDiscrete, LMSDiscrete, DPMSolverMultistep, DPMSolverSinglestep, UniPCMultistep or DEISMultistep.
+    schedule: the noise schedule of the file.
+    steps: as diffusers counts them.
+    strength: in [0, 1]. Of an image that is changed: the last int(steps * strength) of the steps are left.
+    Raises ValueError for steps outside 1..T, for another class and for a setting that is not supported.
+    """
+    name = config.get("_class_name", "DDIMScheduler")
+    if name not in SCHEDULERS:
+        raise ValueError(
+            f"the model's own scheduler is a {name}, which is not supported: choose a solver by its name; known "
+            f"schedulers: {', '.join(SCHEDULERS)}"
+        )
+    if not 1 <= steps <= schedule.num_steps:
+        raise ValueError(f"steps must be in 1..{schedule.num_steps}, the schedule's number of steps, got {steps}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    clips = {"clip_sample": name in ("DDIMScheduler", "DDPMScheduler")}  # by default
+    _only(clips | dict(config), thresholding=False, use_flow_sigmas=False, clip_sample=False)
+    path, solver = SCHEDULERS[name]
+    grid = path(config, schedule, steps)
+    skipped = len(grid) - min(int(steps * strength), len(grid))
+    plan = solver(config, schedule, grid[skipped:], steps)
+    if path is _euler_path and not skipped and _spacing(config) != "leading":
+        return plan._replace(initial=plan.start.sigma)
+    return plan
+
+
+def _only(config: Mapping, **known) -> None:
+    """Raise ValueError for a field that has another value than the known one, or the known ones of a tuple."""
+    for field, value in known.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if config.get(field, values[0]) not in values:
+            raise ValueError(
+                f"the model's own {config.get('_class_name', 'scheduler')} has {field}={config[field]!r}, and only "
+                f"{' or '.join(map(repr, values))} is supported: choose a solver by its name"
+            )
+
+
+def _spacing(config: Mapping) -> str:
+    return config.get("timestep_spacing", "leading" if config.get("_class_name") in LEADING else "linspace")
+
+
+def _times(config: Mapping, T: int, steps: int, more: int = 0) -> np.ndarray:
+    """The time steps, falling. more: how many there are beside `steps`, which are left out at the clean end."""
+    spacing, count = _spacing(config), steps + more
+    if spacing == "linspace":
+        return np.linspace(0, T - 1, count)[::-1][:steps]
+    if spacing == "leading":
+        up = np.arange(count)[::-1][:steps] * float(T // count)
+        return np.minimum(up + config.get("steps_offset", 0), T - 1)
+    if spacing == "trailing":
+        t = np.round(np.arange(T, 0, -T / steps)) - 1
+        return t[t >= 0]
+    raise ValueError(f"timestep_spacing must be linspace, leading or trailing, got {spacing!r}")
+
+
+def _table_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
+    """Steps of T // steps, whatever the next time step is; the last ends on the least noise or on none."""
+    t, stride = np.round(_times(config, schedule.num_steps, steps)), schedule.num_steps // steps
+    clean = config.get("set_alpha_to_one", config.get("_class_name") != "PNDMScheduler")
+    end = CLEAN if clean else schedule(0.0)
+    return [(schedule(now), schedule(now - stride) if now >= stride else end) for now in t]
+
+
+def _ddpm_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
+    t = np.round(_times(config, schedule.num_steps, steps))
+    return list(itertools.pairwise([*map(schedule, t), CLEAN]))
+
+
+def _lcm_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
+    """Some of the times that the student was trained on (Luo et al. 2023)."""
+    original = config.get("original_inference_steps", 50)
+    if steps > original:
+        raise ValueError(f"steps must be at most {original}, those that the model was trained on, got {steps}")
+    trained = np.arange(original, 0, -1) * (schedule.num_steps // original) - 1.0
+    t = trained[np.floor(np.arange(steps) * (original / steps)).astype(int)]
+    return list(itertools.pairwise([*map(schedule, t), CLEAN]))
+
+
+def _in_sigma(s: np.ndarray, t: np.ndarray, last: float) -> list[Step]:
+    """The path through levels of s = sigma / alpha that the network sees as t, to `last`."""
+    s, t = np.append(s, last), np.append(t, 0.0)
+    return list(itertools.pairwise(map(NoiseLevel, t, (1 + s**2) ** -0.5, s * (1 + s**2) ** -0.5)))
+
+
+def _table(schedule: DiscreteSchedule) -> np.ndarray:
+    """sigma / alpha of all time steps, rising."""
+    level = schedule(np.arange(schedule.num_steps))
+    return level.sigma / np.maximum(level.alpha, level.sigma / ALMOST_NOISE)
+
+
+def _ramp(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | None:
+    """Levels of s from high to low as the config wants them; None for those of the time steps."""
+    high, low = config.get("sigma_max") or high, config.get("sigma_min") or low
+    part = np.linspace(0, 1, steps)
+    if config.get("use_karras_sigmas"):
+        return (high ** (1 / 7) + part * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    if config.get("use_exponential_sigmas") or config.get("use_lu_lambdas"):
+        return np.exp(np.log(high) + part * (np.log(low) - np.log(high)))
+    if config.get("use_beta_sigmas"):
+        return low + (high - low) * stats.beta.ppf(1 - part, 0.6, 0.6)
+    return None
+
+
+def _euler_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
+    """Of solvers of d(x / alpha) / d(sigma / alpha): times may be fractional, and s is interpolated between them."""
+    _only(config, interpolation_type="linear", timestep_type="discrete")
+    table, steps_of_table = _table(schedule), np.arange(schedule.num_steps)
+    t = _times(config, schedule.num_steps, steps)
+    s = np.interp(t, steps_of_table, table)
+    ramp = _ramp(config, s[0], s[-1], steps)
+    if ramp is not None:
+        s, t = ramp, np.interp(np.log(ramp), np.log(table), steps_of_table)
+    return _in_sigma(s, t, table[0] if config.get("final_sigmas_type") == "sigma_min" else 0.0)
+
+
+def _dpm_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
+    """Of solvers in log(alpha / sigma): whole times, of which one more is made and the cleanest left out."""
+    name, table = config["_class_name"], _table(schedule)
+    if name == "DPMSolverSinglestepScheduler":
+        config = dict(config) | {"timestep_spacing": "linspace"}
+    noisiest = schedule.num_steps - np.searchsorted(-np.log(table[::-1]), config.get("lambda_min_clipped", -np.inf))
+    t = np.round(_times(config, int(noisiest), steps, more=1))
+    s = np.interp(t, np.arange(len(table)), table)
+    least_noisy = table[0]
+    ramp = _ramp(config, table[-1], table[0], steps)
+    if ramp is not None:
+        t = np.interp(np.log(ramp), np.log(table), np.arange(len(table)))
+        near = config.get("use_karras_sigmas") or config.get("use_lu_lambdas")
+        smooth = name == "DPMSolverMultistepScheduler" and config.get("beta_schedule") == "squaredcos_cap_v2"
+        s, t = ramp, np.round(t) if near and not smooth else np.trunc(t)
+        if name in ("UniPCMultistepScheduler", "DEISMultistepScheduler"):
+            least_noisy = ramp[-1]
+    ends_clean = name != "DEISMultistepScheduler" and config.get("final_sigmas_type", "zero") == "zero"
+    return _in_sigma(s, t, 0.0 if ends_clean else least_noisy)
+
+
+def _falls(config: Mapping, steps: int) -> bool:
+    """Whether the order falls to 1 on the last step, and to 2 on the one before."""
+    return config.get("lower_order_final", True) and steps < FEW
+
+
+def _plain(solver: Callable[..., Plan]) -> Callable[..., Plan]:
+    """A solver that has no settings."""
+    return lambda config, schedule, grid, steps: solver(schedule, len(grid), grid)
+
+
+def _ddpm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
+    _only(config, variance_type=("fixed_small", "fixed_small_log"))
+    return solvers.ddpm(schedule, len(grid), grid)
+
+
+def _pndm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
+    defaults = {"skip_prk_steps": False}
+    _only(defaults | dict(config), timestep_spacing="leading", skip_prk_steps=True, prediction_type="epsilon")
+    return (solvers.plms if len(grid) > 1 else solvers.ddim)(schedule, len(grid), grid)
+
+
+def _lcm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
+    """x' = alpha' (c_out x0 + c_skip x) + sigma' z, with the boundary condition of Luo et al. 2023, section 4.1."""
+
+    def row(level: NoiseLevel, next: NoiseLevel) -> Row:
+        t = level.t * config.get("timestep_scaling", 10.0)
+        c_skip, c_out = 0.25 / (t**2 + 0.25), t / (t**2 + 0.25) ** 0.5
+        return Row(level, next, next.alpha * (c_out * X0 + c_skip * state(level)) + next.sigma * Z)
+
+    return stack(itertools.starmap(row, grid))
+
+
+def _dpm_multistep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
+    _only(config, solver_type=("midpoint", *OTHERS), euler_at_final=False)
+    _only(config, algorithm_type=("dpmsolver++", "sde-dpmsolver++", "deis"))
+    noisy, order = config.get("algorithm_type") == "sde-dpmsolver++", config.get("solver_order", 2)
+    _only(config, solver_order=(2, 1) if noisy else (2, 1, 3))
+    arguments = (schedule, len(grid), grid)
+    if order == 1:
+        return solvers.ddim(*arguments, eta=float(noisy))
+    falls = _falls(config, steps)
+    if order == 3:
+        return solvers.dpmpp_3m(*arguments, falls=falls, curvature=1.0)
+    return (solvers.dpmpp_2m_sde if noisy else solvers.dpmpp_2m)(*arguments, falls=falls)
+
+
+def _dpm_singlestep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
+    """Pairs of steps, the last one alone where the order falls or the steps are odd."""
+    _only(config, solver_type=("midpoint", *OTHERS), solver_order=(2, 1))
+    _only(config, algorithm_type=("dpmsolver++", "dpmsolver", "deis"))
+    if config.get("solver_order", 2) == 1:
+        return solvers.ddim(schedule, len(grid), grid)
+    solver = solvers.dpm_solver if config.get("algorithm_type") == "dpmsolver" else solvers.dpmpp_2s
+    first = (steps - len(grid)) % 2  # a pair of which an image's strength left out one
+    last = len(grid) - bool(config.get("lower_order_final") or steps % 2)
+    parts = [part for part in (grid[:first], grid[first:last], grid[max(first, last) :]) if part]
+    return joined([solver(schedule, len(part), part) for part in parts]) if parts else stack([])
+
+
+def _unipc(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
+    _only(config, lower_order_final=True, predict_x0=True, disable_corrector=[], solver_p=None)
+    variant = "bh1" if config.get("solver_type") == "bh1" else "bh2"
+    return solvers.unipc(schedule, len(grid), grid, config.get("solver_order", 2), variant)
+
+
+def _deis(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
+    return solvers.deis(schedule, len(grid), grid, config.get("solver_order", 2), falls=_falls(config, steps))
+
+
+SCHEDULERS = {  # class -> (its path, its solver)
+    "DDIMScheduler": (_table_path, _plain(solvers.ddim)),
+    "PNDMScheduler": (_table_path, _pndm),
+    "DDPMScheduler": (_ddpm_path, _ddpm),
+    "LCMScheduler": (_lcm_path, _lcm),
+    "EulerDiscreteScheduler": (_euler_path, _plain(solvers.euler)),
+    "EulerAncestralDiscreteScheduler": (_euler_path, _plain(solvers.euler_ancestral)),
+    "HeunDiscreteScheduler": (_euler_path, _plain(solvers.heun)),
+    "LMSDiscreteScheduler": (_euler_path, _plain(solvers.lms)),
+    "DPMSolverMultistepScheduler": (_dpm_path, _dpm_multistep),
+    "DPMSolverSinglestepScheduler": (_dpm_path, _dpm_singlestep),
+    "UniPCMultistepScheduler": (_dpm_path, _unipc),
+    "DEISMultistepScheduler": (_dpm_path, _deis),
+}
