@@ -27,7 +27,7 @@ def _multistep(steps: list[Step], order: int, update: Callable, remembers: np.nd
     """
     rows = []
     for i, (level, next) in enumerate(steps):
-        levels = [now for now, _ in reversed(steps[: i + 1]) if now.alpha > 0][:order]
+        levels = [now for now, _ in reversed(steps[max(i + 1 - order, 0) : i + 1]) if now.alpha > 0]
         if falls:
             levels = levels[: len(steps) - i if finite(level, next) else 1]
         rows.append(Row(level, next, update(levels or [level], next, [remembers, *PAST]), remembers))
