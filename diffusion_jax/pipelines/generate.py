@@ -60,12 +60,12 @@ def solve(
         raise ValueError("this model fills in parts of an image: it needs an image and a mask")
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
-    check_guidance(guidance, plan)
     x, cond, keys, known = parallel.spread((x, cond, keys, known), len(keys))
     nulls = model.conditioning.null, guidance.negative
     params, (null_cond, negative) = parallel.whole((model.params, nulls), len(keys))
     null_cond, negative = (_lengthened(null, cond) for null in (null_cond, negative))
     denoise = guided(model.denoiser(params), guidance._replace(negative=negative), null_cond, model.codec.limit)
+    check_guidance(guidance, plan)
     return sample(denoise, plan, x, keys, cond, known=known, callback=callback)
 
 
