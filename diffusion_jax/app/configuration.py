@@ -1,11 +1,13 @@
 """Parse the command line with absl and ml_collections, and report their errors in one line each."""
 
+import itertools
 import sys
 import traceback
 
 from absl import flags
 from ml_collections import ConfigDict
 
+NO_PRESETS = "TypeError: get_config() takes 0 positional arguments but 1 was given"
 TRACEBACK = "Error whilst parsing config file:"  # ml_collections prints this before a traceback
 
 
@@ -21,7 +23,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         hasattr(config, "name")  # a missing file raises only when its config is first used
     except (flags.Error, OSError) as error:
         where, _, trace = str(error).partition(TRACEBACK)
-        raise ValueError(where + trace.strip().splitlines()[-1] if trace else where.splitlines()[-1].strip()) from error
+        message = (where + _message(trace)).replace(NO_PRESETS, "this config has no presets: leave out the colon")
+        raise ValueError(message) from error
     except Exception as error:
         _explain(argv)
         raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -32,6 +35,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     if flags.FLAGS["config"].present and not isinstance(config, ConfigDict):
         raise ValueError(f"get_config() of the file of --config must return a ConfigDict, got {config!r}")
     return words
+
+
+def _message(trace: str) -> str:
+    """The error at the end of a printed traceback."""
+    last_frame = trace.rpartition('\n  File "')[2]
+    return "\n".join(itertools.dropwhile(lambda line: line.startswith(" "), last_frame.splitlines()[1:]))
 
 
 def _explain(argv: list[str]) -> None:
