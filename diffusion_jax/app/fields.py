@@ -372,7 +372,7 @@ def _check_complete(config: ConfigDict) -> None:
         if own and missing:
             of_kind = f" for kind={kind}" if kind else ""
             raise ValueError(
-                f"config.{path} must have the field {missing[0]}{of_kind}, got {', '.join(own)} alone; add it in the "
+                f"config.{path} must have the field {missing[0]}{of_kind}, got only {', '.join(own)}; add it in the "
                 "config file"
             )
 

@@ -136,7 +136,7 @@ DISAGREEING = {
         "--mode=train",
         "--prompt=3",
     ],
-    "laplace is a distribution of the levels that training sees": [DIGITS, "--config.schedule.name=laplace"],
+    "laplace is a distribution of noise levels in training": [DIGITS, "--config.schedule.name=laplace"],
     "CFG++ needs a solver of one row a step": [
         DIGITS,
         "--config.sample.cfg_pp=True",
