@@ -21,6 +21,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def num_devices() -> int:
+    """The number of devices of all hosts, that a global batch is divided over."""
+    return jax.device_count()
+
+
 def to_host(tree: PyTree) -> PyTree:
     """The pytree as numpy arrays."""
     return jax.device_get(tree)
@@ -64,6 +69,17 @@ def split(batch: PyTree, num_devices: int | None = None) -> PyTree:
     """Leaves (B, ...) of this host -> (num_devices, B / num_devices, ...), by default over all of its devices."""
     num_devices = num_devices or jax.local_device_count()
     return jax.tree.map(lambda a: a.reshape(num_devices, -1, *a.shape[1:]), batch)
+
+
+def copier() -> Callable[[np.ndarray], Array]:
+    """A function that copies an array to the default device of the thread that calls this, from any thread."""
+    device = jax.config.jax_default_device
+
+    def copied(array: np.ndarray) -> Array:
+        with jax.default_device(device):
+            return jax.device_put(array, may_alias=False).block_until_ready()
+
+    return copied
 
 
 def divisible(batch: int) -> int:

@@ -145,12 +145,37 @@ BAD = {
     "nowhere/model_index.json: no such file": ["--config.checkpoint=nowhere"],
     "height and width must be multiples of 2 pixels, got 13 and 8": ["--config.sample.height=13"],
     "tile must be a multiple of 8 pixels, or 0 for none, got 3": ["--config.sample.tile=3"],
-    "expected FILE or FILE@SCALE with a number, got 'x@y'": ["--config.loras=('x@y',)"],
+    "expected FILE or FILE@SCALE with a finite number, got 'x@y'": ["--config.loras=('x@y',)"],
+    "expected FILE or FILE@SCALE with a finite number, got 'x@nan'": ["--config.loras=('x@nan',)"],
     "unknown dtype 'float8'; known: bfloat16, float32": ["--config.dtype=float8"],
-    "steps must be in 1..1000": ["--config.sample.steps=0"],
+    "steps must be in 1..1000": ["--config.sample.steps=1001"],
     "prediction: expected one of eps, v, x0, got 'w'": ["--config.prediction=w"],
     "no presets, got 'xl'": ["--config=configs/stable_diffusion.py:xl"],
 }
+
+
+def test_what_cannot_be_trained_is_one_clear_line(run, photographs):
+    train = [*TRAIN, f"--config.data.path={photographs}"]
+    for flag, message in {
+        "--config.lora.targets=((": "config.lora.targets must be a regular expression (missing )",
+        "--config.lora.targets=nothing": "no linear map of the network matches 'nothing'",
+        "--config.lora.rank=1000000": "config.lora.rank must be in [1, 4096], got 1000000",
+        "--config.train.batch_size=100": "train.batch_size must be at most 8, the records of",
+        "--config.sample.dynamic_threshold=0.9": "dynamic thresholding is for models of pixels",
+    }.items():
+        stderr = run("lora", *train, flag, status=2)
+        assert message in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
+def test_weights_are_hashed_for_a_cache_alone(run, photographs, monkeypatch):
+    """Which takes seconds for each gigabyte: neither sampling nor evaluation reads the hash."""
+    hashed = []
+    for module in ("codec", "pipelines.published"):
+        monkeypatch.setattr(f"diffusion_jax.{module}.fingerprint", lambda tree: hashed.append(1) or "hash")
+    run("stable_diffusion", "--mode=sample", "--config.sample.steps=1", "--prompt=the cat")
+    assert not hashed
+    run("stable_diffusion", *TRAIN, f"--config.data.path={photographs}", "--config.train.steps=1")
+    assert len(hashed) == 2
 
 
 @pytest.mark.parametrize("message", BAD)

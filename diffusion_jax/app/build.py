@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 
 import jax
@@ -149,9 +150,12 @@ def _file_and_scale(file: str) -> tuple[str, float]:
     if not path:
         return file, 1.0
     try:
-        return path, float(scale)
+        number = float(scale)
     except ValueError:
-        raise ValueError(f"config.loras: expected FILE or FILE@SCALE with a number, got {file!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"config.loras: expected FILE or FILE@SCALE with a finite number, got {file!r}")
+    return path, number
 
 
 def adapter(config: ConfigDict) -> Adapter:
@@ -294,6 +298,8 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     if data.source == "digits":
         return sources.digits(name)
     if data.source == "folder":
+        if not data.path:
+            raise ValueError("config.data.path is empty: name the folder of pictures of data.source=folder")
         return sources.folder(data.path)
     if data.source.startswith("tfds:"):
         return sources.tfds_source(data.source.removeprefix("tfds:"), name, data.data_dir or None)
@@ -334,7 +340,8 @@ def objective(
 
     section: config.objective for a DiffusionModel, config.autoencoder.loss for a first stage.
     """
-    return choose(OBJECTIVES, section.name, "objective")(section, model, key)
+    known = OBJECTIVES if isinstance(model, DiffusionModel) else FIRST_STAGE_OBJECTIVES
+    return choose(known, section.name, "objective")(section, model, key)
 
 
 def _denoising(section: ConfigDict, model: DiffusionModel, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:
@@ -366,7 +373,8 @@ def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]
     return loss, params, frozen
 
 
-OBJECTIVES = {"denoising": _denoising, "autoencoding": _autoencoding}
+OBJECTIVES = {"denoising": _denoising}
+FIRST_STAGE_OBJECTIVES = {"autoencoding": _autoencoding}
 
 
 def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:

@@ -76,7 +76,7 @@ def _prompts(flag: str) -> tuple[str, ...]:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt: expected a file of text in UTF-8, got {path} ({error})") from error
 
 
@@ -91,6 +91,11 @@ def run() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: not enough memory for these networks, images and batches:", one_line(error), file=sys.stderr)
+        sys.exit(2)
     except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,6 @@
 """Parse the command line with absl and ml_collections, and report their errors in one line each."""
 
+import itertools
 import sys
 import traceback
 
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from diffusion_jax.app import shipped
 
 CONFIG = ("--config", "-config")
+NO_PRESETS = "TypeError: get_config() takes 0 positional arguments but 1 was given"
 TRACEBACK = "Error whilst parsing config file:"  # ml_collections prints this before a traceback
 
 
@@ -25,7 +27,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         hasattr(config, "name")  # a missing file raises only when its config is first used
     except (flags.Error, OSError) as error:
         where, _, trace = str(error).partition(TRACEBACK)
-        raise ValueError(where + trace.strip().splitlines()[-1] if trace else where.splitlines()[-1].strip()) from error
+        message = (where + _message(trace)).replace(NO_PRESETS, "this config has no presets: leave out the colon")
+        raise ValueError(message) from error
     except Exception as error:
         _explain(argv)
         raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -53,6 +56,12 @@ def _with_found_config(argv: list[str]) -> list[str]:
         else:
             made.append(f"{flag}={found(value)}" if flag in CONFIG and value else word)
     return made
+
+
+def _message(trace: str) -> str:
+    """The error at the end of a printed traceback."""
+    last_frame = trace.rpartition('\n  File "')[2]
+    return "\n".join(itertools.dropwhile(lambda line: line.startswith(" "), last_frame.splitlines()[1:]))
 
 
 def _explain(argv: list[str]) -> None:

@@ -1,6 +1,5 @@
 """--mode=eval: measure the likelihood of held-out data."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ from diffusion_jax.app.agreement import check_condition
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
+from diffusion_jax.messages import as_json
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     make_writable(workdir)
     logging.info("weights: %s", origin)
     report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
-    (workdir / "eval.json").write_text(json.dumps({"weights": origin} | report, indent=2) + "\n")
+    (workdir / "eval.json").write_text(as_json({"weights": origin} | report, indent=2) + "\n")
     logging.info(
         "flow %.4f, bound %.4f %s of the %s of %d images of %s; wrote %s",
         *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),

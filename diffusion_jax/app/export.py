@@ -8,6 +8,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax.app import build, first_stage, weights
+from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline, save_unet
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -20,9 +21,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
     whole pipeline in config.dtype (diffusers reads half precision only if told to). A LoRA: one file in float32.
     """
     folder = workdir / "export"
+    if not build.has_denoiser(config):
+        raise ValueError(
+            "--mode=export writes a denoiser, and this config trains a first stage alone: its work directory is a VAE "
+            "folder of diffusers' format as it is"
+        )
     step = Checkpoints(workdir / "checkpoints").latest_step()
     if step is None:
         raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}: train first, or name another --workdir")
+    make_writable(workdir)
     if "checkpoint" in config:
         _export_published(config, workdir, folder)
     else:

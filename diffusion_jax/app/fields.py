@@ -7,6 +7,7 @@ with them before anything starts. `build` checks the names of solvers, schedules
 import functools
 import math
 import numbers
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from ml_collections.config_dict import placeholder
 
 Check = Callable[[Any], str]  # a value -> what it must be, such as "at least 1"; "" for a valid value
 SEEDS = 2**32  # seeds must be smaller: JAX and numpy keep them in 32 bits
+UPDATES = 2**31 - 1  # the training step is counted in 32 bits
+STEPS = 100_000  # more rows of a plan, or steps of a schedule, only fill the memory
+IMAGES = 1_000_000  # images of a prompt
 SHOWN = 120  # characters of a wrong value in a message
 
 
@@ -79,6 +83,14 @@ def text(value: Any) -> str:
     if not isinstance(value, str):
         return "a text"
     return "text that UTF-8 can encode" if any("\ud800" <= letter <= "\udfff" for letter in value) else ""
+
+
+def pattern(value: Any) -> str:
+    """A regular expression."""
+    try:
+        return text(value) or (re.compile(value) and "")
+    except re.error as error:
+        return f"a regular expression ({error})"
 
 
 def optional(check: Check) -> Check:
@@ -181,7 +193,7 @@ LOSS = {
 
 SCHEDULE = {
     "name": Field("cosine", text, "linear, scaled_linear, cosine, sigmoid, of T steps; flow, edm, of continuous time."),
-    "T": Field(1000, whole(1, 1_000_000), "Number of steps, if time is not continuous."),
+    "T": Field(1000, whole(1, STEPS), "Number of steps, if time is not continuous."),
     "shift": Field(1.0, positive, "For flow: above 1, more of the time is at high noise."),
     "sigma_min": Field(0.002, positive, "For edm: the least noise."),
     "sigma_max": Field(80.0, positive, "For edm: the most noise."),
@@ -203,7 +215,7 @@ OBJECTIVE = {
 
 OPTIMIZER = {
     "learning_rate": Field(1e-4, positive, "The highest learning rate, after warm-up."),
-    "warmup": Field(0, whole(0), "Steps from 0 up to the learning rate."),
+    "warmup": Field(0, whole(0, UPDATES), "Steps from 0 up to the learning rate."),
     "decay": Field("constant", text, "constant, or cosine: down to 0 at the last step."),
     "b1": Field(0.9, fraction, "AdamW: decay of the mean of gradients."),
     "b2": Field(0.999, fraction, "AdamW: decay of the mean of squared gradients."),
@@ -212,7 +224,7 @@ OPTIMIZER = {
 }
 
 TRAIN = {
-    "steps": Field(1000, whole(1), "Updates in all."),
+    "steps": Field(1000, whole(1, UPDATES), "Updates in all."),
     "batch_size": Field(64, whole(1), "Records of one update, over all devices."),
     "accumulate": Field(1, whole(1), "Micro-batches of each device's share of the batch."),
     "ema": Field(0.999, fraction, "Decay of the average of the weights."),
@@ -222,13 +234,13 @@ TRAIN = {
     "max_bad_steps": Field(20, whole(1), "Updates in a row with a loss that is not finite before the run ends."),
 }
 
-# the functions in `core` check the bounds of steps, rescale, dynamic_threshold and resample
+# the functions in `core` check the bounds of rescale and dynamic_threshold
 SAMPLE = {
     "prompts": Field((), each(text), "What to generate."),
     "height": Field(0, zero_or(side), "In pixels; 0 for data.size."),
     "width": Field(0, zero_or(side), "In pixels; 0 for data.size."),
     "solver": Field("dpmpp_2m", text, "A solver of docs/samplers.md; published: the one a checkpoint comes with."),
-    "steps": Field(20, whole(), "Steps of the solver, at most those of the schedule."),
+    "steps": Field(20, whole(1, STEPS), "Steps of the solver, at most those of the schedule."),
     "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Order; None for the solver's."),
     "eta": Field(functools.partial(placeholder, float), optional(number(0)), "Added noise; None for the solver's."),
     "spacing": Field(
@@ -243,27 +255,27 @@ SAMPLE = {
     "image": Field("", text, "Path of a picture to start from."),
     "strength": Field(0.6, number(0, 1), "How much of the image changes."),
     "mask": Field("", text, "Path of a picture, white where the image is generated, at any strength."),
-    "resample": Field(1, whole(), "RePaint's repeats of each step, at least 1."),
+    "resample": Field(1, whole(1, 100), "RePaint's repeats of each step."),
     "tile": Field(0, whole(0), "Decode large images in tiles with this side in pixels; 0 for whole images."),
-    "num_images": Field(1, whole(1), "Number of images for each prompt."),
+    "num_images": Field(1, whole(1, IMAGES), "Number of images for each prompt."),
     "batch_size": Field(64, whole(1), "Images generated at once."),
     "seed": Field(0, seed, "Seed of a prompt's first image; the others count up from it."),
 }
 
 EVAL = {
     "images": Field(1000, whole(1), "How many images to measure; fewer if there are fewer."),
-    "steps": Field(25, whole(1), "Steps of the flow, four evaluations each."),
-    "probes": Field(1, whole(1), "Probes of the flow's divergence."),
+    "steps": Field(25, whole(1, STEPS), "Steps of the flow, four evaluations each."),
+    "probes": Field(1, whole(1, 1000), "Probes of the flow's divergence."),
     "terms": Field(100, whole(0), "How many of the T terms of the bound to evaluate; 0 for all."),
     "batch_size": Field(64, whole(1), "Images measured at once."),
     "seed": Field(0, seed, "Seed of the order of the images and all noise."),
 }
 
 LORA = {
-    "rank": Field(8, whole(1), "Rank of the updates."),
+    "rank": Field(8, whole(1, 4096), "Rank of the updates."),
     "alpha": Field(8.0, positive, "The updates are alpha / rank up down."),
     "targets": Field(
-        "attn[12]/to_(q|k|v|out_0)", text, "A regular expression: the paths of the updated linear maps end in it."
+        "attn[12]/to_(q|k|v|out_0)", pattern, "A regular expression: the paths of the updated linear maps end in it."
     ),
 }
 
@@ -292,28 +304,27 @@ NETWORK: dict[str, Check] = {
 }
 
 
-def _checks(section: dict[str, Field]) -> dict[str, Check]:
-    return {name: field.check for name, field in section.items()}
-
-
-SECTIONS = {
-    "": _checks(RUN | OWN | PUBLISHED),
-    "data": _checks(DATA),
-    "data.splits": _checks(SPLITS),
-    "condition": _checks(CONDITION),
-    "autoencoder": _checks(AUTOENCODER),
-    "autoencoder.model": NETWORK,
-    "autoencoder.loss": _checks(LOSS),
-    "autoencoder.optimizer": _checks(OPTIMIZER),
-    "autoencoder.train": _checks(TRAIN),
+WHOLE = {  # sections that have all of their fields where they are there
+    "data": DATA,
+    "data.splits": SPLITS,
+    "autoencoder.loss": LOSS,
+    "autoencoder.optimizer": OPTIMIZER,
+    "autoencoder.train": TRAIN,
+    "schedule": SCHEDULE,
+    "optimizer": OPTIMIZER,
+    "train": TRAIN,
+    "sample": SAMPLE,
+    "eval": EVAL,
+    "lora": LORA,
+}
+TABLES = {"": RUN | OWN | PUBLISHED, "condition": CONDITION, "autoencoder": AUTOENCODER, "objective": OBJECTIVE} | WHOLE
+CHECKS = {path: {name: field.check for name, field in table.items()} for path, table in TABLES.items()} | {
     "model": NETWORK,
-    "schedule": _checks(SCHEDULE),
-    "objective": _checks(OBJECTIVE),
-    "optimizer": _checks(OPTIMIZER),
-    "train": _checks(TRAIN),
-    "sample": _checks(SAMPLE),
-    "eval": _checks(EVAL),
-    "lora": _checks(LORA),
+    "autoencoder.model": NETWORK,
+}
+NEEDED = {  # by the kind of a section
+    "condition": {"class": ("num_classes",), "text": ("length",)},
+    "autoencoder": {"kl": ("checkpoint", "flip", "model", "loss", "optimizer", "train")},
 }
 
 
@@ -325,28 +336,18 @@ def section(table: dict[str, Field], **values: Any) -> ConfigDict:
 
 def completed(config: ConfigDict) -> ConfigDict:
     """The config with defaults for missing fields. A config.json of an earlier version lacks the newer fields."""
-    tables = {
-        "data": DATA,
-        "condition": CONDITION,
-        "schedule": SCHEDULE,
-        "objective": OBJECTIVE,
-        "optimizer": OPTIMIZER,
-        "train": TRAIN,
-        "sample": SAMPLE,
-        "eval": EVAL,
-        "lora": LORA,
-    }
     top = RUN | (PUBLISHED if "checkpoint" in config else OWN)
-    sections = {name: section(table, **config[name]) for name, table in tables.items() if name in config}
+    sections = {name: section(table, **config[name]) for name, table in TABLES.items() if name in config}
     return section(top, **dict(config) | sections)
 
 
 def check(config: ConfigDict) -> None:
-    """Raise ValueError for the first field whose value is out of range, and for fields that exclude each other.
+    """Raise ValueError for the first field that is missing or out of range, and for fields that exclude each other.
 
     config: as `configs/` make it. Fields and sections that are in no table here pass.
     """
-    for path, checks in SECTIONS.items():
+    _check_complete(config)
+    for path, checks in CHECKS.items():
         own = _find(config, path)
         for name, of_field in checks.items():
             must_be = of_field(own[name]) if name in own else ""
@@ -369,6 +370,20 @@ def _find(config: ConfigDict, path: str) -> ConfigDict:
     return found
 
 
+def _check_complete(config: ConfigDict) -> None:
+    for path in [*WHOLE, *NEEDED]:
+        own = _find(config, path)
+        kind = own.get("kind")
+        needed = WHOLE[path] if path in WHOLE else NEEDED[path].get(kind, ())
+        missing = [name for name in needed if name not in own]
+        if own and missing:
+            of_kind = f" for kind={kind}" if kind else ""
+            raise ValueError(
+                f"config.{path} must have the field {missing[0]}{of_kind}, got only {', '.join(own)}; add it in the "
+                "config file"
+            )
+
+
 def _check_seeds(sample: ConfigDict) -> None:
     seed, images = sample.get("seed", 0), sample.get("num_images", 1)
     if seed + images > SEEDS:
@@ -379,15 +394,8 @@ def _check_seeds(sample: ConfigDict) -> None:
 
 
 def _check_condition(condition: ConfigDict, model: ConfigDict) -> None:
-    kind = condition.get("kind")
-    needed = {"class": "num_classes", "text": "length"}.get(kind)
-    if needed and needed not in condition:
-        raise ValueError(
-            f"config.condition must have the field {needed} for kind={kind}, got only {', '.join(condition)}; "
-            "add it in the config file"
-        )
     table = model.get("num_class_embeds")
-    if kind == "class" and table is not None and table <= condition.num_classes:
+    if condition.get("kind") == "class" and table is not None and table <= condition.num_classes:
         raise ValueError(
             f"config.model.num_class_embeds must be at least {condition.num_classes + 1}, one for each of "
             f"condition.num_classes={condition.num_classes} and one for no condition, got {table}"

@@ -1,6 +1,5 @@
 """The first stage of latent diffusion, an autoencoder: train, load and inspect it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Transform, to_float, to_uint8
 from diffusion_jax.interop import load_autoencoder, save_autoencoder
+from diffusion_jax.messages import as_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
 from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
 
@@ -56,6 +56,8 @@ def task(config: ConfigDict, folder: Path) -> Task:
     Raises ValueError if the config cannot be trained.
     """
     section, size = config.autoencoder, config.data.size
+    if section.kind != "kl" or section.checkpoint:
+        raise ValueError("no first stage to train: config.autoencoder must have kind=kl and an empty checkpoint")
     check_batch_size(section.train.batch_size, section.train.accumulate)
     model = build.autoencoder(config)
     check_size((size, size), model.factor)
@@ -88,7 +90,7 @@ def train(task: Task, config: ConfigDict, folder: Path) -> None:
         scale = 1 / _latent_std(model, variables, build.source(config, "train", size), transform, config.seed)
         report = _reconstruction(model, variables, build.source(config, "validation", size), transform)
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"], report["images"])
-        (folder / "validation.json").write_text(json.dumps(report) + "\n")
+        (folder / "validation.json").write_text(as_json(report) + "\n")
         save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
 
 

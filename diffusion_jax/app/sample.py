@@ -20,7 +20,7 @@ from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
-from diffusion_jax.pipelines.generate import Callback
+from diffusion_jax.pipelines.generate import Callback, check_guidance
 
 NOT_NOTED = ("prompts", "num_images", "batch_size", "seed")  # fields that do not describe a single picture
 
@@ -105,7 +105,8 @@ def request(config: ConfigDict, model: DiffusionModel) -> Request:
     negative = jax.tree.map(lambda leaf: leaf[-1], cond) if section.negative_prompt else None
     plan, guidance = build.plan(config, model), build.guidance(config, negative)
     # raises for numbers out of range
-    guided(lambda x, level, cond: None, guidance, model.conditioning.null, 1.0)
+    guided(lambda x, level, cond: None, guidance, model.conditioning.null, model.codec.limit)
+    check_guidance(guidance, plan)
     return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
 
 

@@ -107,9 +107,13 @@ def _classifier_free(
 
 def _without(cond: PyTree, null_cond: PyTree) -> PyTree:
     """cond with the leaves of null_cond in place of its own, broadcast to the shapes of cond."""
-    if isinstance(cond, dict):
-        null_cond = cond | null_cond
+    null_cond = completed(null_cond, cond)
     return jax.tree.map(lambda leaf, null: jnp.broadcast_to(null, leaf.shape).astype(leaf.dtype), cond, null_cond)
+
+
+def completed(null_cond: PyTree, cond: PyTree) -> PyTree:
+    """null_cond with the leaves of cond that it lacks, which stay as they are without the condition."""
+    return cond | null_cond if isinstance(cond, dict) else null_cond
 
 
 def _both(
@@ -144,9 +148,10 @@ def rescale(denoise: Denoise, scale: ArrayLike, null_cond: PyTree, phi: float = 
     scale, null_cond: as in `classifier_free`.
     phi: in [0, 1]. 0 is plain guidance.
     """
-    return Partial(
-        _rescale, as_pytree(denoise), _number(scale, "guidance"), null_cond, _number(phi, "rescale's phi", high=1.0)
-    )
+    number, share = _number(scale, "guidance"), _number(phi, "rescale's phi", high=1.0)
+    if _is_all(scale, 1.0):
+        return as_pytree(denoise)
+    return Partial(_rescale, as_pytree(denoise), number, null_cond, share)
 
 
 def _rescale(
@@ -166,7 +171,10 @@ def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     with ddim and euler, whose steps are alpha' x0 + sigma' eps.
     scale: in [0, 1].
     """
-    return Partial(_cfg_pp, as_pytree(denoise), _number(scale, "the scale of CFG++", high=1.0), null_cond)
+    number = _number(scale, "the scale of CFG++", high=1.0)
+    if _is_all(scale, 0.0):
+        return Partial(_unconditional, as_pytree(denoise), null_cond)
+    return Partial(_cfg_pp, as_pytree(denoise), number, null_cond)
 
 
 def _cfg_pp(denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:

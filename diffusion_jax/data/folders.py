@@ -29,7 +29,7 @@ def list_pictures(root: Path) -> Listing:
     cats/1.png: every picture is in a subfolder, its class.
 
     Raises FileNotFoundError if there is no folder or no picture, or if a picture or a caption is missing.
-    Raises ValueError for a line of metadata.jsonl in another form.
+    Raises ValueError for a line of metadata.jsonl in another form, and for text that is not UTF-8.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
@@ -67,7 +67,7 @@ def _metadata(root: Path) -> list[tuple[Path, str]] | None:
     if not metadata.exists():
         return None
     captions = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(metadata).splitlines(), start=1):
         try:
             entry = json.loads(line)
             captions.append((Path(entry["file_name"]), str(entry["text"])))
@@ -89,7 +89,14 @@ def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, str]]:
         return []
     if without:
         raise FileNotFoundError(f"{root} has captions, but none for {len(without)} of its pictures: {_some(without)}")
-    return [(file, (root / file).with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+    return [(file, _text((root / file).with_suffix(".txt")).strip()) for file in files]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8 ({error}); save it as such") from error
 
 
 def _some(files: list[Path]) -> str:

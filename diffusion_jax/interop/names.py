@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from diffusion_jax import parallel
 from diffusion_jax.interop.tensors import release
 
 # Names in which the number is part of diffusers' name and not an index.
@@ -61,12 +62,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
         tensor = tensors[torch_name(path)]
         kernel = _kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
         # a copy: the tensor may be part of a mapped file, whose memory is then released
-        with jax.default_device(device):
-            array = jax.device_put(kernel, may_alias=False).block_until_ready()
+        array = copied(kernel)
         release(tensor)
         return array
 
-    device = jax.config.jax_default_device  # of this thread, others have their own
+    copied = parallel.copier()
     with ThreadPoolExecutor(min(LOADERS, os.cpu_count() or 1)) as pool:
         leaves = list(pool.map(lambda named: convert(*named), _leaves(like)))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

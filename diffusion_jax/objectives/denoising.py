@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from diffusion_jax.core.guidance import completed
 from diffusion_jax.core.process import add_noise
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.objectives.levels import Levels, Weight, uniform
@@ -15,14 +17,15 @@ def drop_condition(cond: PyTree, null_cond: PyTree, drop: float, keys: Key[Array
     """Replace each example's condition by the null one with probability `drop` (Ho & Salimans 2022, algorithm 1).
 
     cond: leaves (B, ...).
-    null_cond: the same leaves without the batch axis.
+    null_cond: the same leaves without the batch axis; one that it lacks is never dropped.
     """
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
 
-    def choose(leaf: Array, null: Array) -> Array:
-        return jnp.where(dropped.reshape(-1, *[1] * (leaf.ndim - 1)), null.astype(leaf.dtype), leaf)
+    def choose(leaf: ArrayLike, null: ArrayLike) -> Array:
+        leaf = jnp.asarray(leaf)
+        return jnp.where(dropped.reshape(-1, *[1] * (leaf.ndim - 1)), jnp.asarray(null, leaf.dtype), leaf)
 
-    return jax.tree.map(choose, cond, null_cond)
+    return jax.tree.map(choose, cond, completed(null_cond, cond))
 
 
 def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels = uniform) -> Callable:

@@ -67,9 +67,14 @@ def solve(
     params, (null_cond, negative) = parallel.whole((model.params, nulls), len(keys))
     null_cond, negative = (_lengthened(null, cond) for null in (null_cond, negative))
     denoise = guided(model.denoiser(params), guidance._replace(negative=negative), null_cond, model.codec.limit)
+    check_guidance(guidance, plan)
+    return sample(denoise, plan, x, keys, cond, known=known, callback=callback)
+
+
+def check_guidance(guidance: Guidance, plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot be guided so."""
     if guidance.cfg_pp and np.any(plan.past):
         raise ValueError("CFG++ needs a solver of one row a step: ddim or euler")
-    return sample(denoise, plan, x, keys, cond, known=known, callback=callback)
 
 
 def _lengthened(null_cond: PyTree, cond: PyTree) -> PyTree:

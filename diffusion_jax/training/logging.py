@@ -1,7 +1,6 @@
 """The log of a run: a progress bar, `metrics.jsonl` and TensorBoard. Only process 0 writes."""
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from diffusion_jax import parallel
+from diffusion_jax.messages import as_json
 
 
 class RunLog:
@@ -62,9 +62,7 @@ class RunLog:
         means |= {name: int(values[-1][name]) for name in ("bad_steps", "bad_in_row")}
         self._pending, self._since = [], now
         if self._main:
-            # JSON cannot express numbers that are not finite
-            line = {name: value if math.isfinite(value) else None for name, value in means.items()}
-            self._lines.write(json.dumps({"step": step} | line, allow_nan=False) + "\n")
+            self._lines.write(as_json({"step": step} | means) + "\n")
             self._lines.flush()
             for name, value in means.items():
                 self._board.add_scalar(name, value, step)

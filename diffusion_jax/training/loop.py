@@ -101,7 +101,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
     """Raise ValueError unless the global batch can be divided into devices and micro-batches."""
-    devices = jax.device_count()
+    devices = parallel.num_devices()
     if batch_size % (devices * accumulate):
         raise ValueError(
             f"train.batch_size={batch_size} does not divide over {devices} devices x {accumulate} micro-batches; "

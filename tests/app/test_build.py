@@ -15,17 +15,27 @@ from diffusion_jax.core.solvers.plan import SPACINGS
 from diffusion_jax.model import Network
 from diffusion_jax.pipelines import generate
 
-STD = 0.5  # of the data, independent normal numbers
-STEPS = 20
+STD = 0.4  # of the data, independent normal numbers
+ZERO = "zero terminal SNR"
+SPACES = [*((prediction, "latents") for prediction in build.PARAMETERIZATIONS), ("eps", "pixels"), ("v", "pixels")]
+COMBINATIONS = [
+    (prediction, schedule, space)
+    for (prediction, space), schedule in itertools.product(SPACES, [*build.SCHEDULES, ZERO])
+    if (prediction, schedule) != ("eps", ZERO)  # which is refused
+]
+FEW, MOST = 20, 1280  # steps
+ROUGH, CLOSE = 0.2, 0.05  # errors of a standard deviation, relative; the network's own are 0.025
 
 
-def config_of(prediction, schedule, space="pixels", **objective):
+def config_of(prediction, schedule, space="pixels"):
     config = digits.get_config()
     config.model.update(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     config.model.update(norm_num_groups=4, attention_head_dim=8, layers_per_block=1)
-    config.schedule.name = schedule
-    config.objective.update(prediction=prediction, sigma_data=STD, **objective)
-    config.sample.steps = STEPS
+    config.schedule.update(name=schedule, sigma_max=8.0)  # the end of edm, 20 times the data
+    if schedule == ZERO:
+        config.schedule.update(name="scaled_linear", zero_terminal_snr=True)
+    config.objective.update(prediction=prediction, sigma_data=STD)
+    config.sample.steps = FEW
     if space == "latents":
         small = {"block_out_channels": (4, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 1}
         config.autoencoder.update(kind="kl", checkpoint="", model=small)
@@ -51,8 +61,9 @@ def ideal(params, x, t, cond, keys=None):
 
 
 def knowledge(parameterization, level):
-    level = jax.tree.map(jnp.float32, level)
-    factor, t = parameterization.inputs(jnp.ones(len(level.t)), level)
+    """Of MOST levels, the last one repeated, so that plans of any length are sampled by one program."""
+    level = jax.tree.map(lambda value: jnp.float32(np.pad(value, (0, MOST - len(value)), mode="edge")), level)
+    factor, t = parameterization.inputs(jnp.ones(MOST), level)
     p, q = (jnp.broadcast_to(part, t.shape) for part in parameterization.coefficients(level))
     return {"t": t, "alpha": level.alpha, "sigma": level.sigma, "p": p, "q": q, "factor": factor}
 
@@ -67,45 +78,34 @@ def deviation(model, config) -> float:
     return abs(float(jnp.std(x0)) / STD - 1)
 
 
-@pytest.mark.parametrize("space", ["pixels", "latents"])
-@pytest.mark.parametrize("schedule", build.SCHEDULES)
-@pytest.mark.parametrize("prediction", build.PARAMETERIZATIONS)
-def test_every_spacing_samples_the_data_with_a_network_that_errs_a_little(prediction, schedule, space):
+@pytest.mark.parametrize("prediction, schedule, space", COMBINATIONS)
+def test_a_network_that_errs_a_little_samples_the_data(prediction, schedule, space):
+    """Roughly in few steps as they are spaced by default; the better the more they are, however they are spaced."""
     model, config = model_of(prediction, schedule, space), config_of(prediction, schedule)
-    assert deviation(model, config) < 0.15
+    assert deviation(model, config) < ROUGH
     for spacing in SPACINGS:
-        config.sample.update(spacing=spacing, steps=STEPS)
-        few = deviation(model, config)
-        if few > 0.15:  # steps too long for this spacing, such as even ones of sigma; more of them come nearer
-            config.sample.steps = 8 * STEPS
-            print(prediction, schedule, space, spacing, few, deviation(model, config))
+        config.sample.update(spacing=spacing, steps=FEW)
+        most = model.useful_schedule.num_steps or MOST
+        while (found := deviation(model, config)) > CLOSE:
+            assert config.sample.steps < most, (spacing, found)
+            config.sample.steps = min(8 * config.sample.steps, most)
 
 
 def linear(params, x, t, cond, keys=None):
     return params * x
 
 
-@pytest.mark.parametrize("space", ["pixels", "latents"])
-@pytest.mark.parametrize("schedule", build.SCHEDULES)
-@pytest.mark.parametrize("prediction", build.PARAMETERIZATIONS)
+@pytest.mark.parametrize("prediction, schedule, space", COMBINATIONS)
 def test_every_objective_has_a_loss_and_a_gradient(prediction, schedule, space):
     model = model_of(prediction, schedule, space)._replace(network=Network(linear, lambda key: jnp.float32(0.1)))
     record = jax.eval_shape(model.codec.encode, jax.ShapeDtypeStruct((32, 16, 16, 3), jnp.uint8))
     images = jax.random.randint(jax.random.key(1), (32, 16, 16, 3), 0, 256).astype(jnp.uint8)
     latent = images if space == "pixels" else 0.1 * jax.random.normal(jax.random.key(1), record.shape)
-    batch = {"latent": latent, "cond": jax.tree.map(jnp.asarray, model.conditioning.of_prompts(["3"] * 32))}
-    names = list(itertools.product(["", *build.LEVELS], build.WEIGHTS))
-
-    @jax.jit
-    def losses(params, keys):
-        made = []
-        for levels, weight in names:
-            section = config_of(prediction, schedule, levels=levels, weight=weight).objective
-            loss, _, frozen = build.objective(section, model, jax.random.key(0))
-            made.append(jax.value_and_grad(lambda p: loss(p, frozen, batch, keys)[0])(params))  # noqa: B023
-        return made
-
-    for name, (loss, gradient) in zip(
-        names, losses(jnp.float32(0.1), jax.random.split(jax.random.key(2), 32)), strict=True
-    ):
-        assert loss > 0 and jnp.isfinite(loss) and jnp.isfinite(gradient) and gradient != 0, name
+    batch = {"latent": latent, "cond": model.conditioning.of_prompts(["3"] * 32)}
+    keys = jax.random.split(jax.random.key(2), 32)
+    section = config_of(prediction, schedule).objective
+    for levels, weight in itertools.product(["", *build.LEVELS], build.WEIGHTS):
+        section.update(levels=levels, weight=weight)
+        loss, params, frozen = build.objective(section, model, jax.random.key(0))
+        value, slope = jax.value_and_grad(lambda p: loss(p, frozen, batch, keys)[0])(params)  # noqa: B023
+        assert value > 0 and jnp.isfinite(value) and jnp.isfinite(slope) and slope != 0, (levels, weight)

@@ -63,6 +63,26 @@ def test_the_report_counts_what_it_measured():
     assert report(shades(1))["flow"]["standard_error"] is None
 
 
+@pytest.mark.parametrize("side", ["0", "16"])
+def test_images_are_measured_in_the_size_of_training(side, tmp_path, capfd, monkeypatch):
+    """Whatever the size of what is sampled; and what is not finite is null in the report."""
+    sizes = []
+
+    def measured(model, source, transform, section):
+        sizes.append((model.size, transform(source[0], np.random.default_rng(0))["image"].shape))
+        return {"flow": {"mean": np.nan, "standard_error": np.inf}, "bound": {"mean": -np.inf}} | dict.fromkeys(
+            ("unit", "of", "images", "data"), 1
+        )
+
+    monkeypatch.setattr("diffusion_jax.app.evaluate.evaluate_likelihood", measured)
+    monkeypatch.setattr("diffusion_jax.app.weights.load", lambda config, workdir, model: (model, "none"))
+    flags = [f"--config.sample.height={side}", f"--config.sample.width={side}", "--mode=eval"]
+    assert command_line.run(monkeypatch, *TINY, *flags, f"--workdir={tmp_path}") == 0, capfd.readouterr().err
+    assert sizes == [((8, 8), (8, 8, 3))]
+    report = json.loads((tmp_path / "eval.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert report["flow"] == {"mean": None, "standard_error": None} and report["bound"] == {"mean": None}
+
+
 def test_the_figures_do_not_depend_on_the_batches():
     together, apart = means(report(shades(7))), means(report(shades(7), batch_size=3))
     assert together.keys() == apart.keys() >= {"flow", "bound", "bound_prior"}
@@ -94,7 +114,7 @@ BAD = {
     "flag --config.eval.images=many: invalid literal for int()": "--config.eval.images=many",
     "eval.images must be at least 1, got 0": "--config.eval.images=0",
     "eval.batch_size must be at least 1, got 0": "--config.eval.batch_size=0",
-    "eval.probes must be at least 1, got 0": "--config.eval.probes=0",
+    "eval.probes must be in [1, 1000], got 0": "--config.eval.probes=0",
     "eval.terms must be at least 0, got -1": "--config.eval.terms=-1",
     "eval.steps must be less than the schedule's 1000 steps, got 1000": "--config.eval.steps=1000",
     "no checkpoint in ": "--config.eval.images=3",

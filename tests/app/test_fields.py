@@ -55,6 +55,14 @@ def numbers(config, path=()):
             yield (*path, name)
 
 
+def test_a_field_that_is_missing_is_named():
+    for section, field in [("sample", "tile"), ("train", "ema"), ("schedule", "shift")]:
+        config = digits.get_config()
+        del config[section][field]
+        with pytest.raises(ValueError, match=rf"^config\.{section} must have the field {field}, got .* alone"):
+            fields.check(config)
+
+
 def test_what_a_user_adds_passes():
     config = digits.get_config()
     config.mine = ConfigDict({"steps": -1})
@@ -81,9 +89,9 @@ OUT_OF_RANGE = {
     "sample.guidance_interval must be a tuple of 2, got (1.0,)": "sample.guidance_interval=(1.0,)",
     "sample.guidance_interval must be a tuple of 2, got (1.0, 2.0, 3.0)": "sample.guidance_interval=1.0,2.0,3.0",
     "sample.guidance must be a finite number, got inf": "sample.guidance=inf",
-    "sample.num_images must be at least 1, got 0": "sample.num_images=0",
+    "sample.num_images must be in [1, 1000000], got 0": "sample.num_images=0",
     "train.accumulate must be at least 1, got 0": "train.accumulate=0",
-    "train.steps must be at least 1, got -1": "train.steps=-1",
+    "train.steps must be in [1, 2147483647], got -1": "train.steps=-1",
     "train.ema must be in [0, 1), got 2.0": "train.ema=2.0",
     "train.ema must be a finite number, got nan": "train.ema=nan",
     "train.log_every must be at least 1, got 0": "train.log_every=0",
@@ -91,7 +99,7 @@ OUT_OF_RANGE = {
     "train.snapshot_every must be at least 1, got 0": "train.snapshot_every=0",
     "optimizer.learning_rate must be above 0, got -1.0": "optimizer.learning_rate=-1.0",
     "optimizer.learning_rate must be a finite number, got nan": "optimizer.learning_rate=nan",
-    "optimizer.warmup must be at least 0, got -1": "optimizer.warmup=-1",
+    "optimizer.warmup must be in [0, 2147483647], got -1": "optimizer.warmup=-1",
     "optimizer.clip must be above 0, got -1.0": "optimizer.clip=-1.0",
     "optimizer.b1 must be in [0, 1), got 2.0": "optimizer.b1=2.0",
     "objective.drop must be in [0, 1], got 2.0": "objective.drop=2.0",
@@ -99,7 +107,9 @@ OUT_OF_RANGE = {
     "data.size must be 0 or in [8, 8192], got 7": "data.size=7",
     "data.size must be in [8, 8192], got 0, which needs a config.checkpoint": "data.size=0",
     "data.crops must be at least 1, got 0": "data.crops=0",
-    "schedule.T must be in [1, 1000000], got 0": "schedule.T=0",
+    "schedule.T must be in [1, 100000], got 0": "schedule.T=0",
+    "sample.steps must be in [1, 100000], got 1000000000": "sample.steps=1000000000",
+    "sample.resample must be in [1, 100], got 0": "sample.resample=0",
     "model.norm_num_groups must be at least 1, got 0": "model.norm_num_groups=0",
     "model.block_out_channels must be a tuple, each at least 1, got (0, 16)": "model.block_out_channels=0,16",
     "model.attention_head_dim must be at least 1, got 0": "model.attention_head_dim=0",
@@ -118,6 +128,23 @@ DISAGREEING = {
         "--config.condition.kind=class",
         "--prompt=3",
     ],
+    "config.autoencoder must have the field checkpoint for kind=kl": [DIGITS, "--config.autoencoder.kind=kl"],
+    "no first stage to train": [AUTOENCODER, "--config.autoencoder.kind=identity", "--mode=train"],
+    "unknown objective 'autoencoding'; known: denoising": [
+        DIGITS,
+        "--config.objective.name=autoencoding",
+        "--mode=train",
+        "--prompt=3",
+    ],
+    "laplace is a distribution of noise levels in training": [DIGITS, "--config.schedule.name=laplace"],
+    "CFG++ needs a solver of one row a step": [
+        DIGITS,
+        "--config.sample.cfg_pp=True",
+        "--config.sample.guidance=0.5",
+        "--mode=train",
+        "--prompt=3",
+    ],
+    "dynamic thresholding is for models of pixels": [LATENT, "--config.sample.dynamic_threshold=0.9"],
     "32 channels cannot be split into 5 groups": [DIGITS, "--config.model.norm_num_groups=5"],
     # of sizes
     "got 65 and 64; the nearest valid sizes are 64 and 64": [LATENT, "--config.sample.height=65"],
@@ -138,13 +165,25 @@ DISAGREEING = {
         "--prompt=3",
     ],
     "needs data with captions, and": [LATENT, "--config.data.path=CLASSES", "--mode=train"],
+    "config.data.path is empty": [DIGITS, "--config.data.source=folder", "--mode=train", "--prompt=3"],
+    "BYTES/0.txt: expected text in UTF-8": [LATENT, "--config.data.path=BYTES", "--mode=train"],
+    "METADATA/metadata.jsonl: expected text in UTF-8": [
+        LATENT,
+        "--config.data.path=METADATA",
+        "--mode=train",
+    ],
     "got 10, and CLASSES-": [DIGITS, "--config.data.path=CLASSES", "--mode=train", "--prompt=3"],
     "sample.image LONG: 1000000x1 pixels, expected sides of at most 32 to 1": [
         DIGITS,
         "--config.sample.image=LONG",
         "--prompt=3",
     ],
+    # of the mode
+    "--mode=export writes a denoiser": [AUTOENCODER, "--mode=export"],
     # of the command line
+    "cannot be read in line 2: RuntimeError: one two": ["--config=LINES"],
+    "this config has no presets": ["--config=configs/digits.py:small"],
+    "--prompt: expected a file of text in UTF-8, got .": [DIGITS, "--prompt=@"],
     "got also 'foo bar'": [DIGITS, "foo", "bar"],
     "cannot be read: SyntaxError: ": ["--config=BINARY"],
     "cannot be read in line 2: NameError: name 'nope'": ["--config=NAME"],
@@ -163,6 +202,7 @@ def paths(tmp_path):
     contents = {
         "BINARY": bytes(range(255, -1, -1)),
         "NAME": b"def get_config():\n    return nope\n",
+        "LINES": b"def get_config():\n    raise RuntimeError('one\\ntwo')\n",
         "THREE": b"def get_config():\n    return 3\n",
         "OWN": b"from configs import latent_cfg\ndef get_config():\n    config = latent_cfg.get_config()\n"
         b"    config.condition = {'kind': 'class', 'length': 16}\n    return config\n",
@@ -173,12 +213,16 @@ def paths(tmp_path):
     for i in range(8):
         (tmp_path / "CLASSES" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "CLASSES" / f"{i % 2}" / f"{i}.png")
-    return {name: str(tmp_path / name) for name in (*contents, "LONG", "CLASSES")}
+    for name, file in {"BYTES": "0.txt", "METADATA": "metadata.jsonl"}.items():
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "0.png")
+        (tmp_path / name / file).write_bytes(b"\xff\xfe")
+    return {name: str(tmp_path / name) for name in (*contents, "LONG", "CLASSES", "METADATA", "BYTES")}
 
 
 def refused(monkeypatch, capfd, workdir, *flags) -> str:
     """The one line of stderr with which the program ends, having written nothing."""
-    mode = [] if "--mode=train" in flags else ["--mode=sample"]
+    mode = [] if any(flag.startswith("--mode=") for flag in flags) else ["--mode=sample"]
     status = command_line.run(monkeypatch, *flags, *mode, f"--workdir={workdir}")
     stderr = capfd.readouterr().err
     assert status == 2
@@ -197,7 +241,7 @@ def test_a_number_out_of_its_range_is_one_clear_line(expected, tmp_path, capfd, 
 @pytest.mark.parametrize("expected", DISAGREEING)
 def test_what_does_not_go_together_is_one_clear_line(expected, paths, tmp_path, capfd, monkeypatch):
     flags = DISAGREEING[expected]
-    if any("CLASSES" in flag for flag in flags):
+    if any("data.path=" in flag for flag in flags):
         flags = [*flags, "--config.data.source=folder"]
     for name, path in paths.items():
         flags = [flag.replace(name, path) for flag in flags]

@@ -1,10 +1,13 @@
 """The first stage trains on its own split, and on mirrored images if configured; no other stage does."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import digits, latent_cfg
 from diffusion_jax.app import build, first_stage
+from diffusion_jax.data.sources import Source
+from diffusion_jax.models.autoencoder import AutoencoderKL
 
 
 @pytest.fixture
@@ -32,6 +35,23 @@ def test_it_learns_from_the_split_that_the_config_names(split, config, tmp_path)
     config.autoencoder.flip, config.data.splits.first_stage = False, split
     images = images_trained_on(config, tmp_path)
     assert members(images, build.source(config, split, 8)).all()
+
+
+def test_the_scale_of_latents_is_estimated_on_images_drawn_by_the_seed(config, monkeypatch):
+    """A source may be sorted, here dark before bright: its first images tell nothing of the others."""
+    monkeypatch.setattr(first_stage, "SCALE_IMAGES", 64)
+    images = [np.full((8, 8, 3), shade, np.uint8) for shade in [0] * 500 + [255] * 500]
+    source = Source("sorted", 1000, lambda i: {"image": images[i]})
+
+    def moments(self, variables, x, method):
+        return jnp.concatenate([x, jnp.zeros_like(x)], axis=-1)
+
+    monkeypatch.setattr(AutoencoderKL, "apply", moments)  # the latent is the image
+
+    def std(seed):
+        return first_stage._latent_std(AutoencoderKL(), {}, source, lambda record, rng: record, seed)
+
+    assert abs(std(0) - 1) < 0.1 and std(0) == std(0) != std(1)
 
 
 def test_half_of_its_images_are_mirrored_and_no_others(config, tmp_path):

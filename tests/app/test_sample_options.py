@@ -54,7 +54,6 @@ BAD = {
     "unipc has orders 1, 2, 3, got 7": "solver=unipc order=7",
     "eta must be at least 0, got -1": "solver=ddim eta=-1",
     "resampling needs a solver of one row a step": "image=IMAGE mask=MASK resample=3",
-    "repeats must be at least 1, got 0": "image=IMAGE mask=MASK resample=0",
     "it needs sample.image and sample.mask": "resample=3",
     "expected a number in 0..9, got 'cat'": "negative_prompt=cat",
 }

@@ -120,3 +120,65 @@ def test_bad_values_are_one_clear_line(build, message):
     with pytest.raises(ValueError, match=message) as error:
         build()
     assert "\n" not in str(error.value)
+
+
+def batches_of(wrap):
+    """The batches that the network sees under a guidance."""
+    seen = []
+
+    def counted(x, level, cond):
+        seen.append(len(x))
+        return denoise(x, level, cond)
+
+    wrap(counted)(X, LEVEL, COND)
+    return seen
+
+
+@pytest.mark.parametrize("scale", [1.0, np.ones(3), jnp.ones(3), 1])
+def test_what_is_not_guided_runs_the_network_on_one_branch(scale):
+    zero = 0 * scale
+    assert batches_of(lambda d: guidance.classifier_free(d, scale, NULL)) == [3]
+    assert batches_of(lambda d: guidance.classifier_free(d, zero, NULL)) == [3]
+    assert batches_of(lambda d: guidance.rescale(d, scale, NULL, 0.7)) == [3]
+    assert batches_of(lambda d: guidance.cfg_pp(d, zero, NULL)) == [3]
+    assert batches_of(lambda d: guidance.classifier_free(d, scale + 1, NULL)) == [6]
+    for options in (guidance.Guidance(scale), guidance.Guidance(scale, rescale=0.5), guidance.Guidance(zero)):
+        assert batches_of(lambda d: guidance.guided(d, options, NULL)) == [3]  # noqa: B023
+
+
+GUIDANCES = {
+    "classifier_free": lambda d: guidance.classifier_free(d, 3.0, NULL),
+    "unconditional": lambda d: guidance.classifier_free(d, 0.0, NULL),
+    "scale of each image": lambda d: guidance.classifier_free(d, jnp.array([0.0, 1.0, 4.0]), NULL),
+    "rescale": lambda d: guidance.rescale(d, 3.0, NULL),
+    "interval": lambda d: guidance.interval(guidance.classifier_free(d, 3.0, NULL), d, 0.5, 2.0),
+    "cfg_pp": lambda d: guidance.cfg_pp(d, 0.6, NULL),
+    "autoguidance": lambda d: guidance.autoguidance(d, lambda x, level, cond: d(0.9 * x, level, cond), 2.0),
+    "clip_x0": lambda d: guidance.clip_x0(d, 1.0),
+    "dynamic_threshold": lambda d: guidance.dynamic_threshold(d, 0.75),
+    "all at once": lambda d: guidance.guided(d, guidance.Guidance(3.0, rescale=0.5, interval=(0.5, 2.0)), NULL, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_each_image_may_have_its_own_noise_level(name):
+    """What comes of it is what each image has alone; the interval, of sigma / alpha 0.2, 1.3 and 5.6, holds one."""
+    levels = schedules.linear()(jnp.float32([100, 500, 800]))
+    scale = {"scale of each image": lambda i: jnp.array([0.0, 1.0, 4.0])[i : i + 1]}.get(name)
+    together = GUIDANCES[name](denoise)(X, levels, COND)
+    for i in range(3):
+        level = jax.tree.map(lambda leaf: leaf[i], levels)  # noqa: B023
+        one = guidance.classifier_free(denoise, scale(i), NULL) if scale else GUIDANCES[name](denoise)
+        alone = one(X[i : i + 1], level, COND[i : i + 1])
+        assert_equal(jax.tree.map(lambda leaf: leaf[i : i + 1], together), alone)  # noqa: B023
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_a_leaf_that_the_null_condition_lacks_is_seen_by_both_branches(scale):
+    def told(x, level, cond):
+        return process.from_eps(x, jnp.sin(x) + cond["text"] + cond["known"], level)
+
+    known = jnp.array([[0.1], [0.2], [0.3]])
+    guided = guidance.classifier_free(told, scale, {"text": NULL})(X, LEVEL, {"text": COND, "known": known})
+    null, conditional = (told(X, LEVEL, {"text": text, "known": known}) for text in (0 * COND, COND))
+    assert_equal(guided, jax.tree.map(lambda a, b: a + scale * (b - a), null, conditional), rtol=1e-4)

@@ -37,6 +37,12 @@ def test_an_epoch_is_every_record_once_and_each_has_its_order():
     assert first != second
 
 
+def test_a_transform_draws_anew_in_every_epoch():
+    batches = list(itertools.islice(loader(numbers(6), 6, seed=0, transform=jitter), 4))
+    by_label = [batch["draw"][np.argsort(batch["label"])] for batch in batches]
+    assert len(np.unique(by_label)) == 4 * 6
+
+
 def test_batches_are_stacked():
     batch = next(loader(numbers(4), 4, seed=0, shuffle=False))
     assert batch["label"].dtype == np.int32

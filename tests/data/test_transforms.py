@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.transforms import BadRecord, decode, to_float, to_uint8
+from diffusion_jax.data.transforms import BadRecord, decode, to_float, to_uint8, variants
 from diffusion_jax.data.transforms import crop as crop_to
 
 
@@ -57,6 +57,20 @@ def test_flip_mirrors_about_half():
     mirrored = sum(np.array_equal(result, image[:, ::-1]) for result in results)
     assert mirrored + sum(np.array_equal(result, image) for result in results) == 200
     assert 70 < mirrored < 130
+
+
+@pytest.mark.parametrize("crops, flip", [(1, False), (1, True), (5, False), (5, True)])
+def test_variants_are_all_crops_and_their_mirror_images(crops, flip):
+    image = coordinates(16, 40)
+    transform = variants(crop_to(16, 16, random_crop=crops > 1), crops, flip)
+    made = transform({"image": image, "caption": "a"}, np.random.default_rng(0))
+    assert made["caption"] == "a" and made["image"].shape == (crops * (1 + flip), 16, 16, 3)
+    lefts = made["image"][:crops, 0, 0, 1]
+    for left, result in zip(lefts, made["image"], strict=False):
+        np.testing.assert_array_equal(result, image[:, left : left + 16])
+    assert len(set(lefts.tolist())) > crops // 2
+    if flip:
+        np.testing.assert_array_equal(made["image"][crops:], made["image"][:crops, :, ::-1])
 
 
 def test_small_pictures_are_bad_unless_they_may_be_enlarged():

@@ -124,6 +124,24 @@ def test_one_in_ten_conditions_is_dropped_whole():
     np.testing.assert_array_equal(out["text"][~dropped], cond["text"][~dropped])
 
 
+def test_what_the_null_condition_lacks_is_never_dropped():
+    cond = {"mask": jnp.ones((50, 3), bool), "known": jnp.arange(50.0)}
+    out = drop_condition(cond, {"mask": NULL["mask"]}, 1.0, jax.random.split(jax.random.key(1), 50))
+    np.testing.assert_array_equal(out["mask"], np.tile(NULL["mask"], (50, 1)))
+    np.testing.assert_array_equal(out["known"], cond["known"])
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, schedules.flow(), schedules.edm()])
+def test_laplace_levels_are_dense_around_their_mean_and_leave_the_schedule_alone(schedule):
+    level = levels.laplace(schedule, jax.random.split(jax.random.key(0), 20_000), mean=1.0, scale=0.5)
+    off = np.abs(np.asarray(level.logsnr) - 1)
+    assert abs(np.median(level.logsnr) - 1) < 0.03 and abs(off.mean() - 0.5) < 0.02
+    np.testing.assert_allclose([np.mean(off > distance) for distance in (0.5, 1.5)], np.exp([-1, -3]), atol=0.01)
+    known = schedule(schedule.t_of_logsnr(level.logsnr))
+    np.testing.assert_allclose(known.logsnr, level.logsnr, atol=1e-2)
+    assert schedule(schedule.t_min).logsnr > 8 and schedule(schedule.t_max).logsnr < -8
+
+
 def test_an_example_does_not_depend_on_its_batch():
     def sample(stats, record, keys):
         return record + jax.vmap(lambda key: jax.random.normal(key, (5,)))(keys)

@@ -106,6 +106,19 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(poison, accumulate):
     assert not np.array_equal(state.params["w"], before[0]["w"])
 
 
+def test_a_loss_may_read_the_step_and_the_average():
+    def loss(params, frozen, batch, keys):
+        return jnp.sum(params["w"]), {"step": frozen["step"], "gap": jnp.sum(frozen["ema"]["w"] - params["w"])}
+
+    train_step = steps.make_train_step(loss, optax.sgd(1.0), 0.5)
+    state, frozen = parallel.replicate((steps.init_state(linear.initial(), optax.sgd(1.0), 0), {}))
+    for i in range(4):
+        gap = float(jnp.sum(state.ema["w"] - state.params["w"]))
+        state, metrics = train_step(state, frozen, parallel.split(linear.batch(8)))
+        assert metrics["step"] == i and abs(metrics["gap"] - gap) < 1e-5
+    assert gap > 0.5, "the average lags behind"
+
+
 def test_the_average_warms_up():
     """ema <- d ema + (1 - d) params with d = min(decay, (1 + i) / (10 + i)) at step i = 0, 1, ..."""
     batch, expected, state = linear.batch(8), linear.initial()["w"], None

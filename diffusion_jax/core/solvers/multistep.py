@@ -27,7 +27,7 @@ def _multistep(steps: list[Step], orders: Sequence[int], update: Callable, remem
     """
     rows = []
     for i, ((level, next), order) in enumerate(zip(steps, orders, strict=True)):
-        levels = [now for now, _ in reversed(steps[: i + 1]) if now.alpha > 0][:order]
+        levels = [now for now, _ in reversed(steps[max(i + 1 - order, 0) : i + 1]) if now.alpha > 0]
         rows.append(Row(level, next, update(levels or [level], next, [remembers, *PAST]), remembers))
     return stack(rows)
 

@@ -1,0 +1,89 @@
+"""What the denoiser is trained on: every variant of an image, cached or not, and another one in another epoch."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion_jax import codec as codecs
+from diffusion_jax.app import build, train
+from diffusion_jax.data.sources import Source
+
+SIZE = 8
+
+
+@pytest.fixture
+def config():
+    config = digits.get_config()
+    config.train.batch_size, config.train.accumulate = 6, 1
+    return config
+
+
+def pictures(width=SIZE) -> Source:
+    """Six pictures of their own number, brighter to the right."""
+    image = np.tile(np.arange(width, dtype=np.uint8)[:, None], (SIZE, 1, 3))
+    return Source("pictures", 6, lambda i: {"image": image + np.uint8(20 * i), "label": i}, num_classes=6)
+
+
+def of_latents(model):
+    """The model with pixels for latents: what is cached are the images themselves."""
+    return model._replace(codec=codecs.identity()._replace(cache_key=lambda: "weights"))
+
+
+def drawn(config, source, model, folder, epochs=40) -> dict[int, list[np.ndarray]]:
+    """By label what the network is given of each picture, epoch by epoch."""
+    records, transform = train._training_records(config, folder, source, model)
+    batches = build.batches(records, config.train, config.seed, transform)
+    seen = {}
+    for batch in itertools.islice(batches, epochs):
+        for latent, label in zip(batch["latent"], batch["cond"]["label"], strict=True):
+            seen.setdefault(int(label), []).append(latent)
+    return seen
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_picture_is_mirrored_in_some_epochs_and_not_in_others(in_cache, config, tmp_path):
+    config.data.flip = True
+    model, source = build.model(config), pictures()
+    for label, latents in drawn(config, source, of_latents(model) if in_cache else model, tmp_path).items():
+        image = source[label]["image"]
+        as_it_is = [np.array_equal(latent, image) for latent in latents]
+        mirrored = [np.array_equal(latent, image[:, ::-1]) for latent in latents]
+        assert np.all(np.logical_xor(as_it_is, mirrored)) and 7 < sum(mirrored) < 33
+
+
+@pytest.mark.parametrize("in_cache, crops", [(False, 17), (True, 4)])
+def test_a_picture_is_cropped_elsewhere_in_other_epochs(in_cache, crops, config, tmp_path):
+    """As many crops as are cached, or as there are places."""
+    config.data.random_crop = True
+    model, source = build.model(config), pictures(SIZE + 16)
+    for latents in drawn(config, source, of_latents(model) if in_cache else model, tmp_path).values():
+        assert 1 < len({latent[0, 0, 0] for latent in latents}) <= crops
+
+
+def test_what_is_cached_grows_with_crops_and_flip_alone(config, tmp_path):
+    for random_crop, flip, count in [(False, False, 1), (False, True, 2), (True, False, 3), (True, True, 6)]:
+        config.data.update(random_crop=random_crop, flip=flip, crops=3)
+        model = of_latents(build.model(config))
+        records, _ = train._training_records(config, tmp_path, pictures(SIZE + 2), model)
+        assert records[0]["latent"].shape == (count, SIZE, SIZE, 3)
+
+
+def test_the_seed_of_an_example_changes_what_the_network_forgets():
+    """The loss hands the network a key for each example, as dropout needs it."""
+    config = digits.get_config()
+    seen = []
+    model = build.model(config)
+
+    def apply(params, x, t, cond, keys):
+        seen.append(keys)
+        return params * x
+
+    model = model._replace(network=model.network._replace(apply=apply, init=lambda key: np.float32(1)))
+    loss, params, frozen = build.objective(config.objective, model, jax.random.key(0))
+    batch = {"latent": jnp.zeros((4, SIZE, SIZE, 3), jnp.uint8), "cond": {"label": jnp.arange(4)}}
+    loss(params, frozen, batch, jax.random.split(jax.random.key(0), 4))
+    assert len(np.unique(jax.random.key_data(seen[0]), axis=0)) == 4

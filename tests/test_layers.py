@@ -1,0 +1,87 @@
+"""A file imports only from its own folder or from a lower layer, and each library has its place."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusion_jax
+
+ROOT = Path(diffusion_jax.__file__).parent
+LAYERS = [  # from the ground up, as in docs/design.md
+    ("core", "messages", "compilation"),
+    ("data", "models", "parallel"),
+    ("interop", "model", "codec", "conditioning"),
+    ("objectives", "pipelines", "training", "evaluation"),
+    ("app",),
+]
+LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+ONLY_IN = {"flax": ("models",), "optax": ("training", "app"), "orbax": ("training",), "grain": ("data",)}
+IN_CORE = {"jax", "numpy", "jaxtyping", "diffusion_jax", *sys.stdlib_module_names}
+OF_DEVICES = {  # what places arrays or counts what they are placed on
+    *("device_put", "device_put_sharded", "device_put_replicated", "default_device", "pmap", "pmean", "shard_map"),
+    *("devices", "local_devices", "device_count", "local_device_count", "axis_index"),
+    *("Mesh", "NamedSharding", "PartitionSpec", "SingleDeviceSharding"),
+}
+FILES = {str(file.relative_to(ROOT)): file.read_text() for file in sorted(ROOT.rglob("*.py"))}
+
+
+def place(file: str) -> str:
+    """The folder of the package that a file belongs to, or the module that it is."""
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> list[str]:
+    """All that a file imports, anywhere in it, by full name."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def may_import(own: str, name: str) -> bool:
+    """Whether a file of folder `own` may import the name. Modules beside each other are in one folder."""
+    top, _, rest = name.partition(".")
+    if top != "diffusion_jax":
+        return own in ONLY_IN.get(top, [own]) and (own != "core" or top in IN_CORE)
+    other = rest.partition(".")[0]
+    beside = f"{own}.py" in FILES and f"{other}.py" in FILES
+    return other == own or LAYER_OF[other] < LAYER_OF[own] or (beside and LAYER_OF[other] == LAYER_OF[own])
+
+
+def offences(file: str, source: str) -> list[str]:
+    """What a file imports or names and should not."""
+    own, tree = place(file), ast.parse(source)
+    names = imported(tree)
+    uses = [name.rpartition(".")[2] for name in names]
+    uses += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    of_devices = [use for use in uses if use in OF_DEVICES and own != "parallel"]
+    return [name for name in names if not may_import(own, name)] + of_devices
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_a_file_keeps_to_its_layer(file):
+    assert not offences(file, FILES[file])
+
+
+@pytest.mark.parametrize(
+    "file, source",
+    [
+        ("core/x.py", "from diffusion_jax.models.unet import UNet"),
+        ("core/x.py", "import PIL"),
+        ("data/x.py", "def f():\n    from diffusion_jax import models"),
+        ("pipelines/x.py", "from diffusion_jax.training.loop import fit"),
+        ("pipelines/x.py", "from flax import linen"),
+        ("interop/x.py", "import diffusion_jax.codec"),
+        ("messages.py", "from diffusion_jax.model import Network"),
+        ("app/x.py", "import jax\njax.devices()"),
+        ("training/x.py", "from jax.sharding import Mesh"),
+        ("core/x.py", "from . import y"),
+    ],
+)
+def test_the_check_sees_an_offence(file, source):
+    assert offences(file, source)
