@@ -59,7 +59,7 @@ def test_a_field_that_is_missing_is_named():
     for section, field in [("sample", "tile"), ("train", "ema"), ("schedule", "shift")]:
         config = digits.get_config()
         del config[section][field]
-        with pytest.raises(ValueError, match=rf"^config\.{section} must have the field {field}, got .* alone"):
+        with pytest.raises(ValueError, match=rf"^config\.{section} must have the field {field}, got only "):
             fields.check(config)
 
 
