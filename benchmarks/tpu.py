@@ -57,7 +57,8 @@ class Cost(NamedTuple):
 
 def devices(topology: str) -> list:
     """The chips of a slice such as "v5e:2x4"."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # hosts have four by default
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
 
 
 def chip(topology: str) -> Chip:
