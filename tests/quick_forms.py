@@ -21,7 +21,9 @@ NEEDED = {
     r"benchmarks\.tpu": "libtpu",
 }
 TWO_STEPS = "--config.train.steps=2 --config.train.batch_size=2 --config.sample.steps=2"
-TWO_LEVELS = "--config.model.block_out_channels=8,16 --config.model.norm_num_groups=4 --config.model.attention_head_dim=4"
+TWO_LEVELS = (
+    "--config.model.block_out_channels=8,16 --config.model.norm_num_groups=4 --config.model.attention_head_dim=4"
+)
 FIRST_STAGE = (
     "--config.autoencoder.model.block_out_channels=4,4,8,8 --config.autoencoder.train.steps=2"
     " --config.autoencoder.train.batch_size=2"

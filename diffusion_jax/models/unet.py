@@ -292,6 +292,9 @@ class UNet(nn.Module):
             raise ValueError("UNet: addition_embed_type='text_time' needs addition_time_embed_dim")
 
     def _check(self, x: Array, cond: Mapping[str, Array]) -> None:
+        if not isinstance(cond, Mapping):
+            kind = type(cond).__name__
+            raise TypeError(f'UNet: expected a condition as a mapping such as {{"text": ...}}, got {kind}')
         needed = {
             "text": self._reads_text(),
             "label": self.num_class_embeds is not None,
