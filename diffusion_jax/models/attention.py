@@ -34,7 +34,7 @@ def attention(
     Raises ValueError for another implementation.
     """
     if implementation == "auto":
-        implementation = _best_implementation(q)
+        implementation = _best_implementation(q, k)
     if implementation == "xla":
         return _whole(q, k, v, mask)
     if implementation == "blocks":
@@ -45,7 +45,7 @@ def attention(
     raise ValueError(f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
 
 
-def _best_implementation(q) -> str:
+def _best_implementation(q, k) -> str:
     backend = jax.default_backend()
     if backend == "cpu":
         return "blocks"

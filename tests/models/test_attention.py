@@ -50,3 +50,16 @@ def test_softmax_is_float32_in_bfloat16():
 def test_unknown_implementation_is_named():
     with pytest.raises(ValueError, match="expected one of auto, blocks, xla, cudnn, got 'flash'"):
         attention(*inputs(3)[:3], implementation="flash")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "width", "expected"), [(1024, 160, "xla"), (4096, 64, "xla"), (4096, 80, "blocks"), (9216, 40, "blocks")]
+)
+def test_auto_on_tpu_takes_what_the_compiler_expects_to_be_fastest(pixels, width, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    q = jax.ShapeDtypeStruct((2, pixels, 8, width), jnp.bfloat16)
+
+    def program(implementation):
+        return str(jax.make_jaxpr(lambda q, k, v: attention(q, k, v, implementation=implementation))(q, q, q))
+
+    assert program("auto") == program(expected)
