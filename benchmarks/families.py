@@ -1,11 +1,19 @@
 """Fields of the config.json of published networks that several benchmarks need."""
 
-AUTOENCODER = {
-    "block_out_channels": (128, 256, 512, 512),
+NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+UNET = {  # of Stable Diffusion 1.5
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+AUTOENCODER_SIZE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+AUTOENCODER = AUTOENCODER_SIZE | {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
 }
 CLIP_L = {
     "vocab_size": 49408,

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import families
+from benchmarks import families, quick
 
 BOUND = 2e-5  # largest difference of a network's outputs, in units of the largest output
 PIXEL, SHARE = 1 / 255, 0.999  # tolerance of a pixel of an image, and the share of pixels that must be within it
@@ -36,17 +36,18 @@ TOKENS = 77
 NUM_MERGES = 48894  # of CLIP's vocabulary: with 2 x 256 bytes and two marks 49408 tokens
 MARKS = "<|startoftext|>", "<|endoftext|>"
 
-NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
+DDIM = families.NOISE | {
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
     "timestep_spacing": "leading",
-    "steps_offset": 1,
 }
-DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True, **NOISE}
-DPMPP = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2, **NOISE}
-DPMPP["timestep_spacing"] = "trailing"  # "leading" differs between diffusers' schedulers
+DPMPP = families.NOISE | {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "timestep_spacing": "trailing",  # "leading" differs between diffusers' schedulers
+}
 EOS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # as published; 2 stands for the largest id
 CLIP_L = EOS | families.CLIP_L
 CLIP_H = CLIP_L | {
@@ -74,14 +75,15 @@ class Model(NamedTuple):
 
 MODELS = {
     "SD 1.5": Model(
-        unet={"sample_size": 64, "cross_attention_dim": 768},
+        unet=families.UNET,
         autoencoder=families.AUTOENCODER | {"sample_size": 512, "scaling_factor": 0.18215},
         texts=(CLIP_L,),
         scheduler=DDIM,
         narrowed="nothing",
     ),
     "SD 2.1": Model(
-        unet={
+        unet=families.UNET
+        | {
             "sample_size": 96,
             "cross_attention_dim": 1024,
             "attention_head_dim": (5, 10, 20, 20),
@@ -104,26 +106,29 @@ MODELS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = quick.parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where models and outputs are written")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--inputs", type=int, default=64, help="side of the latents that the networks are compared on")
     parser.add_argument("--latent", type=int, default=32, help="side of the latents of the guided image")
-    parser.add_argument("--side", choices=SIDES, help="run one side and no comparison (used by the benchmark itself)")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sizes = [f"--inputs={args.inputs}", f"--latent={args.latent}"]
+    if args.quick:
+        args.models, args.inputs, args.latent, sizes = args.models[-1:], 8, 8, ["--quick"]
     if args.side:
         (name,) = args.models
-        model = MODELS[name]
+        model = quick.tiny_model(MODELS[name]) if args.quick else MODELS[name]
         outputs = SIDES[args.side](model, args.folder, inputs(model, args.inputs, args.latent))
         np.savez(args.folder / f"{args.side}.npz", **outputs)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"{name}, {args.side}: {peak / 1e9:.1f} GB of memory at most", file=sys.stderr, flush=True)
         return
+    quick.note(args.quick)
     print(_versions(), "\n")
     for name in args.models:
         print(f"{name}: narrowed: {MODELS[name].narrowed}.\n")
     print("| model | output | shape | deviation | largest difference | |\n|---|---|---|---|---|---|", flush=True)
-    sizes = [f"--inputs={args.inputs}", f"--latent={args.latent}"]
     agree = [_compare(name, args.folder / name.replace(" ", ""), sizes) for name in args.models]
     sys.exit(not all(agree))
 

@@ -5,52 +5,35 @@
 Its tokenizer knows only single letters, with ids in CLIP's range. Prompts have 77 tokens.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from benchmarks import families
+from benchmarks import families, quick
+from benchmarks.families import UNET
 
-UNET = {  # fields of unet/config.json that differ from diffusers' defaults; below the same for the other networks
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 AUTOENCODER = families.AUTOENCODER | {"sample_size": 512}
-TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
+TEXT = families.CLIP_L | {
     "max_position_embeddings": 77,
     "bos_token_id": 49406,
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
 TINY = (
-    UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32},
-    AUTOENCODER | {"sample_size": 64, "block_out_channels": (32,) * 4, "layers_per_block": 1},
-    TEXT | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    quick.tiny_unet(UNET, sample_size=8, cross_attention_dim=32),
+    quick.tiny(AUTOENCODER, sample_size=64),
+    quick.tiny(TEXT),
 )
-SCHEDULER = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "timestep_spacing": "trailing",
-    "steps_offset": 1,
-}
+SCHEDULER = families.NOISE | {"timestep_spacing": "trailing"}
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def write(folder: str | Path, quick: bool) -> None:
-    """Write the folder. quick: tiny networks."""
+def write(folder: str | Path, tiny: bool) -> None:
+    """Write the folder. tiny: of networks with few channels."""
     import torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    unet, autoencoder, text = TINY if quick else (UNET, AUTOENCODER, TEXT)
+    unet, autoencoder, text = TINY if tiny else (UNET, AUTOENCODER, TEXT)
     torch.manual_seed(0)
     StableDiffusionPipeline(
         vae=AutoencoderKL(**autoencoder),
@@ -82,9 +65,8 @@ def _tokenizer(folder):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = quick.parser(__doc__)
     parser.add_argument("folder")
-    parser.add_argument("--quick", action="store_true", help="tiny networks")
     flags = parser.parse_args()
     write(flags.folder, flags.quick)
 

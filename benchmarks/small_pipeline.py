@@ -7,14 +7,13 @@ letters, a random U-Net. FOLDER/drawings: 16 drawings of OpenMoji with their nam
 and blue exchanged.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import jax
 from PIL import Image
 
-from benchmarks import random_pipeline
+from benchmarks import quick, random_pipeline
 from diffusion_jax.core import schedules
 from diffusion_jax.data import sources
 from diffusion_jax.interop import load_autoencoder, load_tokenizer, save_pipeline
@@ -26,45 +25,47 @@ NAMES = (
     *("banana", "blossom", "cactus", "cherries", "grinning cat", "mushroom", "octopus", "pear", "pizza"),
     *("red apple", "red heart", "rocket", "snowman", "sun", "tiger face", "tulip"),
 )
+FIELDS = {  # of the U-Net
+    "sample_size": 8,
+    "block_out_channels": (64, 128, 128),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 64,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = quick.parser(__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    write_drawings(folder)
-    write_model(folder / "model")
+    flags = parser.parse_args()
+    quick.note(flags.quick)
+    write_drawings(flags.folder)
+    write_model(flags.folder / "model", UNet(**(quick.tiny_unet(FIELDS) if flags.quick else FIELDS)))
 
 
 def write_drawings(folder: Path) -> None:
     source = sources.openmoji(64)
     for name in ("drawings", "swapped"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for record in map(source.read, range(source.size)):
-        if record["caption"] in NAMES:
-            for name, image in (("drawings", record["image"]), ("swapped", record["image"][..., ::-1])):
-                file = folder / name / f"{record['caption'].replace(' ', '_')}.png"
+    for i, caption in enumerate(source.captions):
+        if caption in NAMES:
+            drawing = source.read(i)["image"]
+            for name, image in (("drawings", drawing), ("swapped", drawing[..., ::-1])):
+                file = folder / name / f"{caption.replace(' ', '_')}.png"
                 Image.fromarray(image).save(file)
-                file.with_suffix(".txt").write_text(record["caption"])
+                file.with_suffix(".txt").write_text(caption)
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, unet: UNet) -> None:
     tokenizer = _tokenizer(folder / "tokenizer")
     text = ClipTextEncoder(
         vocab_size=54, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
     )
-    unet = UNet(
-        sample_size=8,
-        block_out_channels=(64, 128, 128),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64,
-    )
     save_pipeline(
         PublishedPipeline(
             unet=_random(unet),
-            autoencoder=Part(*load_autoencoder(Path(__file__).parent.parent / "weights" / "latent_cfg" / "vae")),
+            autoencoder=Part(*load_autoencoder(quick.ROOT / "weights" / "latent_cfg" / "vae")),
             text_encoders=(_random(text),),
             tokenizers=(tokenizer,),
             schedule=schedules.scaled_linear(),

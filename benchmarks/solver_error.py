@@ -10,15 +10,17 @@ stochastic ones: sliced Wasserstein distance of 20,000 samples to as many of the
 sets of samples as the floor.
 """
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from benchmarks import quick
 from diffusion_jax.core import schedules, solvers
 from diffusion_jax.core.process import NoiseLevel
+from diffusion_jax.core.solvers import Plan
 from tests.core.mixture import PLANE, run
 
 DETERMINISTIC = {
@@ -44,7 +46,7 @@ STOCHASTIC = {
 }
 STEPS = (4, 6, 9, 13, 19, 28, 42, 64, 96, 144, 216)
 SCHEDULE = schedules.linear()
-PICTURE = Path(__file__).parent.parent / "docs" / "solver_error.png"
+STYLES = [(color, marker) for marker in "os^" for color in ("tab:blue", "tab:orange", "tab:green", "tab:red")]
 
 
 def exact_flow(noise: np.ndarray) -> np.ndarray:
@@ -73,29 +75,34 @@ def mixture_samples(rng: np.random.Generator, count: int) -> np.ndarray:
     return PLANE.means[which] + PLANE.stds[which, None] * rng.normal(size=(count, 2))
 
 
+def plot(axes: plt.Axes, chosen: dict[str, Callable], steps: tuple[int, ...], error: Callable) -> None:
+    """Plot and print the error of each solver against its network calls. error: Plan -> float."""
+    for (name, solver), (color, marker) in zip(chosen.items(), STYLES, strict=False):
+        plans = [solver(SCHEDULE, n, spacing="logsnr") for n in steps]
+        calls, errors = [plan.num_rows for plan in plans], [error(plan) for plan in plans]
+        axes.loglog(calls, errors, color=color, marker=marker, markersize=4, label=name)
+        print(f"{name}: " + ", ".join(f"{n} {e:.1e}" for n, e in zip(calls, errors, strict=True)))
+
+
 def main() -> None:
+    tiny = quick.parser(__doc__).parse_args().quick
+    quick.note(tiny)
+    steps, count = (STEPS[:2], 200) if tiny else (STEPS, 20_000)
     rng = np.random.default_rng(0)
-    left_noise, right_noise = rng.normal(size=(256, 2)), rng.normal(size=(20_000, 2))
-    exact, reference = exact_flow(left_noise), mixture_samples(rng, 20_000)
-    floor = sliced_wasserstein(mixture_samples(rng, 20_000), reference)
+    left_noise, right_noise = rng.normal(size=(256, 2)), rng.normal(size=(count, 2))
+    exact, reference = exact_flow(left_noise), mixture_samples(rng, count)
+    floor = sliced_wasserstein(mixture_samples(rng, count), reference)
+
+    def distance(plan: Plan) -> float:
+        return np.median(np.linalg.norm(run(plan, left_noise, PLANE.denoise) - exact, axis=1))
+
+    def distance_of_samples(plan: Plan) -> float:
+        noise = rng.normal(size=(plan.num_rows, *right_noise.shape))
+        return sliced_wasserstein(run(plan, right_noise, PLANE.denoise, noise=noise), reference)
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
-    styles = [(color, marker) for marker in "os^" for color in ("tab:blue", "tab:orange", "tab:green", "tab:red")]
-    for (name, solver), (color, marker) in zip(DETERMINISTIC.items(), styles, strict=False):
-        plans = [solver(SCHEDULE, steps, spacing="logsnr") for steps in STEPS]
-        errors = [np.median(np.linalg.norm(run(plan, left_noise, PLANE.denoise) - exact, axis=1)) for plan in plans]
-        left.loglog([plan.num_rows for plan in plans], errors, color=color, marker=marker, markersize=4, label=name)
-        print(f"{name}: " + ", ".join(f"{plan.num_rows} {e:.1e}" for plan, e in zip(plans, errors, strict=True)))
-    for (name, solver), (color, marker) in zip(STOCHASTIC.items(), styles, strict=False):
-        plans = [solver(SCHEDULE, steps, spacing="logsnr") for steps in STEPS]
-        errors = [
-            sliced_wasserstein(
-                run(plan, right_noise, PLANE.denoise, noise=rng.normal(size=(plan.num_rows, *right_noise.shape))),
-                reference,
-            )
-            for plan in plans
-        ]
-        right.loglog([plan.num_rows for plan in plans], errors, color=color, marker=marker, markersize=4, label=name)
-        print(f"{name}: " + ", ".join(f"{plan.num_rows} {e:.1e}" for plan, e in zip(plans, errors, strict=True)))
+    plot(left, DETERMINISTIC, steps, distance)
+    plot(right, STOCHASTIC, steps, distance_of_samples)
     right.axhline(floor, color="gray", linestyle=":", label="two exact sets of samples")
     left.set(title="deterministic", ylabel="median distance to the exact probability flow")
     right.set(title="stochastic", ylabel="sliced Wasserstein distance to the mixture")
@@ -103,7 +110,7 @@ def main() -> None:
         axes.set_xlabel("network calls")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
-    figure.savefig(PICTURE, dpi=110)
+    figure.savefig(quick.picture("solver_error.png", tiny), dpi=110)
 
 
 if __name__ == "__main__":

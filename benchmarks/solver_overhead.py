@@ -12,7 +12,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 
-from benchmarks import turns
+from benchmarks import quick, turns
 
 PAIRS = {  # our solver -> diffusers' scheduler and its options
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -67,7 +67,7 @@ SIDES = {"ours": ours, "peer": peer}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = quick.parser(__doc__)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--solver", choices=PAIRS, help=argparse.SUPPRESS)
@@ -76,9 +76,13 @@ def main() -> None:
     if flags.serve:
         return turns.serve(SIDES[flags.serve](flags.solver, flags.steps))
 
+    quick.note(flags.quick)
+    names = list(PAIRS)
+    if flags.quick:
+        names, flags.steps, flags.runs = names[:1], 2, 1
     print(f"microseconds a step: batch {BATCH}, {SIDE} x {SIDE} x {CHANNELS}, {flags.steps} steps, {flags.runs} runs")
     print("| solver | ours | diffusers | diffusers / ours |\n|---|---|---|---|")
-    for name in PAIRS:
+    for name in names:
         arguments = ["--solver", name, "--steps", str(flags.steps)]
         sides = turns.measure(turns.commands("benchmarks.solver_overhead", SIDES, arguments), flags.runs)
         ours, peer = (1e6 * statistics.median(sides[side].seconds) / flags.steps for side in SIDES)

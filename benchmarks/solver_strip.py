@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks import quick
 from configs import latent_cfg
 from diffusion_jax.app import build, pictures, weights
 from diffusion_jax.core import solvers
 from diffusion_jax.data.transforms import to_uint8
 from diffusion_jax.pipelines import text_to_image
 
-ROOT = Path(__file__).parent.parent
 SOLVERS = {
     "ddim": solvers.ddim,
     "heun": solvers.heun,
@@ -31,20 +31,24 @@ GUIDANCE, SEED = 3.0, 1
 
 
 def main() -> None:
+    small = quick.parser(__doc__).parse_args().quick
+    quick.note(small)
+    chosen, steps = (["ddim", "heun"], STEPS[:1]) if small else (SOLVERS, STEPS)
     config = latent_cfg.get_config()
-    config.weights = str(ROOT / config.weights)
+    config.weights = str(quick.ROOT / config.weights)
     model, _ = weights.load(config, Path("no run of its own"), build.model(config))
     cond = model.conditioning.of_prompts(PROMPTS)
     keys = jax.vmap(jax.random.key)(np.full(len(PROMPTS), SEED, np.uint32))
     images, captions = [], []
-    for name, solver in SOLVERS.items():
-        made = [to_uint8(text_to_image(model, cond, keys, solver(model.schedule, n), GUIDANCE)) for n in STEPS]
-        images += [np.asarray(made[j][i]) for i in range(len(PROMPTS)) for j in range(len(STEPS))]
-        captions += [f"{name}, {n} steps" for _ in PROMPTS for n in STEPS]
-    columns = len(PROMPTS) * len(STEPS)
+    for name in chosen:
+        plans = [SOLVERS[name](model.schedule, n) for n in steps]
+        made = [to_uint8(text_to_image(model, cond, keys, plan, GUIDANCE)) for plan in plans]
+        images += [np.asarray(each[i]) for i in range(len(PROMPTS)) for each in made]
+        captions += [f"{name}, {n} steps" for _ in PROMPTS for n in steps]
+    columns = len(PROMPTS) * len(steps)
     sheet = pictures.grid(images, columns, captions)
     about = {"prompts": "; ".join(PROMPTS), "seed": str(SEED), "guidance": str(GUIDANCE), "weights": config.weights}
-    pictures.save(ROOT / "docs" / "solver_strip.png", sheet, about)
+    pictures.save(quick.picture("solver_strip.png", small), sheet, about)
 
 
 if __name__ == "__main__":

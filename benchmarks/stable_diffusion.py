@@ -6,7 +6,8 @@
 Parts: `unet`, one guided step: batch 2, latents of 64 x 64 x 4, 77 x 768 of text. `vae`, one latent to 512 x 512
 pixels. `image`, a prompt to 512 x 512 pixels with DPM-Solver++(2M) and guidance 7.5. `start`, from the start of a
 process to the end of its first step. All in float32, or both sides in bfloat16 for "torch-bf16". The folder is written
-if it does not exist (4.3 GB, a minute). The peer is diffusers; each of its sides takes turns with ours (`turns.py`).
+if it does not exist (4.3 GB, a minute); --quick has FOLDER-quick of its own. The peer is diffusers; each of its sides
+takes turns with ours (`turns.py`).
 """
 
 import argparse
@@ -18,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import random_pipeline, turns
+from benchmarks import quick, turns
 
 PROMPT, GUIDANCE = "a photograph of an astronaut riding a horse", 7.5
 PEERS = {  # sides beside ours of each part
@@ -52,9 +53,9 @@ def ours(part: str, folder: Path, steps: int, kind: str = "ours") -> Callable[[]
         return lambda: decode(params, z).block_until_ready()
     unet, params = load_unet(folder / "unet", dtype)
     x = jax.random.normal(jax.random.key(0), (2, unet.sample_size, unet.sample_size, 4))
-    text = jax.random.normal(jax.random.key(1), (2, 77, unet.cross_attention_dim))
+    cond = {"text": jax.random.normal(jax.random.key(1), (2, 77, unet.cross_attention_dim))}
     apply = jax.jit(unet.clone(dtype=dtype).apply)
-    return lambda: apply(params, x, jnp.full((2,), 500.0), text).block_until_ready()
+    return lambda: apply(params, x, jnp.full((2,), 500.0), cond).block_until_ready()
 
 
 def our_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> Callable[..., object]:
@@ -163,7 +164,7 @@ def start(arguments: list[str], count: int) -> None:
     shutil.rmtree(cache)
 
 
-def compare(part: str, sides: list[str], arguments: list[str], count: int) -> None:
+def compare(part: str, sides: Sequence[str], arguments: list[str], count: int) -> None:
     """Time ours beside each of the peer's sides."""
     print("| beside | ours | peer | ours / peer | peak of ours | of the peer |\n|---|---|---|---|---|---|")
     for side in sides:
@@ -176,15 +177,12 @@ def compare(part: str, sides: list[str], arguments: list[str], count: int) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = quick.parser(__doc__)
     parser.add_argument("part", choices=[*PEERS, "start"])
     parser.add_argument("--folder", type=Path, required=True, help="of the pipeline; written where it does not exist")
     parser.add_argument("--turns", type=int, default=3, help="measured runs of each side")
     parser.add_argument("--steps", type=int, default=20, help="of `image`")
     parser.add_argument("--sides", nargs="*", help="of the peer; all by default")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny networks: shows that the script works, no measurement"
-    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.serve and flags.serve.startswith("ours"):
@@ -198,14 +196,18 @@ def main() -> None:
         run = make(flags.part, flags.folder, flags.steps, flags.serve)
         return turns.serve(run, warmups=0 if flags.part == "image" else 2)
 
+    quick.note(flags.quick)
+    tiny = []
+    if flags.quick:
+        tiny, flags.folder, flags.turns, flags.steps = ["--quick"], Path(f"{flags.folder}-quick"), 1, 2
     if not flags.folder.exists():
-        quick = ["--quick"] if flags.quick else []
-        subprocess.run([sys.executable, random_pipeline.__file__, flags.folder, *quick], check=True)
-    print(f"{flags.part}, {os.cpu_count()} CPUs" + (", tiny networks: no measurement" if flags.quick else ""))
+        subprocess.run([sys.executable, "-m", "benchmarks.random_pipeline", flags.folder, *tiny], check=True)
+    print(f"{flags.part}, {os.cpu_count()} CPUs")
     arguments = ["--folder", str(flags.folder), "--steps", str(flags.steps)]
     if flags.part == "start":
         return start(arguments, flags.turns)
-    compare(flags.part, flags.sides or list(PEERS[flags.part]), arguments, flags.turns)
+    sides = flags.sides or PEERS[flags.part]
+    compare(flags.part, sides[:1] if flags.quick else sides, arguments, flags.turns)
 
 
 if __name__ == "__main__":

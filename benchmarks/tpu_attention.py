@@ -10,15 +10,9 @@ which is not a measurement. The compiler has no estimate for a kernel; the time 
 bound, is added.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks import tpu
+from benchmarks import quick, tpu
 
 # isort: split
-import argparse
 import math
 
 import jax
@@ -67,12 +61,15 @@ IMPLEMENTATIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = quick.parser(__doc__)
     parser.add_argument("--topology", default="v5e:1x1", help="one chip, such as v5e:1x1 or v6e:1x1")
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="channels of a head")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="pixels")
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     args = parser.parse_args()
+    quick.note(args.quick)
+    if args.quick:
+        args.tokens, args.widths = [256], [40]
     columns = "pixels", "head", "implementation", "temporary", "read and written", "FLOPs", "expected"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for tokens in args.tokens:

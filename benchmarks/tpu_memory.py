@@ -1,21 +1,18 @@
 """Check by the TPU compiler whether a config's training step fits a TPU slice. No TPU is needed.
 
     pip install "jax[tpu]"
-    python benchmarks/tpu_memory.py --config=configs/latent_cfg.py:imagenet256 --topology=v5e:2x4
+    python -m benchmarks.tpu_memory --config=configs/latent_cfg.py:imagenet256 --topology=v5e:2x4
 
 Compiles the second stage's whole step (forward, backward, optimizer, average) for every chip of the slice and prints
 bytes for each chip and FLOPs. Nothing is run. Hours of training are estimated from the FLOPs at the given utilisation,
 not measured.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks import tpu
+from benchmarks import quick, tpu
 
 # isort: split
+import sys
+
 import jax
 import jax.numpy as jnp
 from absl import app, flags
@@ -27,13 +24,18 @@ from diffusion_jax.training.step import init_state, make_train_step
 _CONFIG = config_flags.DEFINE_config_file("config", None, "As for main.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", f"The slice, one of {', '.join(tpu.CHIPS)} and its shape.")
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Assumed share of the chips' peak, for the estimate of hours.")
+_QUICK = flags.DEFINE_bool("quick", False, quick.HELP)
 
 
 def main(_) -> None:
     config = _CONFIG.value
+    quick.note(_QUICK.value)
+    if _QUICK.value:
+        config.model.update(quick.tiny_unet(config.model.to_dict()))
     devices, chip = tpu.devices(_TOPOLOGY.value), tpu.chip(_TOPOLOGY.value)
     if "model" in config:
-        config.model.attention_implementation = "xla"
+        with config.model.unlocked():
+            config.model.attention_implementation = "xla"
     model, losses = build.model(config, training=True), []
 
     def arrays() -> tuple:

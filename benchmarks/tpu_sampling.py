@@ -9,16 +9,9 @@ the chips, weights are on every chip. Prints bytes for each chip, FLOPs for each
 from tokens to pixels: that of the FLOPs at the given utilisation, and the compiler's own. Nothing is run.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks import tpu
-from benchmarks.families import CLIP_BIG_G, CLIP_L, SDXL_UNET
+from benchmarks import families, quick, tpu
 
 # isort: split
-import argparse
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,16 +34,17 @@ STEPS, GUIDANCE, TOKENS = 20, 7.5, 77
 
 
 class Model(NamedTuple):
-    """unet, texts: what differs from the defaults of `UNet` and `ClipTextEncoder`. size: of an image, pixels a side."""
+    """unet, texts, autoencoder: fields of `UNet`, `ClipTextEncoder` and `AutoencoderKL`. size: pixels a side."""
 
     unet: dict
     texts: tuple[dict, ...]
     size: int
+    autoencoder: dict = families.AUTOENCODER_SIZE
 
 
 MODELS = {
-    "sd15": Model({"cross_attention_dim": 768}, (CLIP_L,), 512),
-    "sdxl": Model(SDXL_UNET, (CLIP_L, CLIP_BIG_G), 1024),
+    "sd15": Model(families.UNET, (families.CLIP_L,), 512),
+    "sdxl": Model(families.SDXL_UNET, (families.CLIP_L, families.CLIP_BIG_G), 1024),
 }
 
 
@@ -63,7 +57,7 @@ class Networks(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = quick.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--topology", nargs="+", default=["v5e:1x1"], help="slices, such as v5e:2x4 or v6e:1x1")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images a chip")
@@ -71,7 +65,10 @@ def main() -> None:
     parser.add_argument("--utilisation", type=float, default=0.4, help="assumed share of the chips' peak")
     parser.add_argument("--check", action="store_true", help="count the FLOPs of a step in another way too")
     args = parser.parse_args()
+    quick.note(args.quick)
     model = MODELS[args.model]
+    if args.quick:
+        model = quick.tiny_model(model)._replace(size=64)
     params = variables(networks(model, "xla"))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{args.model}, {model.size} x {model.size} pixels, {count / 1e6:.0f}M parameters", flush=True)
@@ -122,7 +119,7 @@ def networks(model: Model, attention: str) -> Networks:
         tuple(ClipTextEncoder(**text, dtype=jnp.bfloat16) for text in model.texts),
         UNet(**model.unet, **shared),
         # 4096 and 16384 pixels in one head: one softmax over all of them would be the largest array by far
-        AutoencoderKL(dtype=jnp.bfloat16, attention_implementation="blocks"),
+        AutoencoderKL(**model.autoencoder, dtype=jnp.bfloat16, attention_implementation="blocks"),
     )
 
 

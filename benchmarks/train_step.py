@@ -12,7 +12,7 @@ import os
 import statistics
 from collections.abc import Callable
 
-from benchmarks import turns
+from benchmarks import quick, turns
 
 MODEL = {  # the config.json of google/ddpm-cifar10-32
     "in_channels": 3,
@@ -27,7 +27,7 @@ MODEL = {  # the config.json of google/ddpm-cifar10-32
     "freq_shift": 1,
     "norm_eps": 1e-6,
 }
-TINY = MODEL | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+TINY = quick.tiny_unet(MODEL, attention_head_dim=None)
 RATE = 2e-4
 
 
@@ -86,23 +86,20 @@ SIDES = {"ours": ours, "peer": peer}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = quick.parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each side")
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny network: shows that the script works, no measurement"
-    )
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.serve:
         return turns.serve(SIDES[flags.serve](TINY if flags.quick else MODEL, flags.batch_size))
 
+    quick.note(flags.quick)
     arguments = ["--batch-size", str(flags.batch_size), *(["--quick"] if flags.quick else [])]
-    sides = turns.measure(turns.commands("benchmarks.train_step", SIDES, arguments), flags.steps)
+    commands = turns.commands("benchmarks.train_step", SIDES, arguments)
+    sides = turns.measure(commands, 1 if flags.quick else flags.steps)
     seconds = {name: side.seconds for name, side in sides.items()}
-    print(
-        f"batch {flags.batch_size}, {os.cpu_count()} CPUs" + (", tiny network: no measurement" if flags.quick else "")
-    )
+    print(f"batch {flags.batch_size}, {os.cpu_count()} CPUs")
     median = {side: statistics.median(times) for side, times in seconds.items()}
     for side, times in seconds.items():
         each = " ".join(f"{s:.3f}" for s in times)
