@@ -1,0 +1,88 @@
+"""The quick form of every command that the documents print, or the reason why it is not run.
+
+The shell of tests/test_docs.py calls `python tests/quick_forms.py COMMAND WORD...` in place of each command.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import sys
+
+SKIPPED = {
+    r"python -m venv|pip install": "the environment of the tests replaces it",
+    r"git clone": "the clone in which the commands run replaces it",
+    r"python -m pytest|ruff": "CI runs it by itself",
+    r"gcloud": "needs an account at Google Cloud",
+}
+NEEDED = {
+    r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step)": "diffusers",
+    r"benchmarks\.solver_error": "matplotlib",
+    r"benchmarks\.tpu": "libtpu",
+}
+TWO_STEPS = "--config.train.steps=2 --config.train.batch_size=2 --config.sample.steps=2"
+TWO_LEVELS = (
+    "--config.model.block_out_channels=8,16 --config.model.norm_num_groups=4 --config.model.attention_head_dim=4"
+)
+FIRST_STAGE = (
+    "--config.data.splits.train=train[:8] --config.autoencoder.model.block_out_channels=4,8"
+    " --config.autoencoder.train.steps=2 --config.autoencoder.train.batch_size=2"
+)
+EVAL = "--config.eval.images=2 --config.eval.batch_size=2 --config.eval.steps=1 --config.eval.terms=2"
+QUICK = {  # what is added to a command
+    r"python -m benchmarks\.": "--quick",
+    r"python -m diffusion_jax\.interop\.verify": "",
+    r"python main\.py .*configs/digits\.py": f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1",
+    # from the demo weights, which are not those of the tiny model that the training beside it leaves
+    r"python main\.py .*configs/latent_cfg\.py .*--mode=sample": "--config.sample.steps=2 --workdir=runs/demo",
+    r"python main\.py .*configs/latent_cfg\.py": f"{TWO_STEPS} {TWO_LEVELS} {FIRST_STAGE} {EVAL}",
+    r"python main\.py .*configs/(stable_diffusion|lora)\.py": (
+        f"{TWO_STEPS} --config.sample.height=64 --config.sample.width=64"
+    ),
+}
+
+
+def reason_to_skip(command: str) -> str | None:
+    """Why a command is not run, None if it is."""
+    for pattern, reason in SKIPPED.items():
+        if re.match(pattern, command):
+            return reason
+    for pattern, module in NEEDED.items():
+        if re.search(pattern, command) and not importlib.util.find_spec(module):
+            return f"needs {module}"
+    return None
+
+
+def quick_form(command: str) -> list[str] | None:
+    """The words to run in place of a command, None if it has no quick form."""
+    for pattern, added in QUICK.items():
+        if re.match(pattern, command):
+            return [*shlex.split(command), *added.split()]
+    return None
+
+
+def main(words: list[str]) -> None:
+    """Run the quick form of a command, or write into the file of skipped commands why it is not run.
+
+    The environment has QUICK_FORMS_SKIPPED: the file. QUICK_FORMS_PATH: the PATH of the command. QUICK_FORMS_DRY: 1 if
+    nothing is to be run.
+    """
+    command = shlex.join(words).replace("python3 ", "python ", 1)
+    if reason := reason_to_skip(command):
+        with open(os.environ["QUICK_FORMS_SKIPPED"], "a") as log:
+            print(f"{reason}\t{command}", file=log)
+        return
+    quick = quick_form(command)
+    if quick is None:
+        sys.exit(
+            f"no quick form for: {command}\nAdd what makes it end in seconds to QUICK in tests/quick_forms.py, or, if "
+            "it cannot run in the tests, the reason to SKIPPED."
+        )
+    if not os.environ.get("QUICK_FORMS_DRY"):
+        print("$", shlex.join(quick), flush=True)
+        os.environ["PATH"] = os.environ["QUICK_FORMS_PATH"]
+        os.execv(sys.executable, [sys.executable, *quick[1:]])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,116 @@
+"""Every command in the documents runs, in its quick form (quick_forms.py), from a fresh clone of the last commit."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.interop import load_pipeline
+from diffusion_jax.interop.lora import save_lora
+from diffusion_jax.models import lora
+from tests import quick_forms
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "BUILD.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?ms)^```[^\n]*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n|\n(?= {4}))+)")  # fenced, indented
+NO_COMMANDS = "FROM python", "d  = memory", "6   main.py"  # how a container file, formulas and a drawing begin
+STAND_INS = "FOLDER", "PHOTOS", "face.png", "mask.png", "style.safetensors"
+SHELL = f"""
+command_not_found_handle() {{ "{sys.executable}" "{quick_forms.__file__}" "$@" || kill $$; }}
+cd() {{ :; }}
+PATH=/nowhere
+"""
+HURRY = {  # two cores are shared by two commands; most of the time is compiling
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def shell_blocks():
+    """{"docs/results.md:8": commands}, for each block of commands."""
+    found = {}
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for block in BLOCK.finditer(text):
+            commands = textwrap.dedent(block[1] or block[2])
+            if not commands.startswith(NO_COMMANDS) and not is_python(commands):
+                line = text.count("\n", 0, block.start()) + 1
+                found[f"{document.relative_to(ROOT)}:{line}"] = commands
+    return found
+
+
+def is_python(text):
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+BLOCKS = shell_blocks()
+
+
+def run(commands, folder, log, **environment):
+    """Run a block of commands through bash, each one by its quick form -> (succeeded, output)."""
+    script = SHELL + commands.replace(".venv/bin/", "")
+    environment = os.environ | {"QUICK_FORMS_SKIPPED": str(log), "QUICK_FORMS_PATH": os.environ["PATH"]} | environment
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("place", BLOCKS)
+def test_every_command_has_a_quick_form(place, tmp_path):
+    succeeded, output = run(BLOCKS[place], ROOT, tmp_path / "log", QUICK_FORMS_DRY="1")
+    assert succeeded, f"{place}: {output}"
+
+
+def test_a_command_without_a_quick_form_is_named(tmp_path):
+    succeeded, output = run("pip install x && make docs\npip install y\n", ROOT, tmp_path / "log", QUICK_FORMS_DRY="1")
+    assert not succeeded and "no quick form for: make docs\nAdd what makes it end in seconds to QUICK" in output
+    assert "install y" not in (tmp_path / "log").read_text()
+
+
+def clone(folder):
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """{name in the documents: a file or folder that may stand for it}."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    make = [sys.executable, "-m", "benchmarks.small_pipeline", folder, "--quick"]
+    subprocess.run(make, cwd=ROOT, env=os.environ | HURRY, check=True)
+    shutil.copy(folder / "drawings" / "grinning_cat.png", folder / "face.png")
+    Image.fromarray(np.uint8(255) * np.eye(64, dtype=np.uint8)).save(folder / "mask.png")
+    updates = lora.init(load_pipeline(folder / "model").unet.params, 1, jax.random.key(0))
+    save_lora(folder / "style.safetensors", updates, 1.0)
+    files = folder / "model", folder / "drawings", *(folder / name for name in STAND_INS[2:])
+    return dict(zip(STAND_INS, map(str, files), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", BLOCKS)
+def test_every_command_runs_from_a_fresh_clone(place, tmp_path, request, subtests):
+    commands, log = re.sub("/tmp/|/mnt/disk/", f"{tmp_path}/", BLOCKS[place]), tmp_path / "log"
+    if any(name in commands for name in STAND_INS):
+        for name, file in request.getfixturevalue("stand_ins").items():
+            commands = commands.replace(name, file)
+    succeeded, output = run(commands, clone(tmp_path / "clone"), log, **HURRY)
+    assert succeeded, f"{place}: {output}"
+    for line in log.read_text().splitlines() if log.exists() else ():
+        reason, command = line.split("\t")
+        with subtests.test(command):
+            pytest.skip(f"{command}: {reason}")
