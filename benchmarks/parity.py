@@ -115,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [f"--inputs={args.inputs}", f"--latent={args.latent}"]
     if args.quick:
-        args.inputs, args.latent, sizes = 8, 8, ["--quick"]
+        args.models, args.inputs, args.latent, sizes = args.models[-1:], 8, 8, ["--quick"]
     if args.side:
         (name,) = args.models
         model = quick.tiny_model(MODELS[name]) if args.quick else MODELS[name]
@@ -126,7 +126,7 @@ def main() -> None:
         return
     quick.note(args.quick)
     print(_versions(), "\n")
-    for name in () if args.quick else args.models:
+    for name in args.models:
         print(f"{name}: narrowed: {MODELS[name].narrowed}.\n")
     print("| model | output | shape | deviation | largest difference | |\n|---|---|---|---|---|---|", flush=True)
     agree = [_compare(name, args.folder / name.replace(" ", ""), sizes) for name in args.models]

@@ -25,8 +25,8 @@ TWO_LEVELS = (
     "--config.model.block_out_channels=8,16 --config.model.norm_num_groups=4 --config.model.attention_head_dim=4"
 )
 FIRST_STAGE = (
-    "--config.autoencoder.model.block_out_channels=4,4,8,8 --config.autoencoder.train.steps=2"
-    " --config.autoencoder.train.batch_size=2"
+    "--config.data.splits.train=train[:8] --config.autoencoder.model.block_out_channels=4,8"
+    " --config.autoencoder.train.steps=2 --config.autoencoder.train.batch_size=2"
 )
 EVAL = "--config.eval.images=2 --config.eval.batch_size=2 --config.eval.steps=1 --config.eval.terms=2"
 QUICK = {  # what is added to a command
@@ -62,10 +62,14 @@ def quick_form(command: str) -> list[str] | None:
 
 
 def main(words: list[str]) -> None:
-    """Run the quick form. LOG: file for what was skipped. DRY: run nothing. REAL_PATH: PATH of what is run."""
+    """Run the quick form of a command, or write into the file of skipped commands why it is not run.
+
+    The environment has QUICK_FORMS_SKIPPED: the file. QUICK_FORMS_PATH: the PATH of the command. QUICK_FORMS_DRY: 1 if
+    nothing is to be run.
+    """
     command = shlex.join(words).replace("python3 ", "python ", 1)
     if reason := reason_to_skip(command):
-        with open(os.environ["LOG"], "a") as log:
+        with open(os.environ["QUICK_FORMS_SKIPPED"], "a") as log:
             print(f"{reason}\t{command}", file=log)
         return
     quick = quick_form(command)
@@ -74,9 +78,9 @@ def main(words: list[str]) -> None:
             f"no quick form for: {command}\nAdd what makes it end in seconds to QUICK in tests/quick_forms.py, or, if "
             "it cannot run in the tests, the reason to SKIPPED."
         )
-    if not os.environ.get("DRY"):
+    if not os.environ.get("QUICK_FORMS_DRY"):
         print("$", shlex.join(quick), flush=True)
-        os.environ["PATH"] = os.environ["REAL_PATH"]
+        os.environ["PATH"] = os.environ["QUICK_FORMS_PATH"]
         os.execv(sys.executable, [sys.executable, *quick[1:]])
 
 

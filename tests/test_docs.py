@@ -1,4 +1,4 @@
-"""Every command in the documents runs, in its quick form (quick_forms.py), from a fresh clone."""
+"""Every command in the documents runs, in its quick form (quick_forms.py), from a fresh clone of the last commit."""
 
 import ast
 import os
@@ -63,7 +63,7 @@ BLOCKS = shell_blocks()
 def run(commands, folder, log, **environment):
     """Run a block of commands through bash, each one by its quick form -> (succeeded, output)."""
     script = SHELL + commands.replace(".venv/bin/", "")
-    environment = os.environ | {"LOG": str(log), "REAL_PATH": os.environ["PATH"]} | environment
+    environment = os.environ | {"QUICK_FORMS_SKIPPED": str(log), "QUICK_FORMS_PATH": os.environ["PATH"]} | environment
     done = subprocess.run(
         ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -72,12 +72,12 @@ def run(commands, folder, log, **environment):
 
 @pytest.mark.parametrize("place", BLOCKS)
 def test_every_command_has_a_quick_form(place, tmp_path):
-    succeeded, output = run(BLOCKS[place], ROOT, tmp_path / "log", DRY="1")
+    succeeded, output = run(BLOCKS[place], ROOT, tmp_path / "log", QUICK_FORMS_DRY="1")
     assert succeeded, f"{place}: {output}"
 
 
 def test_a_command_without_a_quick_form_is_named(tmp_path):
-    succeeded, output = run("pip install x && make docs\npip install y\n", ROOT, tmp_path / "log", DRY="1")
+    succeeded, output = run("pip install x && make docs\npip install y\n", ROOT, tmp_path / "log", QUICK_FORMS_DRY="1")
     assert not succeeded and "no quick form for: make docs\nAdd what makes it end in seconds to QUICK" in output
     assert "install y" not in (tmp_path / "log").read_text()
 
@@ -113,4 +113,4 @@ def test_every_command_runs_from_a_fresh_clone(place, tmp_path, request, subtest
     for line in log.read_text().splitlines() if log.exists() else ():
         reason, command = line.split("\t")
         with subtests.test(command):
-            pytest.skip(reason)
+            pytest.skip(f"{command}: {reason}")
