@@ -30,10 +30,11 @@ _QUICK = flags.DEFINE_bool("quick", False, quick.HELP)
 def main(_) -> None:
     config = _CONFIG.value
     quick.note(_QUICK.value)
-    if _QUICK.value:
-        config.model.update(quick.tiny_unet(config.model.to_dict()))
     devices, chip = tpu.devices(_TOPOLOGY.value), tpu.chip(_TOPOLOGY.value)
     if "model" in config:
+        if _QUICK.value:
+            config.model.update(quick.tiny_unet(config.model.to_dict()))
+            config.data.size = 64
         with config.model.unlocked():
             config.model.attention_implementation = "xla"
     model, losses = build.model(config, training=True), []
