@@ -68,6 +68,7 @@ def main(words: list[str]) -> None:
     nothing is to be run.
     """
     command = shlex.join(words).replace("python3 ", "python ", 1)
+    command = re.sub("^diffusion_jax ", "python main.py ", command)  # what is installed under this name
     if reason := reason_to_skip(command):
         with open(os.environ["QUICK_FORMS_SKIPPED"], "a") as log:
             print(f"{reason}\t{command}", file=log)
