@@ -8,6 +8,8 @@ Presets, after a colon (`--config=configs/latent_cfg.py:openmoji_long`):
                  outlines (held-out PSNR of the first stage 20.5 dB)
   openmoji_long  the same model trained for 75 minutes (held-out PSNR of the first stage 23.4 dB). The demo weights,
                  weights/latent_cfg, have an earlier first stage (20.8 dB) and 6,000 steps of the second
+  full           128 x 128 scenes of emoji in four styles, eleven colours, sizes and places (docs/data.md); not
+                 trained yet
   coco256        256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
   imagenet256    256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
                  estimated from the compiled FLOPs at 40 % utilisation; not trained yet
@@ -37,6 +39,7 @@ def get_config(preset: str = "openmoji") -> ConfigDict:
     """preset: one of the list above."""
     presets = {
         "openmoji": lambda: _openmoji(first_stage_steps=1800, steps=900),
+        "full": _full,
         "openmoji_long": lambda: _openmoji(first_stage_steps=8000, steps=3800),
         "coco256": _coco256,
         "imagenet256": _imagenet256,
@@ -69,6 +72,32 @@ def _openmoji(first_stage_steps: int, steps: int) -> ConfigDict:
     )
     config.optimizer = common.optimizer(1e-3, warmup=100, decay="cosine")
     config.train = common.train(steps, batch_size=64, ema=0.999, every=500)
+    config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
+    return config
+
+
+def _full() -> ConfigDict:
+    config = _latent("emoji", common.data("emoji", size=128))
+    config.condition = common.by_text(length=24)
+    config.autoencoder = _autoencoder(
+        channels=(16, 32, 96, 128), layers=1, groups=1, learning_rate=2e-3, steps=12_000, batch_size=8
+    )
+    config.autoencoder.loss.edges = 1.0
+    config.model = ConfigDict(
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (96, 192),
+            "layers_per_block": 2,
+            "norm_num_groups": 16,
+            "attention_head_dim": 6,
+            "cross_attention_dim": 384,
+        }
+    )
+    config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
+    config.train = common.train(steps=10_000, batch_size=64, ema=0.999, every=500)
     config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
     return config
 

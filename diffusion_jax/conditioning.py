@@ -15,15 +15,19 @@ class Conditioning(NamedTuple):
     """Records and prompts -> the condition of the denoiser.
 
     cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
-    of_records: stacked records -> cond, leaves (B, ...).
+    of_records: stacked records -> what training reads of them, leaves (B, ...).
     of_prompts: prompts -> cond, leaves (B, ...).
     null: "no condition"; leaves without the batch axis.
+    embed: (params, what training read) -> cond, a pure function for the training step.
+    params: weights of `embed`.
     """
 
     cache_key: Callable[[], str]
     of_records: Callable[[Record], PyTree]
     of_prompts: Callable[[Sequence[str]], PyTree]
     null: PyTree
+    embed: Callable[[PyTree, PyTree], PyTree] = lambda params, told: told
+    params: PyTree = None
 
 
 def unconditional() -> Conditioning:
@@ -46,16 +50,28 @@ def class_labels(num_classes: int) -> Conditioning:
 
 
 def text(encoder: TextEncoder) -> Conditioning:
-    """Captions through a text encoder: an embedding for each token and the mask of tokens. null is the empty prompt."""
-    embed = jax.jit(encoder.apply)
+    """Captions through a text encoder: an embedding for each token and the mask of tokens. null is the empty prompt.
+
+    Training reads tokens and embeds them in its step: that costs less than keeping the embeddings of many captions.
+    """
+
+    def tokens(prompts: Sequence[str]) -> PyTree:
+        ids, mask = encoder.tokenize(prompts)
+        return {"ids": ids, "mask": mask}
+
+    def embed(params: PyTree, told: PyTree) -> PyTree:
+        return {"text": encoder.apply(params, told["ids"], told["mask"]), "mask": told["mask"]}
+
+    embed_now = jax.jit(embed)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        ids, mask = encoder.tokenize(prompts)
-        return {"text": np.asarray(embed(encoder.params, ids, mask)), "mask": mask}
+        return jax.tree.map(np.asarray, embed_now(encoder.params, tokens(prompts)))
 
     return Conditioning(
-        cache_key=lambda: encoder.name,
-        of_records=lambda records: of_prompts(list(records["caption"])),
+        cache_key=lambda: "",
+        of_records=lambda records: tokens(list(records["caption"])),
         of_prompts=of_prompts,
         null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),
+        embed=embed,
+        params=encoder.params,
     )

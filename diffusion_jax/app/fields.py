@@ -153,7 +153,7 @@ PUBLISHED = {
 }
 
 DATA = {
-    "source": Field("digits", text, 'openmoji, digits, folder (then path), or "tfds:NAME".'),
+    "source": Field("digits", text, 'emoji, openmoji, digits, folder (then path), or "tfds:NAME".'),
     "path": Field("", text, "The folder of source=folder."),
     "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
@@ -185,6 +185,7 @@ LOSS = {
     "name": Field("autoencoding", text, "What is trained."),
     "l1": Field(1.0, number(0), "Weight of the absolute error."),
     "l2": Field(2.0, number(0), "Weight of the squared error."),
+    "edges": Field(0.0, number(0), "Weight of the error of differences between neighbouring pixels."),
     "perceptual": Field(0.1, number(0), "Weight of LPIPS; 0 for none."),
     "perceptual_net": Field("alex", text, "The network of LPIPS."),
     "kl": Field(1e-6, number(0), "Weight of the divergence of latents from the standard normal distribution."),

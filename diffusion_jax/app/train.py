@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from diffusion_jax.app import agreement, build, first_stage, sample
 from diffusion_jax.app.workdir import held
 from diffusion_jax.data.cache import cached
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.loader import stack
+from diffusion_jax.data.sources import Source, any_of, described
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
@@ -74,29 +75,32 @@ def _note_config(config: ConfigDict, workdir: Path) -> None:
 def _training_records(
     config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel
 ) -> tuple[Source, Transform]:
-    """Records {"latent", "cond"}, and the transform still to apply to them.
+    """The records to train on, and the transform that makes {"latent", "cond"} of each.
 
-    The outputs of frozen networks are computed once for each record and each of its augmented versions.
+    What frozen networks make of a record is computed once for each of its augmented versions, if that pays. A record
+    with several captions is told by another one each time.
     """
     codec, conditioning = model.codec, model.conditioning
     keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}
-    if not any(keys.values()):
-        transform = build.transform(config, model.size)
-
-        def to_training(record: dict, rng: np.random.Generator) -> dict:
-            record = transform(record, rng)
-            return {"latent": record["image"], "cond": conditioning.of_records(record)}
-
-        return source, to_training
+    is_cached, crop = any(keys.values()), build.transform(config, model.size)
+    retold = bool(source.captions) and conditioning.params is not None  # embedded in the training step
 
     def of_variants(batch: dict) -> np.ndarray:
         images = batch["image"]
         encoded = np.asarray(codec.encode(images.reshape(-1, *images.shape[2:])))
         return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
 
-    def any_variant(record: dict, rng: np.random.Generator) -> dict:
-        return record | {"latent": record["latent"][rng.integers(len(record["latent"]))]}
+    def to_training(record: dict, rng: np.random.Generator) -> dict:
+        latents = record["latent"] if is_cached else [crop(record, rng)["image"]]
+        cond = record.get("cond")
+        if cond is None:
+            told = stack([record | {"caption": any_of(record.get("caption"), rng)}])
+            cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(told))
+        return {"latent": latents[rng.integers(len(latents))], "cond": cond}
 
-    fields = {"latent": of_variants, "cond": conditioning.of_records}
-    key = {"data": config.data.to_dict(), "size": model.size, **keys}
-    return cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.variants(config, model.size)), any_variant
+    records = source
+    if is_cached:
+        fields = {"latent": of_variants} | ({} if retold else {"cond": conditioning.of_records})
+        key = {"data": config.data.to_dict(), "size": model.size, **keys}
+        records = cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.variants(config, model.size))
+    return described(records) if retold else records, to_training

@@ -1,18 +1,24 @@
 """Sources: random-access data sets of {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
 
 import difflib
+import io
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
+from diffusion_jax.data.captions import caption, words_for
+from diffusion_jax.data.colours import MainHue
+from diffusion_jax.data.emoji import Emoji
 from diffusion_jax.data.folders import digest, list_pictures
 from diffusion_jax.data.openmoji import OpenMoji
+from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, paint, trained_scene
 from diffusion_jax.data.transforms import Record, decode
 
 
@@ -24,7 +30,7 @@ class Source:
     size: number of records.
     read: index -> record. Raises BadRecord for a record that cannot be used.
     num_classes: number of labels, 0 if there are none.
-    captions: the caption of each record, empty if there are none.
+    captions: the caption of each record, or a tuple of captions; empty if there are none.
     files: the file of each record, empty if records are not files.
     """
 
@@ -32,7 +38,7 @@ class Source:
     size: int
     read: Callable[[int], Record]
     num_classes: int = 0
-    captions: Sequence[str] = ()
+    captions: Sequence[str | tuple[str, ...]] = ()
     files: Sequence[str] = ()
 
     def __post_init__(self):
@@ -50,17 +56,29 @@ class Source:
         return self.files[index] if self.files else f"record {index} of {self.name}"
 
 
+def any_of(captions: str | tuple[str, ...] | None, rng: np.random.Generator) -> str | None:
+    """One of several captions."""
+    return captions[rng.integers(len(captions))] if isinstance(captions, tuple) else captions
+
+
+def described(source: Source) -> Source:
+    """The source with "caption" in its records, if it has captions."""
+    if not source.captions:
+        return source
+    return replace(source, read=lambda index: source.read(index) | {"caption": source.captions[index]})
+
+
 @dataclass(frozen=True)
 class Captions(Sequence):
     """Captions that are read only when they are used."""
 
     size: int
-    read: Callable[[int], str]
+    read: Callable[[int], str | tuple[str, ...]]
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...] | list:
         chosen = range(self.size)[index]
         return self.read(chosen) if isinstance(chosen, int) else [self.read(i) for i in chosen]
 
@@ -80,6 +98,59 @@ def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = 
     builder = OpenMoji(config=f"{size}px", data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     return _from_builder(builder, split)
+
+
+SCENES = {"train": 40_000, "validation": 1000}
+MAKERS = {"train": trained_scene, "validation": held_out_scene}
+SAID = 8  # captions of a scene
+DRAWING = 192  # pixels a side of a drawing, more than a scene shows of it
+
+
+def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
+    """Scenes of emoji: see `data.scenes`. The drawings are made on first use (a minute), the scenes when they are read.
+
+    size: height and width in pixels, a multiple of 8 up to 192.
+    split: "train", or "validation", whose concepts are never trained on.
+    data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
+    Raises ValueError for another size or split, ModuleNotFoundError for a package of drawings that is missing.
+    """
+    if size % 8 or not 8 <= size <= DRAWING:
+        raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {DRAWING}; got {size}")
+    if split not in SCENES:
+        raise ValueError(f"emoji has the splits {', '.join(SCENES)}, got {split!r}")
+    builder = Emoji(config=f"{DRAWING}px", data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
+    drawings, number = [_drawing(records[i]) for i in range(len(records))], list(SCENES).index(split)
+
+    def made(index: int) -> tuple[Scene, Drawing, np.random.Generator]:
+        rng = np.random.default_rng([number, index])
+        return *MAKERS[split](drawings, rng), rng
+
+    def read(index: int) -> Record:
+        scene, drawing, _ = made(index)
+        return {"image": paint(scene, drawing, size), "caption": captions[index][0]}
+
+    def says(index: int) -> tuple[str, ...]:
+        scene, drawing, rng = made(index)
+        return tuple(caption(scene, drawing.words, rng) for _ in range(SAID))
+
+    captions = Captions(SCENES[split], says)
+    name = f"{builder.info.full_name}/scenes1/{split}"
+    return Source(name=name, size=SCENES[split], read=read, captions=captions)
+
+
+def _drawing(record: dict) -> Drawing:
+    """A drawing of the data set, its picture still encoded."""
+    png, hue = record["image"], MainHue(record["hue"].astype(np.float64), float(record["share"]))
+    name = record["name"].decode()
+    return Drawing(
+        name=name,
+        words=words_for(name, [alias.decode() for alias in record["aliases"]]),
+        style=record["style"].decode(),
+        hue=hue if hue.share else None,
+        read=lambda: np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")),
+    )
 
 
 def digits(split: str = "train") -> Source:

@@ -52,7 +52,8 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
         for count, batch in filled_batches(_good_records(source, transform, total, section.seed), size):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(section.seed), bar.n + np.arange(size))
             records = stack(batch)
-            figures = _figures(model, records["image"], model.conditioning.of_records(records), keys, section)
+            cond = model.conditioning.embed(model.conditioning.params, model.conditioning.of_records(records))
+            figures = _figures(model, records["image"], cond, keys, section)
             found.append(jax.tree.map(lambda values: np.asarray(values)[:count], figures))  # noqa: B023
             bar.update(count)
     figures = jax.tree.map(lambda *values: _summary(np.concatenate(values)), *found)

@@ -24,14 +24,15 @@ def autoencoding(
     discriminate: Callable[[PyTree, Array], Array] | None,
     weights: dict,
 ) -> Callable:
-    """The loss |x - x'| + perceptual LPIPS(x, x') + kl KL + adversarial hinge, means over pixels.
+    """The loss |x - x'| + edges |d(x - x')| + perceptual LPIPS(x, x') + kl KL + adversarial hinge, means over pixels.
 
     encode: (params, image (B, H, W, 3)) -> moments (B, h, w, 2C).
     sample: (moments, keys (B,)) -> z.
     decode: (params, z) -> image.
     perceptual: (frozen params, x, x') -> distance (B,), or None.
     discriminate: (params, image) -> logits, or None.
-    weights: {"l1", "l2", "perceptual", "kl", "adversarial"}.
+    weights: {"l1", "l2", "edges", "perceptual", "kl", "adversarial"}. edges: of the error of differences between
+      neighbours, which are large where an outline is.
     Params are {"autoencoder": ...}, and {"discriminator": ...} if there is one. One optimizer step updates both,
     because the gradient of each term reaches only its own network. batch = {"image": (B, H, W, 3), uint8 or in [-1,
     1]}.
@@ -45,8 +46,9 @@ def autoencoding(
         l1 = jnp.mean(jnp.abs(image - output))
         kl = jnp.mean(kl_to_standard_normal(*jnp.split(moments, 2, axis=-1)))
         # pixels span [-1, 1], so the peak is 2
-        metrics = {"l1": l1, "kl": kl, "psnr": 10 * jnp.log10(4 / mse)}
+        metrics = {"l1": l1, "edges": edge_error(image - output), "kl": kl, "psnr": 10 * jnp.log10(4 / mse)}
         total = weights["l1"] * l1 + weights["l2"] * mse + weights["kl"] * kl
+        total += weights["edges"] * metrics["edges"]
         if perceptual is not None:
             metrics["lpips"] = jnp.mean(perceptual(frozen["perceptual"], image, output))
             total += weights["perceptual"] * metrics["lpips"]
@@ -57,6 +59,11 @@ def autoencoding(
         return total, metrics
 
     return loss
+
+
+def edge_error(error: Float[Array, "batch height width channels"]) -> Float[Array, ""]:
+    """Mean absolute difference between neighbours, down and across."""
+    return sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2))
 
 
 def hinge(

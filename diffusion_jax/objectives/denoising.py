@@ -44,7 +44,8 @@ def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels
         x0 = model.codec.sample(frozen["codec"], batch["latent"], x0_keys)
         level = levels(model.schedule, level_keys)
         eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(eps_keys)
-        cond = drop_condition(batch["cond"], frozen["null_cond"], drop, drop_keys)
+        told = model.conditioning.embed(frozen["conditioning"], batch["cond"])
+        cond = drop_condition(told, frozen["null_cond"], drop, drop_keys)
 
         x, t = parameterization.inputs(add_noise(x0, eps, level), level)
         out = model.network.apply(model.adapter.join(params, frozen["rest"]), x, t, cond, net_keys)
@@ -59,4 +60,10 @@ def frozen_parts(model: DiffusionModel, rest: PyTree) -> dict:
 
     rest: the variables that `model.adapter` does not train.
     """
-    return {"codec": model.codec.stats, "null_cond": model.conditioning.null, "rest": rest}
+    conditioning = model.conditioning
+    return {
+        "codec": model.codec.stats,
+        "conditioning": conditioning.params,
+        "null_cond": conditioning.null,
+        "rest": rest,
+    }

@@ -1,6 +1,7 @@
 """What the denoiser is trained on: every variant of an image, cached or not, and another one in another epoch."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import pytest
 
 from configs import digits
 from diffusion_jax import codec as codecs
+from diffusion_jax import conditioning
 from diffusion_jax.app import build, train
 from diffusion_jax.data.sources import Source
+from diffusion_jax.models.text import TextEncoder
 
 SIZE = 8
 
@@ -87,3 +90,24 @@ def test_the_seed_of_an_example_changes_what_the_network_forgets():
     batch = {"latent": jnp.zeros((4, SIZE, SIZE, 3), jnp.uint8), "cond": {"label": jnp.arange(4)}}
     loss(params, frozen, batch, jax.random.split(jax.random.key(0), 4))
     assert len(np.unique(jax.random.key_data(seen[0]), axis=0)) == 4
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache, config, tmp_path):
+    model, source = build.model(config), pictures()
+    source = replace(source, captions=[("a", "b", "c")] * 5 + ["d"])
+
+    def tokenize(prompts):
+        return np.array([[ord(prompt[:1] or " ")] for prompt in prompts], np.int32), np.ones((len(prompts), 1), bool)
+
+    def embed(params, ids, mask):
+        return params * ids[..., None].astype(np.float32)
+
+    letters = conditioning.text(TextEncoder(tokenize, embed, np.float32(1), 1, 1, "letters"))
+    model = (of_latents(model) if in_cache else model)._replace(conditioning=letters)
+    records, transform = train._training_records(config, tmp_path, source, model)
+    told = {}
+    for batch in itertools.islice(build.batches(records, config.train, config.seed, transform), 40):
+        for latent, ids in zip(batch["latent"], batch["cond"]["ids"][:, 0], strict=True):
+            told.setdefault(int(latent[0, 0, 0]) // 20, set()).add(chr(ids))
+    assert told == {i: set("abc") for i in range(5)} | {5: {"d"}}

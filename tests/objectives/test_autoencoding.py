@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.objectives.autoencoding import autoencoding, hinge, kl_to_standard_normal
+from diffusion_jax.objectives.autoencoding import autoencoding, edge_error, hinge, kl_to_standard_normal
 
-WEIGHTS = {"l1": 1.0, "l2": 2.0, "perceptual": 0.5, "kl": 0.01, "adversarial": 0.3}
+WEIGHTS = {"l1": 1.0, "l2": 2.0, "edges": 0.4, "perceptual": 0.5, "kl": 0.01, "adversarial": 0.3}
 PARAMS = {"autoencoder": {"in": jnp.float32(0.8), "out": jnp.float32(0.7)}, "discriminator": jnp.float32(0.4)}
 IMAGE = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3), minval=-1, maxval=1)
 
@@ -60,14 +60,20 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     (value, metrics), _ = gradient()
     mse = 4 / 10 ** (metrics["psnr"] / 10)  # pixels span [-1, 1]: the peak squared is 4
     terms = {"l1": metrics["l1"], "l2": mse, "kl": metrics["kl"], "perceptual": metrics["lpips"]}
-    terms["adversarial"] = metrics["generator"]
+    terms |= {"adversarial": metrics["generator"], "edges": metrics["edges"]}
     expected = sum(WEIGHTS[name] * term for name, term in terms.items()) + metrics["discriminator"]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+def test_the_error_of_edges_is_that_of_neighbours_differences():
+    flat, step = jnp.full((1, 4, 4, 1), 0.3), jnp.zeros((1, 4, 4, 1)).at[:, 2:].set(0.6)
+    assert edge_error(flat) == 0
+    np.testing.assert_allclose(edge_error(step), 0.6 / 3)  # one of three differences down, none across
+
+
 def test_terms_that_are_off_are_not_computed():
     (_, metrics), _ = gradient(with_discriminator=False, with_perceptual=False)
-    assert sorted(metrics) == ["kl", "l1", "psnr"]
+    assert sorted(metrics) == ["edges", "kl", "l1", "psnr"]
 
 
 def test_the_discriminator_learns_from_its_own_term_alone():

