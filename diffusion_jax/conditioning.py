@@ -15,10 +15,10 @@ class Conditioning(NamedTuple):
     """Records and prompts -> the condition of the denoiser.
 
     cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
-    of_records: stacked records -> what training reads of them, leaves (B, ...).
+    of_records: stacked records -> what `embed` makes cond of, leaves (B, ...).
     of_prompts: prompts -> cond, leaves (B, ...).
     null: "no condition"; leaves without the batch axis.
-    embed: (params, what training read) -> cond, a pure function for the training step.
+    embed: (params, what `of_records` made) -> cond; a cond stays what it is. A pure function.
     params: weights of `embed`.
     """
 
@@ -52,23 +52,24 @@ def class_labels(num_classes: int) -> Conditioning:
 def text(encoder: TextEncoder) -> Conditioning:
     """Captions through a text encoder: an embedding for each token and the mask of tokens. null is the empty prompt.
 
-    Training reads tokens and embeds them in its step: that costs less than keeping the embeddings of many captions.
+    Records give tokens, which are embedded in the cache, or in the training step if a record has several captions.
     """
 
     def tokens(prompts: Sequence[str]) -> PyTree:
         ids, mask = encoder.tokenize(prompts)
         return {"ids": ids, "mask": mask}
 
+    @jax.jit
     def embed(params: PyTree, told: PyTree) -> PyTree:
+        if "text" in told:
+            return told
         return {"text": encoder.apply(params, told["ids"], told["mask"]), "mask": told["mask"]}
 
-    embed_now = jax.jit(embed)
-
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        return jax.tree.map(np.asarray, embed_now(encoder.params, tokens(prompts)))
+        return jax.tree.map(np.asarray, embed(encoder.params, tokens(prompts)))
 
     return Conditioning(
-        cache_key=lambda: "",
+        cache_key=lambda: encoder.name,
         of_records=lambda records: tokens(list(records["caption"])),
         of_prompts=of_prompts,
         null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),

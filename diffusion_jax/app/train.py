@@ -83,12 +83,15 @@ def _training_records(
     codec, conditioning = model.codec, model.conditioning
     keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}
     is_cached, crop = any(keys.values()), build.transform(config, model.size)
-    retold = bool(source.captions) and conditioning.params is not None  # embedded in the training step
+    retold = bool(source.captions) and isinstance(source.captions[0], tuple)
 
     def of_variants(batch: dict) -> np.ndarray:
         images = batch["image"]
         encoded = np.asarray(codec.encode(images.reshape(-1, *images.shape[2:])))
         return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
+
+    def of_captions(batch: dict) -> PyTree:
+        return jax.tree.map(np.asarray, conditioning.embed(conditioning.params, conditioning.of_records(batch)))
 
     def to_training(record: dict, rng: np.random.Generator) -> dict:
         latents = record["latent"] if is_cached else [crop(record, rng)["image"]]
@@ -100,7 +103,7 @@ def _training_records(
 
     records = source
     if is_cached:
-        fields = {"latent": of_variants} | ({} if retold else {"cond": conditioning.of_records})
+        fields = {"latent": of_variants} | ({} if retold else {"cond": of_captions})
         key = {"data": config.data.to_dict(), "size": model.size, **keys}
         records = cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.variants(config, model.size))
     return described(records) if retold else records, to_training

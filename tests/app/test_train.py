@@ -92,10 +92,8 @@ def test_the_seed_of_an_example_changes_what_the_network_forgets():
     assert len(np.unique(jax.random.key_data(seen[0]), axis=0)) == 4
 
 
-@pytest.mark.parametrize("in_cache", [False, True])
-def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache, config, tmp_path):
-    model, source = build.model(config), pictures()
-    source = replace(source, captions=[("a", "b", "c")] * 5 + ["d"])
+def letters() -> conditioning.Conditioning:
+    """Told by the first letter of a caption."""
 
     def tokenize(prompts):
         return np.array([[ord(prompt[:1] or " ")] for prompt in prompts], np.int32), np.ones((len(prompts), 1), bool)
@@ -103,11 +101,29 @@ def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache
     def embed(params, ids, mask):
         return params * ids[..., None].astype(np.float32)
 
-    letters = conditioning.text(TextEncoder(tokenize, embed, np.float32(1), 1, 1, "letters"))
-    model = (of_latents(model) if in_cache else model)._replace(conditioning=letters)
+    return conditioning.text(TextEncoder(tokenize, embed, np.float32(1), 1, 1, "letters"))
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache, config, tmp_path):
+    source = replace(pictures(), captions=[("a", "b", "c")] * 5 + [("d",)])
+    model = build.model(config)
+    model = (of_latents(model) if in_cache else model)._replace(conditioning=letters())
     records, transform = train._training_records(config, tmp_path, source, model)
     told = {}
     for batch in itertools.islice(build.batches(records, config.train, config.seed, transform), 40):
         for latent, ids in zip(batch["latent"], batch["cond"]["ids"][:, 0], strict=True):
             told.setdefault(int(latent[0, 0, 0]) // 20, set()).add(chr(ids))
     assert told == {i: set("abc") for i in range(5)} | {5: {"d"}}
+
+
+def test_a_caption_alone_is_embedded_once(config, tmp_path):
+    """In the cache; the training step leaves it as it is."""
+    source = pictures()
+    source = replace(source, captions=list("abcdef"), read=lambda i: pictures().read(i) | {"caption": "abcdef"[i]})
+    model = of_latents(build.model(config))._replace(conditioning=letters())
+    records, _ = train._training_records(config, tmp_path, source, model)
+    cond = records[2]["cond"]
+    assert cond["text"].tolist() == [[ord("c")]] and cond["mask"].tolist() == [True]
+    again = model.conditioning.embed(model.conditioning.params, jax.tree.map(lambda leaf: leaf[None], cond))
+    np.testing.assert_array_equal(again["text"][0], cond["text"])
