@@ -57,19 +57,7 @@ def _openmoji(first_stage_steps: int, steps: int) -> ConfigDict:
     config.autoencoder = _autoencoder(
         channels=(8, 16, 64, 64), layers=1, groups=1, learning_rate=3e-3, steps=first_stage_steps, batch_size=8
     )
-    config.model = ConfigDict(
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (96, 128),
-            "layers_per_block": 1,
-            "norm_num_groups": 16,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 384,
-        }
-    )
+    config.model = _small_unet(channels=(96, 128), layers=1, heads=4)
     config.optimizer = common.optimizer(1e-3, warmup=100, decay="cosine")
     config.train = common.train(steps, batch_size=64, ema=0.999, every=500)
     config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
@@ -83,19 +71,7 @@ def _full() -> ConfigDict:
         channels=(16, 32, 96, 128), layers=1, groups=1, learning_rate=2e-3, steps=12_000, batch_size=8
     )
     config.autoencoder.loss.edges = 1.0
-    config.model = ConfigDict(
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (96, 192),
-            "layers_per_block": 2,
-            "norm_num_groups": 16,
-            "attention_head_dim": 6,
-            "cross_attention_dim": 384,
-        }
-    )
+    config.model = _small_unet(channels=(96, 192), layers=2, heads=6)
     config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
     config.train = common.train(steps=10_000, batch_size=64, ema=0.999, every=500)
     config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
@@ -179,6 +155,23 @@ def _autoencoder(
             "loss": common.reconstruction(),
             "optimizer": common.optimizer(learning_rate, warmup=100, decay="cosine"),
             "train": common.train(steps, batch_size, ema=0.995, every=500),
+        }
+    )
+
+
+def _small_unet(channels: tuple[int, int], layers: int, heads: int) -> ConfigDict:
+    """The U-Net of the presets of drawings: two levels, of which the coarser one attends to the text."""
+    return ConfigDict(
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": channels,
+            "layers_per_block": layers,
+            "norm_num_groups": 16,
+            "attention_head_dim": heads,
+            "cross_attention_dim": 384,
         }
     )
 

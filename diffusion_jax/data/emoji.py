@@ -13,7 +13,6 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -26,8 +25,9 @@ from PIL import Image
 
 from diffusion_jax.data import openmoji
 from diffusion_jax.data.colours import MainHue, main_hue
-from diffusion_jax.data.openmoji import is_flag
+from diffusion_jax.data.openmoji import Size, is_flag
 
+PIXELS = 192  # on a side of a drawing in the data set, more than a scene shows of it
 STYLES = ("outlined", "flat", "line", "shaded")
 LAYERS = {"outlined": ".*", "flat": "(?!line)", "line": "line"}  # ids of OpenMoji's groups that a style keeps
 FLAGLESS = ("line", "shaded")  # lines show a frame alone, and resvg puts Noto's flags on a grey ground
@@ -121,13 +121,6 @@ def _filled(ink: np.ndarray) -> int:
     return int((rows & columns).sum())
 
 
-@dataclass(kw_only=True)
-class Size(tfds.core.BuilderConfig):
-    """pixels: height and width of a drawing."""
-
-    pixels: int
-
-
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder of the drawings, all in one split; `data.scenes` says what is held out.
 
@@ -136,7 +129,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
     name = "emoji"
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS: ClassVar = [Size(name=f"{pixels}px", pixels=pixels) for pixels in (64, 96, 192)]
+    BUILDER_CONFIGS: ClassVar = [Size(name=f"{PIXELS}px", pixels=PIXELS)]
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.pixels

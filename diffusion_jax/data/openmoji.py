@@ -85,8 +85,12 @@ def _all_drawings() -> list[Drawing]:
 
 def split_of(caption: str) -> str:
     """The split of a caption, "train" or "validation", by its hash. It does not depend on other emoji."""
-    digest = hashlib.sha256(caption.encode()).digest()
-    return "validation" if int.from_bytes(digest[:8], "big") % 100 < VALIDATION_PERCENT else "train"
+    return "validation" if percent(caption) < VALIDATION_PERCENT else "train"
+
+
+def percent(text: str) -> int:
+    """A number in 0..99 from the hash of a text, to hold out a part that does not depend on the rest."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
 
 
 def render(svg: Path, size: int) -> Image.Image:

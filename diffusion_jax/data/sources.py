@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion_jax.data.captions import caption, words_for
 from diffusion_jax.data.colours import MainHue
-from diffusion_jax.data.emoji import Emoji
+from diffusion_jax.data.emoji import PIXELS, Emoji
 from diffusion_jax.data.folders import digest, list_pictures
 from diffusion_jax.data.openmoji import OpenMoji
 from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, paint, trained_scene
@@ -103,7 +103,6 @@ def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = 
 SCENES = {"train": 40_000, "validation": 1000}
 MAKERS = {"train": trained_scene, "validation": held_out_scene}
 SAID = 8  # captions of a scene
-DRAWING = 192  # pixels a side of a drawing, more than a scene shows of it
 
 
 def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
@@ -114,11 +113,11 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
     Raises ValueError for another size or split, ModuleNotFoundError for a package of drawings that is missing.
     """
-    if size % 8 or not 8 <= size <= DRAWING:
-        raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {DRAWING}; got {size}")
+    if size % 8 or not 8 <= size <= PIXELS:
+        raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {PIXELS}; got {size}")
     if split not in SCENES:
         raise ValueError(f"emoji has the splits {', '.join(SCENES)}, got {split!r}")
-    builder = Emoji(config=f"{DRAWING}px", data_dir=data_dir, file_format="array_record")
+    builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
     drawings, number = [_drawing(records[i]) for i in range(len(records))], list(SCENES).index(split)
@@ -128,8 +127,8 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
         return *MAKERS[split](drawings, rng), rng
 
     def read(index: int) -> Record:
-        scene, drawing, _ = made(index)
-        return {"image": paint(scene, drawing, size), "caption": captions[index][0]}
+        scene, drawing, rng = made(index)
+        return {"image": paint(scene, drawing, size), "caption": caption(scene, drawing.words, rng)}
 
     def says(index: int) -> tuple[str, ...]:
         scene, drawing, rng = made(index)
