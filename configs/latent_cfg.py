@@ -68,9 +68,11 @@ def _full() -> ConfigDict:
     config = _latent("emoji", common.data("emoji", size=128))
     config.condition = common.by_text(length=24)
     config.autoencoder = _autoencoder(
-        channels=(16, 32, 96, 128), layers=1, groups=1, learning_rate=2e-3, steps=12_000, batch_size=8
+        channels=(16, 32, 96, 128), layers=1, groups=1, learning_rate=3e-3, steps=6000, batch_size=8
     )
-    config.autoencoder.loss.edges = 1.0
+    config.autoencoder.optimizer.kind = "muon"
+    config.autoencoder.loss.update(l1=0.0, l2=1.0, perceptual=0.0)
+    config.data.splits.first_stage = "mixed"
     config.model = _small_unet(channels=(96, 192), layers=2, heads=6)
     config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
     config.train = common.train(steps=10_000, batch_size=64, ema=0.999, every=500)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
+from optax import contrib
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning as conditionings
@@ -380,7 +381,7 @@ FIRST_STAGE_OBJECTIVES = {"autoencoding": _autoencoding}
 
 
 def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up, a constant or cosine-decayed rate, and gradients clipped by their global norm."""
+    """AdamW or Muon with warm-up, a constant or cosine-decayed rate, and gradients clipped by their global norm."""
     after = {
         "constant": lambda: optax.constant_schedule(section.learning_rate),
         "cosine": lambda: optax.cosine_decay_schedule(section.learning_rate, max(steps - section.warmup, 1)),
@@ -389,7 +390,30 @@ def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
         [optax.linear_schedule(0.0, section.learning_rate, section.warmup), choose(after, section.decay, "decay")()],
         [section.warmup],
     )
-    return optax.chain(
-        optax.clip_by_global_norm(section.clip),
-        optax.adamw(rate, b1=section.b1, b2=section.b2, weight_decay=section.weight_decay),
+    kind = choose({"adamw": _adamw, "muon": _muon}, section.kind, "optimizer")
+    return optax.chain(optax.clip_by_global_norm(section.clip), kind(section, rate))
+
+
+def _adamw(section: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=section.b1, b2=section.b2, weight_decay=section.weight_decay)
+
+
+def _muon(section: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for the kernels, convolutions as matrices of (height·width·in, out), and AdamW with
+    Nesterov's momentum for the rest. Updates of kernels have the size of AdamW's (Liu et al. 2025, section 2.2), so
+    that one learning rate serves both.
+    """
+
+    def dimensions(path, leaf):
+        is_kernel = path[-1].key == "kernel"
+        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1) if is_kernel else None
+
+    return contrib.muon(
+        rate,
+        weight_decay=section.weight_decay,
+        adam_b1=section.b1,
+        adam_b2=section.b2,
+        adam_weight_decay=section.weight_decay,
+        muon_weight_dimension_numbers=functools.partial(jax.tree_util.tree_map_with_path, dimensions),
+        consistent_rms=0.2,
     )

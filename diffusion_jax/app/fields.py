@@ -215,12 +215,13 @@ OBJECTIVE = {
 }
 
 OPTIMIZER = {
+    "kind": Field("adamw", text, "adamw, or muon: fewer steps, each of them longer (Jordan 2024)."),
     "learning_rate": Field(1e-4, positive, "The highest learning rate, after warm-up."),
     "warmup": Field(0, whole(0, UPDATES), "Steps from 0 up to the learning rate."),
     "decay": Field("constant", text, "constant, or cosine: down to 0 at the last step."),
     "b1": Field(0.9, fraction, "AdamW: decay of the mean of gradients."),
     "b2": Field(0.999, fraction, "AdamW: decay of the mean of squared gradients."),
-    "weight_decay": Field(0.0, number(0), "AdamW: weight decay."),
+    "weight_decay": Field(0.0, number(0), "Weight decay."),
     "clip": Field(1.0, positive, "The largest global norm of a gradient."),
 }
 

@@ -7,7 +7,8 @@ from importlib.resources import files
 import numpy as np
 
 from diffusion_jax.data.colours import COLOURS
-from diffusion_jax.data.scenes import Scene
+from diffusion_jax.data.plurals import is_countable, plural
+from diffusion_jax.data.scenes import Drawing, Scene
 
 BEFORE = {  # a style's words before the noun phrase
     "outlined": ("an outlined drawing of", "a coloured drawing with outlines of"),
@@ -21,6 +22,7 @@ AFTER = {  # and after it
     "line": ("line drawing", "in lines"),
     "shaded": ("shaded", "glossy"),
 }
+NUMBERS = {2: "two", 3: "three", 4: "four"}
 ARTICLES = ("a ", "an ", "the ")
 
 
@@ -43,29 +45,56 @@ def bare(phrase: str) -> str:
     return next((phrase[len(article) :] for article in ARTICLES if phrase.startswith(article)), phrase)
 
 
-def caption(scene: Scene, words: Sequence[str], rng: np.random.Generator) -> str:
+def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption of the scene, such as "a small purple cat at the top on a yellow background, flat".
 
-    words: noun phrases for its concept, as `words_for` makes them. Half of the captions use the first that fits.
-    The style is left out in a quarter of the captions, the article in half of them.
-    Raises ValueError for a colour if all noun phrases name one too.
+    Half of the captions use the first noun phrase that fits. The style is left out in a quarter of the captions, the
+    article in half of those of one drawing.
+    Raises ValueError for a colour if all noun phrases of its drawing name one too, and for several copies of what has
+    no plural here.
     """
-    fitting = [phrase for phrase in words if not (scene.colour and colours_in(phrase))]
-    if not fitting:
-        raise ValueError(f"expected one colour in a caption, got {scene.colour} and {', '.join(colours_in(words[0]))}")
-    noun = fitting[0] if len(fitting) == 1 or rng.random() < 0.5 else fitting[1 + rng.integers(len(fitting) - 1)]
-    phrase = " ".join(part for part in (scene.size, scene.colour, noun) if part)
-    if rng.random() < 0.5:
-        phrase = with_article(phrase)
+    drawing, other = scene.drawing, scene.other
+    if scene.count > 1:
+        fitting = [word for word in _fitting(drawing, scene.colour) if is_countable(word)]
+        if not fitting:
+            raise ValueError(f"expected one drawing of {drawing.name}, which has no plural here; got {scene.count}")
+        phrase = _joined(NUMBERS[scene.count], scene.size, scene.colour, plural(_one_of(fitting, rng)))
+    else:
+        phrase = _joined(scene.size, scene.colour, _one_of(_fitting(drawing, scene.colour), rng))
+        phrase = with_article(phrase) if other or rng.random() < 0.5 else phrase
     where = [scene.place] if scene.place else []
-    where += [f"on a{'n' * (scene.ground[0] in 'aeiou')} {scene.ground} background"] if scene.ground else []
-    said = " ".join([phrase, *where])
+    if other:
+        second = _joined(other.colour, _one_of(_fitting(other.drawing, other.colour), rng))
+        where.append(f"{other.relation} {with_article(second)}")
+    where += [f"on {with_article(scene.ground)} background"] if scene.ground else []
+    described = " ".join([phrase, *where])
     kind = rng.random()
     if kind < 0.25:
-        return said
+        return described
     if kind < 0.6:
-        return f"{rng.choice(BEFORE[scene.style])} {' '.join([with_article(bare(phrase)), *where])}"
-    return f"{said}, {rng.choice(AFTER[scene.style])}"
+        noun = phrase if scene.count > 1 else with_article(bare(phrase))
+        return f"{rng.choice(BEFORE[drawing.style])} {' '.join([noun, *where])}"
+    return f"{described}, {rng.choice(AFTER[drawing.style])}"
+
+
+def _fitting(drawing: Drawing, colour: str) -> list[str]:
+    """The noun phrases of a drawing that do not contradict its colour."""
+    fitting = [phrase for phrase in drawing.words if not (colour and colours_in(phrase))]
+    if not fitting:
+        named = ", ".join(colours_in(drawing.words[0]))
+        raise ValueError(f"expected one colour in a caption, got {colour} and {named}")
+    return fitting
+
+
+def _one_of(phrases: Sequence[str], rng: np.random.Generator) -> str:
+    """The first phrase in half of the cases, else another one."""
+    if len(phrases) == 1 or rng.random() < 0.5:
+        return phrases[0]
+    return phrases[1 + rng.integers(len(phrases) - 1)]
+
+
+def _joined(*words: str) -> str:
+    return " ".join(filter(None, words))
 
 
 def colours_in(phrase: str) -> list[str]:

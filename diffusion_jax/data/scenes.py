@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusion_jax.data.colours import COLOURS, MainHue, inked, named, recoloured, to_lab
 from diffusion_jax.data.openmoji import percent
+from diffusion_jax.data.plurals import is_countable
 
 ENOUGH = 0.45  # of a drawing's ink must have its main hue if it is to come in other colours
 SIZES = {"": 0.8, "small": 0.4, "large": 0.95}  # longer side of the ink, as a part of the picture's
@@ -28,6 +29,20 @@ PLACES = {  # centre of the ink, as far from the picture's edge as it goes: acro
     "in the bottom left corner": (0.0, 1.0),
     "in the bottom right corner": (1.0, 1.0),
 }
+LAYOUTS = {  # places of so many copies
+    2: ((0.0, 0.5), (1.0, 0.5)),
+    3: ((0.5, 0.0), (0.0, 1.0), (1.0, 1.0)),
+    4: ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)),
+}
+IN_GROUP = {"": 0.42, "small": 0.28}  # as in SIZES, of one of several copies
+RELATIONS = {  # places of the first and of the second of two drawings
+    "to the left of": ((0.0, 0.5), (1.0, 0.5)),
+    "to the right of": ((1.0, 0.5), (0.0, 0.5)),
+    "above": ((0.5, 0.0), (0.5, 1.0)),
+    "below": ((0.5, 1.0), (0.5, 0.0)),
+}
+IN_PAIR = 0.44  # as in SIZES, of one of two drawings
+COUNTED, PAIRED = 0.15, 0.1  # probability of several copies, where words can count them, and of two drawings
 MARGIN = 0.04
 APART = 0.12  # least distance in OKLab between the colour of a drawing and its ground
 
@@ -55,16 +70,32 @@ class Drawing(NamedTuple):
             return False
         return self.style == "line" or (self.hue is not None and self.hue.share > ENOUGH)
 
+    @property
+    def is_countable(self) -> bool:
+        """Whether its name has a plural here."""
+        return is_countable(self.words[0])
+
+
+class Other(NamedTuple):
+    """A second drawing of a scene, and where the first one is: one of `RELATIONS` of the second."""
+
+    relation: str
+    drawing: Drawing
+    colour: str = ""
+
 
 class Scene(NamedTuple):
-    """What is seen. colour, ground, size and place are empty for a drawing's own colour, white, and the usual ones."""
+    """What is seen: a drawing, several copies of it, or two drawings. colour, ground, size and place are empty for a
+    drawing's own colour, white, and the usual ones. Only a single drawing has a place.
+    """
 
-    name: str
-    style: str
+    drawing: Drawing
     colour: str = ""
     ground: str = ""
     size: str = ""
     place: str = ""
+    count: int = 1
+    other: Other | None = None
 
 
 def is_held_out(*names: str) -> bool:
@@ -74,39 +105,52 @@ def is_held_out(*names: str) -> bool:
 
 def is_trained_on(scene: Scene) -> bool:
     """Whether no part of the scene is held out."""
-    pairs = [(scene.name,), (scene.style, scene.name)] + ([(scene.colour, scene.name)] if scene.colour else [])
-    return not any(is_held_out(*pair) for pair in pairs)
+    return not any(_has_held_out(part.drawing, part.colour) for part in (scene, scene.other) if part)
 
 
-def scene(drawing: Drawing, rng: np.random.Generator) -> Scene:
-    """A scene of the drawing."""
-    colour = ground = size = place = ""
-    if drawing.takes_colours and rng.random() < 0.5:
-        colour = rng.choice([name for name in COLOURS if name != "white" or drawing.style != "line"])
+def _has_held_out(drawing: Drawing, colour: str) -> bool:
+    pairs = [(drawing.name,), (drawing.style, drawing.name)] + ([(colour, drawing.name)] if colour else [])
+    return any(is_held_out(*pair) for pair in pairs)
+
+
+def scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
+    """A scene of one of the drawings, or of two in the same style."""
+    drawing = drawings[rng.integers(len(drawings))]
+    ground = size = place = ""
+    kind, count, other = rng.random(), 1, None
+    colour = _colour(drawing, rng)
+    if kind < COUNTED and drawing.is_countable:
+        count = int(rng.integers(2, 1 + max(LAYOUTS)))
+    elif kind > 1 - PAIRED:
+        second = drawings[rng.integers(len(drawings))]
+        if second.style == drawing.style and second.name != drawing.name:
+            other = Other(str(rng.choice(list(RELATIONS))), second, _colour(second, rng))
     if rng.random() < 0.3:
-        ground = rng.choice([name for name in COLOURS if _stands_out(drawing, colour, name)] or [""])
-    if rng.random() < 0.3:
-        size = rng.choice(["small", "large"])
-    if size == "small" and rng.random() < 0.7:
+        shown = [(drawing, colour)] + ([(other.drawing, other.colour)] if other else [])
+        fitting = [name for name in COLOURS if all(_stands_out(*one, name) for one in shown)]
+        ground = rng.choice(fitting or [""])
+    if rng.random() < 0.3 and not other:
+        size = rng.choice(["small", "large"] if count == 1 else ["small"])
+    if size == "small" and count == 1 and rng.random() < 0.7:
         place = rng.choice([name for name in PLACES if name])
-    return Scene(drawing.name, drawing.style, *map(str, (colour, ground, size, place)))
+    return Scene(drawing, colour, str(ground), str(size), str(place), count, other)
 
 
-def trained_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> tuple[Scene, Drawing]:
-    """A scene of one of the drawings, no part of it held out."""
-    while True:
-        drawing = drawings[rng.integers(len(drawings))]
-        made = scene(drawing, rng)
-        if is_trained_on(made):
-            return made, drawing
+def trained_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
+    """A scene of some of the drawings, no part of it held out."""
+    return next(made for made in iter(lambda: scene(drawings, rng), None) if is_trained_on(made))
 
 
-def held_out_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> tuple[Scene, Drawing]:
+def held_out_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
     """A scene of one of the drawings whose concept is held out."""
-    while True:
-        drawing = drawings[rng.integers(len(drawings))]
-        if is_held_out(drawing.name):
-            return scene(drawing, rng), drawing
+    held_out = [drawing for drawing in drawings if is_held_out(drawing.name)]
+    return scene(held_out, rng)
+
+
+def _colour(drawing: Drawing, rng: np.random.Generator) -> str:
+    if not drawing.takes_colours or rng.random() < 0.5:
+        return ""
+    return str(rng.choice([name for name in COLOURS if name != "white" or drawing.style != "line"]))
 
 
 def _stands_out(drawing: Drawing, colour: str, ground: str) -> bool:
@@ -117,20 +161,33 @@ def _stands_out(drawing: Drawing, colour: str, ground: str) -> bool:
     return own is None or bool(np.linalg.norm(to_lab(named(ground)) - own) > APART)
 
 
-def paint(scene: Scene, drawing: Drawing, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def paint(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The picture of a scene, size x size pixels."""
-    image = drawing.read() / 255
-    if scene.colour:
-        image = inked(image, scene.colour) if scene.style == "line" else recoloured(image, drawing.hue, scene.colour)
-    ink = _scaled(_cropped(image), SIZES[scene.size] * size)
     canvas = np.ones((size, size, 3)) * (named(scene.ground) if scene.ground else 1.0)
+    if scene.other:
+        first, second = RELATIONS[scene.other.relation]
+        _put(canvas, scene.drawing, scene.colour, IN_PAIR, first)
+        _put(canvas, scene.other.drawing, scene.other.colour, IN_PAIR, second)
+    elif scene.count > 1:
+        for place in LAYOUTS[scene.count]:
+            _put(canvas, scene.drawing, scene.colour, IN_GROUP[scene.size], place)
+    else:
+        _put(canvas, scene.drawing, scene.colour, SIZES[scene.size], PLACES[scene.place])
+    return np.round(255 * canvas).astype(np.uint8)
+
+
+def _put(canvas: np.ndarray, drawing: Drawing, colour: str, side: float, place: tuple[float, float]) -> None:
+    """Draw on the canvas. side: longer side of the ink, as a part of the canvas's. place: as in `PLACES`."""
+    image, size = drawing.read() / 255, len(canvas)
+    if colour:
+        image = inked(image, colour) if drawing.style == "line" else recoloured(image, drawing.hue, colour)
+    ink = _scaled(_cropped(image), side * size)
     height, width = ink.shape[:2]
     margin = round(MARGIN * size)
-    across, down = PLACES[scene.place]
+    across, down = place
     left, top = (round(margin + part * (size - 2 * margin - side)) for part, side in ((across, width), (down, height)))
     part = canvas[top : top + height, left : left + width]
     part[:] = np.clip(ink[..., :3] + (1 - ink[..., 3:]) * part, 0, 1)  # resizing overshoots
-    return np.round(255 * canvas).astype(np.uint8)
 
 
 def _cropped(image: np.ndarray) -> np.ndarray:

@@ -100,8 +100,7 @@ def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = 
     return _from_builder(builder, split)
 
 
-SCENES = {"train": 40_000, "validation": 1000}
-MAKERS = {"train": trained_scene, "validation": held_out_scene}
+SCENES = {"train": 40_000, "validation": 1000, "mixed": 40_000}
 SAID = 8  # captions of a scene
 
 
@@ -109,7 +108,8 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
     """Scenes of emoji: see `data.scenes`. The drawings are made on first use (a minute), the scenes when they are read.
 
     size: height and width in pixels, a multiple of 8 up to 192.
-    split: "train", or "validation", whose concepts are never trained on.
+    split: "train"; "validation", whose concepts are never trained on; or "mixed" for a first stage, without captions:
+      training scenes, every other record four of them at half the size.
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
     Raises ValueError for another size or split, ModuleNotFoundError for a package of drawings that is missing.
     """
@@ -120,23 +120,33 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
     builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
-    drawings, number = [_drawing(records[i]) for i in range(len(records))], list(SCENES).index(split)
+    drawings, held_out = [_drawing(records[i]) for i in range(len(records))], split == "validation"
+    make = held_out_scene if held_out else trained_scene
 
-    def made(index: int) -> tuple[Scene, Drawing, np.random.Generator]:
-        rng = np.random.default_rng([number, index])
-        return *MAKERS[split](drawings, rng), rng
+    def made(index: int) -> tuple[Scene, np.random.Generator]:
+        rng = np.random.default_rng([int(held_out), index])
+        return make(drawings, rng), rng
 
     def read(index: int) -> Record:
-        scene, drawing, rng = made(index)
-        return {"image": paint(scene, drawing, size), "caption": caption(scene, drawing.words, rng)}
+        scene, rng = made(index)
+        return {"image": paint(scene, size), "caption": caption(scene, rng)}
 
-    def says(index: int) -> tuple[str, ...]:
-        scene, drawing, rng = made(index)
-        return tuple(caption(scene, drawing.words, rng) for _ in range(SAID))
+    def read_mixed(index: int) -> Record:
+        if index % 2:
+            return {"image": paint(made(index)[0], size)}
+        rows = [[paint(made(4 * index + 2 * row + column)[0], size // 2) for column in (0, 1)] for row in (0, 1)]
+        return {"image": np.concatenate([np.concatenate(row, axis=1) for row in rows])}
 
-    captions = Captions(SCENES[split], says)
-    name = f"{builder.info.full_name}/scenes1/{split}"
-    return Source(name=name, size=SCENES[split], read=read, captions=captions)
+    def captions(index: int) -> tuple[str, ...]:
+        scene, rng = made(index)
+        return tuple(caption(scene, rng) for _ in range(SAID))
+
+    return Source(
+        name=f"{builder.info.full_name}/scenes2/{split}",
+        size=SCENES[split],
+        read=read_mixed if split == "mixed" else read,
+        captions=() if split == "mixed" else Captions(SCENES[split], captions),
+    )
 
 
 def _drawing(record: dict) -> Drawing:

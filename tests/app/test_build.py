@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import common, digits
 from diffusion_jax.app import build
 from diffusion_jax.core.process import expand
 from diffusion_jax.core.solvers.plan import SPACINGS
@@ -109,3 +109,37 @@ def test_every_objective_has_a_loss_and_a_gradient(prediction, schedule, space):
         loss, params, frozen = build.objective(section, model, jax.random.key(0))
         value, slope = jax.value_and_grad(lambda p: loss(p, frozen, batch, keys)[0])(params)  # noqa: B023
         assert value > 0 and jnp.isfinite(value) and jnp.isfinite(slope) and slope != 0, (levels, weight)
+
+
+def first_update(kind, leaves, scale=1.0):
+    section = common.optimizer(1e-2, warmup=0)
+    section.kind = kind
+    optimizer, gradients = build.optimizer(section, 10), jax.tree.map(lambda leaf: scale * leaf, leaves)
+    return optimizer.update(gradients, optimizer.init(leaves), leaves)[0]["layer"]
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 8, 16), (1, 1, 32, 8), (24, 40)])
+def test_muon_turns_every_direction_of_a_kernel_by_the_same_angle(shape):
+    kernel = jax.random.normal(jax.random.key(0), shape)
+    leaves = {"layer": {"kernel": kernel, "bias": jnp.arange(1.0, 9.0), "embedding": kernel.reshape(-1, shape[-1])}}
+    muon, adamw = (first_update(kind, leaves) for kind in ("muon", "adamw"))
+    values = np.linalg.svd(np.reshape(muon["kernel"], (-1, shape[-1])), compute_uv=False)
+    assert values.max() < 1.8 * values.min()
+    assert np.sqrt(np.mean(np.square(muon["kernel"]))) == pytest.approx(0.2e-2, rel=0.35)  # 0.2 of the rate, as AdamW's
+    for name in ("bias", "embedding"):  # no kernels: the first step of Adam with Nesterov's momentum
+        np.testing.assert_allclose(muon[name] / adamw[name], 0.9 * 0.1 / (1 - 0.9**2) + 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_an_update_does_not_depend_on_the_scale_of_the_loss(kind):
+    leaves = {"layer": {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 8, 16)), "bias": jnp.ones(8)}}
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6),
+        first_update(kind, leaves),
+        first_update(kind, leaves, scale=100.0),
+    )
+
+
+def test_an_unknown_optimizer_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; known: adamw, muon"):
+        first_update("sgd", {"layer": {"kernel": jnp.ones((2, 2))}})

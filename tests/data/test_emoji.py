@@ -67,6 +67,11 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
     said = source.captions[5]
     assert record["caption"] == said[0] and len(said) == 8 and len(set(said)) > 2
     assert any((source[i]["image"] != record["image"]).any() for i in range(3))
+    mixed = sources.emoji(64, "mixed", tmp_path)
+    assert len(mixed) == 40_000 and not mixed.captions
+    four = sources.emoji(32, "train", tmp_path)
+    np.testing.assert_array_equal(mixed[2]["image"][:32, 32:], four[9]["image"])
+    np.testing.assert_array_equal(mixed[3]["image"], source[3]["image"])
     for size, split, message in [(60, "train", "multiple of 8"), (200, "train", "8 to 192"), (64, "test", "splits")]:
         with pytest.raises(ValueError, match=message):
             sources.emoji(size, split, tmp_path)

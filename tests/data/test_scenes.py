@@ -4,11 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from diffusion_jax.data import scenes
 from diffusion_jax.data.captions import ARTICLES, caption, paraphrases, words_for
 from diffusion_jax.data.colours import COLOURS, MainHue, named, to_lab
-from diffusion_jax.data.scenes import Drawing, Scene, is_held_out, is_trained_on, paint
+from diffusion_jax.data.plurals import is_countable, plural
+from diffusion_jax.data.scenes import Drawing, Other, Scene, is_held_out, is_trained_on, paint
 
 
 def disc(name="ball", style="flat", colour=(40, 90, 220)):
@@ -28,13 +30,13 @@ def ink(picture, ground=(255, 255, 255)):
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize(("word", "part"), scenes.SIZES.items())
 def test_sizes(word, part, size):
-    rows, columns = ink(paint(Scene("ball", "flat", size=word), disc(), size))
+    rows, columns = ink(paint(Scene(disc(), size=word), size))
     assert len(rows) == pytest.approx(part * size, abs=2) and len(columns) == pytest.approx(part * size, abs=2)
 
 
 @pytest.mark.parametrize("place", scenes.PLACES)
 def test_places(place):
-    rows, columns = ink(paint(Scene("ball", "flat", size="small", place=place), disc(), 64))
+    rows, columns = ink(paint(Scene(disc(), size="small", place=place), 64))
     for axis, (low, high) in ((rows, ("at the top", "at the bottom")), (columns, ("on the left", "on the right"))):
         middle = (axis[0] + axis[-1]) / 2
         if low.split()[-1] in place.split():
@@ -48,60 +50,129 @@ def test_places(place):
 @pytest.mark.parametrize("colour", COLOURS)
 def test_colours_and_grounds(colour):
     ground = "blue" if colour != "blue" else "red"
-    picture = paint(Scene("ball", "flat", colour, ground), disc(), 64)
+    picture = paint(Scene(disc(), colour, ground), 64)
     np.testing.assert_allclose(picture[32, 32], COLOURS[colour], atol=4)
     np.testing.assert_allclose(picture[0, 0], COLOURS[ground], atol=1)
 
 
+@pytest.mark.parametrize(("size", "count"), itertools.product(scenes.IN_GROUP, scenes.LAYOUTS))
+def test_counts(size, count):
+    differs = np.abs(paint(Scene(disc(), size=size, count=count), 128).astype(int) - 255).max(axis=-1) > 30
+    assert ndimage.label(differs)[1] == count
+
+
+@pytest.mark.parametrize("relation", scenes.RELATIONS)
+@pytest.mark.parametrize(("first", "second"), [("red", ""), ("", "green")])
+def test_two_drawings(relation, first, second):
+    scene = Scene(disc(), first, "yellow", other=Other(relation, disc("cube"), second))
+    picture = paint(scene, 64)
+    middles = {}
+    for which, colour in (("first", first or "blue"), ("second", second or "blue")):
+        close = np.linalg.norm(to_lab(picture / 255) - to_lab(named(colour)), axis=-1) < 0.1
+        middles[which] = np.argwhere(close).mean(axis=0)[:: -1 if "of" in relation else 1][0]
+    assert (middles["first"] < middles["second"]) == (relation in ("to the left of", "above"))
+
+
+def things(count):
+    return [disc(f"thing {i}", style) for i in range(count) for style in ("flat", "line")]
+
+
 def test_a_scene_depends_on_its_number_alone():
-    drawings = [disc(f"thing {i}", style) for i in range(50) for style in ("flat", "line")]
-    first, again = (scenes.trained_scene(drawings, np.random.default_rng([0, 7]))[0] for _ in range(2))
-    assert first == again != scenes.trained_scene(drawings, np.random.default_rng([0, 8]))[0]
+    drawings = things(50)
+    first, again, another = (scenes.trained_scene(drawings, np.random.default_rng([0, i])) for i in (7, 7, 8))
+    assert first == again != another
 
 
 def test_what_is_held_out_is_never_trained_on_and_the_rest_is():
-    drawings = [disc(f"thing {i}", style) for i in range(200) for style in ("flat", "line")]
-    rng = np.random.default_rng(0)
-    made = [scenes.trained_scene(drawings, rng)[0] for _ in range(3000)]
+    drawings, rng = things(200), np.random.default_rng(0)
+    made = [scenes.trained_scene(drawings, rng) for _ in range(3000)]
     assert all(map(is_trained_on, made))
-    held = {scene.name for scene in (scenes.held_out_scene(drawings, rng)[0] for _ in range(100))}
-    assert held and not held & {scene.name for scene in made}
+    shown = {part.drawing.name for scene in made for part in (scene, scene.other) if part}
+    held = {scene.drawing.name for scene in (scenes.held_out_scene(drawings, rng) for _ in range(100))}
+    assert held and not held & shown
     names = [f"thing {i}" for i in range(2000)]
     assert np.mean([is_held_out(name) for name in names]) == pytest.approx(0.05, abs=0.015)
     pairs = [is_held_out(colour, name) for colour, name in itertools.product(COLOURS, names)]
     assert np.mean(pairs) == pytest.approx(0.1, abs=0.01)
 
 
+def test_every_kind_of_scene_is_made():
+    drawings, rng = [disc(name) for name in ("ball", "cube", "cup of tea")], np.random.default_rng(0)
+    made = [scenes.scene(drawings, rng) for _ in range(2000)]
+    assert {scene.count for scene in made} == {1, *scenes.LAYOUTS}
+    assert all(scene.drawing.name != "cup of tea" for scene in made if scene.count > 1)  # no plural here
+    others = [scene.other for scene in made if scene.other]
+    assert {other.relation for other in others} == set(scenes.RELATIONS)
+    assert all(scene.drawing.name != scene.other.drawing.name for scene in made if scene.other)
+    assert all(not scene.place for scene in made if scene.other or scene.count > 1)
+    assert 0.03 < len(others) / len(made) < 0.12
+
+
 def test_nothing_is_hidden_on_its_ground():
     drawings = [disc(style=style, colour=colour) for style in ("flat", "outlined") for colour in COLOURS.values()]
     rng = np.random.default_rng(0)
     for _ in range(300):
-        drawing = drawings[rng.integers(len(drawings))]
-        made = scenes.scene(drawing, rng)
+        made = scenes.scene(drawings, rng)
         ground = COLOURS[made.ground] if made.ground else (255, 255, 255)
         if made.ground:
-            picture = paint(made, drawing, 64)
-            own = to_lab(picture[tuple(axis[len(axis) // 2] for axis in ink(picture, ground))] / 255)
-            assert np.linalg.norm(own - to_lab(named(made.ground))) > 0.08, made
+            picture = paint(made, 64)
+            painted = np.abs(picture.astype(int) - ground).max(axis=-1) > 0
+            own = np.median(picture[ndimage.binary_erosion(painted, iterations=4)], axis=0)
+            assert np.linalg.norm(to_lab(own / 255) - to_lab(named(made.ground))) > 0.08, made
 
 
 def test_captions_name_what_is_seen():
-    scene, rng = Scene("hot beverage", "flat", "purple", "orange", "small", "at the top"), np.random.default_rng(0)
-    words = words_for("hot beverage", ("coffee",))
-    made = {caption(scene, words, rng) for _ in range(200)}
+    drink = disc("hot beverage")._replace(words=words_for("hot beverage", ("coffee",)))
+    scene, rng = Scene(drink, "purple", "orange", "small", "at the top"), np.random.default_rng(0)
+    made = {caption(scene, rng) for _ in range(200)}
     assert len(made) > 30
     for text in made:
         assert "small purple" in text and "at the top on an orange background" in text
-        assert any(word in text for word in words)
+        assert any(word in text for word in drink.words)
         assert "a orange" not in text and "  " not in text
     assert any("flat" in text for text in made) and not all("flat" in text for text in made)
 
 
+def test_captions_of_several_and_of_two():
+    rng = np.random.default_rng(0)
+    fox = disc()._replace(words=("fox", "fox on the run"))
+    several = {caption(Scene(fox, "blue", count=3, size="small"), rng) for _ in range(40)}
+    assert all("three small blue foxes" in text and " a three" not in text for text in several)
+    pair = Scene(fox, "red", "black", other=Other("to the left of", disc("egg"), ""))
+    two = {caption(pair, rng) for _ in range(40)}
+    assert any(text.startswith("a red fox to the left of an egg on a black background") for text in two)
+    assert all("to the left of" in text and "red fox" in text for text in two)
+    with pytest.raises(ValueError, match="expected one drawing of tea, which has no plural here; got 2"):
+        caption(Scene(disc("tea")._replace(words=("cup of tea",)), count=2), rng)
+
+
+@pytest.mark.parametrize(
+    ("one", "several"),
+    [
+        ("red apple", "red apples"),
+        ("bus stop", "bus stops"),
+        ("fairy", "fairies"),
+        ("monkey", "monkeys"),
+        ("box", "boxes"),
+        ("plain fish", "plain fish"),
+        ("policewoman", "policewomen"),
+        ("sandwich", "sandwiches"),
+    ],
+)
+def test_plurals(one, several):
+    assert is_countable(one) and plural(one) == several
+
+
+@pytest.mark.parametrize("phrase", ["cup of tea", "scissors", "woman running", "flag: Japan", "OK hand"])
+def test_what_has_no_plural_here(phrase):
+    assert not is_countable(phrase)
+
+
 def test_a_caption_of_two_colours_is_refused():
-    scene, rng = Scene("red heart", "flat", "blue"), np.random.default_rng(0)
+    heart, rng = disc()._replace(words=("red heart",)), np.random.default_rng(0)
     with pytest.raises(ValueError, match="expected one colour in a caption, got blue and red"):
-        caption(scene, ("red heart",), rng)
-    assert "blue love heart" in caption(scene, ("red heart", "love heart"), rng)
+        caption(Scene(heart, "blue"), rng)
+    assert "blue love heart" in caption(Scene(heart._replace(words=("red heart", "love heart")), "blue"), rng)
 
 
 def test_paraphrases_are_plain():
