@@ -1,36 +1,100 @@
-"""--mode=eval: measure the likelihood of held-out data."""
+"""--mode=eval: measure a model on held-out data."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax.app import build, weights
+from diffusion_jax.app import build, first_stage, pictures, sample, weights
 from diffusion_jax.app.agreement import check_condition
 from diffusion_jax.app.workdir import make_writable
+from diffusion_jax.data import sources
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
+from diffusion_jax.evaluation.retrieval import classifier_features
+from diffusion_jax.evaluation.scenes import evaluate_scenes, known
+from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
+from diffusion_jax.model import DiffusionModel
+
+SHOWN, COLUMNS = 48, 8  # pictures on the sheet of a kind of scenes
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Measure the likelihood of held-out data with the settings of config.eval. Results go to workdir/eval.json."""
+    """Measure config.eval.measures; of a first stage alone, its reconstructions. Results go to workdir/eval.json."""
     if jax.process_count() > 1:
         raise ValueError("evaluation runs on one host: leave out --distributed")
-    if not build.has_denoiser(config):
-        raise ValueError("--mode=eval measures a denoiser, and this config has only a first stage")
+    report = _of_model(config, workdir) if build.has_denoiser(config) else _of_first_stage(config, workdir)
+    (workdir / "eval.json").write_text(as_json(report, indent=2) + "\n")
+    logging.info("wrote %s", workdir / "eval.json")
+
+
+def _of_first_stage(config: ConfigDict, workdir: Path) -> dict:
+    report = first_stage.evaluate(config, workdir)
+    logging.info("PSNR %.2f dB, LPIPS %.4f", report["psnr"]["mean"], report["lpips"]["mean"])
+    return {"weights": str(workdir), "reconstruction": report}
+
+
+def _of_model(config: ConfigDict, workdir: Path) -> dict:
+    unknown = [name for name in config.eval.measures if name not in MEASURES]
+    if unknown or not config.eval.measures:
+        got = f"got {unknown[0]!r}" if unknown else "got none"
+        raise ValueError(f"eval.measures must be some of {', '.join(MEASURES)}; {got}")
     model = build.model(config)
-    check_section(config.eval, model.schedule)
-    source = build.source(config, "validation", model.size[0])
-    check_condition(config, source)
+    ready = {name: MEASURES[name](config, model) for name in config.eval.measures}
     model, origin = weights.load(config, workdir, model)
     make_writable(workdir)
     logging.info("weights: %s", origin)
-    report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
-    (workdir / "eval.json").write_text(as_json({"weights": origin} | report, indent=2) + "\n")
-    logging.info(
-        "flow %.4f, bound %.4f %s of the %s of %d images of %s; wrote %s",
-        *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),
-        *(report["data"], workdir / "eval.json"),
-    )
+    return {"weights": origin} | {name: measure(model, workdir) for name, measure in ready.items()}
+
+
+def _likelihood(config: ConfigDict, model: DiffusionModel):
+    check_section(config.eval, model.schedule)
+    source = build.source(config, "validation", model.size[0])
+    check_condition(config, source)
+
+    def measure(model: DiffusionModel, workdir: Path) -> dict:
+        report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
+        logging.info(
+            "flow %.4f, bound %.4f %s of the %s of %d images of %s",
+            *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),
+            report["data"],
+        )
+        return report
+
+    return measure
+
+
+def _scenes(config: ConfigDict, model: DiffusionModel):
+    if config.data.source != "emoji" or config.condition.kind != "text":
+        raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
+    distances = load_lpips()
+    drawings = sources.emoji_drawings(config.data.data_dir or None)
+    sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
+
+    def measure(model: DiffusionModel, workdir: Path) -> dict:
+        folder = workdir / "eval"
+        folder.mkdir(exist_ok=True)
+
+        def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[np.ndarray]:
+            asked = sample.request(config, model, prompts)._replace(jobs=list(enumerate(seeds)))
+            return (one.image for one in sample.generate(asked, model, config.sample.batch_size, progress=True))
+
+        def show(kind: str, captions: Sequence[str], images: Sequence[np.ndarray]) -> None:
+            sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
+            pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
+
+        compared = known(drawings, classifier_features(distances), model.size[0])
+        report = evaluate_scenes(model, compared, generate, distances, config.eval, show)
+        for kind, of_kind in report.items():
+            both = {name: of_kind[name]["both"]["mean"] for name in ("generated", "painted")}
+            logging.info("%s: object and %s right in %.3f, painted %.3f", kind, of_kind["part"], *both.values())
+        return report
+
+    return measure
+
+
+MEASURES = {"likelihood": _likelihood, "scenes": _scenes}  # each checks the config, and returns what measures a model

@@ -265,12 +265,15 @@ SAMPLE = {
 }
 
 EVAL = {
-    "images": Field(1000, whole(1), "How many images to measure; fewer if there are fewer."),
+    "measures": Field(("likelihood",), each(text), "What to measure: likelihood, scenes (of the data source emoji)."),
+    "images": Field(1000, whole(1), "How many images have their likelihood measured; fewer if there are fewer."),
     "steps": Field(25, whole(1, STEPS), "Steps of the flow, four evaluations each."),
     "probes": Field(1, whole(1, 1000), "Probes of the flow's divergence."),
     "terms": Field(100, whole(0), "How many of the T terms of the bound to evaluate; 0 for all."),
-    "batch_size": Field(64, whole(1), "Images measured at once."),
-    "seed": Field(0, seed, "Seed of the order of the images and all noise."),
+    "concepts": Field(500, whole(1), "How many names are asked for, two pictures each; fewer if there are fewer."),
+    "cases": Field(200, whole(1), "How many scenes of each other kind are asked for; fewer if there are fewer."),
+    "batch_size": Field(64, whole(1), "Images whose likelihood is measured at once."),
+    "seed": Field(0, seed, "Seed of the order of the images, of the scenes and all noise."),
 }
 
 LORA = {

@@ -1,10 +1,11 @@
 """The first stage of latent diffusion, an autoencoder: train, load and inspect it."""
 
+import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import PyTree
@@ -17,8 +18,10 @@ from diffusion_jax.app.agreement import check_records
 from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Transform, to_float, to_uint8
+from diffusion_jax.data.transforms import Record, Transform, to_float, to_uint8
+from diffusion_jax.evaluation.reconstruction import evaluate_reconstruction
 from diffusion_jax.interop import load_autoencoder, save_autoencoder
+from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
 from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
@@ -86,24 +89,45 @@ def train(task: Task, config: ConfigDict, folder: Path) -> None:
     size, model = config.data.size, build.autoencoder(config)
     variables = fit(task, folder, config.autoencoder.train, config.seed)["autoencoder"]
     if parallel.is_main():
-        transform = _images_only(build.transform(config, (size, size)))
-        scale = 1 / _latent_std(model, variables, build.source(config, "train", size), transform, config.seed)
-        report = _reconstruction(model, variables, build.source(config, "validation", size), transform)
-        logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"], report["images"])
+        scale = 1 / _latent_std(model, variables, build.source(config, "train", size), _resize(config), config.seed)
+        report = evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config))
+        logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"]["mean"], report["images"])
         (folder / "validation.json").write_text(as_json(report) + "\n")
         save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
 
 
 def reconstruct_held_out(config: ConfigDict, folder: Path) -> np.ndarray:
     """A sheet of held-out images and their reconstructions by the first stage in `folder`."""
-    return reconstructions(*load_autoencoder(folder), _shown(config))
+    return reconstructions(*_trained(folder), _shown(config))
+
+
+def evaluate(config: ConfigDict, folder: Path) -> dict:
+    """Measure how the first stage in `folder` reconstructs held-out images. Raises ModuleNotFoundError without the
+    package of LPIPS.
+    """
+    (model, variables), distances = _trained(folder), load_lpips()
+    return evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config), distances)
+
+
+def _trained(folder: Path) -> tuple[AutoencoderKL, PyTree]:
+    if not (folder / "diffusion_pytorch_model.safetensors").exists():
+        raise FileNotFoundError(f"no trained first stage in {folder}: run --mode=train first, or give its --workdir")
+    return load_autoencoder(folder)
 
 
 def _shown(config: ConfigDict) -> np.ndarray:
     """The held-out images, uint8, in a snapshot of a first stage."""
-    size = config.data.size
-    transform = _images_only(build.transform(config, (size, size)))
-    return next(_some_images(build.source(config, "validation", size), transform, SHOWN))[:SHOWN]
+    return next(_held_out(config))["image"][:SHOWN]
+
+
+def _held_out(config: ConfigDict) -> Iterator[Record]:
+    """All held-out records in batches."""
+    source = build.source(config, "validation", config.data.size)
+    return _some_records(source, _resize(config), len(source))
+
+
+def _resize(config: ConfigDict) -> Transform:
+    return build.transform(config, (config.data.size, config.data.size))
 
 
 def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray) -> np.ndarray:
@@ -121,31 +145,15 @@ def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transfo
     images are shuffled by the seed, because a source may be sorted.
     """
     encode = jax.jit(lambda images: mode(model.apply(variables, to_float(images), method="encode")))
-    latents = [encode(images) for images in _some_images(source, transform, SCALE_IMAGES, seed)]
+    latents = [encode(batch["image"]) for batch in _some_records(source, transform, SCALE_IMAGES, seed)]
     return float(np.std(np.concatenate(latents)))
 
 
-def _reconstruction(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform) -> dict:
-    """PSNR in dB, averaged over images, of reconstructions from the mean of the latent, clipped to pixel range."""
-
-    @jax.jit
-    def psnr(images):
-        images = to_float(images)
-        error = jnp.clip(model.apply(variables, images), -1, 1) - images
-        return 10 * jnp.log10(4 / jnp.mean(jnp.square(error), axis=(1, 2, 3)))
-
-    values = np.concatenate([psnr(images) for images in _some_images(source, transform, len(source))])
-    return {"images": len(values), "psnr": float(np.mean(values))}
-
-
-def _some_images(source: Source, transform: Transform, count: int, seed: int | None = None) -> Iterator[np.ndarray]:
-    """Batches of uint8 images, `count` in all or as many as there are. In the source's order, or shuffled by a seed."""
+def _some_records(source: Source, transform: Transform, count: int, seed: int | None = None) -> Iterator[Record]:
+    """Batches of records, `count` in all or as many as there are. In the source's order, or shuffled by a seed."""
     size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)  # divides the source without remainder
-    images = loader(source, size, seed or 0, transform=transform, shuffle=seed is not None, repeat=False)
-    for i, batch in enumerate(images):
-        if i * size >= count:
-            return
-        yield batch["image"]
+    records = loader(source, size, seed or 0, transform=transform, shuffle=seed is not None, repeat=False)
+    return itertools.islice(records, -(-count // size))
 
 
 def millions(params: PyTree) -> float:

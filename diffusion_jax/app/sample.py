@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         logging.info("wrote %s", folder / "grid.png")
         return
     model = build.model(config, (config.sample.height, config.sample.width))
-    asked = request(config, model)
+    asked = request(config, model, config.sample.prompts)
     model, origin = weights.load(config, workdir, model)
     logging.info("weights: %s", origin)
     make_writable(folder)
@@ -89,10 +89,11 @@ def _clear(folder: Path) -> None:
         old.unlink()
 
 
-def request(config: ConfigDict, model: DiffusionModel) -> Request:
-    """Read config.sample. Raises ValueError for anything wrong with it, before any network is built."""
-    section = config.sample
-    prompts = tuple(section.prompts)
+def request(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -> Request:
+    """Read config.sample, with these prompts instead of its own. Raises ValueError for anything wrong with it, before
+    any network is built.
+    """
+    section, prompts = config.sample, tuple(prompts)
     jobs = [(i, section.seed + k) for i in range(len(prompts)) for k in range(section.num_images)]
     if not jobs:
         raise ValueError("nothing to generate: sample.prompts is empty or sample.num_images is 0")

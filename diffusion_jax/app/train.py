@@ -35,7 +35,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     # build everything in the config now, so that errors come before hours of training
     check_batch_size(config.train.batch_size, config.train.accumulate)
     model = build.model(config, training=True)
-    asked = sample.request(config, model)
+    asked = sample.request(config, model, config.sample.prompts)
     optimizer = build.optimizer(config.optimizer, config.train.steps)
     source = build.source(config, "train", model.size[0])
     agreement.check_condition(config, source)

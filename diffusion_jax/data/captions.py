@@ -45,11 +45,13 @@ def bare(phrase: str) -> str:
     return next((phrase[len(article) :] for article in ARTICLES if phrase.startswith(article)), phrase)
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
+def caption(scene: Scene, rng: np.random.Generator, styled: bool = False) -> str:
     """A caption of the scene, such as "a small purple cat at the top on a yellow background, flat".
 
     Half of the captions use the first noun phrase that fits. The style is left out in a quarter of the captions, the
     article in half of those of one drawing.
+
+    styled: always name the style.
     Raises ValueError for a colour if all noun phrases of its drawing name one too, and for several copies of what has
     no plural here.
     """
@@ -69,7 +71,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     where += [f"on {with_article(scene.ground)} background"] if scene.ground else []
     described = " ".join([phrase, *where])
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.25 and not styled:
         return described
     if kind < 0.6:
         noun = phrase if scene.count > 1 else with_article(bare(phrase))

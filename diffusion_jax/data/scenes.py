@@ -126,9 +126,8 @@ def scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
         if second.style == drawing.style and second.name != drawing.name:
             other = Other(str(rng.choice(list(RELATIONS))), second, _colour(second, rng))
     if rng.random() < 0.3:
-        shown = [(drawing, colour)] + ([(other.drawing, other.colour)] if other else [])
-        fitting = [name for name in COLOURS if all(_stands_out(*one, name) for one in shown)]
-        ground = rng.choice(fitting or [""])
+        fitting = set(grounds_of(drawing, colour)) & set(grounds_of(other.drawing, other.colour) if other else COLOURS)
+        ground = rng.choice([name for name in COLOURS if name in fitting] or [""])
     if rng.random() < 0.3 and not other:
         size = rng.choice(["small", "large"] if count == 1 else ["small"])
     if size == "small" and count == 1 and rng.random() < 0.7:
@@ -148,9 +147,20 @@ def held_out_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Sce
 
 
 def _colour(drawing: Drawing, rng: np.random.Generator) -> str:
-    if not drawing.takes_colours or rng.random() < 0.5:
-        return ""
-    return str(rng.choice([name for name in COLOURS if name != "white" or drawing.style != "line"]))
+    colours = colours_of(drawing)
+    return "" if not colours or rng.random() < 0.5 else str(rng.choice(colours))
+
+
+def colours_of(drawing: Drawing) -> list[str]:
+    """The named colours in which a drawing comes beside its own."""
+    if not drawing.takes_colours:
+        return []
+    return [name for name in COLOURS if name != "white" or drawing.style != "line"]
+
+
+def grounds_of(drawing: Drawing, colour: str = "") -> list[str]:
+    """The named colours of a ground on which a drawing can be seen."""
+    return [name for name in COLOURS if _stands_out(drawing, colour, name)]
 
 
 def _stands_out(drawing: Drawing, colour: str, ground: str) -> bool:

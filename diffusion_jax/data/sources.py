@@ -111,16 +111,14 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
     split: "train"; "validation", whose concepts are never trained on; or "mixed" for a first stage, without captions:
       training scenes, every other record four of them at half the size.
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
+    Records also have "style", one of `emoji.STYLES`, except in "mixed".
     Raises ValueError for another size or split, ModuleNotFoundError for a package of drawings that is missing.
     """
     if size % 8 or not 8 <= size <= PIXELS:
         raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {PIXELS}; got {size}")
     if split not in SCENES:
         raise ValueError(f"emoji has the splits {', '.join(SCENES)}, got {split!r}")
-    builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
-    records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
-    drawings, held_out = [_drawing(records[i]) for i in range(len(records))], split == "validation"
+    drawings, held_out = emoji_drawings(data_dir), split == "validation"
     make = held_out_scene if held_out else trained_scene
 
     def made(index: int) -> tuple[Scene, np.random.Generator]:
@@ -129,7 +127,7 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
 
     def read(index: int) -> Record:
         scene, rng = made(index)
-        return {"image": paint(scene, size), "caption": caption(scene, rng)}
+        return {"image": paint(scene, size), "caption": caption(scene, rng), "style": scene.drawing.style}
 
     def read_mixed(index: int) -> Record:
         if index % 2:
@@ -142,11 +140,23 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
         return tuple(caption(scene, rng) for _ in range(SAID))
 
     return Source(
-        name=f"{builder.info.full_name}/scenes2/{split}",
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{split}",
         size=SCENES[split],
         read=read_mixed if split == "mixed" else read,
         captions=() if split == "mixed" else Captions(SCENES[split], captions),
     )
+
+
+def emoji_drawings(data_dir: str | PathLike | None = None) -> list[Drawing]:
+    """All drawings of the emoji data set. They are made on first use (a minute).
+
+    data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
+    Raises ModuleNotFoundError for a package of drawings that is missing.
+    """
+    builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
+    return [_drawing(records[i]) for i in range(len(records))]
 
 
 def _drawing(record: dict) -> Drawing:

@@ -17,6 +17,7 @@ from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.loader import Reader, stack
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
+from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.model import DiffusionModel
 
 REPORTED = ("images", "steps", "probes", "terms", "batch_size", "seed")  # settings that change the results
@@ -56,7 +57,7 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
             figures = _figures(model, records["image"], cond, keys, section)
             found.append(jax.tree.map(lambda values: np.asarray(values)[:count], figures))  # noqa: B023
             bar.update(count)
-    figures = jax.tree.map(lambda *values: _summary(np.concatenate(values)), *found)
+    figures = jax.tree.map(lambda *values: summary(np.concatenate(values)), *found)
     space = {"of": "pixels", "unit": "bits/dim"} if _of_pixels(model) else {"of": "latents", "unit": "nats/dim"}
     return {name: section[name] for name in REPORTED} | {"data": source.name, "images": bar.n} | space | figures
 
@@ -103,9 +104,3 @@ def _figures(
 
 def _of_pixels(model: DiffusionModel) -> bool:
     return model.codec.limit is not None
-
-
-def _summary(values: np.ndarray) -> dict[str, float]:
-    """Mean over images and its standard error. For one image the error is None, because JSON has no NaN."""
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "standard_error": error}

@@ -47,14 +47,9 @@ def lpips(
     x, y: images in [-1, 1], at least 31 pixels high and wide for AlexNet, 16 for VGG16.
     Raises ValueError for smaller images.
     """
-    name = next(name for name in NETS if name in params)
-    net = NETS[name]
-    if min(x.shape[1:3]) < net.smallest:
-        raise ValueError(f"LPIPS with {name} needs {net.smallest} or more pixels a side, got {x.shape[1]}x{x.shape[2]}")
-    both = (jnp.concatenate([x, y]) - jnp.array(MEAN)) / jnp.array(DEVIATION)
     total = jnp.zeros(len(x))
-    for stage, features in enumerate(_features(params[name], net, both)):
-        unit_x, unit_y = jnp.split(features / _norm(features), 2)
+    for stage, both in enumerate(features(params, jnp.concatenate([x, y]))):
+        unit_x, unit_y = jnp.split(both / _norm(both), 2)
         weights = params[f"NetLinLayer_{stage}"]["Conv_0"]["kernel"][0, 0, :, 0]
         total += jnp.mean((unit_x - unit_y) ** 2 @ weights, axis=(1, 2))
     return total
@@ -65,12 +60,20 @@ def _norm(features: Float[Array, "batch height width channels"]) -> Float[Array,
     return jnp.sqrt(jnp.sum(features**2, axis=-1, keepdims=True) + EPS**2)
 
 
-def _features(
-    params: dict, net: Net, x: Float[Array, "batch height width 3"]
-) -> list[Float[Array, "batch h w channels"]]:
-    """The features after each stage."""
-    layers = (params[f"Conv_{i}"] for i in range(len(params)))
-    features = []
+def features(params: dict, images: Float[Array, "batch height width 3"]) -> list[Float[Array, "batch h w channels"]]:
+    """The features of images after each stage of the classifier.
+
+    params, images: as in `lpips`.
+    Raises ValueError for images that are too small.
+    """
+    name = next(name for name in NETS if name in params)
+    net = NETS[name]
+    height, width = images.shape[1:3]
+    if min(height, width) < net.smallest:
+        raise ValueError(f"LPIPS with {name} needs {net.smallest} or more pixels a side, got {height}x{width}")
+    x = (images - jnp.array(MEAN)) / jnp.array(DEVIATION)
+    layers = (params[name][f"Conv_{i}"] for i in range(len(params[name])))
+    stages = []
     for convolutions, window in zip(net.stages, net.pool, strict=True):
         if window:
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, 2, 2, 1), "VALID")
@@ -83,5 +86,5 @@ def _features(
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
             x = jax.nn.relu(x + layer["bias"])
-        features.append(x)
-    return features
+        stages.append(x)
+    return stages

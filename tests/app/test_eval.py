@@ -80,7 +80,8 @@ def test_images_are_measured_in_the_size_of_training(side, tmp_path, capfd, monk
     assert command_line.run(monkeypatch, *TINY, *flags, f"--workdir={tmp_path}") == 0, capfd.readouterr().err
     assert sizes == [((8, 8), (8, 8, 3))]
     report = json.loads((tmp_path / "eval.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert report["flow"] == {"mean": None, "standard_error": None} and report["bound"] == {"mean": None}
+    found = report["likelihood"]
+    assert found["flow"] == {"mean": None, "standard_error": None} and found["bound"] == {"mean": None}
 
 
 def test_the_figures_do_not_depend_on_the_batches():
@@ -110,7 +111,7 @@ def test_latents_are_measured_in_nats_without_bins():
 
 
 BAD = {
-    "config.eval has no field 'image'; known: batch_size, images, probes": "--config.eval.image=3",
+    "config.eval has no field 'image'; known: batch_size, cases, concepts, images": "--config.eval.image=3",
     "flag --config.eval.images=many: invalid literal for int()": "--config.eval.images=many",
     "eval.images must be at least 1, got 0": "--config.eval.images=0",
     "eval.batch_size must be at least 1, got 0": "--config.eval.batch_size=0",
@@ -118,7 +119,11 @@ BAD = {
     "eval.terms must be at least 0, got -1": "--config.eval.terms=-1",
     "eval.steps must be less than the schedule's 1000 steps, got 1000": "--config.eval.steps=1000",
     "no checkpoint in ": "--config.eval.images=3",
-    "this config has only a first stage": "--config=configs/autoencoder.py",
+    "no trained first stage in ": "--config=configs/autoencoder.py",
+    "eval.measures must be some of likelihood, scenes; got 'fid'": "--config.eval.measures=('fid',)",
+    "eval.measures must be some of likelihood, scenes; got none": "--config.eval.measures=()",
+    "eval.measures=scenes needs a text-conditional model and data.source=emoji": "--config.eval.measures=('scenes',)",
+    "eval.cases must be at least 1, got 0": "--config.eval.cases=0",
 }
 
 
@@ -141,7 +146,8 @@ def test_eval_writes_its_figures_and_which_weights_they_are_of(compiled, trained
     assert status == 0, stderr
     found = json.loads((trained / "eval.json").read_text())
     assert str(trained) in found["weights"] and "step 24" in found["weights"]
+    found = found["likelihood"]
     assert (found["data"], found["images"], found["unit"]) == ("digits-validation", 5, "bits/dim")
     assert np.isfinite([found["flow"]["mean"], found["bound"]["mean"]]).all()
-    last = stderr.splitlines()[-1]
+    last = next(line for line in stderr.splitlines() if line.startswith("flow "))
     assert f"flow {found['flow']['mean']:.4f}" in last and "digits-validation" in last and "5 images" in last

@@ -1,0 +1,47 @@
+"""How well a first stage reconstructs held-out images."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from diffusion_jax.data.transforms import Record, to_float
+from diffusion_jax.evaluation.summary import summary
+from diffusion_jax.models.lpips import lpips
+
+Images = Float[Array, "batch height width 3"]
+
+
+def evaluate_reconstruction(
+    reconstruct: Callable[[Images], Images], batches: Iterable[Record], distances: dict | None = None
+) -> dict:
+    """Report reconstructions, clipped to pixel range: "psnr" in dB, averaged over images, and "lpips", the LPIPS
+    distance to the image. "styles" has both for each style, if the records name theirs.
+
+    reconstruct: images in [-1, 1] -> the same through the first stage.
+    batches: records with "image" (B, H, W, 3) uint8, perhaps with "style" (B,).
+    distances: weights of LPIPS, see `models.lpips.lpips`. None leaves it out.
+    """
+
+    @jax.jit
+    def measure(images: UInt8[Array, "batch height width 3"]) -> dict[str, Float[Array, "batch"]]:
+        images = to_float(images)
+        back = jnp.clip(reconstruct(images), -1, 1)
+        psnr = 10 * jnp.log10(4 / jnp.mean(jnp.square(back - images), axis=(1, 2, 3)))
+        return {"psnr": psnr} | ({"lpips": lpips(distances, images, back)} if distances else {})
+
+    found, styles = [], []
+    for batch in batches:
+        found.append(jax.device_get(measure(batch["image"])))
+        styles += [*batch.get("style", [])]
+    figures = jax.tree.map(lambda *values: np.concatenate(values), *found)
+    named = np.array(styles)
+    by_style = {str(style): _summaries(figures, named == style) for style in np.unique(named)}
+    return _summaries(figures, np.s_[:]) | ({"styles": by_style} if styles else {})
+
+
+def _summaries(figures: dict[str, np.ndarray], chosen: slice | np.ndarray) -> dict:
+    values = {name: values[chosen] for name, values in figures.items()}
+    return {"images": len(values["psnr"])} | {name: summary(each) for name, each in values.items()}

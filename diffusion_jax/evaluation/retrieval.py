@@ -1,0 +1,84 @@
+"""Retrieval: whether the nearest of many known pictures, in the features of a classifier, is of what was asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from diffusion_jax.data.batching import filled_batches
+from diffusion_jax.data.transforms import to_float
+from diffusion_jax.models.lpips import features
+
+STAGES = (2, 4)  # of AlexNet and VGG16: the third and the last
+CELLS = 2  # cells on a side over which features are averaged
+KEPT = 256  # directions after whitening
+BATCH = 64  # pictures in one call of the classifier
+
+Features = Callable[[Sequence[np.ndarray]], Float[np.ndarray, "pictures features"]]
+
+
+def classifier_features(params: dict) -> Features:
+    """Features of grey pictures (H, W), uint8: two stages of a classifier, each averaged over 2 x 2 cells.
+
+    params: from `interop.lpips.load_lpips`.
+    """
+
+    @jax.jit
+    def of_batch(images: UInt8[Array, "batch height width"]) -> Float[Array, "batch features"]:
+        pixels = jnp.repeat(to_float(images)[..., None], 3, axis=-1)
+        stages = features(params, pixels)
+        return jnp.concatenate([_cells(stages[stage]) for stage in STAGES], axis=-1)
+
+    def of(pictures: Sequence[np.ndarray]) -> np.ndarray:
+        batches = filled_batches(pictures, min(BATCH, len(pictures)))
+        return np.concatenate([np.asarray(of_batch(np.stack(batch)))[:count] for count, batch in batches])
+
+    return of
+
+
+def _cells(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch cells"]:
+    cells = jax.image.resize(x, (len(x), CELLS, CELLS, x.shape[-1]), "linear").reshape(len(x), -1)
+    return cells / jnp.linalg.norm(cells, axis=-1, keepdims=True).clip(1e-6)
+
+
+class Gallery(NamedTuple):
+    """Known pictures as unit vectors, whitened: in every kept direction they have the same variance.
+
+    vectors: (N, kept).
+    project: features (M, F) -> unit vectors (M, kept).
+    """
+
+    vectors: Float[np.ndarray, "pictures kept"]
+    project: Callable[[np.ndarray], np.ndarray]
+
+
+def gallery(known: Float[np.ndarray, "pictures features"]) -> Gallery:
+    """A gallery of the features of known pictures."""
+    mean = known.mean(axis=0)
+    variances, directions = np.linalg.eigh(np.cov(known - mean, rowvar=False))
+    kept = min(KEPT, len(known) - 1, known.shape[1])
+    whitening = directions[:, -kept:] / np.sqrt(np.maximum(variances[-kept:], 1e-12))
+
+    def project(queries: np.ndarray) -> np.ndarray:
+        vectors = (queries - mean) @ whitening
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-12)
+
+    return Gallery(project(known), project)
+
+
+def ranks(
+    similar: Float[np.ndarray, "queries pictures"],
+    own: Int[np.ndarray, " queries"],
+    among: Bool[np.ndarray, "queries pictures"],
+) -> Int[np.ndarray, " queries"]:
+    """How many of the known pictures that count are more similar to each query than its own.
+
+    similar: of each query and each known picture.
+    own: the known picture that a query should be nearest to.
+    among: which of the known pictures count.
+    """
+    threshold = similar[np.arange(len(similar)), own][:, None]
+    return (among & (similar > threshold)).sum(axis=-1)

@@ -1,0 +1,219 @@
+"""Whether generated pictures of emoji scenes show what their captions ask for, each part checked by a program.
+
+Each kind of case asks for something that training has never shown, or for one part of a scene. The same checks are made
+on the painted scenes themselves, and on these after the model's first stage: no model can be expected to score more.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+from tqdm import tqdm
+
+from diffusion_jax.data.batching import filled_batches
+from diffusion_jax.data.captions import caption
+from diffusion_jax.data.scenes import (
+    LAYOUTS,
+    PLACES,
+    Drawing,
+    Scene,
+    colours_of,
+    grounds_of,
+    is_held_out,
+    is_trained_on,
+    paint,
+)
+from diffusion_jax.data.transforms import to_float, to_uint8
+from diffusion_jax.evaluation import checks
+from diffusion_jax.evaluation.retrieval import Features, Gallery, gallery, ranks
+from diffusion_jax.evaluation.summary import summary
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.models.lpips import lpips
+
+SIDE = 96  # pixels on a side of what is compared with the known drawings
+NEAREST = 5  # a drawing is found if it is among so many
+SEEDS = 2  # pictures for each name, whose distance is the diversity
+BATCH = 32  # pictures in one call of LPIPS or of the first stage
+
+Picture = UInt8[np.ndarray, "height width 3"]
+Draw = Callable[[Drawing, np.random.Generator], Scene | None]
+Generate = Callable[[Sequence[str], Sequence[int]], Iterator[Picture]]
+Show = Callable[[str, Sequence[str], Sequence[Picture]], None]
+
+
+def _name(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+    """The drawing alone."""
+    return Scene(drawing) if is_trained_on(Scene(drawing)) else None
+
+
+def _held_out_colour(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+    colours = [name for name in colours_of(drawing) if is_held_out(name, drawing.name)]
+    return Scene(drawing, str(rng.choice(colours))) if colours and is_trained_on(Scene(drawing)) else None
+
+
+def _held_out_style(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+    unseen = is_held_out(drawing.style, drawing.name) and not is_held_out(drawing.name)
+    return Scene(drawing) if unseen else None
+
+
+def _ground(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+    grounds = [name for name in grounds_of(drawing) if name != "white"]
+    return Scene(drawing, ground=str(rng.choice(grounds))) if grounds and is_trained_on(Scene(drawing)) else None
+
+
+def _place(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+    place = str(rng.choice([name for name in PLACES if name]))
+    return Scene(drawing, size="small", place=place) if is_trained_on(Scene(drawing)) else None
+
+
+def _count(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+    count = int(rng.choice(list(LAYOUTS)))
+    return Scene(drawing, count=count) if drawing.is_countable and is_trained_on(Scene(drawing)) else None
+
+
+class Kind(NamedTuple):
+    """A kind of case.
+
+    draw: a scene of a drawing, or None if the drawing makes no case of this kind.
+    part: the check of `parts` beside the object.
+    """
+
+    draw: Draw
+    part: str
+
+
+KINDS = {
+    "names": Kind(_name, "style"),
+    "held-out colours": Kind(_held_out_colour, "colour"),
+    "held-out styles": Kind(_held_out_style, "style"),
+    "grounds": Kind(_ground, "ground"),
+    "places": Kind(_place, "place"),
+    "counts": Kind(_count, "count"),
+}
+
+
+class Known(NamedTuple):
+    """What pictures are compared with: every drawing alone, as it is painted at the size of the pictures."""
+
+    drawings: Sequence[Drawing]
+    features: Features
+    gallery: Gallery
+
+
+def known(drawings: Sequence[Drawing], features: Features, size: int) -> Known:
+    """All drawings in the features of a classifier. size: of the pictures to be compared, pixels on a side."""
+    alone = (checks.largest(paint(Scene(drawing), size), SIDE) for drawing in drawings)
+    bar = tqdm(alone, desc="known drawings", total=len(drawings), unit="pictures")
+    return Known(drawings, features, gallery(features(list(bar))))
+
+
+def parts(
+    pictures: Sequence[Picture], scenes: Sequence[Scene], known: Known
+) -> dict[str, Bool[np.ndarray, " pictures"]]:
+    """What is right in each picture of a scene.
+
+    object: among all drawings in the style of the scene, its own is one of the five nearest to the largest drawing of
+      the picture. Its colour does not count.
+    style: the nearest of all drawings is in the style of the scene.
+    colour, ground, place, count: as `evaluation.checks` sees them. A colour that the scene does not name is right.
+    """
+    queries = known.gallery.project(known.features([checks.largest(picture, SIDE) for picture in pictures]))
+    similar = queries @ known.gallery.vectors.T
+    number = {(drawing.style, drawing.name): i for i, drawing in enumerate(known.drawings)}
+    styles = np.array([drawing.style for drawing in known.drawings])
+    asked = np.array([scene.drawing.style for scene in scenes])
+    own = np.array([number[scene.drawing.style, scene.drawing.name] for scene in scenes])
+
+    def right(check: Callable[[Picture], object], wanted: Callable[[Scene], object]) -> np.ndarray:
+        return np.array([check(picture) == wanted(scene) for picture, scene in zip(pictures, scenes, strict=True)])
+
+    return {
+        "object": ranks(similar, own, styles == asked[:, None]) < NEAREST,
+        "style": styles[similar.argmax(axis=-1)] == asked,
+        "colour": right(checks.colour, lambda scene: scene.colour) | np.array([not scene.colour for scene in scenes]),
+        "ground": right(checks.ground, lambda scene: scene.ground),
+        "place": right(checks.place, lambda scene: scene.place),
+        "count": right(checks.count, lambda scene: scene.count),
+    }
+
+
+def cases(drawings: Sequence[Drawing], kind: str, count: int, rng: np.random.Generator) -> list[Scene]:
+    """`count` scenes of one kind, or as many as there are, each of another concept."""
+    found: dict[str, Scene] = {}
+    for i in rng.permutation(len(drawings)):
+        drawing = drawings[i]
+        scene = None if drawing.name in found else KINDS[kind].draw(drawing, rng)
+        if scene:
+            found[drawing.name] = scene
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def evaluate_scenes(
+    model: DiffusionModel, known: Known, generate: Generate, distances: dict, section, show: Show
+) -> dict:
+    """For each kind of case, the part of the pictures in which the object, the other part and both are right: of
+    generated pictures, of painted ones, and of painted ones after the first stage.
+
+    "diversity" of the names: the LPIPS distance of two pictures of one caption.
+
+    generate: captions and seeds -> pictures.
+    distances: weights of LPIPS, see `models.lpips.lpips`.
+    section: config section with concepts (cases of names), cases (of each other kind), and seed.
+    show: called with each kind, its captions and its generated pictures.
+    """
+    report = {}
+    for i, kind in enumerate(KINDS):
+        rng = np.random.default_rng([section.seed, i])
+        scenes = cases(known.drawings, kind, section.concepts if kind == "names" else section.cases, rng)
+        captions = [caption(scene, rng, styled=True) for scene in scenes]
+        repeats = SEEDS if kind == "names" else 1
+        seeds = section.seed + np.arange(repeats * len(scenes))
+        made = list(generate(captions * repeats, seeds.tolist()))
+        show(kind, captions, made)
+        painted = [paint(scene, model.size[0]) for scene in scenes]
+        report[kind] = {"cases": len(scenes), "part": KINDS[kind].part} | {
+            name: _shares(parts(pictures, scenes * (len(pictures) // len(scenes)), known), KINDS[kind].part)
+            for name, pictures in {
+                "generated": made,
+                "painted": painted,
+                "first stage": _through_first_stage(model, painted),
+            }.items()
+        }
+        if repeats == SEEDS:
+            report[kind]["diversity"] = summary(_distances(distances, made[: len(scenes)], made[len(scenes) :]))
+    return report
+
+
+def _shares(right: dict[str, np.ndarray], part: str) -> dict[str, dict]:
+    shown = {"object": right["object"], part: right[part], "both": right["object"] & right[part]}
+    return {name: summary(values) for name, values in shown.items()}
+
+
+def _through_first_stage(model: DiffusionModel, pictures: Sequence[Picture]) -> list[Picture]:
+    codec = model.codec
+
+    @jax.jit
+    def reconstruct(params, stats, records):
+        return codec.decode(params, codec.sample(stats, records, None))
+
+    made = []
+    for count, batch in filled_batches(pictures, min(BATCH, len(pictures))):
+        images = reconstruct(codec.params, codec.stats, codec.encode(np.stack(batch)))
+        made += [*np.asarray(to_uint8(images))[:count]]
+    return made
+
+
+def _distances(params: dict, first: Sequence[Picture], second: Sequence[Picture]) -> Float[np.ndarray, " pictures"]:
+    @jax.jit
+    def distance(x: UInt8[Array, "batch height width 3"], y: UInt8[Array, "batch height width 3"]):
+        return lpips(params, to_float(x), to_float(y))
+
+    found = []
+    for count, batch in filled_batches(zip(first, second, strict=True), min(BATCH, len(first))):
+        found.append(np.asarray(distance(*(jnp.stack(images) for images in zip(*batch, strict=True))))[:count])
+    return np.concatenate(found)

