@@ -140,13 +140,14 @@ def _latent(name: str, data: ConfigDict) -> ConfigDict:
 def _autoencoder(
     channels: tuple[int, ...], layers: int, groups: int, learning_rate: float, steps: int, batch_size: int
 ) -> ConfigDict:
-    """A first stage. checkpoint: a diffusers-format VAE folder to use instead of training one. flip: mirror half of the
-    images, for this stage alone.
+    """A first stage. checkpoint: a diffusers-format VAE folder to use instead of training one. init: another one, to start
+    training from. flip: mirror half of the images, for this stage alone.
     """
     return ConfigDict(
         {
             "kind": "kl",
             "checkpoint": "",
+            "init": "",
             "flip": True,
             "model": {
                 "block_out_channels": channels,

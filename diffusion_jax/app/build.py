@@ -297,7 +297,7 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     if data.source == "openmoji":
         return sources.openmoji(size, name, data.data_dir or None)
     if data.source == "emoji":
-        return sources.emoji(size, name, data.data_dir or None)
+        return sources.emoji(size, name, data.data_dir or None, data.styles)
     if data.source == "digits":
         return sources.digits(name)
     if data.source == "folder":

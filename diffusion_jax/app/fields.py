@@ -136,6 +136,7 @@ RUN = {
 
 OWN = {
     "weights": Field("", text, "A folder to sample from while the work directory has no checkpoint; may be empty."),
+    "init": Field("", text, "A U-Net folder in the format of diffusers: training starts from its weights."),
 }
 
 PUBLISHED = {
@@ -155,6 +156,7 @@ PUBLISHED = {
 DATA = {
     "source": Field("digits", text, 'emoji, openmoji, digits, folder (then path), or "tfds:NAME".'),
     "path": Field("", text, "The folder of source=folder."),
+    "styles": Field((), each(text), "The styles of source=emoji; empty for all."),
     "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
     "random_crop": Field(False, flag, "Crop at a random place, else at the centre."),
@@ -178,6 +180,7 @@ CONDITION = {
 AUTOENCODER = {
     "kind": Field("identity", text, "identity (pixels) or kl (latents)."),
     "checkpoint": Field("", text, "A VAE folder in the format of diffusers, instead of training one."),
+    "init": Field("", text, "Another such folder: training starts from its weights."),
     "flip": Field(True, flag, "Mirror half of the images, for this stage alone."),
 }
 

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import parallel
-from diffusion_jax.app import build, pictures
+from diffusion_jax.app import build, pictures, shipped
 from diffusion_jax.app.agreement import check_records
+from diffusion_jax.app.initial import initial
 from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
@@ -49,7 +50,7 @@ def codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
     """
     if "checkpoint" in config or config.autoencoder.kind != "kl":
         return untrained
-    weights = config.autoencoder.checkpoint or folder(workdir)
+    weights = shipped.find(config.autoencoder.checkpoint or folder(workdir))
     return codecs.autoencoder_kl(*load_autoencoder(weights), config.sample.tile)
 
 
@@ -67,6 +68,7 @@ def task(config: ConfigDict, folder: Path) -> Task:
     source = build.source(config, "first_stage", size)
     check_records(section.train, source)
     loss, params, frozen = build.objective(section.loss, model, jax.random.key(config.seed))
+    params["autoencoder"] = initial(section.init, load_autoencoder, params["autoencoder"])
     check_resumed(folder, params)
     augment = _images_only(build.transform(config, (size, size), section.flip))
     shown = _shown(config)

@@ -9,11 +9,13 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.app import agreement, build, first_stage, sample
+from diffusion_jax.app.initial import initial
 from diffusion_jax.app.workdir import held
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source, any_of, described
 from diffusion_jax.data.transforms import Transform
+from diffusion_jax.interop import load_unet
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
 
@@ -41,6 +43,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     agreement.check_condition(config, source)
     agreement.check_records(config.train, source)
     loss, params, frozen = build.objective(config.objective, model, jax.random.key(config.seed))
+    params = initial(config.get("init", ""), load_unet, params)
     check_resumed(workdir, params)
     of_first_stage = first_stage.folder(workdir)
     earlier = first_stage.task(config, of_first_stage) if first_stage.is_missing(config, workdir) else None

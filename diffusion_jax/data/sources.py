@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion_jax.data.captions import caption, words_for
 from diffusion_jax.data.colours import MainHue
-from diffusion_jax.data.emoji import PIXELS, Emoji
+from diffusion_jax.data.emoji import PIXELS, STYLES, Emoji
 from diffusion_jax.data.folders import digest, list_pictures
 from diffusion_jax.data.openmoji import OpenMoji
 from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, paint, trained_scene
@@ -104,21 +104,28 @@ SCENES = {"train": 40_000, "validation": 1000, "mixed": 40_000}
 SAID = 8  # captions of a scene
 
 
-def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
+def emoji(
+    size: int, split: str = "train", data_dir: str | PathLike | None = None, styles: Sequence[str] = ()
+) -> Source:
     """Scenes of emoji: see `data.scenes`. The drawings are made on first use (a minute), the scenes when they are read.
 
     size: height and width in pixels, a multiple of 8 up to 192.
     split: "train"; "validation", whose concepts are never trained on; or "mixed" for a first stage, without captions:
       training scenes, every other record four of them at half the size.
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
-    Records also have "style", one of `emoji.STYLES`, except in "mixed".
-    Raises ValueError for another size or split, ModuleNotFoundError for a package of drawings that is missing.
+    styles: some of `emoji.STYLES`, empty for all.
+    Records also have "style", except in "mixed".
+    Raises ValueError for another size, split or style, ModuleNotFoundError for a package of drawings that is missing.
     """
     if size % 8 or not 8 <= size <= PIXELS:
         raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {PIXELS}; got {size}")
     if split not in SCENES:
         raise ValueError(f"emoji has the splits {', '.join(SCENES)}, got {split!r}")
-    drawings, held_out = emoji_drawings(data_dir), split == "validation"
+    unknown = set(styles) - set(STYLES)
+    if unknown:
+        raise ValueError(f"emoji has the styles {', '.join(STYLES)}, got {', '.join(sorted(unknown))}")
+    styles, held_out = styles or STYLES, split == "validation"
+    drawings = [drawing for drawing in emoji_drawings(data_dir) if drawing.style in styles]
     make = held_out_scene if held_out else trained_scene
 
     def made(index: int) -> tuple[Scene, np.random.Generator]:
@@ -140,7 +147,7 @@ def emoji(size: int, split: str = "train", data_dir: str | PathLike | None = Non
         return tuple(caption(scene, rng) for _ in range(SAID))
 
     return Source(
-        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{split}",
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{'+'.join(sorted(styles))}/{split}",
         size=SCENES[split],
         read=read_mixed if split == "mixed" else read,
         captions=() if split == "mixed" else Captions(SCENES[split], captions),

@@ -1,5 +1,6 @@
 """The first stage trains on its own split, and on mirrored images if configured; no other stage does."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from configs import digits, latent_cfg
 from diffusion_jax.app import build, first_stage
 from diffusion_jax.data.sources import Source
+from diffusion_jax.interop import save_autoencoder
 from diffusion_jax.models.autoencoder import AutoencoderKL
 
 
@@ -23,6 +25,20 @@ def config():
 def images_trained_on(config, tmp_path) -> np.ndarray:
     task = first_stage.task(config, tmp_path)
     return np.concatenate([next(task.batches)["image"] for _ in range(4)])
+
+
+def test_it_starts_from_the_weights_that_the_config_names(config, tmp_path):
+    config.seed = 1
+    model, params = build.autoencoder(config), first_stage.task(config, tmp_path).params["autoencoder"]
+    save_autoencoder(model, params, tmp_path / "vae")
+    config.seed = 2
+    other = first_stage.task(config, tmp_path).params["autoencoder"]
+    config.autoencoder.init = str(tmp_path / "vae")
+    jax.tree.map(np.testing.assert_array_equal, first_stage.task(config, tmp_path).params["autoencoder"], params)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), other, params)))
+    config.autoencoder.model.block_out_channels = (4, 16)
+    with pytest.raises(ValueError, match=r"vae has the weights of another network: .* expected"):
+        first_stage.task(config, tmp_path)
 
 
 def members(images, source) -> np.ndarray:

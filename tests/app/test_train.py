@@ -12,7 +12,10 @@ from configs import digits
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning
 from diffusion_jax.app import build, train
+from diffusion_jax.app.initial import initial
 from diffusion_jax.data.sources import Source
+from diffusion_jax.interop import load_unet, save_unet
+from diffusion_jax.model import network_of
 from diffusion_jax.models.text import TextEncoder
 
 SIZE = 8
@@ -127,3 +130,15 @@ def test_a_caption_alone_is_embedded_once(config, tmp_path):
     assert cond["text"].tolist() == [[ord("c")]] and cond["mask"].tolist() == [True]
     again = model.conditioning.embed(model.conditioning.params, jax.tree.map(lambda leaf: leaf[None], cond))
     np.testing.assert_array_equal(again["text"][0], cond["text"])
+
+
+def test_training_starts_from_named_weights_that_fit(config, tmp_path):
+    unet = build.network(config)
+    here, there = (network_of(unet).init(jax.random.key(seed)) for seed in (0, 1))
+    save_unet(unet, there, tmp_path / "unet")
+    assert initial("", load_unet, here) is here
+    jax.tree.map(np.testing.assert_array_equal, initial(str(tmp_path / "unet"), load_unet, here), there)
+    config.model.block_out_channels = (16, 64)
+    other = network_of(build.network(config)).init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"unet has the weights of another network: .* is \(.*\), expected \(.*\)"):
+        initial(str(tmp_path / "unet"), load_unet, other)

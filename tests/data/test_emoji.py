@@ -72,6 +72,11 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
     four = sources.emoji(32, "train", tmp_path)
     np.testing.assert_array_equal(mixed[2]["image"][:32, 32:], four[9]["image"])
     np.testing.assert_array_equal(mixed[3]["image"], source[3]["image"])
+    flat = sources.emoji(32, "train", tmp_path, styles=("flat",))
+    assert {flat[i]["style"] for i in range(9)} == {"flat"} < {four[i]["style"] for i in range(30)}
+    assert flat.name != four.name == sources.emoji(32, "train", tmp_path, styles=emoji.STYLES).name
+    with pytest.raises(ValueError, match="emoji has the styles outlined, flat, line, shaded, got oil"):
+        sources.emoji(32, "train", tmp_path, styles=("oil",))
     for size, split, message in [(60, "train", "multiple of 8"), (200, "train", "8 to 192"), (64, "test", "splits")]:
         with pytest.raises(ValueError, match=message):
             sources.emoji(size, split, tmp_path)
