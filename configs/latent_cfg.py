@@ -73,7 +73,14 @@ def _full() -> ConfigDict:
     config.autoencoder.optimizer.kind = "muon"
     config.autoencoder.loss.update(l1=0.0, l2=1.0, perceptual=0.0)
     config.data.splits.first_stage = "mixed"
+    config.condition.pooled = True
     config.model = _small_unet(channels=(96, 192), layers=2, heads=6)
+    config.model.update(
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=384,
+    )
     config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
     config.train = common.train(steps=10_000, batch_size=64, ema=0.999, every=500)
     config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
@@ -140,8 +147,8 @@ def _latent(name: str, data: ConfigDict) -> ConfigDict:
 def _autoencoder(
     channels: tuple[int, ...], layers: int, groups: int, learning_rate: float, steps: int, batch_size: int
 ) -> ConfigDict:
-    """A first stage. checkpoint: a diffusers-format VAE folder to use instead of training one. init: another one, to start
-    training from. flip: mirror half of the images, for this stage alone.
+    """A first stage. checkpoint: a diffusers-format VAE folder to use instead of training one. init: another one, whose
+    weights training starts from. flip: mirror half of the images, for this stage alone.
     """
     return ConfigDict(
         {

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from diffusion_jax.data.transforms import Record
 from diffusion_jax.models.text import TextEncoder
@@ -49,10 +50,12 @@ def class_labels(num_classes: int) -> Conditioning:
     )
 
 
-def text(encoder: TextEncoder) -> Conditioning:
+def text(encoder: TextEncoder, pooled: bool = False) -> Conditioning:
     """Captions through a text encoder: an embedding for each token and the mask of tokens. null is the empty prompt.
 
     Records give tokens, which are embedded in the cache, or in the training step if a record has several captions.
+
+    pooled: add one vector for the whole text, "text_embeds": the mean over tokens, its values of mean square 1.
     """
 
     def tokens(prompts: Sequence[str]) -> PyTree:
@@ -63,16 +66,22 @@ def text(encoder: TextEncoder) -> Conditioning:
     def embed(params: PyTree, told: PyTree) -> PyTree:
         if "text" in told:
             return told
-        return {"text": encoder.apply(params, told["ids"], told["mask"]), "mask": told["mask"]}
+        cond = {"text": encoder.apply(params, told["ids"], told["mask"]), "mask": told["mask"]}
+        return cond | ({"text_embeds": _pooled(**cond)} if pooled else {})
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
         return jax.tree.map(np.asarray, embed(encoder.params, tokens(prompts)))
 
     return Conditioning(
-        cache_key=lambda: encoder.name,
+        cache_key=lambda: f"{encoder.name}{' pooled' * pooled}",
         of_records=lambda records: tokens(list(records["caption"])),
         of_prompts=of_prompts,
         null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),
         embed=embed,
         params=encoder.params,
     )
+
+
+def _pooled(text: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]) -> Float[Array, "batch width"]:
+    total = jnp.sum(text, axis=1, where=mask[..., None])
+    return total / jnp.sqrt(jnp.mean(total**2, axis=-1, keepdims=True)).clip(1e-6)

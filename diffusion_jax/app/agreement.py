@@ -23,6 +23,11 @@ def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
         raise ValueError(
             f"config.model.num_class_embeds must be {expected} for this config.condition, got {unet.num_class_embeds}"
         )
+    if ("text_embeds" in null_cond) != (unet.class_embed_type is not None):
+        expected = "'projection'" if "text_embeds" in null_cond else "None"
+        raise ValueError(
+            f"config.model.class_embed_type must be {expected} for this config.condition, got {unet.class_embed_type!r}"
+        )
     if "text" in null_cond and unet.cross_attention_dim != null_cond["text"].shape[-1]:
         raise ValueError(
             f"config.model.cross_attention_dim must be {null_cond['text'].shape[-1]}, the width of the text encoder, "

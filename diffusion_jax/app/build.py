@@ -204,7 +204,7 @@ def conditioning(config: ConfigDict) -> Conditioning:
     kinds = {
         "none": conditionings.unconditional,
         "class": lambda: conditionings.class_labels(config.condition.num_classes),
-        "text": lambda: conditionings.text(minilm(config.condition.length)),
+        "text": lambda: conditionings.text(minilm(config.condition.length), config.condition.pooled),
     }
     return choose(kinds, config.condition.kind, "condition kind")()
 

@@ -175,6 +175,7 @@ CONDITION = {
     "kind": Field("none", text, "none, class or text."),
     "num_classes": Field(10, whole(1), "For kind=class: the number of classes of the source."),
     "length": Field(32, whole(3, 512), "For kind=text: tokens of a prompt, with its start and end token."),
+    "pooled": Field(False, flag, "For kind=text: also one vector for the whole prompt."),
 }
 
 AUTOENCODER = {

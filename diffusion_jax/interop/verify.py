@@ -82,6 +82,8 @@ def _inputs(name, module):
     inputs["text"] = normal(1, 16, module.cross_attention_dim)
     if module.known_channels:
         inputs["known"] = normal(1, side, side, module.known_channels)
+    if module.class_embed_type:
+        inputs["text_embeds"] = normal(1, module.projection_class_embeddings_input_dim)
     if module.addition_embed_type:
         numbers = min(6, module.projection_class_embeddings_input_dim // module.addition_time_embed_dim)
         width = module.projection_class_embeddings_input_dim - numbers * module.addition_time_embed_dim

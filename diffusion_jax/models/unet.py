@@ -51,6 +51,8 @@ class UNet(nn.Module):
     attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D. None means norm_num_groups, or no
       norm under resnet_time_scale_shift="scale_shift".
     num_class_embeds: size of the table of class embeddings. None for a network without classes.
+    class_embed_type: "projection" for a network whose condition has one vector for the whole text, of width
+      projection_class_embeddings_input_dim, which is added to the time embedding.
     addition_embed_type: "text_time" for a network whose condition has one vector for the whole text, and numbers about
       the image such as its size and crop (SDXL, Podell et al. 2023, section 2.2). Each number becomes sinusoidal waves
       of width addition_time_embed_dim. projection_class_embeddings_input_dim is the width of vector and waves together.
@@ -77,6 +79,7 @@ class UNet(nn.Module):
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
+    class_embed_type: str | None = None
     num_class_embeds: int | None = None
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
@@ -106,6 +109,8 @@ class UNet(nn.Module):
         self.time_embedding = TimestepEmbedding(width)
         if self.num_class_embeds is not None:
             self.class_embedding = nn.Embed(self.num_class_embeds, width, embedding_init=kernel_init)
+        elif self.class_embed_type:
+            self.class_embedding = TimestepEmbedding(width)
         if self.addition_embed_type:
             self.add_embedding = TimestepEmbedding(width)
         self.conv_in = Conv(channels[0], dtype=self.dtype)
@@ -130,9 +135,9 @@ class UNet(nn.Module):
         cond: the condition, each entry with a batch axis in front.
           text (L, D) float, mask (L,) bool: the text; False marks padding. The mask is optional.
           label () int: the class.
-          text_embeds (P,), time_ids (N,) float: the vector and the numbers of addition_embed_type. For SDXL the numbers
-            are the height and width of the original image, top and left of the crop, height and width of the result,
-            all in pixels.
+          text_embeds (P,) float: the vector of class_embed_type or addition_embed_type.
+          time_ids (N,) float: the numbers of addition_embed_type. For SDXL they are the height and width of the
+            original image, top and left of the crop, height and width of the result, all in pixels.
           known (h, w, k) float: the known part of the image, for an inpainting network.
         keys: (B,), one for each image. They turn dropout on. The result of an image does not depend on its batch.
         Raises ValueError for fields that contradict each other, and for a missing or unknown condition.
@@ -176,8 +181,9 @@ class UNet(nn.Module):
             cond["text"] = jnp.zeros((1, 1, self.cross_attention_dim))
         if self.num_class_embeds is not None:
             cond["label"] = jnp.zeros((1,), jnp.int32)
-        if self.addition_embed_type == "text_time":
+        if self._has_vector():
             cond["text_embeds"] = jnp.zeros((1, self.projection_class_embeddings_input_dim))
+        if self.addition_embed_type == "text_time":
             cond["time_ids"] = jnp.zeros((1, 0))
         if self.known_channels:
             cond["known"] = jnp.zeros((1, size, size, self.known_channels))
@@ -243,6 +249,8 @@ class UNet(nn.Module):
         temb = self.time_embedding(waves(t, self.block_out_channels[0]))
         if "label" in cond:
             temb += self.class_embedding(cond["label"])
+        if self.class_embed_type:
+            temb += self.class_embedding(cond["text_embeds"])
         if self.addition_embed_type:
             numbers = cond["time_ids"]
             told = waves(numbers.reshape(-1), self.addition_time_embed_dim)
@@ -260,6 +268,9 @@ class UNet(nn.Module):
     def _reads_text(self) -> bool:
         used = (*self.down_block_types, self.mid_block_type, *self.up_block_types)
         return any(BLOCK_TYPES.get(name) == "cross" for name in used)
+
+    def _has_vector(self) -> bool:
+        return self.class_embed_type == "projection" or self.addition_embed_type == "text_time"
 
     def _check_fields(self) -> None:
         levels = len(self.block_out_channels)
@@ -284,12 +295,18 @@ class UNet(nn.Module):
                     raise ValueError(f"UNet: {field} has {str(name)!r}; expected one of {', '.join(known)}")
         for field, known in (
             ("resnet_time_scale_shift", ("default", "scale_shift")),
+            ("class_embed_type", (None, "projection")),
             ("addition_embed_type", (None, "text_time")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"UNet: {field} must be one of {known}, got {getattr(self, field)!r}")
         if self.addition_embed_type and not self.addition_time_embed_dim:
             raise ValueError("UNet: addition_embed_type='text_time' needs addition_time_embed_dim")
+        added = [
+            field for field in ("class_embed_type", "num_class_embeds", "addition_embed_type") if getattr(self, field)
+        ]
+        if self.class_embed_type and len(added) > 1:
+            raise ValueError(f"UNet: {' and '.join(added)} exclude each other")
 
     def _check(self, x: Array, cond: Mapping[str, Array]) -> None:
         if not isinstance(cond, Mapping):
@@ -298,7 +315,7 @@ class UNet(nn.Module):
         needed = {
             "text": self._reads_text(),
             "label": self.num_class_embeds is not None,
-            "text_embeds": self.addition_embed_type is not None,
+            "text_embeds": self._has_vector(),
             "time_ids": self.addition_embed_type is not None,
             "known": self.known_channels > 0,
         }
@@ -315,6 +332,11 @@ class UNet(nn.Module):
         if needed["text"] and cond["text"].shape[-1] != self.cross_attention_dim:
             raise ValueError(
                 f"UNet: expected a text of width {self.cross_attention_dim}, got shape {cond['text'].shape}"
+            )
+        if self.class_embed_type and cond["text_embeds"].shape[-1] != self.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"UNet: expected text_embeds of width {self.projection_class_embeddings_input_dim}, got shape "
+                f"{cond['text_embeds'].shape}"
             )
         if needed["time_ids"]:
             wide, count = cond["text_embeds"].shape[-1], cond["time_ids"].shape[-1]

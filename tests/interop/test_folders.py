@@ -40,6 +40,7 @@ SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 7 + 6 * 8,
 }
+POOLED = {**TEXT, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 7}
 CLASSES = {  # as ADM
     **LEVELS,
     "in_channels": 3,
@@ -70,6 +71,7 @@ UNETS = {
     "upcast": ("UNet2DConditionModel", TEXT | {"upcast_attention": True}, (8, 8)),
     "only cross-attention": ("UNet2DConditionModel", TEXT | {"only_cross_attention": True}, (8, 8)),
     "sdxl": ("UNet2DConditionModel", SDXL, (8, 8)),
+    "pooled": ("UNet2DConditionModel", POOLED, (8, 8)),
     "no middle": ("UNet2DConditionModel", TEXT | {"mid_block_type": None}, (8, 8)),
     "classes": ("UNet2DModel", CLASSES, (8, 8)),
     "cifar": ("UNet2DModel", CIFAR, (8, 8)),
@@ -90,8 +92,9 @@ def unet_inputs(config, size):
             inputs["mask"] = np.arange(5) < np.array([[3], [5]])
     if config.get("num_class_embeds"):
         inputs["label"] = np.array([1, 10])
-    if config.get("addition_embed_type"):
+    if config.get("projection_class_embeddings_input_dim"):
         inputs["text_embeds"] = rng.normal(size=(2, 7))
+    if config.get("addition_embed_type"):
         inputs["time_ids"] = np.array([[64.0, 48, 0, 0, 64, 48], [32.0, 32, 8, 4, 64, 64]])
     inputs = x, np.array([3, 700]), inputs
     return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32 if value.dtype == float else None), inputs)
@@ -134,7 +137,11 @@ def peer():
             x = np.concatenate([x, cond.pop("known", x[..., :0])], axis=-1)
             others = {names.get(name, name): self.tensor(value) for name, value in cond.items()}
             added = {name: others.pop(name) for name in ("text_embeds", "time_ids") if name in others}
-            others |= {"timestep": self.tensor(t)} | ({"added_cond_kwargs": added} if added else {})
+            if added:
+                others |= (
+                    {"added_cond_kwargs": added} if "time_ids" in added else {"class_labels": added["text_embeds"]}
+                )
+            others |= {"timestep": self.tensor(t)}
             return self.run(lambda x: unet(x, **others), x)
 
         def tensor(self, array):
@@ -216,7 +223,7 @@ def edited(folder, **changes):
         ({"_class_name": "SD3Transformer2DModel"}, "expected a UNet2DConditionModel or UNet2DModel, got SD3"),
         ({"addition_embed_type": "text_time"}, "no network can be built from it"),
         ({"addition_embed_type": "image"}, r"addition_embed_type must be one of \(None, 'text_time'\), got 'image'"),
-        ({"class_embed_type": "projection"}, "class_embed_type='projection' is not supported"),
+        ({"class_embed_type": "timestep"}, r"class_embed_type must be one of \(None, 'projection'\), got 'timestep'"),
         ({"num_attention_heads": 8}, "num_attention_heads=8 is not supported"),
         ({"block_out_channels": "wide"}, "no network can be built from it"),
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),

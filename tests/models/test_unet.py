@@ -172,6 +172,9 @@ def test_ddpm_and_stable_diffusion_have_their_published_sizes():
         ({"in_channels": 2}, "expected 2 input channels .* got 4"),
         ({"addition_embed_type": "text"}, r"must be one of \(None, 'text_time'\)"),
         ({"addition_embed_type": "text_time"}, "needs addition_time_embed_dim"),
+        ({"class_embed_type": "timestep"}, r"must be one of \(None, 'projection'\)"),
+        ({"class_embed_type": "projection"}, "expected a condition with text, text_embeds, got mask, text"),
+        ({"class_embed_type": "projection", "num_class_embeds": 3}, "exclude each other"),
     ],
 )
 def test_contradictions_are_one_line(fields, message):

@@ -55,3 +55,16 @@ def test_no_text_is_the_empty_text():
     empty = texts.of_prompts([""])
     for name in ("text", "mask"):
         np.testing.assert_array_equal(texts.null[name], empty[name][0])
+
+
+def test_one_vector_for_the_whole_text():
+    """It does not see padding, and is as long for every text."""
+    texts = conditioning.text(letters(), pooled=True)
+    told = texts.of_prompts(["ab", "abcdef", ""])
+    assert told["text_embeds"].shape == (3, 2) and texts.cache_key() != conditioning.text(letters()).cache_key()
+    mean = np.array([97 + 98, 97**2 + 98**2])
+    np.testing.assert_allclose(told["text_embeds"][0], mean / np.sqrt(np.mean(mean**2)), rtol=1e-5)
+    np.testing.assert_allclose(np.mean(told["text_embeds"][:2] ** 2, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(told["text_embeds"][2], 0)
+    again = texts.embed(texts.params, texts.of_records({"caption": np.array(["ab", "abcdef"], object)}))
+    np.testing.assert_array_equal(again["text_embeds"], told["text_embeds"][:2])
