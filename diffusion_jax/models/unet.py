@@ -302,11 +302,9 @@ class UNet(nn.Module):
                 raise ValueError(f"UNet: {field} must be one of {known}, got {getattr(self, field)!r}")
         if self.addition_embed_type and not self.addition_time_embed_dim:
             raise ValueError("UNet: addition_embed_type='text_time' needs addition_time_embed_dim")
-        added = [
-            field for field in ("class_embed_type", "num_class_embeds", "addition_embed_type") if getattr(self, field)
-        ]
-        if self.class_embed_type and len(added) > 1:
-            raise ValueError(f"UNet: {' and '.join(added)} exclude each other")
+        if self.class_embed_type and (self.num_class_embeds or self.addition_embed_type):
+            other = "num_class_embeds" if self.num_class_embeds else "addition_embed_type"
+            raise ValueError(f"UNet: class_embed_type and {other} exclude each other")
 
     def _check(self, x: Array, cond: Mapping[str, Array]) -> None:
         if not isinstance(cond, Mapping):
