@@ -29,10 +29,20 @@ FIRST_STAGE = (
     " --config.autoencoder.train.steps=2 --config.autoencoder.train.batch_size=2"
 )
 EVAL = "--config.eval.images=2 --config.eval.batch_size=2 --config.eval.steps=1 --config.eval.terms=2"
+SCENES = (
+    "--config.data.splits.train=train[:8] --config.data.splits.first_stage=mixed[:8]"
+    " --config.data.splits.validation=validation[:8] --config.data.styles=('flat',)"
+    " --config.autoencoder.model.block_out_channels=4,4,4,8 --config.autoencoder.train.steps=2"
+    " --config.autoencoder.train.batch_size=2"
+)
 QUICK = {  # what is added to a command
     r"python -m benchmarks\.": "--quick",
     r"python -m diffusion_jax\.interop\.verify": "",
     r"python main\.py .*configs/digits\.py": f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1",
+    r"python main\.py .*configs/autoencoder\.py:full": SCENES,
+    r"python main\.py .*configs/latent_cfg\.py:full": (
+        f"{TWO_STEPS} {TWO_LEVELS} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
+    ),
     # from the demo weights, which are not those of the tiny model that the training beside it leaves
     r"python main\.py .*configs/latent_cfg\.py .*--mode=sample": "--config.sample.steps=2 --workdir=runs/demo",
     r"python main\.py .*configs/latent_cfg\.py": f"{TWO_STEPS} {TWO_LEVELS} {FIRST_STAGE} {EVAL}",

@@ -72,7 +72,7 @@ def _scenes(config: ConfigDict, model: DiffusionModel):
     if config.data.source != "emoji" or config.condition.kind != "text":
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
     distances = load_lpips()
-    drawings = sources.emoji_drawings(config.data.data_dir or None)
+    drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
     sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
 
     def measure(model: DiffusionModel, workdir: Path) -> dict:

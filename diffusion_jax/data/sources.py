@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ def emoji(
 
     size: height and width in pixels, a multiple of 8 up to 192.
     split: "train"; "validation", whose concepts are never trained on; or "mixed" for a first stage, without captions:
-      training scenes, every other record four of them at half the size.
+      training scenes, every other record four of them at half the size. "train[:100]" has only the first 100.
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
     styles: some of `emoji.STYLES`, empty for all.
     Records also have "style", except in "mixed".
@@ -119,13 +120,11 @@ def emoji(
     """
     if size % 8 or not 8 <= size <= PIXELS:
         raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {PIXELS}; got {size}")
-    if split not in SCENES:
-        raise ValueError(f"emoji has the splits {', '.join(SCENES)}, got {split!r}")
-    unknown = set(styles) - set(STYLES)
-    if unknown:
-        raise ValueError(f"emoji has the styles {', '.join(STYLES)}, got {', '.join(sorted(unknown))}")
-    styles, held_out = styles or STYLES, split == "validation"
-    drawings = [drawing for drawing in emoji_drawings(data_dir) if drawing.style in styles]
+    part = re.fullmatch(rf"({'|'.join(SCENES)})(?:\[:(\d+)\])?", split)
+    if not part:
+        raise ValueError(f"emoji has the splits {', '.join(SCENES)}, and parts such as train[:100]; got {split!r}")
+    whole, count = part[1], min(int(part[2] or SCENES[part[1]]), SCENES[part[1]])
+    drawings, held_out = emoji_drawings(data_dir, styles), whole == "validation"
     make = held_out_scene if held_out else trained_scene
 
     def made(index: int) -> tuple[Scene, np.random.Generator]:
@@ -147,23 +146,28 @@ def emoji(
         return tuple(caption(scene, rng) for _ in range(SAID))
 
     return Source(
-        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{'+'.join(sorted(styles))}/{split}",
-        size=SCENES[split],
-        read=read_mixed if split == "mixed" else read,
-        captions=() if split == "mixed" else Captions(SCENES[split], captions),
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{'+'.join(sorted(styles or STYLES))}/{split}",
+        size=count,
+        read=read_mixed if whole == "mixed" else read,
+        captions=() if whole == "mixed" else Captions(count, captions),
     )
 
 
-def emoji_drawings(data_dir: str | PathLike | None = None) -> list[Drawing]:
-    """All drawings of the emoji data set. They are made on first use (a minute).
+def emoji_drawings(data_dir: str | PathLike | None = None, styles: Sequence[str] = ()) -> list[Drawing]:
+    """The drawings of the emoji data set. They are made on first use (a minute).
 
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
-    Raises ModuleNotFoundError for a package of drawings that is missing.
+    styles: some of `emoji.STYLES`, empty for all.
+    Raises ValueError for another style, ModuleNotFoundError for a package of drawings that is missing.
     """
+    unknown = set(styles) - set(STYLES)
+    if unknown:
+        raise ValueError(f"emoji has the styles {', '.join(STYLES)}, got {', '.join(sorted(unknown))}")
     builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
-    return [_drawing(records[i]) for i in range(len(records))]
+    drawings = [_drawing(records[i]) for i in range(len(records))]
+    return [drawing for drawing in drawings if drawing.style in (styles or STYLES)]
 
 
 def _drawing(record: dict) -> Drawing:

@@ -174,7 +174,7 @@ def evaluate_scenes(
         repeats = SEEDS if kind == "names" else 1
         seeds = section.seed + np.arange(repeats * len(scenes))
         made = list(generate(captions * repeats, seeds.tolist()))
-        show(kind, captions, made)
+        show(kind, captions * repeats, made)
         painted = [paint(scene, model.size[0]) for scene in scenes]
         report[kind] = {"cases": len(scenes), "part": KINDS[kind].part} | {
             name: _shares(parts(pictures, scenes * (len(pictures) // len(scenes)), known), KINDS[kind].part)

@@ -77,7 +77,16 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
     assert flat.name != four.name == sources.emoji(32, "train", tmp_path, styles=emoji.STYLES).name
     with pytest.raises(ValueError, match="emoji has the styles outlined, flat, line, shaded, got oil"):
         sources.emoji(32, "train", tmp_path, styles=("oil",))
-    for size, split, message in [(60, "train", "multiple of 8"), (200, "train", "8 to 192"), (64, "test", "splits")]:
+    few = sources.emoji(32, "train[:3]", tmp_path)
+    assert len(few) == len(few.captions) == 3 and few.name != four.name
+    np.testing.assert_array_equal(few[2]["image"], four[2]["image"])
+    wrong = [
+        (60, "train", "multiple of 8"),
+        (200, "train", "8 to 192"),
+        (64, "test", "splits"),
+        (64, "train[5]", "such as"),
+    ]
+    for size, split, message in wrong:
         with pytest.raises(ValueError, match=message):
             sources.emoji(size, split, tmp_path)
 

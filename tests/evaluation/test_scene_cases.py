@@ -68,6 +68,7 @@ def report(generate):
     section, shown = ConfigDict({"concepts": 6, "cases": 5, "seed": 0}), []
     compared = scenes.known(DRAWINGS, thumbnails, SIZE)
     found = scenes.evaluate_scenes(model, compared, generate, load_lpips(), section, lambda *sheet: shown.append(sheet))
+    assert all(len(captions) == len(pictures) > 0 for _, captions, pictures in shown)
     assert [kind for kind, *_ in shown] == [*scenes.KINDS] == [*found]
     json.dumps(found, allow_nan=False)
     return found
