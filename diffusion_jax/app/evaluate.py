@@ -71,7 +71,7 @@ def _likelihood(config: ConfigDict, model: DiffusionModel):
 def _scenes(config: ConfigDict, model: DiffusionModel):
     if config.data.source != "emoji" or config.condition.kind != "text":
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
-    distances = load_lpips()
+    distances, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
     drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
     sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
 
@@ -87,7 +87,7 @@ def _scenes(config: ConfigDict, model: DiffusionModel):
             sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
             pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
 
-        compared = known(drawings, classifier_features(distances), model.size[0])
+        compared = known(drawings, features, model.size[0])
         report = evaluate_scenes(model, compared, generate, distances, config.eval, show)
         for kind, of_kind in report.items():
             both = {name: of_kind[name]["both"]["mean"] for name in ("generated", "painted")}
