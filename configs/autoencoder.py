@@ -16,5 +16,5 @@ def get_config(preset: str = "openmoji") -> ConfigDict:
     config = latent_cfg.get_config(preset)
     del config.model
     config.name = "autoencoder"
-    config.weights = ""
+    config.weights = config.autoencoder.checkpoint = ""
     return config

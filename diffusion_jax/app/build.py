@@ -14,6 +14,7 @@ from optax import contrib
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning as conditionings
+from diffusion_jax.app import shipped
 from diffusion_jax.app.agreement import check_network
 from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.conditioning import Conditioning
@@ -192,7 +193,7 @@ def _untrained_codec(config: ConfigDict) -> Codec:
 
     def untrained() -> Codec:
         own = config.autoencoder.checkpoint
-        module = autoencoder_of(*read_config(own))[0] if own else autoencoder(config)
+        module = autoencoder_of(*read_config(shipped.find(own)))[0] if own else autoencoder(config)
         shapes = jax.eval_shape(module.init, jax.random.key(0), module.example_image())
         return codecs.autoencoder_kl(module, shapes, config.sample.tile)
 
