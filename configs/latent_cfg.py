@@ -76,7 +76,7 @@ def _full() -> ConfigDict:
     config.autoencoder.loss.update(l1=0.0, l2=1.0, perceptual=0.0)
     config.data.splits.first_stage = "mixed"
     config.condition.pooled = True
-    config.model = _small_unet(channels=(96, 192), layers=2, heads=6)
+    config.model = _small_unet(channels=(96, 192), layers=1, heads=6)
     config.model.update(
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
