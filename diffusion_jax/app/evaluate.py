@@ -15,7 +15,7 @@ from diffusion_jax.data import sources
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.evaluation.retrieval import classifier_features
-from diffusion_jax.evaluation.scenes import evaluate_scenes, known
+from diffusion_jax.evaluation.scenes import Known, evaluate_scenes, known
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.model import DiffusionModel
@@ -76,22 +76,28 @@ def _scenes(config: ConfigDict, model: DiffusionModel):
     sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
 
     def measure(model: DiffusionModel, workdir: Path) -> dict:
-        folder = workdir / "eval"
-        folder.mkdir(exist_ok=True)
+        compared = known(drawings, features, model.size[0])
+        scales = config.eval.scales or (config.sample.guidance,)
+        return {f"guidance {scale:g}": at_scale(scale, model, compared, workdir) for scale in scales}
+
+    def at_scale(scale: float, model: DiffusionModel, compared: Known, workdir: Path) -> dict:
+        folder = workdir / "eval" / f"guidance_{scale:g}"
+        folder.mkdir(parents=True, exist_ok=True)
 
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[np.ndarray]:
-            asked = sample.request(config, model, prompts)._replace(jobs=list(enumerate(seeds)))
+            asked = sample.request(config, model, prompts)
+            asked = asked._replace(jobs=list(enumerate(seeds)), guidance=asked.guidance._replace(scale=scale))
             return (one.image for one in sample.generate(asked, model, config.sample.batch_size, progress=True))
 
         def show(kind: str, captions: Sequence[str], images: Sequence[np.ndarray]) -> None:
             sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
             pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
 
-        compared = known(drawings, features, model.size[0])
         report = evaluate_scenes(model, compared, generate, distances, config.eval, show)
         for kind, of_kind in report.items():
-            both = {name: of_kind[name]["both"]["mean"] for name in ("generated", "painted")}
-            logging.info("%s: object and %s right in %.3f, painted %.3f", kind, of_kind["part"], *both.values())
+            made, painted = (of_kind[which]["both"]["mean"] for which in ("generated", "painted"))
+            part = f"object and {of_kind['part']} right"
+            logging.info("guidance %g, %s: %s in %.3f of the pictures, painted %.3f", scale, kind, part, made, painted)
         return report
 
     return measure

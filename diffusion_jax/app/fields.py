@@ -276,6 +276,7 @@ EVAL = {
     "terms": Field(100, whole(0), "How many of the T terms of the bound to evaluate; 0 for all."),
     "concepts": Field(500, whole(1), "How many names are asked for, two pictures each; fewer if there are fewer."),
     "cases": Field(200, whole(1), "How many scenes of each other kind are asked for; fewer if there are fewer."),
+    "scales": Field((), each(number()), "Guidance scales at which scenes are asked for; empty for sample.guidance."),
     "network": Field("alex", text, "The classifier in whose features drawings are compared: alex or vgg."),
     "batch_size": Field(64, whole(1), "Images whose likelihood is measured at once."),
     "seed": Field(0, seed, "Seed of the order of the images, of the scenes and all noise."),
