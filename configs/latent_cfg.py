@@ -76,10 +76,10 @@ def _full() -> ConfigDict:
     config.autoencoder.loss.update(l1=0.0, l2=1.0, perceptual=0.0)
     config.data.splits.first_stage = "mixed"
     config.condition.pooled = True
-    config.model = _small_unet(channels=(96, 192), layers=1, heads=6)
+    config.model = _small_unet(channels=(64, 128, 160), layers=1, heads=4)
     config.model.update(
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
         class_embed_type="projection",
         projection_class_embeddings_input_dim=384,
     )
@@ -171,8 +171,8 @@ def _autoencoder(
     )
 
 
-def _small_unet(channels: tuple[int, int], layers: int, heads: int) -> ConfigDict:
-    """The U-Net of the presets of drawings: two levels, of which the coarser one attends to the text."""
+def _small_unet(channels: tuple[int, ...], layers: int, heads: int) -> ConfigDict:
+    """The U-Net of the presets of drawings. As it is here, two levels, of which the coarser one attends to the text."""
     return ConfigDict(
         {
             "in_channels": 4,

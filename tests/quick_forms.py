@@ -41,7 +41,7 @@ QUICK = {  # what is added to a command
     r"python main\.py .*configs/digits\.py": f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1",
     r"python main\.py .*configs/autoencoder\.py:full": SCENES,
     r"python main\.py .*configs/latent_cfg\.py:full": (
-        f"{TWO_STEPS} {TWO_LEVELS} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
+        f"{TWO_STEPS} {TWO_LEVELS.replace('8,16', '8,8,16')} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
     ),
     # from the demo weights, which are not those of the tiny model that the training beside it leaves
     r"python main\.py .*configs/latent_cfg\.py .*--mode=sample": "--config.sample.steps=2 --workdir=runs/demo",

@@ -13,6 +13,7 @@ from diffusion_jax.data.scenes import PLACES
 
 Picture = UInt8[np.ndarray, "height width 3"]
 INK = 0.1  # least distance in OKLab from the colour of the ground
+HUED, ENOUGH_HUE = 0.05, 0.2  # least chroma of a pixel with a hue, and the part of the ink above which only those count
 SPECK = 0.1  # of the largest part's pixels, below which a part is not counted
 CLOSED = 0.06  # gaps inside one drawing, as a part of the picture's side
 LOW, HIGH = 0.38, 0.62  # where the middle begins and ends, as a part of the picture's side
@@ -32,10 +33,14 @@ def ink(picture: Picture) -> Bool[np.ndarray, "height width"]:
 
 
 def colour(picture: Picture) -> str | None:
-    """The named colour that most pixels of the ink are nearest to, or None without ink."""
+    """The named colour that most pixels of the ink are nearest to, or None without ink. Black, white and grey, such as
+    outlines, count only where less than a fifth of the ink has a hue.
+    """
     lab = to_lab(picture[ink(picture)] / 255)
     if not len(lab):
         return None
+    hued = np.hypot(lab[:, 1], lab[:, 2]) > HUED
+    lab = lab[hued] if hued.mean() > ENOUGH_HUE else lab
     nearest = np.argmin(np.linalg.norm(lab[:, None] - _LABS, axis=-1), axis=-1)
     return _NAMES[np.bincount(nearest).argmax()]
 

@@ -50,7 +50,8 @@ def _name(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
 
 
 def _held_out_colour(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
-    colours = [name for name in colours_of(drawing) if is_held_out(name, drawing.name)]
+    # on a white ground white cannot be told from holes
+    colours = [name for name in colours_of(drawing) if name != "white" and is_held_out(name, drawing.name)]
     return Scene(drawing, str(rng.choice(colours))) if colours and is_trained_on(Scene(drawing)) else None
 
 
