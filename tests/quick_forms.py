@@ -40,6 +40,9 @@ QUICK = {  # what is added to a command
     r"python -m diffusion_jax\.interop\.verify": "",
     r"python main\.py .*configs/digits\.py": f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1",
     r"python main\.py .*configs/autoencoder\.py:full": SCENES,
+    r"python main\.py .*configs/latent_cfg\.py:full .*down_block_types": (
+        f"{TWO_STEPS} {TWO_LEVELS} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
+    ),
     r"python main\.py .*configs/latent_cfg\.py:full": (
         f"{TWO_STEPS} {TWO_LEVELS.replace('8,16', '8,8,16')} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
     ),
