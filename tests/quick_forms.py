@@ -41,7 +41,7 @@ QUICK = {  # what is added to a command
     r"python main\.py .*configs/digits\.py": f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1",
     r"python main\.py .*configs/autoencoder\.py:full": SCENES,
     r"python main\.py .*configs/latent_cfg\.py:full .*down_block_types": (
-        f"{TWO_STEPS} {TWO_LEVELS} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
+        f"{TWO_STEPS} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"  # a tuple given twice would be appended
     ),
     r"python main\.py .*configs/latent_cfg\.py:full": (
         f"{TWO_STEPS} {TWO_LEVELS.replace('8,16', '8,8,16')} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
