@@ -172,7 +172,7 @@ def _autoencoder(
 
 
 def _small_unet(channels: tuple[int, ...], layers: int, heads: int) -> ConfigDict:
-    """The U-Net of the presets of drawings. As it is here, two levels, of which the coarser one attends to the text."""
+    """The U-Net of the presets of drawings: two levels, of which the coarser one attends to the text."""
     return ConfigDict(
         {
             "in_channels": 4,

@@ -35,12 +35,14 @@ def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
         )
 
 
-def check_condition(config: ConfigDict, source: Source) -> None:
-    """Raise ValueError for a source that lacks the condition of the config's denoiser.
+def condition_kind(config: ConfigDict) -> str:
+    """none, class or text. A checkpoint has no section condition: its condition is a text."""
+    return config.condition.kind if "condition" in config else "text"
 
-    config: with the section condition, or with a checkpoint, whose condition is a text.
-    """
-    kind = config.condition.kind if "condition" in config else "text"
+
+def check_condition(config: ConfigDict, source: Source) -> None:
+    """Raise ValueError for a source that lacks the condition of the config's denoiser."""
+    kind = condition_kind(config)
     if kind == "text" and not source.captions:
         raise ValueError(f"a text-conditional model needs data with captions, and {source.name} has none")
     if kind == "class" and source.num_classes != config.condition.num_classes:

@@ -9,13 +9,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax.app import build, first_stage, pictures, sample, weights
-from diffusion_jax.app.agreement import check_condition
+from diffusion_jax.app.agreement import check_condition, condition_kind
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.data import sources
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.evaluation.retrieval import classifier_features
-from diffusion_jax.evaluation.scenes import Known, evaluate_scenes, known
+from diffusion_jax.evaluation.scenes import Known, Trial, evaluate_scenes, known, trials
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.model import DiffusionModel
@@ -69,7 +69,7 @@ def _likelihood(config: ConfigDict, model: DiffusionModel):
 
 
 def _scenes(config: ConfigDict, model: DiffusionModel):
-    if config.data.source != "emoji" or config.condition.kind != "text":
+    if config.data.source != "emoji" or condition_kind(config) != "text":
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
     distances, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
     drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
@@ -77,10 +77,11 @@ def _scenes(config: ConfigDict, model: DiffusionModel):
 
     def measure(model: DiffusionModel, workdir: Path) -> dict:
         compared = known(drawings, features, model.size[0])
+        asked = trials(model, compared, config.eval)
         scales = config.eval.scales or (config.sample.guidance,)
-        return {f"guidance {scale:g}": at_scale(scale, model, compared, workdir) for scale in scales}
+        return {f"guidance {scale:g}": at_scale(scale, model, asked, compared, workdir) for scale in scales}
 
-    def at_scale(scale: float, model: DiffusionModel, compared: Known, workdir: Path) -> dict:
+    def at_scale(scale: float, model: DiffusionModel, trials: Sequence[Trial], compared: Known, workdir: Path) -> dict:
         folder = workdir / "eval" / f"guidance_{scale:g}"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -93,7 +94,7 @@ def _scenes(config: ConfigDict, model: DiffusionModel):
             sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
             pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
 
-        report = evaluate_scenes(model, compared, generate, distances, config.eval, show)
+        report = evaluate_scenes(trials, compared, generate, distances, config.eval.seed, show)
         for kind, of_kind in report.items():
             made, painted = (of_kind[which]["both"]["mean"] for which in ("generated", "painted"))
             part = f"object and {of_kind['part']} right"

@@ -154,8 +154,36 @@ def cases(drawings: Sequence[Drawing], kind: str, count: int, rng: np.random.Gen
     return list(found.values())
 
 
+class Trial(NamedTuple):
+    """The cases of one kind with their captions, and what pictures score that no model made: "painted" and "first
+    stage".
+    """
+
+    kind: str
+    scenes: list[Scene]
+    captions: list[str]
+    bounds: dict[str, dict]
+
+
+def trials(model: DiffusionModel, known: Known, section) -> list[Trial]:
+    """A trial of each kind.
+
+    section: config section with concepts (cases of names), cases (of each other kind), and seed.
+    """
+    made = []
+    for i, kind in enumerate(KINDS):
+        rng = np.random.default_rng([section.seed, i])
+        scenes = cases(known.drawings, kind, section.concepts if kind == "names" else section.cases, rng)
+        captions = [caption(scene, rng, styled=True) for scene in scenes]
+        painted = [paint(scene, model.size[0]) for scene in scenes]
+        sets = {"painted": painted, "first stage": _through_first_stage(model, painted)}
+        bounds = {name: _shares(parts(pictures, scenes, known), KINDS[kind].part) for name, pictures in sets.items()}
+        made.append(Trial(kind, scenes, captions, bounds))
+    return made
+
+
 def evaluate_scenes(
-    model: DiffusionModel, known: Known, generate: Generate, distances: dict, section, show: Show
+    trials: Sequence[Trial], known: Known, generate: Generate, distances: dict, seed: int, show: Show
 ) -> dict:
     """For each kind of case, the part of the pictures in which the object, the other part and both are right: of
     generated pictures, of painted ones, and of painted ones after the first stage.
@@ -164,27 +192,18 @@ def evaluate_scenes(
 
     generate: captions and seeds -> pictures.
     distances: weights of LPIPS, see `models.lpips.lpips`.
-    section: config section with concepts (cases of names), cases (of each other kind), and seed.
+    seed: of the first picture of a kind; the others count on.
     show: called with each kind, its captions and its generated pictures.
     """
     report = {}
-    for i, kind in enumerate(KINDS):
-        rng = np.random.default_rng([section.seed, i])
-        scenes = cases(known.drawings, kind, section.concepts if kind == "names" else section.cases, rng)
-        captions = [caption(scene, rng, styled=True) for scene in scenes]
+    for kind, scenes, captions, bounds in trials:
         repeats = SEEDS if kind == "names" else 1
-        seeds = section.seed + np.arange(repeats * len(scenes))
+        seeds = seed + np.arange(repeats * len(scenes))
         made = list(generate(captions * repeats, seeds.tolist()))
         show(kind, captions * repeats, made)
-        painted = [paint(scene, model.size[0]) for scene in scenes]
-        report[kind] = {"cases": len(scenes), "part": KINDS[kind].part} | {
-            name: _shares(parts(pictures, scenes * (len(pictures) // len(scenes)), known), KINDS[kind].part)
-            for name, pictures in {
-                "generated": made,
-                "painted": painted,
-                "first stage": _through_first_stage(model, painted),
-            }.items()
-        }
+        part = KINDS[kind].part
+        generated = _shares(parts(made, scenes * repeats, known), part)
+        report[kind] = {"cases": len(scenes), "part": part, "generated": generated} | bounds
         if repeats == SEEDS:
             report[kind]["diversity"] = summary(_distances(distances, made[: len(scenes)], made[len(scenes) :]))
     return report

@@ -67,7 +67,10 @@ def report(generate):
     model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
     section, shown = ConfigDict({"concepts": 6, "cases": 5, "seed": 0}), []
     compared = scenes.known(DRAWINGS, thumbnails, SIZE)
-    found = scenes.evaluate_scenes(model, compared, generate, load_lpips(), section, lambda *sheet: shown.append(sheet))
+    trials = scenes.trials(model, compared, section)
+    found = scenes.evaluate_scenes(
+        trials, compared, generate, load_lpips(), section.seed, lambda *sheet: shown.append(sheet)
+    )
     assert all(len(captions) == len(pictures) > 0 for _, captions, pictures in shown)
     assert [kind for kind, *_ in shown] == [*scenes.KINDS] == [*found]
     json.dumps(found, allow_nan=False)
