@@ -20,14 +20,16 @@ def convolve(
     padding: Padding,
     stride: int = 1,
 ) -> Num[Array, "batch h w features"]:
-    """A convolution. On CPU, 3x3 convolutions of many channels use Winograd's algorithm: XLA's takes up to twice as
-    long.
+    """A convolution. On CPU, 3x3 convolutions of many channels use Winograd's algorithm, and those of large images
+    have a kernel gradient of their own: XLA's take up to twice as long.
 
     padding: (before, after) for height and for width.
     """
     same = kernel.shape[:2] == (3, 3) and stride == 1 and [tuple(sides) for sides in padding] == SAME
     if same and _is_large(kernel, math.prod(x.shape[:3]), x.dtype):
         return _minimal(x, kernel)
+    if same and _has_many_pixels(x, kernel):
+        return _same(x, kernel)
     return _convolve(x, kernel, padding, stride)
 
 
@@ -67,9 +69,11 @@ def multiply(
 
 
 def _convolve(x, kernel, padding, stride=1):
-    """On CPU: one product if the kernel is larger than the image, one for each tap for many channels in bfloat16."""
+    """On CPU: one product if the kernel is larger than the image or the batch of images, for which XLA takes up to 30
+    times as long, and one for each tap for many channels in bfloat16.
+    """
     size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
-    few = len(x) * math.prod(size) < kernel.shape[-1]
+    few = math.prod(size) < max(math.prod(kernel.shape[:2]), kernel.shape[-1] / len(x))
     wide = x.dtype == jnp.bfloat16 and x.shape[-1] > 256
     if jax.default_backend() != "cpu" or not (few or wide):
         return jax.lax.conv_general_dilated(
@@ -101,6 +105,28 @@ def _repeated_taps(kernel, axis, parity):
     left, middle, right = jnp.split(kernel, 3, axis)
     pair = [left, middle + right] if parity == 0 else [left + middle, right]
     return jnp.concatenate(pair, axis)
+
+
+def _by_columns(x, kernel):
+    """A 3x3 convolution, padded by 1: a product for each column of the kernel, whose rows are added one pixel apart.
+
+    Slower than XLA's, but its transpose, the kernel's gradient, is three large products.
+    """
+    b, h, w, channels = x.shape
+    padded = jnp.pad(x, [(0, 0), *SAME, (0, 0)])
+    taps = kernel.transpose(1, 2, 0, 3).reshape(3, channels, -1)
+    rows = sum(multiply(padded[:, :, j : j + w], taps[j]) for j in range(3)).reshape(b, h + 2, w, 3, -1)
+    return sum(rows[:, i : i + h, :, i] for i in range(3)).astype(x.dtype)
+
+
+def _in_kernel(x, kernel):
+    """A 3x3 convolution, padded by 1, in the form whose kernel gradient is fastest."""
+    return _by_columns(x, kernel) if _has_many_pixels(x, kernel) else _convolve(x, kernel, SAME)
+
+
+def _has_many_pixels(x, kernel):
+    many = math.prod(x.shape[:3]) >= 8192 and min(kernel.shape[2:]) >= 32
+    return jax.default_backend() == "cpu" and many
 
 
 def _is_large(kernel, pixels, dtype):
@@ -169,17 +195,22 @@ def _filter(filtering, x, kernel):
     return y.reshape(b, 2 * rows, 2 * columns, -1)[:, : size[0], : size[1]]
 
 
-def _bilinear(fast, slow):
-    """`fast` with the derivatives of `slow`, which XLA can transpose. Both are linear in each argument."""
-    function = jax.custom_jvp(fast)
+def _bilinear(function, in_x, in_kernel):
+    """`function` with the derivatives of `in_x` in x and of `in_kernel` in the kernel, which XLA transposes.
+
+    All three are the same function, linear in each argument.
+    """
+    function = jax.custom_jvp(function)
 
     @function.defjvp
     def jvp(primals, tangents):
         (x, kernel), (dx, dkernel) = primals, tangents
-        return function(x, kernel), slow(dx, kernel) + slow(x, dkernel)
+        return function(x, kernel), in_x(dx, kernel) + in_kernel(x, dkernel)
 
     return function
 
 
-_minimal = _bilinear(functools.partial(_filter, MINIMAL), functools.partial(_convolve, padding=SAME))
-_minimal_repeated = _bilinear(functools.partial(_filter, MINIMAL_REPEATED), _convolve_repeated)
+_padded = functools.partial(_convolve, padding=SAME)
+_same = _bilinear(_padded, _padded, _in_kernel)
+_minimal = _bilinear(functools.partial(_filter, MINIMAL), _padded, _in_kernel)
+_minimal_repeated = _bilinear(functools.partial(_filter, MINIMAL_REPEATED), *[_convolve_repeated] * 2)

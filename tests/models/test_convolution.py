@@ -40,20 +40,29 @@ def test_forms_of_a_convolution_are_equal(dtype, features, stride):
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=tolerance, atol=1e-3)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_images_smaller_than_the_kernel(stride):
+    (x, kernel), _ = arrays((64, 2, 2, 16), 8)
+    found, wanted = (jax.vjp(lambda x, k, f=f: f(x, k, SAME, stride), x, kernel) for f in (convolve, definition))
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), found[1](wanted[0]), wanted[1](wanted[0]))
+
+
 @pytest.mark.parametrize(
-    ("ours", "expected", "shape", "minimal"),
+    ("ours", "expected", "shape", "name"),
     [
         (functools.partial(convolve, padding=SAME), definition, (2, 16, 16, 256), "_minimal"),
         (functools.partial(convolve, padding=SAME), definition, (2, 17, 16, 260), "_minimal"),
         (functools.partial(convolve, padding=SAME), definition, (1, 23, 25, 256), "_minimal"),
+        (functools.partial(convolve, padding=SAME), definition, (2, 64, 64, 32), "_by_columns"),
         (convolve_repeated, definition_repeated, (2, 8, 9, 256), "_minimal_repeated"),
     ],
 )
-def test_large_convolutions_on_cpu_take_fewer_products(ours, expected, shape, minimal, monkeypatch):
+def test_large_convolutions_on_cpu_take_another_form(ours, expected, shape, name, monkeypatch):
     primals, tangents = arrays(shape, 258)
     calls = []
-    form = getattr(convolution, minimal)
-    monkeypatch.setattr(convolution, minimal, lambda *operands: calls.append(1) or form(*operands))
+    form = getattr(convolution, name)
+    monkeypatch.setattr(convolution, name, lambda *operands: calls.append(1) or form(*operands))
     found, wanted = (jax.jvp(f, primals, tangents) for f in (ours, expected))
     assert calls
     for a, b in zip(found, wanted, strict=True):
