@@ -1,0 +1,119 @@
+"""Distances against their definitions, against known values, and against torch-fidelity on the same features."""
+
+import functools
+from importlib import import_module
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from diffusion_jax.evaluation import distances
+from diffusion_jax.evaluation.distances import frechet, inception_score, kernel, kernel_of_subsets, moments, neighbours
+from tests import fidelity
+
+
+def features(count, dimensions=24, seed=0, shift=0.0):
+    """Correlated features, like those of a network."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(dimensions, dimensions)) / dimensions**0.5
+    return np.maximum(rng.normal(size=(count, dimensions)) @ mixing + 0.5 + shift, 0)
+
+
+def test_moments_of_parts_add_up():
+    x = features(100) + 1e4
+    parts = [moments(part) for part in np.split(x, [1, 40, 55])]
+    whole = functools.reduce(lambda a, b: a + b, parts)
+    np.testing.assert_allclose(whole.mean, x.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(whole.covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_frechet_of_gaussians_that_commute_is_known():
+    rng = np.random.default_rng(0)
+    directions = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    a, b, apart = rng.uniform(0.5, 2, 6), rng.uniform(0.5, 2, 6), rng.normal(size=6)
+    first, second = (
+        distances.Moments(11, mean, 10 * directions @ np.diag(variances) @ directions.T)
+        for mean, variances in ((apart, a), (np.zeros(6), b))
+    )
+    assert frechet(first, second) == pytest.approx(apart @ apart + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [20, 400])  # fewer and more than there are features
+def test_frechet_laws(count):
+    a, b = moments(features(count, 64)), moments(features(count, 64, seed=1, shift=0.3))
+    assert frechet(a, a) == pytest.approx(0, abs=1e-12 * np.trace(a.covariance))
+    assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-12) and frechet(a, b) > 0
+    turned = np.linalg.qr(np.random.default_rng(2).normal(size=(64, 64)))[0]
+    rotated = [moments(features(count, 64) @ turned), moments(features(count, 64, seed=1, shift=0.3) @ turned)]
+    assert frechet(*rotated) == pytest.approx(frechet(a, b), rel=1e-10)
+
+
+def test_frechet_equals_the_matrix_root():
+    a, b = moments(features(300)), moments(features(300, seed=1))
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
+    expected = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance - 2 * root)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_is_unbiased():
+    found = [kernel(features(40, 8, seed=i), features(40, 8, seed=i + 1000)) for i in range(300)]
+    assert abs(np.mean(found)) < 4 * np.std(found) / 300**0.5
+
+
+def test_inception_score_laws():
+    sure = np.where(np.arange(10) == np.arange(200)[:, None] % 10, 50.0, 0.0)
+    assert inception_score(sure) == pytest.approx(10) and inception_score(np.zeros((5, 10))) == pytest.approx(1)
+
+
+def test_overlap_by_definition(monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", 7)
+    real, generated, k = features(60), features(50, seed=1, shift=0.2), 3
+    cross = np.linalg.norm(real[:, None] - generated, axis=-1)
+    own = [np.sort(np.linalg.norm(x[:, None] - x, axis=-1), axis=1)[:, k] for x in (real, generated)]
+    found = neighbours(real, generated, k)
+    assert found.precision == (cross <= own[0][:, None]).any(axis=0).mean()
+    assert found.recall == (cross <= own[1]).any(axis=1).mean()
+    assert found.density == pytest.approx((cross <= own[0][:, None]).sum() / k / len(generated))
+    assert found.coverage == (cross.min(axis=1) <= own[0]).mean()
+    assert neighbours(real, real + 100, k) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: moments(np.zeros((0, 3))), "at least one picture"),
+        (lambda: moments(np.array([[0.0, np.nan], [1, 1]])), "1 of 2 pictures have NaN features"),
+        (lambda: frechet(moments(features(9, 4)), moments(features(9, 5))), "two networks: 4 and 5"),
+        (lambda: frechet(moments(features(1)), moments(features(9))), "at least two pictures, got 1"),
+        (lambda: kernel_of_subsets(features(9), features(5), 2, 6, 0), "subsets of 6 pictures .* got 9 and 5"),
+        (lambda: neighbours(features(9), features(3), 3), "needs more than 3 pictures, got 9 and 3"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("count", "dimensions"), [(3000, 48), (300, 256), (100, 256)])
+def test_the_peer_has_the_same_distances(monkeypatch, count, dimensions, dtype):
+    fid, kid, prc, isc = (fidelity.module(monkeypatch, f"metric_{name}") for name in ("fid", "kid", "prc", "isc"))
+    a, b = (features(count, dimensions, seed, 0.1 * seed).astype(dtype) for seed in (0, 1))
+    tensors = [import_module("torch").from_numpy(x.astype(np.float64)) for x in (a, b)]
+
+    statistics = [fid.fid_features_to_statistics(x) for x in tensors]
+    expected = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet(moments(a), moments(b)) == pytest.approx(expected, rel=1e-6)
+
+    settings = {"kid_subsets": 5, "kid_subset_size": 80, "rng_seed": 2020, "verbose": False}
+    expected = kid.kid_features_to_metric(*tensors, **settings)
+    found = kernel_of_subsets(a, b, 5, 80, 2020)
+    assert found.mean() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
+    assert found.std() == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-9)
+
+    found = neighbours(a, b, 3)
+    expected = prc.calculate_precision_recall_full(*reversed(tensors), 3)
+    np.testing.assert_allclose((found.precision, found.recall), expected, rtol=1e-6)
+
+    expected = isc.isc_features_to_metric(tensors[0], splits=1, shuffle=False)
+    assert inception_score(a) == pytest.approx(expected["inception_score_mean"], rel=1e-6)
