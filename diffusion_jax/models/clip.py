@@ -54,12 +54,14 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v in heads, the softmax in float32. Causal: a token attends to itself and earlier
-    tokens.
+    """softmax(q k^T / sqrt(d)) v in heads, the softmax in float32.
+
+    causal: a token attends only to itself and earlier tokens.
     """
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
@@ -68,7 +70,7 @@ class SelfAttention(nn.Module):
             raise ValueError(f"num_attention_heads: hidden_size {width} cannot be split into {self.heads} heads")
         heads = (*x.shape[:2], self.heads, width // self.heads)
         q, k, v = (Dense(width, self.dtype, name=f"{name}_proj")(x).reshape(heads) for name in "qkv")
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
         return Dense(width, self.dtype, name="out_proj")(attended.reshape(x.shape))
 
 
@@ -95,11 +97,12 @@ class EncoderLayer(nn.Module):
     activation: str
     eps: float
     dtype: DTypeLike = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         norm = functools.partial(nn.LayerNorm, self.eps, dtype=jnp.float32)
-        x = x + SelfAttention(self.heads, self.dtype, name="self_attn")(norm(name="layer_norm1")(x))
+        x = x + SelfAttention(self.heads, self.dtype, self.causal, name="self_attn")(norm(name="layer_norm1")(x))
         return x + MLP(self.intermediate_size, self.activation, self.dtype, name="mlp")(norm(name="layer_norm2")(x))
 
 

@@ -1,0 +1,117 @@
+"""Image encoders in the folder format of transformers: `config.json` beside `model.safetensors`."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import PyTree
+
+from diffusion_jax.interop.folders import module_and_shapes, read_config
+from diffusion_jax.interop.names import from_torch
+from diffusion_jax.interop.tensors import read_tensors
+from diffusion_jax.models.vision import ImageEncoder
+
+WEIGHTS = "model"
+CLIP, DINO = "CLIPVisionModelWithProjection", "Dinov2Model"
+SIDE = 224  # pixels at which the features of DINOv2 are usually compared
+OF_DINO = (  # its names -> those of CLIP, whose network it is
+    (r"^embeddings\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^embeddings\.position_embeddings$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
+    (r"^encoder\.layer\.", "vision_model.encoder.layers."),
+    (r"^layernorm", "vision_model.post_layernorm"),
+    (r"\.attention\.attention\.(query|key|value)", lambda found: f".self_attn.{found[1][0]}_proj"),
+    (r"\.attention\.output\.dense", ".self_attn.out_proj"),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+)
+
+
+def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> tuple[ImageEncoder, PyTree]:
+    """The image encoder of a folder and its variables. Run it by `encoder.apply(variables, images)`.
+
+    folder: of a CLIP model with its projection (a whole CLIP model too), or of DINOv2, which is set to images of 224
+      pixels.
+    allow_pickle: see `read_tensors`.
+    Raises FileNotFoundError for a missing file and ValueError for an unsupported config or weights that do not fit.
+    """
+    config, source = read_config(folder)
+    name = next(iter(config.get("architectures") or [None]))
+    if name not in (CLIP, "CLIPModel", DINO):
+        raise ValueError(f"{source}: expected the architecture of an image encoder, {CLIP} or {DINO}; got {name}")
+    tensors, file = read_tensors(folder, WEIGHTS, allow_pickle)
+    if name == DINO:
+        fields, tensors = _dino(config, tensors, source)
+    else:
+        projection = {"projection_dim": config.get("projection_dim", 512)}
+        config = config.get("vision_config", config) if name == "CLIPModel" else config
+        known = {field: config[field] for field in ImageEncoder.__dataclass_fields__ if field in config}
+        fields = known | projection
+        heads = ("vision_model.", "visual_projection.")
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(heads) and not name.endswith(".position_ids")
+        }
+    encoder, like = module_and_shapes(ImageEncoder, fields, source, lambda encoder: encoder.example_inputs())
+    return encoder, from_torch(tensors, file, like)
+
+
+def _dino(config: Mapping, tensors: Mapping[str, np.ndarray], source: str | Path) -> tuple[dict, dict]:
+    """The fields and tensors of DINOv2 as those of CLIP's network: without the scales of its branches, which become
+    part of the linear map before, and with positions for the usual size.
+    """
+    if config.get("use_swiglu_ffn") or not config.get("qkv_bias", True):
+        raise ValueError(f"{source}: use_swiglu_ffn and qkv_bias=false are not supported")
+    width, patch = config.get("hidden_size", 768), config.get("patch_size", 14)
+    fields = {
+        "hidden_size": width,
+        "intermediate_size": width * config.get("mlp_ratio", 4),
+        "projection_dim": None,
+        "num_hidden_layers": config.get("num_hidden_layers", 12),
+        "num_attention_heads": config.get("num_attention_heads", 12),
+        "image_size": SIDE,
+        "patch_size": patch,
+        "hidden_act": config.get("hidden_act", "gelu"),
+        "layer_norm_eps": config.get("layer_norm_eps", 1e-6),
+        "pre_norm": False,
+        "patch_bias": True,
+    }
+    scales = {name: tensor for name, tensor in tensors.items() if ".layer_scale" in name}
+    made = {}
+    for name, tensor in tensors.items():
+        if name in scales or name == "embeddings.mask_token":
+            continue
+        scale = None
+        for pattern, branch in ((r"(.*)\.attention\.output\.dense", 1), (r"(.*)\.mlp\.fc2", 2)):
+            if found := re.match(pattern, name):
+                scale = scales[f"{found[1]}.layer_scale{branch}.lambda1"]
+        tensor = tensor if scale is None else (tensor.T * scale).T
+        for pattern, theirs in OF_DINO:
+            name = re.sub(pattern, theirs, name)
+        made[name] = tensor
+    first, positions = "vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding.weight"
+    made[first] = made[first].reshape(-1)
+    made[positions] = _resized(np.asarray(made[positions][0], np.float32), SIDE // patch)
+    return fields, made
+
+
+def _resized(positions: np.ndarray, side: int) -> np.ndarray:
+    """Positions (1 + n · n, D) of the class token and a square of patches for a square of side · side patches."""
+    old = round((len(positions) - 1) ** 0.5)
+    weights = _bicubic(old, side)
+    square = np.einsum("yh,xw,hwd->yxd", weights, weights, positions[1:].reshape(old, old, -1))
+    return np.concatenate([positions[:1], square.reshape(side * side, -1)]).astype(np.float32)
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """(new, old): weights of cubic convolution (Keys 1981) with a = -0.75, as torch interpolates."""
+    weights, a = np.zeros((new, old)), -0.75
+    for i in range(new):
+        place = (i + 0.5) * old / new - 0.5
+        for j in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            apart = abs(place - j)
+            near = (a + 2) * apart**3 - (a + 3) * apart**2 + 1
+            far = a * (apart**3 - 5 * apart**2 + 8 * apart - 4)
+            weights[i, np.clip(j, 0, old - 1)] += near if apart <= 1 else far
+    return weights

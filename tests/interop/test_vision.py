@@ -1,0 +1,71 @@
+"""Image encoders against transformers, on random weights from its folders."""
+
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.interop.tensors import write_file
+from diffusion_jax.interop.vision import load_image_encoder
+from diffusion_jax.models.vision import ImageEncoder
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+CLIP = SMALL | {"intermediate_size": 40, "projection_dim": 10, "image_size": 28, "patch_size": 7}
+
+
+def saved(transformers, folder, name):
+    """A random model of transformers, saved in the folder."""
+    torch = importlib.import_module("torch")
+    torch.manual_seed(0)
+    if name == "Dinov2Model":
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, image_size=70, patch_size=14))
+    elif name == "CLIPModel":
+        text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=CLIP, text_config=text, projection_dim=10))
+    else:
+        model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**CLIP))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionModelWithProjection", "CLIPModel", "Dinov2Model"])
+def test_features_equal_those_of_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the reference is not installed")
+    torch = pytest.importorskip("torch", reason="the reference is not installed")
+    model = saved(transformers, tmp_path, name)
+    encoder, params = load_image_encoder(tmp_path)
+    images = np.random.default_rng(0).normal(size=(2, encoder.image_size, encoder.image_size, 3)).astype(np.float32)
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        if name == "Dinov2Model":
+            expected = model(pixels).pooler_output
+        elif name == "CLIPModel":
+            expected = model.visual_projection(model.vision_model(pixels).pooler_output)
+        else:
+            expected = model(pixels).image_embeds
+    found = jax.jit(encoder.apply)(params, images)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5 * np.abs(expected.numpy()).max())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["BertModel"]}, "expected the architecture of an image encoder, .* got BertModel"),
+        ({"architectures": ["Dinov2Model"], "use_swiglu_ffn": True}, "use_swiglu_ffn .* not supported"),
+    ],
+)
+def test_another_model_is_named(config, message, tmp_path):
+    write_file(tmp_path / "model.safetensors", {"a": np.zeros(1)})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_image_encoder(tmp_path)
+
+
+def test_images_of_another_size_are_named():
+    encoder = ImageEncoder(8, 8, None, 1, 1, 8, 4)
+    with pytest.raises(ValueError, match="reads images of 8x8 in patches of 4, got 12x8"):
+        jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 12, 8, 3)))
