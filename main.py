@@ -1,7 +1,7 @@
 """Train the diffusion model that a config describes, and sample from it.
 
 python main.py --config=configs/latent_cfg.py --mode=train
-python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
+python main.py --config=configs/latent_cfg.py --mode=sample --prompt "a red apple; a kitty"
 """
 
 from diffusion_jax.app.command import run

@@ -2,8 +2,8 @@
 
     python -m benchmarks.small_pipeline FOLDER
 
-FOLDER/model: the trained first stage of weights/latent_cfg, a random CLIP text encoder whose tokenizer knows only
-letters, a random U-Net. FOLDER/drawings: 16 drawings of OpenMoji with their names; FOLDER/swapped: the same with red
+FOLDER/model: the trained first stage of weights/emoji, a random CLIP text encoder whose tokenizer knows only
+letters, a random U-Net. FOLDER/drawings: 16 outlined drawings with their names; FOLDER/swapped: the same with red
 and blue exchanged.
 """
 
@@ -16,6 +16,7 @@ from PIL import Image
 from benchmarks import quick, random_pipeline
 from diffusion_jax.core import schedules
 from diffusion_jax.data import sources
+from diffusion_jax.data.scenes import Scene, paint
 from diffusion_jax.interop import load_autoencoder, load_tokenizer, save_pipeline
 from diffusion_jax.interop.pipeline import STABLE_DIFFUSION, Part, PublishedPipeline
 from diffusion_jax.models.clip import ClipTextEncoder
@@ -45,16 +46,15 @@ def main() -> None:
 
 
 def write_drawings(folder: Path) -> None:
-    source = sources.openmoji(64)
     for name in ("drawings", "swapped"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for i, caption in enumerate(source.captions):
-        if caption in NAMES:
-            drawing = source.read(i)["image"]
-            for name, image in (("drawings", drawing), ("swapped", drawing[..., ::-1])):
-                file = folder / name / f"{caption.replace(' ', '_')}.png"
+    for drawing in sources.emoji_drawings(styles=("outlined",)):
+        if drawing.name in NAMES:
+            picture = paint(Scene(drawing), 64)
+            for name, image in (("drawings", picture), ("swapped", picture[..., ::-1])):
+                file = folder / name / f"{drawing.name.replace(' ', '_')}.png"
                 Image.fromarray(image).save(file)
-                file.with_suffix(".txt").write_text(caption)
+                file.with_suffix(".txt").write_text(drawing.name)
 
 
 def write_model(folder: Path, unet: UNet) -> None:
@@ -65,7 +65,7 @@ def write_model(folder: Path, unet: UNet) -> None:
     save_pipeline(
         PublishedPipeline(
             unet=_random(unet),
-            autoencoder=Part(*load_autoencoder(quick.ROOT / "weights" / "latent_cfg" / "vae")),
+            autoencoder=Part(*load_autoencoder(quick.ROOT / "weights" / "emoji" / "vae")),
             text_encoders=(_random(text),),
             tokenizers=(tokenizer,),
             schedule=schedules.scaled_linear(),

@@ -3,14 +3,12 @@
 python -m benchmarks.solver_strip
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 
 from benchmarks import quick
-from configs import latent_cfg
-from diffusion_jax.app import build, pictures, weights
+from diffusion_jax.app import pictures
+from diffusion_jax.app.weights import load_model
 from diffusion_jax.core import solvers
 from diffusion_jax.data.transforms import to_uint8
 from diffusion_jax.pipelines import text_to_image
@@ -26,7 +24,8 @@ SOLVERS = {
     "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
 }
 STEPS = (5, 10, 20, 50)
-PROMPTS = ("grinning cat", "rocket")
+PROMPTS = ("a red apple", "a purple fish")
+WEIGHTS = "weights/emoji"
 GUIDANCE, SEED = 3.0, 1
 
 
@@ -34,9 +33,7 @@ def main() -> None:
     small = quick.parser(__doc__).parse_args().quick
     quick.note(small)
     chosen, steps = (["ddim", "heun"], STEPS[:1]) if small else (SOLVERS, STEPS)
-    config = latent_cfg.get_config()
-    config.weights = str(quick.ROOT / config.weights)
-    model, _ = weights.load(config, Path("no run of its own"), build.model(config))
+    model = load_model(WEIGHTS)
     cond = model.conditioning.of_prompts(PROMPTS)
     keys = jax.vmap(jax.random.key)(np.full(len(PROMPTS), SEED, np.uint32))
     images, captions = [], []
@@ -47,7 +44,7 @@ def main() -> None:
         captions += [f"{name}, {n} steps" for _ in PROMPTS for n in steps]
     columns = len(PROMPTS) * len(steps)
     sheet = pictures.grid(images, columns, captions)
-    about = {"prompts": "; ".join(PROMPTS), "seed": str(SEED), "guidance": str(GUIDANCE), "weights": config.weights}
+    about = {"prompts": "; ".join(PROMPTS), "seed": str(SEED), "guidance": str(GUIDANCE), "weights": WEIGHTS}
     pictures.save(quick.picture("solver_strip.png", small), sheet, about)
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import latent_cfg
 
 
-def get_config(preset: str = "openmoji") -> ConfigDict:
+def get_config(preset: str = "full") -> ConfigDict:
     """preset: as in configs/latent_cfg.py, whose first stage this is."""
     config = latent_cfg.get_config(preset)
     del config.model

@@ -78,7 +78,7 @@ def lora() -> ConfigDict:
 
 
 def data(source: str, size: int, flip: bool = False) -> ConfigDict:
-    """source: "openmoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side."""
+    """source: "emoji", "digits", "folder" (then path), or "tfds:NAME". size: pixels a side."""
     section = fields.section(fields.DATA, source=source, size=size, flip=flip)
     section.splits = fields.section(fields.SPLITS)
     return section

@@ -1,19 +1,17 @@
 """Latent text-to-image diffusion with classifier-free guidance.
 
     python main.py --config=configs/latent_cfg.py --mode=train
-    python main.py --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
+    python main.py --config=configs/latent_cfg.py --mode=sample --prompt "a red apple; a kitty"
 
-Presets, after a colon (`--config=configs/latent_cfg.py:openmoji_long`):
-  openmoji       64 x 64 drawings with their names; 21 minutes on a 2-core CPU with other load; learns colours and
-                 outlines (held-out PSNR of the first stage 20.5 dB)
-  openmoji_long  the same model trained for 75 minutes (held-out PSNR of the first stage 23.4 dB). The demo weights,
-                 weights/latent_cfg, have an earlier first stage (20.8 dB) and 6,000 steps of the second
-  full           128 x 128 scenes of emoji in four styles, eleven colours, sizes and places (docs/data.md), on the
-                 first stage of weights/emoji/vae (88 minutes on a 2-core CPU with other load, held-out PSNR 30.5 dB;
-                 --config.autoencoder.checkpoint="" trains one from nothing); the second stage is not trained yet
-  coco256        256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
-  imagenet256    256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
-                 estimated from the compiled FLOPs at 40 % utilisation; not trained yet
+Presets, after a colon (`--config=configs/latent_cfg.py:full`):
+  small        64 x 64 outlined drawings of 104 emoji in eleven colours, 15 minutes on 2 CPU cores: the demo weights,
+               weights/emoji
+  full         128 x 128 scenes of emoji in four styles, eleven colours, sizes and places (docs/data.md); not trained yet
+  coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
+  imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
+               estimated from the compiled FLOPs at 40 % utilisation; not trained yet
+Both presets of emoji use the trained first stage in weights/emoji/vae (docs/results.md);
+--config.autoencoder.checkpoint="" trains one from nothing.
 """
 
 from ml_collections import ConfigDict
@@ -21,71 +19,95 @@ from ml_collections import ConfigDict
 from configs import common
 
 PROMPTS = (
-    "grinning cat",
-    "red apple",
-    "flag of Japan",
-    "sunflower",
-    "rocket",
-    "pizza",
-    "kitty",
-    "a cup of tea",
-    "happy yellow face",
-    "a tall building",
-    "blue fish",
-    "a heart",
+    "a red apple",
+    "a kitty",
+    "a pizza",
+    "a happy face",
+    "a house",
+    "a hot drink",
+    "a blue fish",
+    "a red dog",
+    "a pink crab",
+    "a purple lion",
+    "a green rocket",
+    "a blue heart",
+)
+CONCEPTS = (  # of the preset small
+    *("cat", "dog", "lion", "bear", "panda", "fox", "rabbit", "frog", "pig", "cow", "horse", "zebra", "elephant"),
+    *("goat", "owl", "duck", "swan", "flamingo", "parrot", "chicken", "baby chick", "fish", "tropical fish"),
+    *("blowfish", "dolphin", "spouting whale", "shark", "crab", "lobster", "shrimp", "squid", "jellyfish", "turtle"),
+    *("crocodile", "snake", "butterfly", "bug", "lady beetle", "honeybee", "hedgehog", "unicorn", "T-Rex"),
+    *("sauropod", "dragon", "grinning cat", "red apple", "green apple", "lemon", "banana", "strawberry", "cherries"),
+    *("grapes", "watermelon", "pineapple", "tomato", "broccoli", "mushroom", "avocado", "pizza", "hamburger"),
+    *("hot dog", "doughnut", "cookie", "lollipop", "hot beverage", "teapot", "tulip", "rose", "sunflower"),
+    *("palm tree", "evergreen tree", "four leaf clover", "maple leaf", "house", "castle", "rocket", "airplane"),
+    *("automobile", "tractor", "bicycle", "sailboat", "sun", "crescent moon", "star", "rainbow", "cloud with rain"),
+    *("umbrella", "red heart", "guitar", "balloon", "wrapped gift", "key", "bell", "top hat", "soccer ball", "robot"),
+    *("ghost", "alien", "volcano", "alarm clock", "grinning face", "smiling face with smiling eyes", "crying face"),
+    "smiling face with sunglasses",
+)
+SCENES = (
+    "a purple cat, flat",
+    "three small green fish on a yellow background",
 )
 
 
-def get_config(preset: str = "openmoji") -> ConfigDict:
+def get_config(preset: str = "small") -> ConfigDict:
     """preset: one of the list above."""
-    presets = {
-        "openmoji": lambda: _openmoji(first_stage_steps=1800, steps=900),
-        "full": _full,
-        "openmoji_long": lambda: _openmoji(first_stage_steps=8000, steps=3800),
-        "coco256": _coco256,
-        "imagenet256": _imagenet256,
-    }
+    presets = {"small": _small, "full": _full, "coco256": _coco256, "imagenet256": _imagenet256}
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of latent_cfg; known: {', '.join(presets)}")
     return presets[preset]()
 
 
-def _openmoji(first_stage_steps: int, steps: int) -> ConfigDict:
-    config = _latent("latent_cfg", common.data("openmoji", size=64))
-    config.weights = "weights/latent_cfg"
-    config.condition = common.by_text(length=16)
-    config.data.splits.first_stage = "train+unnamed"
-    config.autoencoder = _autoencoder(
-        channels=(8, 16, 64, 64), layers=1, groups=1, learning_rate=3e-3, steps=first_stage_steps, batch_size=8
-    )
-    config.model = _small_unet(channels=(96, 128), layers=1, heads=4)
+def _small() -> ConfigDict:
+    config = _emoji("latent_cfg", size=64, prompts=PROMPTS)
+    config.data.styles = ("outlined",)
+    config.data.concepts = CONCEPTS
+    config.data.splits.train = "drawings"
     config.optimizer = common.optimizer(1e-3, warmup=100, decay="cosine")
-    config.train = common.train(steps, batch_size=64, ema=0.999, every=500)
-    config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
+    config.train = common.train(steps=1800, batch_size=32, ema=0.995, every=600)
     return config
 
 
 def _full() -> ConfigDict:
-    config = _latent("emoji", common.data("emoji", size=128))
+    config = _emoji("emoji", size=128, prompts=SCENES)
+    config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
+    config.train = common.train(steps=10_000, batch_size=64, ema=0.999, every=500)
+    return config
+
+
+def _emoji(name: str, size: int, prompts: tuple[str, ...]) -> ConfigDict:
+    """What the presets of emoji share: both stages, as those of the demo weights."""
+    config = _latent(name, common.data("emoji", size))
+    config.weights = "weights/emoji"
+    config.data.splits.first_stage = "mixed"
     config.condition = common.by_text(length=24)
+    config.condition.pooled = True
+    # min_snr gives little weight to the noisiest levels, where v tells the drawing and its colours from the caption
+    config.objective = common.objective(weight="uniform")
     config.autoencoder = _autoencoder(
         channels=(16, 32, 96, 128), layers=1, groups=1, learning_rate=3e-3, steps=3600, batch_size=8
     )
     config.autoencoder.checkpoint = "weights/emoji/vae"
     config.autoencoder.optimizer.kind = "muon"
     config.autoencoder.loss.update(l1=0.0, l2=1.0, perceptual=0.0)
-    config.data.splits.first_stage = "mixed"
-    config.condition.pooled = True
-    config.model = _small_unet(channels=(64, 128, 160), layers=1, heads=4)
-    config.model.update(
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=384,
+    config.model = ConfigDict(
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+            "block_out_channels": (64, 128, 160),
+            "layers_per_block": 1,
+            "norm_num_groups": 16,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 384,
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 384,
+        }
     )
-    config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
-    config.train = common.train(steps=10_000, batch_size=64, ema=0.999, every=500)
-    config.sample = common.sample(PROMPTS, solver="dpmpp_2m", steps=20, guidance=3.0)
+    config.sample = common.sample(prompts, solver="dpmpp_2m", steps=20, guidance=3.0)
     return config
 
 
@@ -167,23 +189,6 @@ def _autoencoder(
             "loss": common.reconstruction(),
             "optimizer": common.optimizer(learning_rate, warmup=100, decay="cosine"),
             "train": common.train(steps, batch_size, ema=0.995, every=500),
-        }
-    )
-
-
-def _small_unet(channels: tuple[int, ...], layers: int, heads: int) -> ConfigDict:
-    """The U-Net of the presets of drawings: two levels, of which the coarser one attends to the text."""
-    return ConfigDict(
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": channels,
-            "layers_per_block": layers,
-            "norm_num_groups": 16,
-            "attention_head_dim": heads,
-            "cross_attention_dim": 384,
         }
     )
 

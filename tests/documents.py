@@ -7,7 +7,7 @@ import textwrap
 
 from tests.command_line import ROOT
 
-DOCUMENTS = ["README.md", "BUILD.md", "CONTRIBUTING.md", "weights/latent_cfg/README.md", "weights/emoji/README.md"]
+DOCUMENTS = ["README.md", "BUILD.md", "CONTRIBUTING.md", "weights/emoji/README.md"]
 DOCUMENTS += [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.py")])]
 
 

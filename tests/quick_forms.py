@@ -17,21 +17,18 @@ SKIPPED = {
 }
 NEEDED = {
     r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step)": "diffusers",
-    r"benchmarks\.solver_error": "matplotlib",
+    r"benchmarks\.(solver_error|guidance)": "matplotlib",
     r"benchmarks\.tpu": "libtpu",
 }
 TWO_STEPS = "--config.train.steps=2 --config.train.batch_size=2 --config.sample.steps=2"
 TWO_LEVELS = (
     "--config.model.block_out_channels=8,16 --config.model.norm_num_groups=4 --config.model.attention_head_dim=4"
 )
-FIRST_STAGE = (
-    "--config.data.splits.train=train[:8] --config.autoencoder.model.block_out_channels=4,8"
-    " --config.autoencoder.train.steps=2 --config.autoencoder.train.batch_size=2"
-)
+THREE_LEVELS = TWO_LEVELS.replace("8,16", "8,8,16")
 EVAL = "--config.eval.images=2 --config.eval.batch_size=2 --config.eval.steps=1 --config.eval.terms=2"
 SCENES = (
     "--config.data.splits.train=train[:8] --config.data.splits.first_stage=mixed[:8]"
-    " --config.data.splits.validation=validation[:8] --config.data.styles=('flat',)"
+    " --config.data.splits.validation=validation[:8] --config.data.styles=('outlined',)"
     " --config.autoencoder.model.block_out_channels=4,4,4,8 --config.autoencoder.train.steps=2"
     " --config.autoencoder.train.batch_size=2"
 )
@@ -39,16 +36,13 @@ QUICK = {  # what is added to a command
     r"python -m benchmarks\.": "--quick",
     r"python -m diffusion_jax\.interop\.verify": "",
     r"python main\.py .*configs/digits\.py": f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1",
-    r"python main\.py .*configs/autoencoder\.py:full": SCENES,
+    r"python main\.py .*configs/autoencoder\.py": SCENES,
     r"python main\.py .*configs/latent_cfg\.py:full .*down_block_types": (
         f"{TWO_STEPS} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"  # a tuple given twice would be appended
     ),
-    r"python main\.py .*configs/latent_cfg\.py:full": (
-        f"{TWO_STEPS} {TWO_LEVELS.replace('8,16', '8,8,16')} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"
+    r"python main\.py .*configs/latent_cfg\.py": (
+        f"{TWO_STEPS} {THREE_LEVELS} {SCENES} {EVAL} --config.eval.concepts=2 --config.eval.cases=2"
     ),
-    # from the demo weights, which are not those of the tiny model that the training beside it leaves
-    r"python main\.py .*configs/latent_cfg\.py .*--mode=sample": "--config.sample.steps=2 --workdir=runs/demo",
-    r"python main\.py .*configs/latent_cfg\.py": f"{TWO_STEPS} {TWO_LEVELS} {FIRST_STAGE} {EVAL}",
     r"python main\.py .*configs/(stable_diffusion|lora)\.py": (
         f"{TWO_STEPS} --config.sample.height=64 --config.sample.width=64"
     ),

@@ -53,8 +53,11 @@ def test_assets_are_those_of_the_requirements():
     assert " ".join(listed) in (ROOT / "BUILD.md").read_text()
 
 
-DEMO = {"--config=configs/latent_cfg.py", "--mode=sample"}
-DRAWN = [given for given in map(flags_of, commands("README.md")) if set(given) >= DEMO]
+DRAWN = [
+    given
+    for given in map(flags_of, commands("README.md"))
+    if "--mode=sample" in given and any("latent_cfg" in word for word in given)
+]
 
 
 @pytest.mark.slow
@@ -65,4 +68,4 @@ def test_pictures_of_the_readme_are_drawn(given, tmp_path, monkeypatch):
     Image.fromarray(face).save(tmp_path / "face.png")
     Image.fromarray(np.repeat(np.uint8([0, 255]), 32)[:, None].repeat(64, axis=1)).save(tmp_path / "mask.png")
     assert not command_line.run(monkeypatch, *given, cwd=tmp_path)
-    assert (tmp_path / "runs" / "latent_cfg" / "samples" / "0000.png").exists()
+    assert list(tmp_path.glob("runs/*/samples/0000.png"))

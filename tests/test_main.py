@@ -185,6 +185,7 @@ def get_config():
     config = digits.get_config()
     config.data.size, config.data.upscale = 16, True
     config.autoencoder = latent_cfg.get_config().autoencoder
+    config.autoencoder.checkpoint = ""
     config.autoencoder.model.update(block_out_channels=(4, 8), latent_channels=2, norm_num_groups=2)
     config.autoencoder.loss.perceptual, config.autoencoder.optimizer.decay = 0.0, "constant"
     config.autoencoder.train.update(steps=100_000, batch_size=8, checkpoint_every=3)
@@ -228,7 +229,7 @@ BAD = {
     "No such file or directory: 'configs/none.py'": ["--config=configs/none.py", "--mode=train"],
     "unknown mode 'draw'; known: ": [*TINY, "--mode=draw"],
     "Unknown command line flag 'mod'": [*TINY, "--mod=train"],
-    "unknown preset 'foo' of latent_cfg; known: openmoji": ["--config=configs/latent_cfg.py:foo", "--mode=train"],
+    "unknown preset 'foo' of latent_cfg; known: small": ["--config=configs/latent_cfg.py:foo", "--mode=train"],
     "config.train has no field 'stepz'; known: accumulate, batch_size": changed("train.stepz=1"),
     "flag --config.train.steps=many: invalid literal for int()": changed("train.steps=many"),
     "unknown solver 'magic'; known: ": changed("sample.solver=magic"),

@@ -295,10 +295,8 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     """
     data = config.data
     name = data.splits[split]
-    if data.source == "openmoji":
-        return sources.openmoji(size, name, data.data_dir or None)
     if data.source == "emoji":
-        return sources.emoji(size, name, data.data_dir or None, data.styles)
+        return sources.emoji(size, name, data.data_dir or None, data.styles, data.concepts)
     if data.source == "digits":
         return sources.digits(name)
     if data.source == "folder":
@@ -307,7 +305,7 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
         return sources.folder(data.path)
     if data.source.startswith("tfds:"):
         return sources.tfds_source(data.source.removeprefix("tfds:"), name, data.data_dir or None)
-    raise ValueError(f"unknown data source {data.source!r}; known: emoji, openmoji, digits, folder, tfds:NAME")
+    raise ValueError(f"unknown data source {data.source!r}; known: emoji, digits, folder, tfds:NAME")
 
 
 def transform(config: ConfigDict, size: tuple[int, int], flip: bool = False) -> Transform:

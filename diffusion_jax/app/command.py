@@ -1,7 +1,7 @@
 """Train the diffusion model that a config describes, and sample from it.
 
 diffusion_jax --config=configs/latent_cfg.py --mode=train
-diffusion_jax --config=configs/latent_cfg.py --mode=sample --prompt "red apple; a kitty"
+diffusion_jax --config=configs/latent_cfg.py --mode=sample --prompt "a red apple; a kitty"
 """
 
 import logging as std_logging

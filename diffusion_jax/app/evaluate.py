@@ -43,6 +43,7 @@ def _of_model(config: ConfigDict, workdir: Path) -> dict:
     if unknown or not config.eval.measures:
         got = f"got {unknown[0]!r}" if unknown else "got none"
         raise ValueError(f"eval.measures must be some of {', '.join(MEASURES)}; {got}")
+    config = weights.resolved(config, workdir)
     model = build.model(config)
     ready = {name: MEASURES[name](config, model) for name in config.eval.measures}
     model, origin = weights.load(config, workdir, model)
@@ -73,11 +74,12 @@ def _scenes(config: ConfigDict, model: DiffusionModel):
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
     distances, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
     drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
+    chosen = sources.emoji_drawings(config.data.data_dir or None, config.data.styles, config.data.concepts)
     sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
 
     def measure(model: DiffusionModel, workdir: Path) -> dict:
         compared = known(drawings, features, model.size[0])
-        asked = trials(model, compared, config.eval)
+        asked = trials(model, compared, chosen, config.eval)
         scales = config.eval.scales or (config.sample.guidance,)
         return {f"guidance {scale:g}": at_scale(scale, model, asked, compared, workdir) for scale in scales}
 

@@ -135,7 +135,9 @@ RUN = {
 }
 
 OWN = {
-    "weights": Field("", text, "A folder to sample from while the work directory has no checkpoint; may be empty."),
+    "weights": Field(
+        "", text, "The model to use while the work directory has no checkpoint: a folder of --mode=export, or empty."
+    ),
     "init": Field("", text, "A U-Net folder in the format of diffusers: training starts from its weights."),
 }
 
@@ -154,9 +156,10 @@ PUBLISHED = {
 }
 
 DATA = {
-    "source": Field("digits", text, 'emoji, openmoji, digits, folder (then path), or "tfds:NAME".'),
+    "source": Field("digits", text, 'emoji, digits, folder (then path), or "tfds:NAME".'),
     "path": Field("", text, "The folder of source=folder."),
     "styles": Field((), each(text), "The styles of source=emoji; empty for all."),
+    "concepts": Field((), each(text), "Names of the emoji of source=emoji; empty for all."),
     "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
     "random_crop": Field(False, flag, "Crop at a random place, else at the centre."),

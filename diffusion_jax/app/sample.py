@@ -66,6 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         pictures.save(folder / "grid.png", shown, {"weights": str(workdir)})
         logging.info("wrote %s", folder / "grid.png")
         return
+    config = weights.resolved(config, workdir)
     model = build.model(config, (config.sample.height, config.sample.width))
     asked = request(config, model, config.sample.prompts)
     model, origin = weights.load(config, workdir, model)

@@ -1,4 +1,4 @@
-"""The files that come with the program: configs/ and the demo weights, weights/latent_cfg."""
+"""The files that come with the program: configs/ and the demo weights, weights/emoji."""
 
 import sys
 from pathlib import Path

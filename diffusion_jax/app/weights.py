@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import jax
+from absl import logging
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from diffusion_jax import codec as codecs
 from diffusion_jax.app import build, fields, first_stage, shipped
@@ -14,11 +15,28 @@ from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.training.checkpoints import Checkpoints
 
+MODEL = ("model", "autoencoder", "condition", "schedule", "objective")  # the sections that weights depend on
+
+
+def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config with the model that `load` finds: without a checkpoint, that of the folder config.weights."""
+    if not config.get("weights") or Checkpoints(workdir / "checkpoints").latest_step() is not None:
+        return config
+    file = shipped.find(config.weights) / "config.json"
+    if not file.exists():
+        return config
+    logging.info("no checkpoint in %s: using the model of %s", workdir, config.weights)
+    theirs, ours = fields.completed(ConfigDict(read_json(file))), ConfigDict(config)
+    for section in MODEL:
+        ours[section] = theirs[section]
+    ours.data.size = theirs.data.size
+    return FrozenConfigDict(ours)
+
 
 def load_model(folder: str | Path, size: tuple[int, int] = (0, 0)) -> DiffusionModel:
     """The model in a folder, with its weights.
 
-    folder: the work directory of a training, the export that --mode=export wrote, or "weights/latent_cfg", the demo,
+    folder: the work directory of a training, the export that --mode=export wrote, or "weights/emoji", the demo,
       which is found from any current folder.
     size: height and width of the images, pixels. 0 for the size in training.
     Raises FileNotFoundError for a folder without config.json or weights, and ValueError for a config without a denoiser

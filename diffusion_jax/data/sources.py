@@ -18,8 +18,7 @@ from diffusion_jax.data.captions import caption, words_for
 from diffusion_jax.data.colours import MainHue
 from diffusion_jax.data.emoji import PIXELS, STYLES, Emoji
 from diffusion_jax.data.folders import digest, list_pictures
-from diffusion_jax.data.openmoji import OpenMoji
-from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, paint, trained_scene
+from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, is_trained_on, paint, scenes_alone, trained_scene
 from diffusion_jax.data.transforms import Record, decode
 
 
@@ -84,52 +83,46 @@ class Captions(Sequence):
         return self.read(chosen) if isinstance(chosen, int) else [self.read(i) for i in chosen]
 
 
-def openmoji(size: int, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
-    """OpenMoji drawings with their names. Built on first use (seconds).
-
-    size: height and width in pixels, a multiple of 8 up to 1024.
-    split: "train", "validation" (5 % of the drawings), "unnamed" (more drawings, with empty captions), or a sum of
-      these such as "train+unnamed".
-    data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
-
-    Records also have "aliases", a list of other names. Raises ValueError for another size or split.
-    """
-    if f"{size}px" not in OpenMoji.builder_configs:
-        raise ValueError(f"the size of OpenMoji must be a multiple of 8 pixels, from 8 to 1024; got {size}")
-    builder = OpenMoji(config=f"{size}px", data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
-    return _from_builder(builder, split)
-
-
 SCENES = {"train": 40_000, "validation": 1000, "mixed": 40_000}
+SPLITS = (*SCENES, "drawings")
 SAID = 8  # captions of a scene
 
 
 def emoji(
-    size: int, split: str = "train", data_dir: str | PathLike | None = None, styles: Sequence[str] = ()
+    size: int,
+    split: str = "train",
+    data_dir: str | PathLike | None = None,
+    styles: Sequence[str] = (),
+    concepts: Sequence[str] = (),
 ) -> Source:
     """Scenes of emoji: see `data.scenes`. The drawings are made on first use (a minute), the scenes when they are read.
 
     size: height and width in pixels, a multiple of 8 up to 192.
-    split: "train"; "validation", whose concepts are never trained on; or "mixed" for a first stage, without captions:
-      training scenes, every other record four of them at half the size. "train[:100]" has only the first 100.
+    split: "train"; "validation", whose concepts are never trained on; "drawings", every drawing that is trained on
+      in each of its colours, alone; or "mixed" for a first stage, without captions: training scenes, every other record
+      four of them at half the size. "train[:100]" has only the first 100.
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
-    styles: some of `emoji.STYLES`, empty for all.
+    styles, concepts: see `emoji_drawings`. "validation" has all concepts that are held out.
     Records also have "style", except in "mixed".
-    Raises ValueError for another size, split or style, ModuleNotFoundError for a package of drawings that is missing.
+    Raises ValueError for another size or split and if nothing is left to train on, and what `emoji_drawings` raises.
     """
     if size % 8 or not 8 <= size <= PIXELS:
         raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {PIXELS}; got {size}")
-    part = re.fullmatch(rf"({'|'.join(SCENES)})(?:\[:(\d+)\])?", split)
+    part = re.fullmatch(rf"({'|'.join(SPLITS)})(?:\[:(\d+)\])?", split)
     if not part:
-        raise ValueError(f"emoji has the splits {', '.join(SCENES)}, and parts such as train[:100]; got {split!r}")
-    whole, count = part[1], min(int(part[2] or SCENES[part[1]]), SCENES[part[1]])
-    drawings, held_out = emoji_drawings(data_dir, styles), whole == "validation"
+        raise ValueError(f"emoji has the splits {', '.join(SPLITS)}, and parts such as train[:100]; got {split!r}")
+    whole, held_out = part[1], part[1] == "validation"
+    drawings = emoji_drawings(data_dir, styles, () if held_out else concepts)
+    alone = [scene for drawing in drawings for scene in scenes_alone(drawing) if is_trained_on(scene)]
+    if not alone:
+        raise ValueError(f"nothing to train on: {', '.join(concepts)} are held out in {', '.join(styles or STYLES)}")
+    total = SCENES.get(whole, len(alone))
+    count = min(int(part[2] or total), total)
     make = held_out_scene if held_out else trained_scene
 
     def made(index: int) -> tuple[Scene, np.random.Generator]:
         rng = np.random.default_rng([int(held_out), index])
-        return make(drawings, rng), rng
+        return alone[index] if whole == "drawings" else make(drawings, rng), rng
 
     def read(index: int) -> Record:
         scene, rng = made(index)
@@ -145,20 +138,24 @@ def emoji(
         scene, rng = made(index)
         return tuple(caption(scene, rng) for _ in range(SAID))
 
+    chosen = f"{'+'.join(sorted(styles or STYLES))}/{len({drawing.name for drawing in drawings})} concepts"
     return Source(
-        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{'+'.join(sorted(styles or STYLES))}/{split}",
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{chosen}/{split}",
         size=count,
         read=read_mixed if whole == "mixed" else read,
         captions=() if whole == "mixed" else Captions(count, captions),
     )
 
 
-def emoji_drawings(data_dir: str | PathLike | None = None, styles: Sequence[str] = ()) -> list[Drawing]:
+def emoji_drawings(
+    data_dir: str | PathLike | None = None, styles: Sequence[str] = (), concepts: Sequence[str] = ()
+) -> list[Drawing]:
     """The drawings of the emoji data set. They are made on first use (a minute).
 
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
     styles: some of `emoji.STYLES`, empty for all.
-    Raises ValueError for another style, ModuleNotFoundError for a package of drawings that is missing.
+    concepts: names of emoji, empty for all.
+    Raises ValueError for another style or name, ModuleNotFoundError for a package of drawings that is missing.
     """
     unknown = set(styles) - set(STYLES)
     if unknown:
@@ -167,7 +164,14 @@ def emoji_drawings(data_dir: str | PathLike | None = None, styles: Sequence[str]
     builder.download_and_prepare()
     records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
     drawings = [_drawing(records[i]) for i in range(len(records))]
-    return [drawing for drawing in drawings if drawing.style in (styles or STYLES)]
+    known = {drawing.name for drawing in drawings}
+    for name in concepts:
+        if name not in known:
+            close = " or ".join(difflib.get_close_matches(name, known)) or "another of Unicode's names"
+            raise ValueError(f"there is no emoji named {name!r}; did you mean {close}?")
+    return [
+        drawing for drawing in drawings if drawing.style in (styles or STYLES) and drawing.name in (concepts or known)
+    ]
 
 
 def _drawing(record: dict) -> Drawing:
@@ -229,7 +233,7 @@ def folder(path: str | PathLike) -> Source:
 def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
     """A TFDS data set with captions or labels. It is downloaded and prepared on first use.
 
-    name: as in `tfds.load`, e.g. "cifar10" or "openmoji/64px".
+    name: as in `tfds.load`, e.g. "cifar10".
     split: a split of the data set, or a slice such as "train[:90%]".
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
 
@@ -273,8 +277,6 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
         record: dict[str, Any] = {"image": decode(raw[image])}
         if caption:
             record["caption"] = caption(raw)
-        if "aliases" in raw:
-            record["aliases"] = [alias.decode() for alias in raw["aliases"]]
         if label:
             record["label"] = int(raw[label])
         return record

@@ -165,15 +165,18 @@ class Trial(NamedTuple):
     bounds: dict[str, dict]
 
 
-def trials(model: DiffusionModel, known: Known, section) -> list[Trial]:
-    """A trial of each kind.
+def trials(model: DiffusionModel, known: Known, drawings: Sequence[Drawing], section) -> list[Trial]:
+    """A trial of each kind that some of these drawings make.
 
+    drawings: those that are asked for.
     section: config section with concepts (cases of names), cases (of each other kind), and seed.
     """
     made = []
     for i, kind in enumerate(KINDS):
         rng = np.random.default_rng([section.seed, i])
-        scenes = cases(known.drawings, kind, section.concepts if kind == "names" else section.cases, rng)
+        scenes = cases(drawings, kind, section.concepts if kind == "names" else section.cases, rng)
+        if not scenes:
+            continue
         captions = [caption(scene, rng, styled=True) for scene in scenes]
         painted = [paint(scene, model.size[0]) for scene in scenes]
         sets = {"painted": painted, "first stage": _through_first_stage(model, painted)}

@@ -22,7 +22,7 @@ CONFIGS = {
     "autoencoder": autoencoder.get_config,
     "lora": lora.get_config,
     "stable_diffusion": stable_diffusion.get_config,
-    **{f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p) for p in ("openmoji", "coco256", "imagenet256")},
+    **{f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p) for p in ("small", "full", "coco256", "imagenet256")},
 }
 
 
@@ -119,14 +119,19 @@ OUT_OF_RANGE = {
 DISAGREEING = {
     # of the model
     "config.model.in_channels must be 3": [DIGITS, "--config.model.in_channels=5"],
-    "config.model.out_channels must be 4": [LATENT, "--config.model.out_channels=3"],
-    "config.model.cross_attention_dim must be 384": [LATENT, "--config.model.cross_attention_dim=64"],
+    "config.model.out_channels must be 4": [LATENT, "--config.model.out_channels=3", "--mode=train"],
+    "config.model.cross_attention_dim must be 384": [
+        LATENT,
+        "--config.model.cross_attention_dim=64",
+        "--mode=train",
+    ],
     "config.model.num_class_embeds must be at least 13": [DIGITS, "--config.condition.num_classes=12"],
     "config.model.num_class_embeds must be None": [DIGITS, "--config.condition.kind=none"],
     "config.model.num_class_embeds must be the number of classes and one more": [
         LATENT,
         "--config.condition.kind=class",
         "--prompt=3",
+        "--mode=train",
     ],
     "config.autoencoder must have the field checkpoint for kind=kl": [DIGITS, "--config.autoencoder.kind=kl"],
     "no first stage to train": [AUTOENCODER, "--config.autoencoder.kind=identity", "--mode=train"],

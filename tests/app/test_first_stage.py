@@ -16,6 +16,7 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 def config():
     config = digits.get_config()
     config.autoencoder = latent_cfg.get_config().autoencoder
+    config.autoencoder.checkpoint = ""
     config.autoencoder.model.update(block_out_channels=(4, 8), norm_num_groups=1)
     config.autoencoder.loss.perceptual = 0.0
     config.autoencoder.train.batch_size = 64

@@ -1,5 +1,6 @@
 """Configs and demo weights are found from any current folder, and trained models by the folder they are in."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from diffusion_jax.app import shipped
-from diffusion_jax.app.weights import load_model
+from configs import latent_cfg
+from diffusion_jax.app import build, fields, shipped
+from diffusion_jax.app.weights import load_model, resolved
 from tests import command_line
 from tests.test_main import TINY
 
@@ -25,22 +28,37 @@ def test_files_of_the_current_folder_come_first(tmp_path, monkeypatch):
 
 def test_the_demo_is_loaded_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = load_model("weights/latent_cfg")
+    model = load_model("weights/emoji")
     assert model.size == (64, 64) and model.shape == (8, 8, 4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((model.params, model.codec.params)))
-    assert load_model("weights/latent_cfg", (32, 0)).size == (32, 64)
+    assert load_model("weights/emoji", (32, 0)).size == (32, 64)
     with pytest.raises(ValueError, match="height and width must be multiples of 8 pixels"):
-        load_model("weights/latent_cfg", (30, 64))
+        load_model("weights/emoji", (30, 64))
+
+
+def test_without_a_checkpoint_the_model_is_that_of_the_named_weights(tmp_path):
+    config = latent_cfg.get_config("small")
+    config.model.block_out_channels, config.data.styles = (8, 8, 8), ("flat",)
+    theirs = json.loads((shipped.ROOT / config.weights / "config.json").read_text())
+    found = resolved(FrozenConfigDict(config), tmp_path)
+    assert build.network(found) == build.network(fields.completed(ConfigDict(theirs))) != build.network(config)
+    assert found.data.size == theirs["data"]["size"]
+    assert found.name == "latent_cfg" and found.data.styles == ("flat",)
+    (tmp_path / "vae").mkdir()
+    config.weights = str(tmp_path)  # a folder of networks alone
+    assert resolved(config, tmp_path) is config
+    config.weights = ""
+    assert resolved(config, tmp_path) is config
 
 
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         load_model(tmp_path)
-    (tmp_path / "config.json").write_text((shipped.ROOT / "weights" / "latent_cfg" / "config.json").read_text())
+    (tmp_path / "config.json").write_text((shipped.ROOT / "weights" / "emoji" / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: run --mode=train first"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="describes no denoiser"):
-        load_model("weights/latent_cfg/vae")
+        load_model("weights/emoji/vae")
 
 
 @pytest.mark.parametrize("config", ["--config=configs/latent_cfg.py:foo", "--config configs/latent_cfg.py:foo"])

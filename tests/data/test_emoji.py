@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from diffusion_jax.data import emoji, sources
+from diffusion_jax.data import emoji, scenes, sources
 from diffusion_jax.data.captions import paraphrases
 from diffusion_jax.data.openmoji import is_flag
 
@@ -16,7 +16,7 @@ FEW = ("fish", "cat face", "hot beverage", "flag of Japan", "woman astronaut", "
 
 @pytest.fixture(scope="module")
 def known():
-    return {concept.name: concept for concept in emoji.concepts()}
+    return {concept.name: concept for concept in emoji.drawings()}
 
 
 def dark(image):
@@ -58,7 +58,7 @@ def test_every_concept_but_flags_has_paraphrases(known):
 
 
 def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
-    monkeypatch.setattr(emoji, "concepts", lambda: [known[name] for name in FEW if name in known])
+    monkeypatch.setattr(emoji, "drawings", lambda: [known[name] for name in FEW if name in known])
     source = sources.emoji(64, "train", tmp_path)
     assert len(source) == 40_000 and source.name.endswith("train")
     record = source[5]
@@ -80,6 +80,20 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
     few = sources.emoji(32, "train[:3]", tmp_path)
     assert len(few) == len(few.captions) == 3 and few.name != four.name
     np.testing.assert_array_equal(few[2]["image"], four[2]["image"])
+    plain = sources.emoji(32, "drawings", tmp_path, styles=("outlined", "line"))
+    assert 2 * len(FEW) < len(plain) and {plain[i]["style"] for i in range(len(plain))} == {"outlined", "line"}
+    assert len({plain[i]["image"].tobytes() for i in range(len(plain))}) == len(plain)
+    assert len(sources.emoji(32, "drawings[:2]", tmp_path)) == 2
+    chosen = sources.emoji(32, "drawings", tmp_path, concepts=("fish", "frog"))
+    assert 0 < len(chosen) < len(sources.emoji(32, "drawings", tmp_path)) and chosen.name != four.name
+    assert {drawing.name for drawing in sources.emoji_drawings(tmp_path, (), ("fish", "frog"))} == {"fish", "frog"}
+    with pytest.raises(ValueError, match=r"there is no emoji named 'fisch'; did you mean fish"):
+        sources.emoji(32, "train", tmp_path, concepts=("fisch",))
+    monkeypatch.setattr(scenes, "is_held_out", lambda *names: "fish" in names)
+    with pytest.raises(ValueError, match="nothing to train on: fish are held out in flat"):
+        sources.emoji(32, "train", tmp_path, ("flat",), ("fish",))
+    monkeypatch.undo()
+    monkeypatch.setattr(emoji, "drawings", lambda: [known[name] for name in FEW if name in known])
     wrong = [
         (60, "train", "multiple of 8"),
         (200, "train", "8 to 192"),

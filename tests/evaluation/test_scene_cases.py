@@ -67,7 +67,7 @@ def report(generate):
     model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
     section, shown = ConfigDict({"concepts": 6, "cases": 5, "seed": 0}), []
     compared = scenes.known(DRAWINGS, thumbnails, SIZE)
-    trials = scenes.trials(model, compared, section)
+    trials = scenes.trials(model, compared, DRAWINGS, section)
     found = scenes.evaluate_scenes(
         trials, compared, generate, load_lpips(), section.seed, lambda *sheet: shown.append(sheet)
     )
@@ -85,6 +85,14 @@ def test_what_is_painted_as_asked_scores_as_painted(told):
         assert abs(of_kind["first stage"]["both"]["mean"] - of_kind["painted"]["both"]["mean"]) < 0.01
     assert found["names"]["generated"]["both"]["mean"] == found["names"]["painted"]["both"]["mean"]
     assert found["names"]["diversity"]["mean"] < 1e-9
+
+
+def test_a_kind_that_no_drawing_makes_is_left_out(told):
+    model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
+    trained = [drawing for drawing in DRAWINGS if is_trained_on(Scene(drawing))]
+    section = ConfigDict({"concepts": 2, "cases": 2, "seed": 0})
+    found = scenes.trials(model, scenes.known(DRAWINGS, thumbnails, SIZE), trained, section)
+    assert [trial.kind for trial in found] == [kind for kind in scenes.KINDS if kind != "held-out styles"]
 
 
 def test_another_drawing_in_other_colours_scores_nothing(told):
