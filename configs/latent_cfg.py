@@ -6,7 +6,8 @@
 Presets, after a colon (`--config=configs/latent_cfg.py:full`):
   small        64 x 64 outlined drawings of 104 emoji in eleven colours, 15 minutes on 2 CPU cores: the demo weights,
                weights/emoji
-  full         128 x 128 scenes of emoji in four styles, eleven colours, sizes and places (docs/data.md); not trained yet
+  full         128 x 128 scenes of emoji in four styles, eleven colours, sizes and places (docs/data.md); not trained
+               yet
   coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
   imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
                estimated from the compiled FLOPs at 40 % utilisation; not trained yet
