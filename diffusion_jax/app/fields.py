@@ -159,7 +159,9 @@ DATA = {
     "source": Field("digits", text, 'emoji, digits, folder (then path), or "tfds:NAME".'),
     "path": Field("", text, "The folder of source=folder."),
     "styles": Field((), each(text), "The styles of source=emoji; empty for all."),
-    "concepts": Field((), each(text), "Names of the emoji of source=emoji; empty for all."),
+    "concepts": Field(
+        (), each(text), "Emoji of source=emoji by name, or simple, everyday: lists of them; empty for all."
+    ),
     "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
     "random_crop": Field(False, flag, "Crop at a random place, else at the centre."),

@@ -1,11 +1,13 @@
 """Sources: random-access data sets of {"image": uint8 (H, W, 3), "caption": str} or {"image", "label": int}."""
 
 import difflib
+import functools
 import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -154,7 +156,7 @@ def emoji_drawings(
 
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
     styles: some of `emoji.STYLES`, empty for all.
-    concepts: names of emoji, empty for all.
+    concepts: names of emoji, or of lists of them: the files in `data/concepts`. Empty for all.
     Raises ValueError for another style or name, ModuleNotFoundError for a package of drawings that is missing.
     """
     unknown = set(styles) - set(STYLES)
@@ -165,13 +167,19 @@ def emoji_drawings(
     records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
     drawings = [_drawing(records[i]) for i in range(len(records))]
     known = {drawing.name for drawing in drawings}
-    for name in concepts:
+    chosen = dict.fromkeys(name for given in concepts for name in concept_lists().get(given, (given,))) or known
+    for name in chosen:
         if name not in known:
             close = " or ".join(difflib.get_close_matches(name, known)) or "another of Unicode's names"
             raise ValueError(f"there is no emoji named {name!r}; did you mean {close}?")
-    return [
-        drawing for drawing in drawings if drawing.style in (styles or STYLES) and drawing.name in (concepts or known)
-    ]
+    return [drawing for drawing in drawings if drawing.style in (styles or STYLES) and drawing.name in chosen]
+
+
+@functools.cache
+def concept_lists() -> dict[str, tuple[str, ...]]:
+    """Lists of emoji by name. "simple": 104 things of clear outlines; "everyday": 608, no people, flags or symbols."""
+    files = resources.files("diffusion_jax.data").joinpath("concepts").iterdir()
+    return {Path(file.name).stem: tuple(file.read_text(encoding="utf-8").splitlines()) for file in files}
 
 
 def _drawing(record: dict) -> Drawing:

@@ -105,6 +105,13 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
             sources.emoji(size, split, tmp_path)
 
 
+def test_the_lists_of_concepts_are_names(known):
+    assert {name: len(names) for name, names in sources.concept_lists().items()} == {"simple": 104, "everyday": 608}
+    for names in sources.concept_lists().values():
+        assert len(set(names)) == len(names) and not set(names) - known.keys()
+    assert not sources.concept_lists().keys() & known.keys()
+
+
 def test_one_of_several_captions_is_taken():
     rng = np.random.default_rng(0)
     assert {sources.any_of(("a", "b"), rng) for _ in range(50)} == {"a", "b"}
