@@ -1,5 +1,6 @@
 """Retrieval: whether the nearest of many known pictures, in the features of a classifier, is of what was asked for."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.transforms import to_float
+from diffusion_jax.evaluation.batches import mapped
 from diffusion_jax.models.lpips import features
 
 STAGES = (2, 4)  # of AlexNet and VGG16: the third and the last
 CELLS = 2  # cells on a side over which features are averaged
 KEPT = 256  # directions after whitening
-BATCH = 64  # pictures in one call of the classifier
 
 Features = Callable[[Sequence[np.ndarray]], Float[np.ndarray, "pictures features"]]
 
@@ -32,11 +32,7 @@ def classifier_features(params: dict) -> Features:
         stages = features(params, pixels)
         return jnp.concatenate([_cells(stages[stage]) for stage in STAGES], axis=-1)
 
-    def of(pictures: Sequence[np.ndarray]) -> np.ndarray:
-        batches = filled_batches(pictures, min(BATCH, len(pictures)))
-        return np.concatenate([np.asarray(of_batch(np.stack(batch)))[:count] for count, batch in batches])
-
-    return of
+    return functools.partial(mapped, of_batch)
 
 
 def _cells(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch cells"]:

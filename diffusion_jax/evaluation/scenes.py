@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
-from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.captions import caption
 from diffusion_jax.data.scenes import (
     LAYOUTS,
@@ -28,6 +26,7 @@ from diffusion_jax.data.scenes import (
 )
 from diffusion_jax.data.transforms import to_float, to_uint8
 from diffusion_jax.evaluation import checks
+from diffusion_jax.evaluation.batches import mapped
 from diffusion_jax.evaluation.retrieval import Features, Gallery, gallery, ranks
 from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.model import DiffusionModel
@@ -36,7 +35,6 @@ from diffusion_jax.models.lpips import lpips
 SIDE = 96  # pixels on a side of what is compared with the known drawings
 NEAREST = 5  # a drawing is found if it is among so many
 SEEDS = 2  # pictures for each name, whose distance is the diversity
-BATCH = 32  # pictures in one call of LPIPS or of the first stage
 
 Picture = UInt8[np.ndarray, "height width 3"]
 Draw = Callable[[Drawing, np.random.Generator], Scene | None]
@@ -221,22 +219,11 @@ def _through_first_stage(model: DiffusionModel, pictures: Sequence[Picture]) -> 
     codec = model.codec
 
     @jax.jit
-    def reconstruct(params, stats, records):
-        return codec.decode(params, codec.sample(stats, records, None))
+    def decoded(params: PyTree, stats: PyTree, records: PyTree) -> UInt8[Array, "batch height width 3"]:
+        return to_uint8(codec.decode(params, codec.sample(stats, records, None)))
 
-    made = []
-    for count, batch in filled_batches(pictures, min(BATCH, len(pictures))):
-        images = reconstruct(codec.params, codec.stats, codec.encode(np.stack(batch)))
-        made += [*np.asarray(to_uint8(images))[:count]]
-    return made
+    return list(mapped(lambda images: decoded(codec.params, codec.stats, codec.encode(images)), pictures))
 
 
 def _distances(params: dict, first: Sequence[Picture], second: Sequence[Picture]) -> Float[np.ndarray, " pictures"]:
-    @jax.jit
-    def distance(x: UInt8[Array, "batch height width 3"], y: UInt8[Array, "batch height width 3"]):
-        return lpips(params, to_float(x), to_float(y))
-
-    found = []
-    for count, batch in filled_batches(zip(first, second, strict=True), min(BATCH, len(first))):
-        found.append(np.asarray(distance(*(jnp.stack(images) for images in zip(*batch, strict=True))))[:count])
-    return np.concatenate(found)
+    return mapped(jax.jit(lambda x, y: lpips(params, to_float(x), to_float(y))), first, second)
