@@ -3,18 +3,23 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
 
 from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch
-from diffusion_jax.interop.tensors import read_tensors
+from diffusion_jax.interop.tensors import read_json, read_tensors
 from diffusion_jax.models.vision import ImageEncoder
 
 WEIGHTS = "model"
 CLIP, DINO = "CLIPVisionModelWithProjection", "Dinov2Model"
 SIDE = 224  # pixels at which the features of DINOv2 are usually compared
+USUAL = {  # mean and deviation of pixels in [0, 1]
+    "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "DINOv2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 OF_DINO = (  # its names -> those of CLIP, whose network it is
     (r"^embeddings\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^embeddings\.position_embeddings$", "vision_model.embeddings.position_embedding.weight"),
@@ -27,8 +32,22 @@ OF_DINO = (  # its names -> those of CLIP, whose network it is
 )
 
 
-def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> tuple[ImageEncoder, PyTree]:
-    """The image encoder of a folder and its variables. Run it by `encoder.apply(variables, images)`.
+class LoadedEncoder(NamedTuple):
+    """An image encoder. Run it by `encoder.apply(params, (pixels - mean) / deviation)` with pixels in [0, 1].
+
+    name: "CLIP" or "DINOv2".
+    """
+
+    name: str
+    encoder: ImageEncoder
+    params: PyTree
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> LoadedEncoder:
+    """The image encoder of a folder, with the mean and deviation of its preprocessor_config.json, or if there is none
+    with the usual ones.
 
     folder: of a CLIP model with its projection (a whole CLIP model too), or of DINOv2, which is set to images of 224
       pixels.
@@ -54,7 +73,13 @@ def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> tuple[
             if name.startswith(heads) and not name.endswith(".position_ids")
         }
     encoder, like = module_and_shapes(ImageEncoder, fields, source, lambda encoder: encoder.example_inputs())
-    return encoder, from_torch(tensors, file, like)
+    family = "DINOv2" if name == DINO else "CLIP"
+    preprocessor = Path(folder) / "preprocessor_config.json"
+    given = read_json(preprocessor) if preprocessor.exists() else {}
+    mean, deviation = (
+        tuple(given.get(field, usual)) for field, usual in zip(("image_mean", "image_std"), USUAL[family], strict=True)
+    )
+    return LoadedEncoder(family, encoder, from_torch(tensors, file, like), mean, deviation)
 
 
 def _dino(config: Mapping, tensors: Mapping[str, np.ndarray], source: str | Path) -> tuple[dict, dict]:

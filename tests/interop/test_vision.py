@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.evaluation.networks import feature_network
 from diffusion_jax.interop.tensors import write_file
 from diffusion_jax.interop.vision import load_image_encoder
 from diffusion_jax.models.vision import ImageEncoder
@@ -37,8 +38,11 @@ def test_features_equal_those_of_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference is not installed")
     torch = pytest.importorskip("torch", reason="the reference is not installed")
     model = saved(transformers, tmp_path, name)
-    encoder, params = load_image_encoder(tmp_path)
-    images = np.random.default_rng(0).normal(size=(2, encoder.image_size, encoder.image_size, 3)).astype(np.float32)
+    loaded = load_image_encoder(tmp_path)
+    encoder, params = loaded.encoder, loaded.params
+    assert loaded.name == ("DINOv2" if name == "Dinov2Model" else "CLIP") and loaded.mean[0] < 0.5
+    shown = np.random.default_rng(0).integers(0, 256, (2, encoder.image_size, encoder.image_size, 3), dtype=np.uint8)
+    images = ((shown / 255 - loaded.mean) / loaded.deviation).astype(np.float32)
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2))
     with torch.no_grad():
         if name == "Dinov2Model":
@@ -49,6 +53,8 @@ def test_features_equal_those_of_transformers(name, tmp_path):
             expected = model(pixels).image_embeds
     found = jax.jit(encoder.apply)(params, images)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5 * np.abs(expected.numpy()).max())
+    through = feature_network(f"encoder:{tmp_path}").of(list(shown))["features"]
+    np.testing.assert_allclose(through, found, atol=1e-4 * np.abs(found).max())
 
 
 @pytest.mark.parametrize(
