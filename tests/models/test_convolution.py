@@ -68,5 +68,6 @@ def test_large_convolutions_on_cpu_take_another_form(ours, expected, shape, name
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * jnp.abs(b).max())
     pulled = (jax.vjp(f, *primals)[1](wanted[0]) for f in (ours, expected))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * jnp.abs(b).max()), *pulled)
+    # sums over all pixels, which XLA may add up one after another
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * jnp.abs(b).max()), *pulled)
     np.testing.assert_array_equal(jax.vmap(ours, (0, None))(primals[0][None], primals[1])[0], found[0])
