@@ -83,20 +83,20 @@ def _scenes(config: ConfigDict, model: DiffusionModel):
         scales = config.eval.scales or (config.sample.guidance,)
         return {f"guidance {scale:g}": at_scale(scale, model, asked, compared, workdir) for scale in scales}
 
-    def at_scale(scale: float, model: DiffusionModel, trials: Sequence[Trial], compared: Known, workdir: Path) -> dict:
+    def at_scale(scale: float, model: DiffusionModel, asked: Sequence[Trial], compared: Known, workdir: Path) -> dict:
         folder = workdir / "eval" / f"guidance_{scale:g}"
         folder.mkdir(parents=True, exist_ok=True)
 
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[np.ndarray]:
-            asked = sample.request(config, model, prompts)
-            asked = asked._replace(jobs=list(enumerate(seeds)), guidance=asked.guidance._replace(scale=scale))
-            return (one.image for one in sample.generate(asked, model, config.sample.batch_size, progress=True))
+            request = sample.request(config, model, prompts)
+            request = request._replace(jobs=list(enumerate(seeds)), guidance=request.guidance._replace(scale=scale))
+            return (one.image for one in sample.generate(request, model, config.sample.batch_size, progress=True))
 
         def show(kind: str, captions: Sequence[str], images: Sequence[np.ndarray]) -> None:
             sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
             pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
 
-        report = evaluate_scenes(trials, compared, generate, distances, config.eval.seed, show)
+        report = evaluate_scenes(asked, compared, generate, distances, config.eval.seed, show)
         for kind, of_kind in report.items():
             made, painted = (of_kind[which]["both"]["mean"] for which in ("generated", "painted"))
             part = f"object and {of_kind['part']} right"

@@ -86,7 +86,8 @@ class Captions(Sequence):
 
 
 SCENES = {"train": 40_000, "validation": 1000, "mixed": 40_000}
-SPLITS = (*SCENES, "drawings")
+ALONE = "drawings"  # the split of drawings alone
+SPLITS = (*SCENES, ALONE)
 SAID = 8  # captions of a scene
 
 
@@ -115,16 +116,19 @@ def emoji(
         raise ValueError(f"emoji has the splits {', '.join(SPLITS)}, and parts such as train[:100]; got {split!r}")
     whole, held_out = part[1], part[1] == "validation"
     drawings = emoji_drawings(data_dir, styles, () if held_out else concepts)
-    alone = [scene for drawing in drawings for scene in scenes_alone(drawing) if is_trained_on(scene)]
-    if not alone:
+    trained = [drawing for drawing in drawings if is_trained_on(Scene(drawing))]
+    if not trained:
         raise ValueError(f"nothing to train on: {', '.join(concepts)} are held out in {', '.join(styles or STYLES)}")
+    alone = (
+        [one for drawing in trained for one in scenes_alone(drawing) if is_trained_on(one)] if whole == ALONE else []
+    )
     total = SCENES.get(whole, len(alone))
     count = min(int(part[2] or total), total)
     make = held_out_scene if held_out else trained_scene
 
     def made(index: int) -> tuple[Scene, np.random.Generator]:
         rng = np.random.default_rng([int(held_out), index])
-        return alone[index] if whole == "drawings" else make(drawings, rng), rng
+        return alone[index] if whole == ALONE else make(drawings, rng), rng
 
     def read(index: int) -> Record:
         scene, rng = made(index)
@@ -162,10 +166,7 @@ def emoji_drawings(
     unknown = set(styles) - set(STYLES)
     if unknown:
         raise ValueError(f"emoji has the styles {', '.join(STYLES)}, got {', '.join(sorted(unknown))}")
-    builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
-    records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
-    drawings = [_drawing(records[i]) for i in range(len(records))]
+    drawings = _all_drawings(data_dir)
     known = {drawing.name for drawing in drawings}
     chosen = dict.fromkeys(name for given in concepts for name in concept_lists().get(given, (given,))) or known
     for name in chosen:
@@ -173,6 +174,14 @@ def emoji_drawings(
             close = " or ".join(difflib.get_close_matches(name, known)) or "another of Unicode's names"
             raise ValueError(f"there is no emoji named {name!r}; did you mean {close}?")
     return [drawing for drawing in drawings if drawing.style in (styles or STYLES) and drawing.name in chosen]
+
+
+@functools.cache
+def _all_drawings(data_dir: str | PathLike | None) -> tuple[Drawing, ...]:
+    builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
+    return tuple(_drawing(records[i]) for i in range(len(records)))
 
 
 @functools.cache

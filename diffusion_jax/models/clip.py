@@ -122,6 +122,14 @@ class Encoder(nn.Module):
         return x, given
 
 
+def stack(of: nn.Module, dtype: DTypeLike, causal: bool) -> Callable[..., Encoder]:
+    """The layers of an encoder, whose fields have the names of transformers' configs."""
+    layer = functools.partial(
+        EncoderLayer, of.num_attention_heads, of.intermediate_size, of.hidden_act, of.layer_norm_eps, dtype, causal
+    )
+    return functools.partial(Encoder, layer, of.num_hidden_layers)
+
+
 class TextTransformer(nn.Module):
     """Embeddings, layers, final norm. Returns the normalized tokens and the input of the last layer."""
 
@@ -163,15 +171,7 @@ class ClipTextEncoder(nn.Module):
     def __call__(self, ids: Int[Array, "batch length"]) -> TextFeatures:
         """ids: (B, L) tokens, with the end token in every row. Raises ValueError for too large an L."""
         embeddings = functools.partial(Embeddings, self.vocab_size, self.hidden_size, self.max_position_embeddings)
-        layer = functools.partial(
-            EncoderLayer,
-            self.num_attention_heads,
-            self.intermediate_size,
-            self.hidden_act,
-            self.layer_norm_eps,
-            self.dtype,
-        )
-        encoder = functools.partial(Encoder, layer, self.num_hidden_layers)
+        encoder = stack(self, self.dtype, causal=True)
         tokens, given = TextTransformer(embeddings, encoder, self.layer_norm_eps, name="text_model")(ids)
 
         ends = ids if self.eos_token_id == OLD_EOS else ids == self.eos_token_id

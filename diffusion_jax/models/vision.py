@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion_jax.models.clip import Encoder, EncoderLayer
+from diffusion_jax.models.clip import stack
 from diffusion_jax.models.layers import Dense
 
 
@@ -93,17 +93,9 @@ class ImageEncoder(nn.Module):
                 f"this encoder reads images of {self.image_size}x{self.image_size} in patches of {self.patch_size}, "
                 f"got {images.shape[1]}x{images.shape[2]}"
             )
-        layer = functools.partial(
-            EncoderLayer,
-            self.num_attention_heads,
-            self.intermediate_size,
-            self.hidden_act,
-            self.layer_norm_eps,
-            causal=False,
-        )
         x = VisionTransformer(
             functools.partial(Embeddings, self.hidden_size, self.patch_size, self.patch_bias),
-            functools.partial(Encoder, layer, self.num_hidden_layers),
+            stack(self, jnp.float32, causal=False),
             functools.partial(nn.LayerNorm, self.layer_norm_eps),
             self.pre_norm,
             name="vision_model",
