@@ -1,9 +1,9 @@
-"""What guidance does, from the eval.json of a model of emoji scenes: plots docs/guidance.png.
+"""What guidance does, from the report of a model of emoji scenes: plots docs/guidance.png.
 
     pip install -r requirements-dev.txt matplotlib
     python main.py --config=configs/latent_cfg.py:full --mode=eval --config.eval.measures="('scenes',)" \
         --config.eval.scales=1,2,3,5,8
-    python -m benchmarks.guidance runs/emoji/eval.json
+    python -m benchmarks.guidance runs/emoji/eval/report.json
 
 Left, the part of pictures in which a program finds what was asked for. Right, the LPIPS distance between two pictures
 of a caption. Bars are standard errors.
@@ -28,7 +28,7 @@ SHOWN = {  # kind and part -> label
 
 def main() -> None:
     parser = quick.parser(__doc__)
-    parser.add_argument("report", type=Path, help="eval.json of a model of emoji scenes")
+    parser.add_argument("report", type=Path, help="eval/report.json of a model of emoji scenes")
     flags = parser.parse_args()
     quick.note(flags.quick)
     scenes = json.loads(flags.report.read_text())["scenes"]

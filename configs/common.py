@@ -10,12 +10,12 @@ from diffusion_jax.app import fields
 
 def own(name: str) -> ConfigDict:
     """Top-level fields of a config with a model of its own."""
-    return fields.section(fields.RUN | fields.OWN, name=name)
+    return fields.section(fields.RUN | fields.OWN, name=name, serve=fields.section(fields.SERVE))
 
 
 def published(name: str) -> ConfigDict:
     """Top-level fields of a config whose model is a published checkpoint."""
-    return fields.section(fields.RUN | fields.PUBLISHED, name=name)
+    return fields.section(fields.RUN | fields.PUBLISHED, name=name, serve=fields.section(fields.SERVE))
 
 
 def unconditional() -> ConfigDict:

@@ -4,14 +4,16 @@
     python main.py --config=configs/latent_cfg.py --mode=sample --prompt "a red apple; a kitty"
 
 Presets, after a colon (`--config=configs/latent_cfg.py:full`):
-  small        64 x 64 outlined drawings of 104 emoji in eleven colours, 15 minutes on 2 CPU cores: the demo weights,
-               weights/emoji
-  full         128 x 128 scenes of 608 emoji in four styles, eleven colours, sizes and places (docs/data.md); not
-               trained yet
+  small        64 x 64 outlined drawings of 104 emoji in eleven colours, 15 minutes on 2 CPU cores
+  everyday     64 x 64 drawings of 608 emoji in four styles and eleven colours, two hours on 2 CPU cores
+  full         128 x 128 scenes of these in sizes, places and numbers, on grounds (docs/data.md): the demo weights,
+               weights/emoji, were trained so around those of everyday, 3,900 steps in an hour (docs/results.md)
+  fast         the same in one network call, or a few (--config.sample.steps): updates of the demo weights, trained
+               as configs/few_step.py:lora/lcm (docs/few_steps.md)
   coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
   imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
                estimated from the compiled FLOPs at 40 % utilisation; not trained yet
-Both presets of emoji use the trained first stage in weights/emoji/vae (docs/results.md);
+All presets of emoji use the trained first stage in weights/emoji/vae (docs/results.md);
 --config.autoencoder.checkpoint="" trains one from nothing.
 """
 
@@ -25,7 +27,7 @@ PROMPTS = (
     "a pizza",
     "a happy face",
     "a house",
-    "a hot drink",
+    "a boat",
     "a blue fish",
     "a red dog",
     "a pink crab",
@@ -33,15 +35,46 @@ PROMPTS = (
     "a green rocket",
     "a blue heart",
 )
+STYLED = (
+    "a red apple, outlined",
+    "a cat, flat",
+    "a happy face, shaded",
+    "a boat, outlined",
+    "a bicycle, line drawing",
+    "a butterfly, flat",
+    "a blue fish, shaded",
+    "a red dog, flat",
+    "a pink crab, flat",
+    "a purple lion, line drawing",
+    "a green rocket, shaded",
+    "a blue heart, shaded",
+)
 SCENES = (
-    "a purple cat, flat",
-    "three small green fish on a yellow background",
+    "a red apple, shaded",
+    "a hamburger on a yellow background, outlined",
+    "a blue fish, outlined",
+    "a purple lion, line drawing",
+    "a yellow star on a blue background, flat",
+    "a pink crab, outlined",
+    "three red hearts, flat",
+    "a robot on a green background, outlined",
+    "a red dog, flat",
+    "a pumpkin on a purple background, shaded",
+    "a grinning face, outlined",
+    "a sunflower on a blue background, outlined",
 )
 
 
 def get_config(preset: str = "small") -> ConfigDict:
     """preset: one of the list above."""
-    presets = {"small": _small, "full": _full, "coco256": _coco256, "imagenet256": _imagenet256}
+    presets = {
+        "small": _small,
+        "everyday": _everyday,
+        "full": _full,
+        "fast": _fast,
+        "coco256": _coco256,
+        "imagenet256": _imagenet256,
+    }
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of latent_cfg; known: {', '.join(presets)}")
     return presets[preset]()
@@ -57,18 +90,41 @@ def _small() -> ConfigDict:
     return config
 
 
+def _everyday() -> ConfigDict:
+    config = _emoji("everyday", size=64, prompts=STYLED)
+    config.data.concepts = ("everyday",)
+    config.data.splits.train = "drawings"
+    config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
+    config.train = common.train(steps=5600, batch_size=64, ema=0.999, every=500)
+    return config
+
+
 def _full() -> ConfigDict:
     config = _emoji("emoji", size=128, prompts=SCENES)
     config.data.concepts = ("everyday",)
+    config.model.down_block_types = ("DownBlock2D", *config.model.down_block_types)
+    config.model.up_block_types = (*config.model.up_block_types, "UpBlock2D")
+    config.model.block_out_channels = (64, 64, 128, 160)
     config.optimizer = common.optimizer(1e-3, warmup=200, decay="cosine")
+    config.optimizer.kind = "muon"
     config.train = common.train(steps=10_000, batch_size=64, ema=0.999, every=500)
+    return config
+
+
+def _fast() -> ConfigDict:
+    from configs import few_step  # which begins with a preset of this file
+
+    config = few_step.get_config("lora/lcm")
+    config.name, config.weights, config.serve.live_weights = "fast", "weights/fast", ""
+    config.train = common.train(steps=1600, batch_size=32, ema=0.99, every=400)
+    config.sample.steps = 1
     return config
 
 
 def _emoji(name: str, size: int, prompts: tuple[str, ...]) -> ConfigDict:
     """What the presets of emoji share: both stages, as those of the demo weights."""
     config = _latent(name, common.data("emoji", size))
-    config.weights = "weights/emoji"
+    config.weights, config.serve.live_weights = "weights/emoji", "weights/fast"
     config.data.splits.first_stage = "mixed"
     config.condition = common.by_text(length=24)
     config.condition.pooled = True
@@ -96,6 +152,7 @@ def _emoji(name: str, size: int, prompts: tuple[str, ...]) -> ConfigDict:
         }
     )
     config.sample = common.sample(prompts, solver="dpmpp_2m", steps=20, guidance=3.0)
+    config.eval.split = "train"  # validation has concepts that are never trained on
     return config
 
 

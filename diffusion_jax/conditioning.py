@@ -21,6 +21,7 @@ class Conditioning(NamedTuple):
     null: "no condition"; leaves without the batch axis.
     embed: (params, what `of_records` made) -> cond; a cond stays what it is. A pure function.
     params: weights of `embed`.
+    for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
     """
 
     cache_key: Callable[[], str]
@@ -29,6 +30,7 @@ class Conditioning(NamedTuple):
     null: PyTree
     embed: Callable[[PyTree, PyTree], PyTree] = lambda params, told: told
     params: PyTree = None
+    for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda told, size: told
 
 
 def unconditional() -> Conditioning:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Bool, Key, PyTree, UInt8
 
 from diffusion_jax import parallel
-from diffusion_jax.codec import Codec
+from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core.denoiser import Denoise, denoiser
 from diffusion_jax.core.parameterization import Parameterization
@@ -23,23 +23,36 @@ def _no_variables(key: Key[Array, ""]) -> PyTree:
     raise ValueError("this network has no initial variables: give Network an `init`")
 
 
+def nothing_flagged(images: UInt8[np.ndarray, "batch height width 3"]) -> Bool[np.ndarray, "batch"]:
+    """What a model without a safety checker says of images."""
+    return np.zeros(len(images), bool)
+
+
 class Network(NamedTuple):
     """A network as training and sampling call it.
 
     apply: (params, x (B, h, w, c), t (B,), cond, keys=None) -> output (B, h, w, c). Keys (B,) turn dropout on.
     init: key -> initial params.
     known_channels: channels of cond["known"], the known part of the image, for an inpainting network; see `inpaint`.
+    flow_map: whether cond["to"] tells it where a step ends; see `core.denoiser`.
+    takes_scale: whether cond["guidance"] tells it the guidance scale, which is built in.
     """
 
     apply: Callable[..., Array]
     init: Callable[[Key[Array, ""]], PyTree] = _no_variables
     known_channels: int = 0
+    flow_map: bool = False
+    takes_scale: bool = False
 
 
-def network_of(unet: UNet) -> Network:
-    """The U-Net as training and sampling call it; `init` makes random variables."""
-    init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
-    return Network(Applied(unet), init, unet.known_channels)
+def network_of(unet: UNet, init: Callable[[Key[Array, ""]], PyTree] | None = None) -> Network:
+    """The U-Net as training and sampling call it.
+
+    init: key -> its variables, by default random ones.
+    """
+    random = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
+    takes_scale = unet.time_cond_proj_dim is not None
+    return Network(Applied(unet), init or random, unet.known_channels, unet.target_embedding, takes_scale)
 
 
 class DiffusionModel(NamedTuple):
@@ -55,6 +68,7 @@ class DiffusionModel(NamedTuple):
     adapter: which of the variables are trained.
     own_plans: name -> (steps, strength) -> Plan, samplers that belong to the model.
     own_times: name -> steps -> times, the times that the model's authors use for a solver.
+    flagged: images -> which of them the model's safety checker says must not be shown.
     """
 
     network: Network
@@ -67,6 +81,7 @@ class DiffusionModel(NamedTuple):
     adapter: Adapter = WHOLE
     own_plans: Mapping[str, Callable] = MappingProxyType({})
     own_times: Mapping[str, Callable] = MappingProxyType({})
+    flagged: Callable[[UInt8[np.ndarray, "batch height width 3"]], Bool[np.ndarray, "batch"]] = nothing_flagged
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,7 +99,12 @@ class DiffusionModel(NamedTuple):
 
     def denoiser(self, params: PyTree) -> Denoise:
         """The network with these variables as a denoiser."""
-        return denoiser(self.network.apply, params, self.parameterization)
+        return denoiser(self.network.apply, params, self.parameterization, self.network.flow_map)
+
+    def resized(self, size: tuple[int, int]) -> "DiffusionModel":
+        """The model for images of another height and width, pixels. Raises ValueError for a size it cannot make."""
+        check_size(size, self.codec.factor)
+        return self._replace(size=size, conditioning=self.conditioning.for_size(self.conditioning, size))
 
     def placed(self) -> "DiffusionModel":
         """The model with its weights on this host's devices, so that they are copied once for many batches."""

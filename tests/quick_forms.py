@@ -14,20 +14,26 @@ SKIPPED = {
     r"git clone": "the clone in which the commands run replaces it",
     r"python -m pytest|ruff": "CI runs it by itself",
     r"gcloud": "needs an account at Google Cloud",
+    r"python main\.py .*--mode=serve": "serves until it is stopped; tests/app/serve does so",
+    r"curl": "needs the server",
 }
 NEEDED = {
-    r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step)": "diffusers",
-    r"benchmarks\.(solver_error|guidance)": "matplotlib",
+    r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step|latency)": "diffusers",
+    r"benchmarks\.(solver_error|guidance|story)": "matplotlib",
     r"benchmarks\.tpu": "libtpu",
+    r"benchmarks\.serve": "httpx",
 }
 TWO_STEPS = "--config.train.steps=2 --config.train.batch_size=2 --config.sample.steps=2"
 TWO_LEVELS = (
     "--config.model.block_out_channels=8,16 --config.model.norm_num_groups=4 --config.model.attention_head_dim=4"
 )
-THREE_LEVELS = TWO_LEVELS.replace("8,16", "8,8,16")
-EVAL = "--config.eval.images=2 --config.eval.batch_size=2 --config.eval.steps=1 --config.eval.terms=2"
+THREE_LEVELS, FOUR_LEVELS = (TWO_LEVELS.replace("8,16", more) for more in ("8,8,16", "8,8,8,16"))
+EVAL = (
+    "--config.eval.images=20 --config.eval.reference=20 --config.eval.networks=('pixels',)"
+    " --config.eval.batch_size=20 --config.eval.steps=1 --config.eval.terms=2"
+)
 SCENES = (
-    "--config.data.splits.train=train[:8] --config.data.splits.first_stage=mixed[:8]"
+    "--config.data.splits.train=train[:40] --config.data.splits.first_stage=mixed[:8]"
     " --config.data.splits.validation=validation[:8] --config.data.styles=('outlined',)"
     " --config.autoencoder.model.block_out_channels=4,4,4,8 --config.autoencoder.train.steps=2"
     " --config.autoencoder.train.batch_size=2"
@@ -35,10 +41,15 @@ SCENES = (
 QUICK = {  # what is added to a command
     r"python -m benchmarks\.": "--quick",
     r"python -m diffusion_jax\.interop\.verify": "",
-    r"python main\.py .*configs/digits\.py": f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1",
+    r"python main\.py .*configs/(digits\.py|few_step\.py:digits)": (
+        f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1"
+    ),
     r"python main\.py .*configs/autoencoder\.py": SCENES,
     r"python main\.py .*configs/latent_cfg\.py:full .*down_block_types": (
         f"{TWO_STEPS} {SCENES} --config.eval.concepts=2 --config.eval.cases=2"  # a tuple given twice would be appended
+    ),
+    r"python main\.py .*configs/latent_cfg\.py:full": (
+        f"{TWO_STEPS} {FOUR_LEVELS} {SCENES} {EVAL} --config.eval.concepts=2 --config.eval.cases=2"
     ),
     r"python main\.py .*configs/latent_cfg\.py": (
         f"{TWO_STEPS} {THREE_LEVELS} {SCENES} {EVAL} --config.eval.concepts=2 --config.eval.cases=2"

@@ -32,7 +32,7 @@ def test_readme_network_of_ones_own():
 def test_readme_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = example("README.md", "load_model")["images"]
-    assert images.shape == (2, 64, 64, 3) and np.isfinite(images).all()
+    assert images.shape == (2, 128, 128, 3) and np.isfinite(images).all()
 
 
 def test_readme_stable_diffusion(checkpoint):  # noqa: F811

@@ -38,15 +38,19 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-def start(compiled, *flags, base=TINY, cwd=ROOT, devices=1):
-    """python main.py --config=configs/digits.py ... in a process of its own."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-    }
+def start(compiled, *flags, base=TINY, cwd=ROOT, devices=1, **variables):
+    """python main.py --config=configs/digits.py ... in a process of its own. variables: of its environment."""
+    environment = (
+        os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+        }
+        | variables
+    )
     base = [flag.replace("=configs/", f"={ROOT}/configs/") for flag in base]
     command = [sys.executable, str(ROOT / "main.py"), *base, *flags]
     return subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)

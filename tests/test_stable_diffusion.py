@@ -1,5 +1,8 @@
 """configs/stable_diffusion.py and configs/lora.py, as their users meet them: on a checkpoint of tiny networks."""
 
+import re
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +10,11 @@ from PIL import Image
 
 from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
 from diffusion_jax.interop.lora import merge_lora, save_lora
+from diffusion_jax.interop.names import to_torch
+from diffusion_jax.interop.tensors import read_json, write_file, write_json
 from diffusion_jax.models import lora
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.vision import ImageEncoder
 from tests import command_line
 from tests.interop import test_pipeline
 from tests.interop.test_pipeline import filled, our_pipeline, vocabulary  # noqa: F401  (a fixture)
@@ -69,6 +75,39 @@ def test_prompts_become_pictures_of_the_size_asked_for(run, tmp_path):
     assert other.shape == (12, 8, 3) and np.any(other != first[1])
 
 
+def flagging_everything(folder):
+    """Write a random safety checker to which every image shows what must not be shown."""
+    encoder = ImageEncoder(8, 8, 6, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7)
+    shapes = {
+        name: getattr(encoder, name) for name in ImageEncoder.__dataclass_fields__ if name not in ("parent", "name")
+    }
+    config = {"architectures": ["StableDiffusionSafetyChecker"], "projection_dim": 6, "vision_config": shapes}
+    tensors = to_torch(encoder.init(jax.random.key(0), *encoder.example_inputs()))
+    tensors = {re.sub("^vision_model", "vision_model.vision_model", name): tensor for name, tensor in tensors.items()}
+    for name, count in {"concept_embeds": 17, "special_care_embeds": 3}.items():
+        tensors |= {name: np.ones((count, 6), np.float32), f"{name}_weights": np.full(count, -2, np.float32)}
+    write_file(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", config)
+
+
+def test_pictures_that_the_safety_checker_flags_are_held_back(run, checkpoint, tmp_path, caplog):
+    folder = shutil.copytree(checkpoint, tmp_path / "checked")
+    index = read_json(folder / "model_index.json")
+    write_json(
+        folder / "model_index.json", index | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    )
+    draw = [f"--config.checkpoint={folder}", "--mode=sample", "--config.sample.steps=2", "--prompt=the cat"]
+    assert "safety_checker/config.json: no such file" in (missing := run("stable_diffusion", *draw, status=2))
+    assert missing.count("\n") == 1 and "set safety_checker=False" in missing
+    (folder / "safety_checker").mkdir()
+    flagging_everything(folder / "safety_checker")
+    run("stable_diffusion", *draw)
+    assert "holds back the picture of 'the cat', seed 0" in caplog.text
+    assert np.max(pictures(tmp_path / "stable_diffusion")) == 0
+    run("stable_diffusion", *draw, "--config.safety_checker=False")
+    assert np.max(pictures(tmp_path / "stable_diffusion")) > 0
+
+
 def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoint, photographs, tmp_path):
     draw = ["--mode=sample", "--config.sample.steps=3", "--prompt=the cat"]
     run("stable_diffusion", *draw)
@@ -116,6 +155,26 @@ def test_a_lora_is_trained_drawn_with_and_exported(run, checkpoint, photographs,
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
+def test_a_lora_learns_to_draw_in_few_steps(run, photographs, tmp_path):
+    """Latent consistency: the checkpoint with guidance is the teacher, convolutions are updated too."""
+    method = ["--config.objective.name=consistency_distillation", "--config.objective.scale=7.5"]
+    method += ["--config.sample.guidance=1"]
+    targets = r"--config.lora.targets=to_[qkv]|to_out_0|proj_in|conv[12]?|conv_shortcut|time_emb_proj"
+    run("lora", *TRAIN, *method, targets, f"--config.data.path={photographs}")
+    draw = ["--mode=sample", "--config.sample.solver=consistency", "--config.sample.steps=2", "--prompt=the cat"]
+    run("lora", *draw, *method, targets)
+    assert np.std(pictures(tmp_path / "lora")) > 1
+    run("lora", "--mode=export", *method, targets)
+    run(
+        "stable_diffusion",
+        *draw,
+        "--config.sample.guidance=1",
+        f"--config.loras=('{tmp_path}/lora/export/lora.safetensors',)",
+    )
+    ours, merged = pictures(tmp_path / "lora"), pictures(tmp_path / "stable_diffusion")
+    np.testing.assert_allclose(np.int32(ours), np.int32(merged), atol=1)
+
+
 def test_an_inpainting_model_needs_its_image_and_mask(run, vocabulary, tmp_path):  # noqa: F811
     unet = UNet(**test_pipeline.UNET | {"in_channels": 9})
     model = our_pipeline(unet=filled(unet, *unet.example_inputs()), tokenizers=(load_tokenizer(vocabulary),))
@@ -158,7 +217,7 @@ def test_what_cannot_be_trained_is_one_clear_line(run, photographs):
     train = [*TRAIN, f"--config.data.path={photographs}"]
     for flag, message in {
         "--config.lora.targets=((": "config.lora.targets must be a regular expression (missing )",
-        "--config.lora.targets=nothing": "no linear map of the network matches 'nothing'",
+        "--config.lora.targets=nothing": "no map of the network matches 'nothing'",
         "--config.lora.rank=1000000": "config.lora.rank must be in [1, 4096], got 1000000",
         "--config.train.batch_size=100": "train.batch_size must be at most 8, the records of",
         "--config.sample.dynamic_threshold=0.9": "dynamic thresholding is for models of pixels",

@@ -1,10 +1,15 @@
 """Check that the parts of a model and its data fit together, before anything starts."""
 
+import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.data.sources import Source
+from diffusion_jax.model import DiffusionModel
 from diffusion_jax.models.unet import UNet
+
+CHECKED = 9  # levels at which two schedules are compared
 
 
 def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
@@ -35,6 +40,18 @@ def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
         )
 
 
+def check_updated(unet: UNet, teacher: str) -> None:
+    """Raise ValueError for a network that a LoRA of another one cannot make. teacher: the folder of that one."""
+    if not teacher:
+        raise ValueError("config.lora updates a trained model: set config.teacher to its folder")
+    for field, none in (("target_embedding", False), ("time_cond_proj_dim", None)):
+        if getattr(unet, field) != none:
+            raise ValueError(
+                f"config.lora updates maps that the trained model has: set config.model.{field}={none}, got "
+                f"{getattr(unet, field)}"
+            )
+
+
 def condition_kind(config: ConfigDict) -> str:
     """none, class or text. A checkpoint has no section condition: its condition is a text."""
     return config.condition.kind if "condition" in config else "text"
@@ -63,3 +80,27 @@ def check_records(train: ConfigDict, source: Source) -> None:
             f"train.batch_size must be at most {len(source)}, the records of {source.name}, got {train.batch_size}; "
             "lower it, or name more data"
         )
+
+
+def check_teacher(teacher: DiffusionModel, student: DiffusionModel) -> None:
+    """Raise ValueError for a teacher whose outputs mean something else than the student's."""
+    for what, of in {
+        "prediction": lambda model: model.parameterization,
+        "shape of x0": lambda model: model.shape,
+        "levels of its schedule": lambda model: _levels(model.useful_schedule),
+        "condition": lambda model: _shapes(model.conditioning.null),
+    }.items():
+        theirs, ours = of(teacher), of(student)
+        if theirs != ours:
+            got = f": {theirs} there, {ours} here" if what == "shape of x0" else ""
+            raise ValueError(f"config.teacher differs from the model in its {what}{got}; give both the same config")
+
+
+def _levels(schedule: Schedule) -> tuple:
+    times = np.linspace(schedule.t_min, schedule.t_max, CHECKED)
+    level = schedule(times)
+    return tuple(np.round(np.arctan2(level.sigma, level.alpha), 5))
+
+
+def _shapes(cond: PyTree) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(leaf) for name, leaf in cond.items()}

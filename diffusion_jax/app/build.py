@@ -1,21 +1,18 @@
 """Config -> objects: the only place that turns strings into functions. Errors for unknown names list the known ones."""
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
-from optax import contrib
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning as conditionings
 from diffusion_jax.app import shipped
-from diffusion_jax.app.agreement import check_network
+from diffusion_jax.app.agreement import check_network, check_updated
 from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core import parameterization, schedules, solvers
@@ -30,18 +27,12 @@ from diffusion_jax.data.transforms import Transform, crop
 from diffusion_jax.interop import PublishedPipeline, load_pipeline
 from diffusion_jax.interop.folders import autoencoder_of, read_config
 from diffusion_jax.interop.lora import merge_lora
-from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.interop.text import minilm
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
-from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
-from diffusion_jax.models.discriminator import PatchDiscriminator
-from diffusion_jax.models.lpips import lpips
+from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.objectives import levels
-from diffusion_jax.objectives.autoencoding import autoencoding
-from diffusion_jax.objectives.denoising import denoising, frozen_parts
 from diffusion_jax.pipelines.published import from_published
 
 SCHEDULES = {
@@ -61,17 +52,6 @@ SOLVERS = {
         *("ddpm", "ddim", "euler", "euler_ancestral", "consistency", "heun", "dpm_solver", "dpmpp_1", "dpmpp_2s"),
         *("dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "unipc", "deis", "plms", "lms"),
     )
-}
-LEVELS = {
-    "uniform": levels.uniform,
-    "laplace": levels.laplace,
-    "lognormal": levels.lognormal,
-    "logit_normal": levels.logit_normal,
-}
-WEIGHTS = {
-    "uniform": levels.uniform_weight,
-    "min_snr": levels.min_snr_weight,
-    "truncated": levels.truncated_snr_weight,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -103,6 +83,8 @@ def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = 
     size = tuple(side or config.data.size for side in sides)
     check_size(size, codec.factor)
     check_network(unet, codec.channels, told.null)
+    if "lora" in config:
+        check_updated(unet, config.teacher)
     untrained = network_of(unet)
     return DiffusionModel(
         network=untrained,
@@ -112,6 +94,7 @@ def model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = 
         codec=codec,
         conditioning=told,
         size=size,
+        adapter=adapter(config),
     )
 
 
@@ -140,6 +123,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
         config.prediction or None,
         config.tokenizers or None,
         config.allow_pickle,
+        config.safety_checker and not training,
     )
     for file in config.loras:
         loaded = merge_lora(loaded, *_file_and_scale(file))
@@ -233,10 +217,9 @@ def schedule(config: ConfigDict) -> Schedule:
     return schedules.zero_terminal_snr(chosen)
 
 
-def plan(config: ConfigDict, model: DiffusionModel) -> Plan:
-    """The solver of config.sample as a plan. With a starting image it begins at config.sample.strength."""
+def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:
+    """The solver of config.sample as a plan. strength: how much of a starting image changes."""
     section = config.sample
-    strength = section.strength if section.image and not section.mask else 1.0
     own = model.own_plans.get(section.solver)
     table = _plan(section, model, strength) if own is None else _own_plan(section, own, strength)
     return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
@@ -262,14 +245,15 @@ def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
                     f"sample.{name}: the solver {section.solver} has none; those with it: {', '.join(able)}"
                 )
             options[name] = section[name]
-    schedule, spacing = model.useful_schedule, section.spacing or ("karras" if _is_edm(model) else "trailing")
+    schedule = model.useful_schedule
+    spacing = section.spacing or ("karras" if is_edm(model) and not model.network.flow_map else "trailing")
     if spacing in model.own_times:
         spacing = model.own_times[spacing](section.steps)
     left = solvers.strength_times(schedule, section.steps, strength, spacing)
     return solver(schedule, len(left), spacing=left, **options)
 
 
-def _is_edm(model: DiffusionModel) -> bool:
+def is_edm(model: DiffusionModel) -> bool:
     """Whether the schedule's time is sigma itself, for which steps even in time are a bad choice."""
     return isinstance(model.schedule, schedules.EDMSchedule)
 
@@ -332,87 +316,4 @@ def batches(source: Source, train: ConfigDict, seed: int, transform: Transform |
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         transform=transform,
-    )
-
-
-def objective(
-    section: ConfigDict, model: DiffusionModel | AutoencoderKL, key: Key[Array, ""]
-) -> tuple[Callable, PyTree, dict]:
-    """(loss, initial params, frozen inputs) of a training stage.
-
-    section: config.objective for a DiffusionModel, config.autoencoder.loss for a first stage.
-    """
-    known = OBJECTIVES if isinstance(model, DiffusionModel) else FIRST_STAGE_OBJECTIVES
-    return choose(known, section.name, "objective")(section, model, key)
-
-
-def _denoising(section: ConfigDict, model: DiffusionModel, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:
-    weight = choose(WEIGHTS, section.weight, "loss weight")
-    name = section.levels or ("lognormal" if _is_edm(model) else "uniform")
-    loss = denoising(model, weight, section.drop, choose(LEVELS, name, "distribution of noise levels"))
-    params, rest = model.adapter.split(model.network.init(key), key)
-    return loss, params, frozen_parts(model, rest)
-
-
-def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:
-    keys = jax.random.split(key)
-    params, frozen = {"autoencoder": jax.jit(model.init)(keys[0], model.example_image())}, {}
-    perceptual = discriminate = None
-    if section.perceptual:
-        perceptual, frozen["perceptual"] = lpips, load_lpips(section.perceptual_net)
-    if section.adversarial:
-        discriminator = PatchDiscriminator()
-        example = discriminator.example_image()
-        discriminate, params["discriminator"] = discriminator.apply, jax.jit(discriminator.init)(keys[1], example)
-    loss = autoencoding(
-        functools.partial(model.apply, method="encode"),
-        sample_moments,
-        functools.partial(model.apply, method="decode"),
-        perceptual,
-        discriminate,
-        section.to_dict(),
-    )
-    return loss, params, frozen
-
-
-OBJECTIVES = {"denoising": _denoising}
-FIRST_STAGE_OBJECTIVES = {"autoencoding": _autoencoding}
-
-
-def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW or Muon with warm-up, a constant or cosine-decayed rate, and gradients clipped by their global norm."""
-    after = {
-        "constant": lambda: optax.constant_schedule(section.learning_rate),
-        "cosine": lambda: optax.cosine_decay_schedule(section.learning_rate, max(steps - section.warmup, 1)),
-    }
-    rate = optax.join_schedules(
-        [optax.linear_schedule(0.0, section.learning_rate, section.warmup), choose(after, section.decay, "decay")()],
-        [section.warmup],
-    )
-    kind = choose({"adamw": _adamw, "muon": _muon}, section.kind, "optimizer")
-    return optax.chain(optax.clip_by_global_norm(section.clip), kind(section, rate))
-
-
-def _adamw(section: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(rate, b1=section.b1, b2=section.b2, weight_decay=section.weight_decay)
-
-
-def _muon(section: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for the kernels, convolutions as matrices of (height·width·in, out), and AdamW with
-    Nesterov's momentum for the rest. Updates of kernels have the size of AdamW's (Liu et al. 2025, section 2.2), so
-    that one learning rate serves both.
-    """
-
-    def dimensions(path, leaf):
-        is_kernel = path[-1].key == "kernel"
-        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1) if is_kernel else None
-
-    return contrib.muon(
-        rate,
-        weight_decay=section.weight_decay,
-        adam_b1=section.b1,
-        adam_b2=section.b2,
-        adam_weight_decay=section.weight_decay,
-        muon_weight_dimension_numbers=functools.partial(jax.tree_util.tree_map_with_path, dimensions),
-        consistent_rms=0.2,
     )

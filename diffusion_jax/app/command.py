@@ -12,13 +12,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import FrozenConfigDict, config_flags
 
-from diffusion_jax.app import evaluate, export, fields, sample, shipped, train
+from diffusion_jax.app import evaluate, export, fields, sample, serve, shipped, train
 from diffusion_jax.app.configuration import parse_flags
 from diffusion_jax.compilation import configure
 from diffusion_jax.messages import one_line
 from diffusion_jax.training.loop import Diverged, Stopped
 
-MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run}
+MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run, "serve": serve.run}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE changes it.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")

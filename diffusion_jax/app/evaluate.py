@@ -1,63 +1,111 @@
 """--mode=eval: measure a model on held-out data."""
 
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from diffusion_jax import parallel
 from diffusion_jax.app import build, first_stage, pictures, sample, weights
 from diffusion_jax.app.agreement import check_condition, condition_kind
+from diffusion_jax.app.distances import distances
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.data import sources
 from diffusion_jax.data.transforms import crop
+from diffusion_jax.evaluation import report as report_page
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.evaluation.retrieval import classifier_features
 from diffusion_jax.evaluation.scenes import Known, Trial, evaluate_scenes, known, trials
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.model import DiffusionModel
+from diffusion_jax.training import averages
 
 SHOWN, COLUMNS = 48, 8  # pictures on the sheet of a kind of scenes
 
+Measure = Callable[[DiffusionModel, Path], dict]  # a model, a folder for its pictures -> its report
+Prepare = Callable[[DiffusionModel, Path], Measure]  # a model with weights, a folder for caches -> the same for others
+
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Measure config.eval.measures; of a first stage alone, its reconstructions. Results go to workdir/eval.json."""
-    if jax.process_count() > 1:
-        raise ValueError("evaluation runs on one host: leave out --distributed")
-    report = _of_model(config, workdir) if build.has_denoiser(config) else _of_first_stage(config, workdir)
-    (workdir / "eval.json").write_text(as_json(report, indent=2) + "\n")
-    logging.info("wrote %s", workdir / "eval.json")
+    """Measure config.eval.measures; of a first stage alone, its reconstructions.
+
+    workdir/eval gets report.json, sheets of pictures, and report.html with all of these, beside those of
+    config.eval.beside.
+    """
+    others = [Path(other) / "eval" for other in config.eval.beside]
+    report_page.page(others)  # raises for a work directory without a report
+    measure = _of_model if build.has_denoiser(config) else _of_first_stage
+    with tempfile.TemporaryDirectory() as made:
+        report = measure(config, workdir, Path(made))
+        if parallel.is_main():
+            folder = workdir / "eval"
+            (Path(made) / "report.json").write_text(as_json(report, indent=2) + "\n")
+            (Path(made) / "report.html").write_text(report_page.page([Path(made), *others]), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(made, folder)
+            logging.info("wrote %s", folder / "report.html")
 
 
-def _of_first_stage(config: ConfigDict, workdir: Path) -> dict:
+def _of_first_stage(config: ConfigDict, workdir: Path, folder: Path) -> dict:
     report = first_stage.evaluate(config, workdir)
     logging.info("PSNR %.2f dB, LPIPS %.4f", report["psnr"]["mean"], report["lpips"]["mean"])
     return {"weights": str(workdir), "reconstruction": report}
 
 
-def _of_model(config: ConfigDict, workdir: Path) -> dict:
+def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
     unknown = [name for name in config.eval.measures if name not in MEASURES]
     if unknown or not config.eval.measures:
         got = f"got {unknown[0]!r}" if unknown else "got none"
         raise ValueError(f"eval.measures must be some of {', '.join(MEASURES)}; {got}")
     config = weights.resolved(config, workdir)
-    model = build.model(config)
-    ready = {name: MEASURES[name](config, model) for name in config.eval.measures}
-    model, origin = weights.load(config, workdir, model)
+    untrained = build.model(config)
+    ready = {name: MEASURES[name](config, untrained) for name in config.eval.measures}
+    points = _points(config.eval, workdir)
+    model, origin = weights.load(config, workdir, untrained)
     make_writable(workdir)
     logging.info("weights: %s", origin)
-    return {"weights": origin} | {name: measure(model, workdir) for name, measure in ready.items()}
+    report: dict = {"weights": origin}
+    for name, prepare in ready.items():
+        measure = prepare(model, workdir / "cache")
+        report[name] = {} if points else measure(model, folder)
+        for label, (step, length) in points.items():
+            logging.info("%s", label)
+            at_point = model._replace(params=weights.averaged(config, workdir, untrained, step, length))
+            report[name][label] = measure(at_point, folder / label.replace(" ", "_"))
+    return report
 
 
-def _likelihood(config: ConfigDict, model: DiffusionModel):
+def _points(section: ConfigDict, workdir: Path) -> dict[str, tuple[int, float]]:
+    """The steps and lengths of the averages to measure, by label. None to measure the newest checkpoint."""
+    if not section.averages:
+        if section.along:
+            raise ValueError(
+                "eval.along measures one average along the run: give its length, --config.eval.averages=0.1"
+            )
+        return {}
+    steps = averages.steps(workdir / "averages")
+    if not steps:
+        raise FileNotFoundError(f"no averages in {workdir / 'averages'}: train with --config.train.post_hoc")
+    for length in section.averages:
+        averages.exponent(length)
+    if not section.along:
+        return {f"average {length:g}": (steps[-1], length) for length in section.averages}
+    if len(section.averages) > 1:
+        raise ValueError(f"eval.along measures one average along the run, got eval.averages={tuple(section.averages)}")
+    return {f"step {step}": (step, section.averages[0]) for step in steps}
+
+
+def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
     check_section(config.eval, model.schedule)
     source = build.source(config, "validation", model.size[0])
     check_condition(config, source)
 
-    def measure(model: DiffusionModel, workdir: Path) -> dict:
+    def measure(model: DiffusionModel, folder: Path) -> dict:
         report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
         logging.info(
             "flow %.4f, bound %.4f %s of the %s of %d images of %s",
@@ -66,44 +114,47 @@ def _likelihood(config: ConfigDict, model: DiffusionModel):
         )
         return report
 
-    return measure
+    return lambda model, cache: measure
 
 
-def _scenes(config: ConfigDict, model: DiffusionModel):
+def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
     if config.data.source != "emoji" or condition_kind(config) != "text":
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
-    distances, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
+    lpips, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
     drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
     chosen = sources.emoji_drawings(config.data.data_dir or None, config.data.styles, config.data.concepts)
     sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
+    scales = config.eval.scales or (config.sample.guidance,)
 
-    def measure(model: DiffusionModel, workdir: Path) -> dict:
+    def prepare(model: DiffusionModel, cache: Path) -> Measure:
         compared = known(drawings, features, model.size[0])
         asked = trials(model, compared, chosen, config.eval)
-        scales = config.eval.scales or (config.sample.guidance,)
-        return {f"guidance {scale:g}": at_scale(scale, model, asked, compared, workdir) for scale in scales}
 
-    def at_scale(scale: float, model: DiffusionModel, asked: Sequence[Trial], compared: Known, workdir: Path) -> dict:
-        folder = workdir / "eval" / f"guidance_{scale:g}"
+        def measure(model: DiffusionModel, folder: Path) -> dict:
+            return {f"guidance {scale:g}": at_scale(scale, model, asked, compared, folder) for scale in scales}
+
+        return measure
+
+    def at_scale(scale: float, model: DiffusionModel, asked: Sequence[Trial], compared: Known, folder: Path) -> dict:
+        folder = folder / f"guidance_{scale:g}"
         folder.mkdir(parents=True, exist_ok=True)
 
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[np.ndarray]:
-            request = sample.request(config, model, prompts)
-            request = request._replace(jobs=list(enumerate(seeds)), guidance=request.guidance._replace(scale=scale))
-            return (one.image for one in sample.generate(request, model, config.sample.batch_size, progress=True))
+            return sample.drawn(config, model, prompts, seeds, scale)
 
         def show(kind: str, captions: Sequence[str], images: Sequence[np.ndarray]) -> None:
             sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
             pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
 
-        report = evaluate_scenes(asked, compared, generate, distances, config.eval.seed, show)
+        report = evaluate_scenes(asked, compared, generate, lpips, config.eval.seed, show)
         for kind, of_kind in report.items():
             made, painted = (of_kind[which]["both"]["mean"] for which in ("generated", "painted"))
             part = f"object and {of_kind['part']} right"
             logging.info("guidance %g, %s: %s in %.3f of the pictures, painted %.3f", scale, kind, part, made, painted)
         return report
 
-    return measure
+    return prepare
 
 
-MEASURES = {"likelihood": _likelihood, "scenes": _scenes}  # each checks the config, and returns what measures a model
+# each checks the config, and returns what prepares a measurement
+MEASURES = {"likelihood": _likelihood, "distances": distances, "scenes": _scenes}

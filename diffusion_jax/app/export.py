@@ -18,7 +18,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Write the averaged weights to workdir/export, as safetensors that diffusers reads too.
 
     The config's own model: folders unet and vae, in float16, and the run's config.json. A model from a checkpoint: a
-    whole pipeline in config.dtype (diffusers reads half precision only if told to). A LoRA: one file in float32.
+    whole pipeline in config.dtype (diffusers reads half precision only if told to). A LoRA: one file, in
+    float16 and beside config.json for the config's own model.
     """
     folder = workdir / "export"
     if not build.has_denoiser(config):
@@ -38,11 +39,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _export_own(config: ConfigDict, workdir: Path, folder: Path) -> None:
-    model = build.model(config)
-    save_unet(build.network(config), weights.trained(config, workdir, model), folder / "unet", np.float16)
-    if config.autoencoder.kind == "kl":
-        trained = load_autoencoder(config.autoencoder.checkpoint or first_stage.folder(workdir))
-        save_autoencoder(*trained, folder / "vae", np.float16)
+    trained = weights.trained(config, workdir, build.model(config))
+    if "lora" in config:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_lora(folder / weights.LORA, trained, build.lora_scale(config), np.float16)
+    else:
+        save_unet(build.network(config), trained, folder / "unet", np.float16)
+        if config.autoencoder.kind == "kl":
+            decoder = load_autoencoder(config.autoencoder.checkpoint or first_stage.folder(workdir))
+            save_autoencoder(*decoder, folder / "vae", np.float16)
     shutil.copyfile(workdir / "config.json", folder / "config.json")
 
 
@@ -51,7 +56,7 @@ def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:
     trained = weights.trained(config, workdir, model)
     if "lora" in config:
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(folder / "lora.safetensors", trained, build.lora_scale(config))
+        save_lora(folder / weights.LORA, trained, build.lora_scale(config))
         return
     published = build.published(config)
     unet = published.unet._replace(params=trained)

@@ -138,7 +138,8 @@ OWN = {
     "weights": Field(
         "", text, "The model to use while the work directory has no checkpoint: a folder of --mode=export, or empty."
     ),
-    "init": Field("", text, "A U-Net folder in the format of diffusers: training starts from its weights."),
+    "init": Field("", text, "A U-Net folder of diffusers' format to start from, whole or without the outer levels."),
+    "teacher": Field("", text, "Few steps: the trained model to start and learn from, a work directory or export."),
 }
 
 PUBLISHED = {
@@ -151,6 +152,7 @@ PUBLISHED = {
     "prediction": Field("", text, "eps, v or x0, if the checkpoint does not contain it."),
     "tokenizers": Field("", text, "A folder with tokenizers, for a checkpoint of one file."),
     "allow_pickle": Field(False, flag, "Also read .bin and .ckpt files. Only tensors are read from them."),
+    "safety_checker": Field(True, flag, "Hold back images that the checkpoint's safety checker flags, if it has one."),
     "loras": Field((), each(text), "Files that are added to the weights, each FILE or FILE@SCALE."),
     "remat": Field(True, flag, "Recompute activations in the backward pass instead of keeping them."),
 }
@@ -211,7 +213,7 @@ SCHEDULE = {
 }
 
 OBJECTIVE = {
-    "name": Field("denoising", text, "What is trained."),
+    "name": Field("denoising", text, "What is trained: denoising, or a method of docs/few_steps.md."),
     "prediction": Field("v", text, "What the network predicts: eps, x0, v, flow or edm. A checkpoint has its own."),
     "sigma_data": Field(0.5, positive, "For prediction=edm: the standard deviation of the data."),
     "weight": Field("uniform", text, "Weight of the error at each noise level: uniform, min_snr or truncated."),
@@ -221,6 +223,13 @@ OBJECTIVE = {
         "Noise levels in training: uniform, laplace, lognormal, logit_normal; empty: lognormal on edm, else uniform.",
     ),
     "drop": Field(0.1, number(0, 1), "Probability of training without the condition, for guidance."),
+    "segments": Field(16, whole(1, 1000), "Distillation: steps of the student, each as two of its teacher."),
+    "scale": Field(1.0, number(0), "Of the teacher's guidance, built in; the most, if model.time_cond_proj_dim."),
+    "taught": Field(False, flag, "Few steps from data: follow the teacher's way, guided, instead of the straight one."),
+    "warm_up": Field(0.5, number(0, 1), "continuous_consistency: part of training until the derivative is all in."),
+    "shrinks": Field(8.0, number(0, 30), "consistency_training, soflow: how often the gap of the target is halved."),
+    "plain": Field(0.0, number(0, 1), "Few steps: part of the examples with plain regression."),
+    "robust": Field(0.0, number(0, 1), "Few steps: how much less large errors count."),
 }
 
 OPTIMIZER = {
@@ -242,6 +251,7 @@ TRAIN = {
     "log_every": Field(20, whole(1), "Steps between lines of metrics.jsonl."),
     "checkpoint_every": Field(500, whole(1), "Steps between checkpoints."),
     "snapshot_every": Field(500, whole(1), "Steps between sample sheets."),
+    "post_hoc": Field(False, flag, "At each checkpoint, save averages for eval.averages (Karras et al. 2024)."),
     "max_bad_steps": Field(20, whole(1), "Updates in a row with a loss that is not finite before the run ends."),
 }
 
@@ -274,24 +284,56 @@ SAMPLE = {
 }
 
 EVAL = {
-    "measures": Field(("likelihood",), each(text), "What to measure: likelihood, scenes (of the data source emoji)."),
-    "images": Field(1000, whole(1), "How many images have their likelihood measured; fewer if there are fewer."),
+    "measures": Field(
+        ("likelihood",), each(text), "What to measure: likelihood, distances, scenes (of the data source emoji)."
+    ),
+    "images": Field(1000, whole(1), "How many held-out images are measured, or generated; fewer if there are fewer."),
+    "split": Field("validation", text, "Distances: data.splits name of the held-out images; train: some of these."),
+    "reference": Field(5000, whole(0), "Distances: how many training images they are to; 0 for all."),
+    "networks": Field(
+        ("vgg16", "alexnet"),
+        each(text),
+        "Distances: in the features of vgg16, alexnet, pixels, inception:FILE, encoder:FOLDER.",
+    ),
+    "statistics": Field((), each(text), "Distances: .npz of the reference, one for each network; empty to compute."),
     "steps": Field(25, whole(1, STEPS), "Steps of the flow, four evaluations each."),
     "probes": Field(1, whole(1, 1000), "Probes of the flow's divergence."),
     "terms": Field(100, whole(0), "How many of the T terms of the bound to evaluate; 0 for all."),
     "concepts": Field(500, whole(1), "How many names are asked for, two pictures each; fewer if there are fewer."),
     "cases": Field(200, whole(1), "How many scenes of each other kind are asked for; fewer if there are fewer."),
-    "scales": Field((), each(number()), "Guidance scales at which scenes are asked for; empty for sample.guidance."),
+    "scales": Field((), each(number()), "Guidance scales of generated images; empty for sample.guidance."),
     "network": Field("alex", text, "The classifier in whose features drawings are compared: alex or vgg."),
+    "averages": Field((), each(number()), "Lengths of averages of the weights to measure, parts of the run."),
+    "along": Field(False, flag, "Measure the one average of eval.averages at every checkpoint of the run."),
+    "beside": Field((), each(text), "Work directories whose reports stand beside this one in report.html."),
     "batch_size": Field(64, whole(1), "Images whose likelihood is measured at once."),
     "seed": Field(0, seed, "Seed of the order of the images, of the scenes and all noise."),
+}
+
+SERVE = {
+    "host": Field("127.0.0.1", text, "Address to listen on; any other than the loopback needs a token_file."),
+    "port": Field(7860, whole(0, 65535), "Port to listen on; 0 for any free one."),
+    "token_file": Field("", text, "File with the token that clients must send; empty for none."),
+    "batch_size": Field(4, whole(1, 256), "Images drawn at once. Smaller batches are filled up to it."),
+    "queue": Field(64, whole(1), "Requests that may wait; more are refused."),
+    "max_images": Field(16, whole(1, 256), "The most images of a request."),
+    "max_steps": Field(150, whole(1, 1000), "The most steps of a request."),
+    "max_side": Field(1024, side, "The largest height and width of a request, pixels."),
+    "max_upload": Field(20_000_000, whole(1000), "Bytes of a request."),
+    "max_pixels": Field(16_000_000, whole(64), "Pixels of an uploaded picture."),
+    "live_weights": Field(
+        "", text, "A model of few steps whose teacher is the one that is served: it draws the live canvas."
+    ),
+    "live_steps": Field(
+        8, whole(1, 1000), "Steps of the live canvas, at most those of its model, unless the client says otherwise."
+    ),
 }
 
 LORA = {
     "rank": Field(8, whole(1, 4096), "Rank of the updates."),
     "alpha": Field(8.0, positive, "The updates are alpha / rank up down."),
     "targets": Field(
-        "attn[12]/to_(q|k|v|out_0)", pattern, "A regular expression: the paths of the updated linear maps end in it."
+        "attn[12]/to_(q|k|v|out_0)", pattern, "A regular expression: the paths of the updated maps end in it."
     ),
 }
 
@@ -315,6 +357,8 @@ NETWORK: dict[str, Check] = {
     "num_class_embeds": optional(whole(1)),
     "addition_time_embed_dim": optional(whole(1)),
     "projection_class_embeddings_input_dim": optional(whole(1)),
+    "time_cond_proj_dim": optional(whole(2)),
+    "target_embedding": flag,
     "scaling_factor": positive,
     "shift_factor": optional(number()),
 }
@@ -331,6 +375,7 @@ WHOLE = {  # sections that have all of their fields where they are there
     "train": TRAIN,
     "sample": SAMPLE,
     "eval": EVAL,
+    "serve": SERVE,
     "lora": LORA,
 }
 TABLES = {"": RUN | OWN | PUBLISHED, "condition": CONDITION, "autoencoder": AUTOENCODER, "objective": OBJECTIVE} | WHOLE

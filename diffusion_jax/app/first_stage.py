@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import parallel
-from diffusion_jax.app import build, pictures, shipped
+from diffusion_jax.app import build, learning, pictures, shipped
 from diffusion_jax.app.agreement import check_records
 from diffusion_jax.app.initial import initial
 from diffusion_jax.codec import Codec, check_size
@@ -67,7 +67,7 @@ def task(config: ConfigDict, folder: Path) -> Task:
     check_size((size, size), model.factor)
     source = build.source(config, "first_stage", size)
     check_records(section.train, source)
-    loss, params, frozen = build.objective(section.loss, model, jax.random.key(config.seed))
+    loss, params, frozen = learning.objective(section.loss, model, jax.random.key(config.seed))
     params["autoencoder"] = initial(section.init, load_autoencoder, params["autoencoder"])
     check_resumed(folder, params)
     augment = _images_only(build.transform(config, (size, size), section.flip))
@@ -79,7 +79,7 @@ def task(config: ConfigDict, folder: Path) -> Task:
         params=params,
         frozen=frozen,
         batches=build.batches(source, section.train, config.seed, augment),
-        optimizer=build.optimizer(section.optimizer, section.train.steps),
+        optimizer=learning.optimizer(section.optimizer, section.train.steps),
         snapshot=lambda params: reconstructions(model, params["autoencoder"], shown),
     )
 

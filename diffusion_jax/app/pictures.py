@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,28 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 TILE = 128  # pixels on a side; smaller images are enlarged in a grid
+MILLISECONDS = 120  # that an image of an animation is shown
 LABEL = 30  # pixels below a tile for its label
 
 
-def save(path: str | Path, image: UInt8[np.ndarray, "height width 3"], texts: dict[str, str]) -> None:
+def save(path: str | Path | BytesIO, image: UInt8[np.ndarray, "height width 3"], texts: dict[str, str]) -> None:
     """Write a PNG with `texts` in its text chunk."""
+    Image.fromarray(image).save(path, "PNG", pnginfo=_info(texts))
+
+
+def save_animation(
+    path: str | Path | BytesIO, images: Sequence[UInt8[np.ndarray, "height width 3"]], texts: dict[str, str]
+) -> None:
+    """Write an animated PNG that shows the images forwards and backwards without end."""
+    first, *others = map(Image.fromarray, [*images, *images[-2:0:-1]])
+    first.save(path, "PNG", pnginfo=_info(texts), save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
+
+
+def _info(texts: dict[str, str]) -> PngInfo:
     info = PngInfo()
     for name, text in texts.items():
         info.add_itxt(name, text)
-    Image.fromarray(image).save(path, pnginfo=info)
+    return info
 
 
 def grid(

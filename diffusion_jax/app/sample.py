@@ -18,10 +18,15 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
+from diffusion_jax.evaluation.batches import shared
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback, check_guidance
 
+CHUNK = 256  # prompts whose conditions are in memory at once
+HELD_BACK = (
+    "the safety checker holds back the picture of %r, seed %d: it is black (config.safety_checker=False shows it)"
+)
 NOT_NOTED = ("prompts", "num_images", "batch_size", "seed")  # fields that do not describe a single picture
 
 
@@ -105,11 +110,34 @@ def request(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -
     # in one call, so that all have the same length
     cond = model.conditioning.of_prompts([*prompts, *([section.negative_prompt] if section.negative_prompt else [])])
     negative = jax.tree.map(lambda leaf: leaf[-1], cond) if section.negative_prompt else None
-    plan, guidance = build.plan(config, model), build.guidance(config, negative)
-    # raises for numbers out of range
+    strength = section.strength if section.image and not section.mask else 1.0
+    plan, guidance = plan_and_guidance(config, model, strength, negative)
+    return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
+
+
+def plan_and_guidance(
+    config: ConfigDict, model: DiffusionModel, strength: float = 1.0, negative: PyTree = None
+) -> tuple[Plan, Guidance]:
+    """The solver and the guidance of config.sample. Raises ValueError for numbers out of range, and for settings that
+    cannot be combined.
+
+    strength: how much of a starting image changes.
+    negative: the condition of the negative prompt, or None.
+    """
+    if has_guidance(config, model) and config.sample.guidance != 1:
+        raise ValueError(
+            f"this model has guidance {config.objective.scale:g} built in: set sample.guidance to 1, got "
+            f"{config.sample.guidance:g}"
+        )
+    plan, guidance = build.plan(config, model, strength), build.guidance(config, negative)
     guided(lambda x, level, cond: None, guidance, model.conditioning.null, model.codec.limit)
     check_guidance(guidance, plan)
-    return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
+    return plan, guidance
+
+
+def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
+    """Whether the model has guidance of one scale built in, as one distilled from a guided teacher."""
+    return "objective" in config and config.objective.scale != 1 and not model.network.takes_scale
 
 
 def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -154,8 +182,30 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
             cond = jax.tree.map(lambda leaf: leaf[which], request.cond)  # noqa: B023
             keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
             images = np.asarray(to_uint8(_images(request, model, cond, keys, show if progress else None)))
-            for (prompt, seed), image in zip(batch[:count], images, strict=False):
-                yield Generated(request.prompts[prompt], seed, image)
+            for (prompt, seed), image, held_back in zip(batch[:count], images, model.flagged(images), strict=False):
+                if held_back:
+                    logging.warning(HELD_BACK, request.prompts[prompt], seed)
+                yield Generated(request.prompts[prompt], seed, np.zeros_like(image) if held_back else image)
+
+
+def drawn(
+    config: ConfigDict, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], scale: float
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """A picture of each prompt by its seed, by the solver of config.sample, for measurements: on several hosts each
+    generates a share and gets all. Its memory does not depend on the number of pictures.
+
+    scale: of guidance.
+    """
+    model, size = model.placed(), parallel.divisible(min(config.sample.batch_size, len(prompts)))
+
+    def share(jobs: list[tuple[str, int]]) -> Iterator[np.ndarray]:
+        asked = request(config, model, [prompt for prompt, _ in jobs])
+        guidance = asked.guidance._replace(scale=scale)
+        asked = asked._replace(jobs=[(i, seed) for i, (_, seed) in enumerate(jobs)], guidance=guidance)
+        return (one.image for one in generate(asked, model, size))
+
+    made = shared(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
+    return iter(tqdm(made, desc="sampling", total=len(prompts), unit="picture"))
 
 
 def _images(

@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax.app import agreement, build, first_stage, sample
-from diffusion_jax.app.initial import initial
+from diffusion_jax.app import agreement, build, first_stage, learning, sample, weights
+from diffusion_jax.app.initial import initial, taught
 from diffusion_jax.app.workdir import held
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import stack
@@ -38,12 +38,18 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     check_batch_size(config.train.batch_size, config.train.accumulate)
     model = build.model(config, training=True)
     asked = sample.request(config, model, config.sample.prompts)
-    optimizer = build.optimizer(config.optimizer, config.train.steps)
+    optimizer = learning.optimizer(config.optimizer, config.train.steps)
     source = build.source(config, "train", model.size[0])
     agreement.check_condition(config, source)
     agreement.check_records(config.train, source)
-    loss, params, frozen = build.objective(config.objective, model, jax.random.key(config.seed))
-    params = initial(config.get("init", ""), load_unet, params)
+    teacher = _teacher(config, model)
+    key = jax.random.key(config.seed)
+
+    def start(key: Key[Array, ""]) -> PyTree:
+        made = model.network.init(key)
+        return taught(teacher, made) if config.get("teacher") else initial(config.get("init", ""), load_unet, made)
+
+    loss, params, frozen = learning.objective(config.objective, model, key, config.train.steps, teacher, start)
     check_resumed(workdir, params)
     of_first_stage = first_stage.folder(workdir)
     earlier = first_stage.task(config, of_first_stage) if first_stage.is_missing(config, workdir) else None
@@ -69,6 +75,13 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             snapshot=snapshot,
         )
         fit(task, workdir, config.train, config.seed)
+
+
+def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None:
+    """The model in config.teacher. A published checkpoint is its own teacher."""
+    if "checkpoint" in config:
+        return model if learning.learns_from_teacher(config.objective) else None
+    return weights.load_model(config.teacher, model.size) if config.teacher else None
 
 
 def _note_config(config: ConfigDict, workdir: Path) -> None:

@@ -11,10 +11,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from diffusion_jax import codec as codecs
 from diffusion_jax.app import build, fields, first_stage, shipped
 from diffusion_jax.interop import load_autoencoder, load_unet
+from diffusion_jax.interop.lora import load_lora, merge
 from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, network_of
+from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 
+LORA = "lora.safetensors"
 MODEL = ("model", "autoencoder", "condition", "schedule", "objective")  # the sections that weights depend on
 
 
@@ -26,46 +29,62 @@ def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
     if not file.exists():
         return config
     logging.info("no checkpoint in %s: using the model of %s", workdir, config.weights)
-    theirs, ours = fields.completed(ConfigDict(read_json(file))), ConfigDict(config)
+    theirs, ours = load_config(config.weights), ConfigDict(config)
     for section in MODEL:
         ours[section] = theirs[section]
     ours.data.size = theirs.data.size
     return FrozenConfigDict(ours)
 
 
-def load_model(folder: str | Path, size: tuple[int, int] = (0, 0)) -> DiffusionModel:
+def load_config(folder: str | Path) -> ConfigDict:
+    """The config of a folder as `load_model` takes it. Raises FileNotFoundError without config.json."""
+    folder = shipped.find(folder)
+    config = fields.completed(ConfigDict(read_json(folder / "config.json")))
+    if "checkpoint" not in config:
+        config.weights = str(folder) if any((folder / name).exists() for name in ("unet", LORA)) else ""
+    return config
+
+
+def load_model(
+    folder: str | Path, size: tuple[int, int] = (0, 0), teacher: DiffusionModel | None = None
+) -> DiffusionModel:
     """The model in a folder, with its weights.
 
     folder: the work directory of a training, the export that --mode=export wrote, or "weights/emoji", the demo,
       which is found from any current folder.
     size: height and width of the images, pixels. 0 for the size in training.
+    teacher: the model of its config.teacher, if that is loaded already.
     Raises FileNotFoundError for a folder without config.json or weights, and ValueError for a config without a denoiser
     and for a size that the model cannot make.
     """
-    folder = shipped.find(folder)
-    config = fields.completed(ConfigDict(read_json(folder / "config.json")))
+    folder, config = shipped.find(folder), load_config(folder)
     if not build.has_denoiser(config):
         raise ValueError(f"{folder / 'config.json'} describes no denoiser; load an autoencoder by load_autoencoder")
-    if "checkpoint" not in config:
-        config.weights = str(folder) if (folder / "unet").exists() else ""
-    return load(config, folder, build.model(config, size))[0]
+    return load(config, folder, build.model(config, size), teacher)[0]
 
 
-def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[DiffusionModel, str]:
+def load(
+    config: ConfigDict, workdir: Path, model: DiffusionModel, teacher: DiffusionModel | None = None
+) -> tuple[DiffusionModel, str]:
     """The model with weights, and where they come from: the newest checkpoint of the work directory, else the weights
     that come with the config.
 
+    teacher: as in `load_model`.
     Raises FileNotFoundError without weights, and ValueError for a checkpoint of another config.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     step = checkpoints.latest_step()
     if step is not None:
-        params = model.adapter.join(trained(config, workdir, model), model.params)
+        params = model.adapter.join(trained(config, workdir, model), _updated(config, model, teacher).params)
         codec = first_stage.codec(config, workdir, model.codec)
         return model._replace(params=params, codec=codec), f"{checkpoints.folder}, step {step}, averaged"
     if "checkpoint" in config:
         return model, config.checkpoint
     folder = shipped.find(config.weights)
+    if config.weights and (folder / LORA).exists():
+        updated, file = _updated(config, model, teacher), folder / LORA
+        params = merge(updated.params, load_lora(file)["unet"], 1.0, str(file))
+        return model._replace(params=params, codec=updated.codec), config.weights
     if config.weights and folder.exists():
         unet, params = load_unet(folder / "unet")
         codec = model.codec
@@ -73,6 +92,13 @@ def load(config: ConfigDict, workdir: Path, model: DiffusionModel) -> tuple[Diff
             codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
         return model._replace(network=network_of(unet), params=params, codec=codec), config.weights
     raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or give its --workdir")
+
+
+def _updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel | None = None) -> DiffusionModel:
+    """The model whose weights config.lora updates."""
+    if "lora" not in config or "checkpoint" in config:
+        return model
+    return teacher or load_model(config.teacher, model.size)
 
 
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
@@ -86,3 +112,13 @@ def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
             )
     like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
     return Checkpoints(workdir / "checkpoints").restore_ema(like)
+
+
+def averaged(config: ConfigDict, workdir: Path, model: DiffusionModel, step: int, length: float) -> PyTree:
+    """The weights of a model, averaged over a part of the run before a step: see `training.averages`.
+
+    model: as `build.model` makes it.
+    """
+    like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
+    made = averages.load(workdir / "averages", step, length, like)
+    return model.adapter.join(made, _updated(config, model).params)

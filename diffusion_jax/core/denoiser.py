@@ -1,5 +1,12 @@
-"""Denoisers: functions (x_t, level, cond) -> Prediction, and how to build one from a network."""
+"""Denoisers: functions (x_t, level, cond, to) -> Prediction, and how to build one from a network.
 
+`to` is the level that the caller goes to next. An ordinary denoiser ignores it: its prediction is the tangent of the
+path at x_t, right for small steps. A flow map predicts such a pair (x0, eps) that alpha_to x0 + sigma_to eps is the
+state at `to`, however far (Boffi et al. 2025, arXiv 2505.18825). A consistency model is one whose `to` is clean data.
+"""
+
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from diffusion_jax.core.parameterization import Parameterization
@@ -14,23 +22,43 @@ from diffusion_jax.core.process import NoiseLevel, Prediction
 from diffusion_jax.core.schedules import NOISE_ALONE
 
 Apply = Callable[..., Array]
-Denoise = Callable[[Array, NoiseLevel, PyTree], Prediction]
+Denoise = Callable[..., Prediction]
 
 
 def as_pytree(denoise: Denoise) -> Denoise:
-    """Make the denoiser a valid argument of a compiled function: wrap a plain function, return a pytree unchanged."""
-    return Partial(denoise) if jax.tree_util.all_leaves([denoise]) else denoise
+    """Make the denoiser a valid argument of a compiled function, that may be told where to: wrap a plain function, and
+    one of three arguments. A pytree of four is returned unchanged.
+    """
+    wrapped = Partial(denoise) if jax.tree_util.all_leaves([denoise]) else denoise
+    return wrapped if _is_told_where_to(wrapped) else Partial(_not_told, wrapped)
 
 
-def denoiser(apply: Apply, params: PyTree, parameterization: Parameterization) -> Denoise:
+def _is_told_where_to(denoise: Denoise) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(denoise).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds or len(kinds) > 3
+
+
+def _not_told(denoise: Denoise, x: Array, level: NoiseLevel, cond: PyTree, to: NoiseLevel | None = None) -> Prediction:
+    return denoise(x, level, cond)
+
+
+def target_time(to: NoiseLevel) -> ArrayLike:
+    """The time of a target as flow maps see it, 1000 (2 / pi) arctan(sigma / alpha): 0 for clean data and 1000 for pure
+    noise, the same on every schedule.
+    """
+    return 1000 * 2 / math.pi * jnp.arctan2(jnp.asarray(to.sigma, jnp.float32), jnp.asarray(to.alpha, jnp.float32))
+
+
+def denoiser(apply: Apply, params: PyTree, parameterization: Parameterization, flow_map: bool = False) -> Denoise:
     """Build a denoiser from a network.
 
     apply: (params, x (B, ...), t (B,), cond) -> output (B, ...). Pass the same object every time: the compiled program
       is looked up by it.
     params: pytree. The network's variables, an input of the compiled program.
     parameterization: the network's input and the meaning of its output, such as `parameterization.v`.
+    flow_map: cond["to"], (B,), tells the network where to, see `target_time`. Without a target it is told its level.
     """
-    return Partial(_Network(apply, parameterization), params)
+    return Partial(_Network(apply, parameterization, flow_map), params)
 
 
 @dataclass(frozen=True)
@@ -39,9 +67,14 @@ class _Network:
 
     apply: Apply
     parameterization: Parameterization
+    flow_map: bool
 
-    def __call__(self, params: PyTree, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:
+    def __call__(
+        self, params: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: NoiseLevel | None = None
+    ) -> Prediction:
         seen, t = self.parameterization.inputs(x, level)
+        if self.flow_map:
+            cond = cond | {"to": jnp.broadcast_to(target_time(level if to is None else to), x.shape[:1])}
         out = self.apply(params, seen, jnp.broadcast_to(t, x.shape[:1]), cond)
         return self.parameterization.predict(x, out.astype(x.dtype), level)
 
@@ -62,9 +95,27 @@ def check_levels(denoise: PyTree, level: NoiseLevel) -> None:
             )
 
 
+def check_rows(denoise: PyTree, to: NoiseLevel, x0: ArrayLike, eps: ArrayLike, past: ArrayLike) -> None:
+    """Raise ValueError for rows that use a flow map's prediction elsewhere than at the level it was made for.
+
+    to: NoiseLevel of (R,), the targets. x0, eps, past: coefficients of the rows, see `solvers.Plan`.
+    """
+    if not any(network.flow_map for network in _networks(denoise)):
+        return
+    if np.any(past) or not np.allclose(x0 * to.sigma, eps * to.alpha, rtol=1e-6, atol=1e-9):
+        raise ValueError(
+            "a model of few steps predicts where a step ends: its solver must be ddim with eta=0, or consistency"
+        )
+
+
 def _parameterizations(denoise: PyTree) -> set[Parameterization]:
     """The parameterizations of all networks inside a denoiser."""
+    return {network.parameterization for network in _networks(denoise)}
+
+
+def _networks(denoise: PyTree) -> set[_Network]:
+    """All networks inside a denoiser."""
     if not isinstance(denoise, Partial):
         return set()
-    own = {denoise.func.parameterization} if isinstance(denoise.func, _Network) else set()
-    return own.union(*(_parameterizations(argument) for argument in denoise.args))
+    own = {denoise.func} if isinstance(denoise.func, _Network) else set()
+    return own.union(*(_networks(argument) for argument in denoise.args))

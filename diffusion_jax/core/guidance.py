@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, PyTree
 from diffusion_jax.core.denoiser import Denoise, as_pytree
 from diffusion_jax.core.process import NoiseLevel, Prediction, expand
 
+To = NoiseLevel | None  # where the caller goes next, see `core.denoiser`
+
 
 class Guidance(NamedTuple):
     """How strongly, and where, sampling follows the condition. The fields are named after the functions of this module.
@@ -94,14 +96,16 @@ def _is_all(value: ArrayLike, number: float) -> bool:
     return not isinstance(value, jax.core.Tracer) and bool(np.all(np.asarray(value) == number))
 
 
-def _unconditional(denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:
-    return denoise(x, level, _without(cond, null_cond))
+def _unconditional(
+    denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
+) -> Prediction:
+    return denoise(x, level, _without(cond, null_cond), to)
 
 
 def _classifier_free(
-    denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree
+    denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    conditional, null = _both(denoise, null_cond, x, level, cond)
+    conditional, null = _both(denoise, null_cond, x, level, cond, to)
     return _extrapolate(null, conditional, scale, x)
 
 
@@ -117,15 +121,15 @@ def completed(null_cond: PyTree, cond: PyTree) -> PyTree:
 
 
 def _both(
-    denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree
+    denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To
 ) -> tuple[Prediction, Prediction]:
     """The predictions with the condition and without it, from one call of the network."""
 
     def interleave(a: Array, b: Array) -> Array:
         return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
-    level = jax.tree.map(lambda value: jnp.repeat(value, 2) if jnp.ndim(value) else value, level)
-    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, _without(cond, null_cond)))
+    level, to = jax.tree.map(lambda value: jnp.repeat(value, 2) if jnp.ndim(value) else value, (level, to))
+    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, _without(cond, null_cond)), to)
     pairs = jax.tree.map(lambda out: out.reshape(-1, 2, *out.shape[1:]), both)
     return jax.tree.map(lambda out: out[:, 0], pairs), jax.tree.map(lambda out: out[:, 1], pairs)
 
@@ -155,9 +159,16 @@ def rescale(denoise: Denoise, scale: ArrayLike, null_cond: PyTree, phi: float = 
 
 
 def _rescale(
-    denoise: Denoise, scale: Array, null_cond: PyTree, phi: Array, x: Array, level: NoiseLevel, cond: PyTree
+    denoise: Denoise,
+    scale: Array,
+    null_cond: PyTree,
+    phi: Array,
+    x: Array,
+    level: NoiseLevel,
+    cond: PyTree,
+    to: To = None,
 ) -> Prediction:
-    conditional, null = _both(denoise, null_cond, x, level, cond)
+    conditional, null = _both(denoise, null_cond, x, level, cond, to)
     guided = _extrapolate(null, conditional, scale, x)
     axes = tuple(range(1, x.ndim))
     ratio = jnp.std(conditional.x0, axes, keepdims=True) / jnp.maximum(jnp.std(guided.x0, axes, keepdims=True), 1e-8)
@@ -177,8 +188,10 @@ def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     return Partial(_cfg_pp, as_pytree(denoise), number, null_cond)
 
 
-def _cfg_pp(denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:
-    conditional, null = _both(denoise, null_cond, x, level, cond)
+def _cfg_pp(
+    denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
+) -> Prediction:
+    conditional, null = _both(denoise, null_cond, x, level, cond, to)
     return null._replace(x0=_extrapolate(null, conditional, scale, x).x0)
 
 
@@ -192,9 +205,9 @@ def autoguidance(denoise: Denoise, weaker: Denoise, scale: ArrayLike) -> Denoise
 
 
 def _autoguidance(
-    denoise: Denoise, weaker: Denoise, scale: Array, x: Array, level: NoiseLevel, cond: PyTree
+    denoise: Denoise, weaker: Denoise, scale: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    return _extrapolate(weaker(x, level, cond), denoise(x, level, cond), scale, x)
+    return _extrapolate(weaker(x, level, cond, to), denoise(x, level, cond, to), scale, x)
 
 
 def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denoise:
@@ -209,13 +222,13 @@ def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denois
 
 
 def _interval(
-    guided: Denoise, plain: Denoise, low: Array, high: Array, x: Array, level: NoiseLevel, cond: PyTree
+    guided: Denoise, plain: Denoise, low: Array, high: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
     inside = (level.sigma > low * level.alpha) & (level.sigma <= high * level.alpha)
     if jnp.ndim(inside):
-        both = guided(x, level, cond), plain(x, level, cond)
+        both = guided(x, level, cond, to), plain(x, level, cond, to)
         return jax.tree.map(lambda a, b: jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), a, b), *both)
-    return jax.lax.cond(inside, guided, plain, x, level, cond)
+    return jax.lax.cond(inside, guided, plain, x, level, cond, to)
 
 
 def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
@@ -223,8 +236,8 @@ def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
     return Partial(_clip_x0, as_pytree(denoise), _number(limit, "the limit of x0"))
 
 
-def _clip_x0(denoise: Denoise, limit: Array, x: Array, level: NoiseLevel, cond: PyTree) -> Prediction:
-    prediction = denoise(x, level, cond)
+def _clip_x0(denoise: Denoise, limit: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None) -> Prediction:
+    prediction = denoise(x, level, cond, to)
     return _with_x0(prediction, jnp.clip(prediction.x0, -limit, limit), level)
 
 
@@ -239,9 +252,9 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, limit: float 
 
 
 def _dynamic_threshold(
-    denoise: Denoise, percentile: Array, limit: Array, x: Array, level: NoiseLevel, cond: PyTree
+    denoise: Denoise, percentile: Array, limit: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    prediction = denoise(x, level, cond)
+    prediction = denoise(x, level, cond, to)
     size = jnp.quantile(jnp.abs(prediction.x0).reshape(len(x), -1), percentile, axis=1)
     s = expand(jnp.maximum(size, limit), x)
     return _with_x0(prediction, jnp.clip(prediction.x0, -s, s) * limit / s, level)

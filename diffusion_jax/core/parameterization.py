@@ -55,6 +55,13 @@ class Parameterization:
         """Convert the network's output to the pair (x0, eps)."""
         return process.split(x_t, out, level, *self.coefficients(level))
 
+    def step(self, level: NoiseLevel, to: NoiseLevel) -> tuple[ArrayLike, ArrayLike]:
+        """(a, b) of the state at another level, alpha_to x0 + sigma_to eps = a x_t + b out."""
+        p, q = self.coefficients(level)
+        determinant = level.alpha * q - level.sigma * p
+        a = (to.alpha * q - to.sigma * p) / determinant
+        return a, (to.sigma * level.alpha - to.alpha * level.sigma) / determinant
+
     def magnification(self, level: NoiseLevel) -> ArrayLike:
         """Factor from an error in the network's output to the error in x0: sigma / |alpha q - sigma p|."""
         p, q = self.coefficients(level)

@@ -33,6 +33,9 @@ class NoiseLevel(NamedTuple):
             return 2 * (np.log(self.alpha) - np.log(self.sigma))
 
 
+CLEAN = NoiseLevel(0.0, 1.0, 0.0)  # clean data, where a step may go; its time means nothing
+
+
 class Prediction(NamedTuple):
     """The output of a denoiser for x_t: the data x0 and the noise eps, tied by alpha * x0 + sigma * eps = x_t."""
 

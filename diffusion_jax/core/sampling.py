@@ -10,10 +10,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from diffusion_jax.core.denoiser import Denoise, as_pytree, check_levels
+from diffusion_jax.core.denoiser import Denoise, as_pytree, check_levels, check_rows
 from diffusion_jax.core.process import NoiseLevel, add_noise
 from diffusion_jax.core.solvers import HISTORY, Plan
 
+CHUNK = 10  # rows of a plan in one call of the compiled program
 KNOWN = 2**31 - 1  # folded into an image's key for the noise on its known part; larger than any row index
 
 
@@ -83,13 +84,13 @@ def advance(
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + index), state.x.shape[1:]))
         return draw(keys).astype(state.x.dtype)
 
-    def predict(x: Array, level: NoiseLevel) -> tuple[Array, Array]:
-        x0, eps = denoise(x, level, cond)
+    def predict(x: Array, level: NoiseLevel, to: NoiseLevel) -> tuple[Array, Array]:
+        x0, eps = denoise(x, level, cond, to)
         return x0.astype(x.dtype), eps.astype(x.dtype)
 
     def body(carry: tuple[State, Array], row: Rows) -> tuple[tuple[State, Array], None]:
         (state, x0), plan = carry, row.plan
-        x0, eps = jax.lax.cond(row.active, lambda: predict(state.x, plan.level), lambda: (x0, state.x))
+        x0, eps = jax.lax.cond(row.active, lambda: predict(state.x, plan.level, plan.to), lambda: (x0, state.x))
         remembered = plan.memory[0] * x0 + plan.memory[1] * eps
         # write before reading, so that XLA updates it in place
         past = jax.lax.dynamic_update_index_in_dim(state.past, remembered, row.index % len(state.past), 0)
@@ -110,14 +111,15 @@ def sample(
     keys: Key[Array, "batch"],
     cond: PyTree = None,
     *,
-    chunk: int | None = 10,
+    chunk: int | None = CHUNK,
     known: Known | None = None,
     callback: Callable[[int, Array], bool | None] | None = None,
 ) -> Float[Array, "batch *shape"]:
     """Carry x from the plan's first level to its last.
 
-    denoise: (x (B, ...), level of scalars, cond) -> Prediction. Wrap parameters with `jax.tree_util.Partial`, as
-      `denoiser.denoiser` and the functions of `guidance` do, so that new values do not recompile.
+    denoise: (x (B, ...), level of scalars, cond) -> Prediction, or with a fourth argument, the level to go to. Wrap
+      parameters with `jax.tree_util.Partial`, as `denoiser.denoiser` and the functions of `guidance` do, so that new
+      values do not recompile.
     plan: from `solvers`.
     x: (B, ...) at the plan's first level, see `initial_noise`.
     keys: (B,), one for each image. An image does not depend on the batch in which it is generated.
@@ -132,6 +134,7 @@ def sample(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row or None for all rows, got {chunk}")
     check_levels(denoise, plan.level)
+    check_rows(denoise, plan.to, plan.x0, plan.eps, plan.past)
     if known is not None:
         x = _blend(x, known, plan.start, keys, 0)
     total = plan.num_rows

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax.core.process import NoiseLevel
 
+RHO = 7  # of Karras et al. 2022, eq. 5: their steps are even in sigma^(1/7)
 NOISE_ALONE = 200.0  # at this sigma / alpha and above, a state is pure noise in practice; linear ends at 157, edm at 80
 
 
@@ -40,6 +41,9 @@ class Schedule(Protocol):
 
     def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
         """The time at which the log-SNR is `logsnr`, any shape; clipped to [t_min, t_max]."""
+
+    def at(self, part: ArrayLike) -> ArrayLike:
+        """The time after this part, in (0, 1], of the way to t_max, of which even steps are good ones."""
 
     def until(self, t: float) -> "Schedule":
         """The same schedule without the times above t, which must be one of its times."""
@@ -127,6 +131,10 @@ class DiscreteSchedule:
         left = (1 + xp.exp(-table[-2])) ** 0.5 * (1 + xp.exp(-logsnr)) ** -0.5
         return xp.where(logsnr < table[-2], self.t_max - left, t)[()]
 
+    def at(self, part: ArrayLike) -> ArrayLike:
+        """part (T - 1)."""
+        return part * self.t_max
+
     def until(self, t: float) -> "DiscreteSchedule":
         """The same schedule without the steps above t, in [0, T-1]."""
         return replace(self, logsnr_table=self.logsnr_table[: int(t) + 1])
@@ -154,6 +162,11 @@ class EDMSchedule:
         """sigma = exp(-logsnr / 2), clipped to [sigma_min, sigma_max]."""
         xp = _xp(logsnr)
         return xp.clip(xp.exp(-0.5 * logsnr), self.t_min, self.t_max)
+
+    def at(self, part: ArrayLike) -> ArrayLike:
+        """Even in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
+        least, most = self.t_min ** (1 / RHO), self.t_max ** (1 / RHO)
+        return _xp(part).clip((least + part * (most - least)) ** RHO, self.t_min, self.t_max)
 
     def until(self, t: float) -> "EDMSchedule":
         """The same schedule with sigma_max = t."""
@@ -183,6 +196,10 @@ class FlowSchedule:
         """t = 1 / (1 + shift exp(logsnr / 2)), clipped to [t_min, t_max]."""
         xp = _xp(logsnr)
         return xp.clip(1 / (1 + self.shift * xp.exp(0.5 * logsnr)), self.t_min, self.t_max)
+
+    def at(self, part: ArrayLike) -> ArrayLike:
+        """part t_max, and not below t_min."""
+        return _xp(part).maximum(part * self.t_max, self.t_min)
 
     def until(self, t: float) -> "FlowSchedule":
         """The same schedule with t_max = t."""

@@ -179,7 +179,7 @@ def emoji_drawings(
 @functools.cache
 def _all_drawings(data_dir: str | PathLike | None) -> tuple[Drawing, ...]:
     builder = Emoji(config=f"{PIXELS}px", data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
+    _prepare(builder)
     records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
     return tuple(_drawing(records[i]) for i in range(len(records)))
 
@@ -259,7 +259,7 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
     """
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
+        _prepare(builder)
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         close = difflib.get_close_matches(name.split("/")[0].split(":")[0], known)
@@ -273,6 +273,14 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
     except Exception as error:  # a builder may raise anything: a failed download, a wrong config, a version
         raise ValueError(f'TFDS cannot prepare "{name}": {textwrap.shorten(str(error), 300)}') from error
     return _from_builder(builder, split)
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Make the files of a data set if there are none. If another process finished first, its files are taken."""
+    try:
+        builder.download_and_prepare()
+    except FileExistsError:
+        builder.info.read_from_directory(builder.data_path)
 
 
 def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:

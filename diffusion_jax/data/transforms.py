@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 
 import numpy as np
@@ -27,10 +27,23 @@ def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]
 
     Raises BadRecord if it is truncated, not a picture, too large or too elongated.
     """
+    return rgb(upright(image))
+
+
+def upright(
+    image: str | PathLike | bytes, most_pixels: int = MOST_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
+    """Read a picture from its file or its encoded bytes, upright by its EXIF tag. Of an animation, the first frame.
+
+    most_pixels: larger pictures are not decoded.
+    formats: that PIL may try, None for all.
+    Raises BadRecord if it is truncated, not a picture, too large or too elongated.
+    """
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            _check_size(*opened.size)
-            return np.asarray(_rgb(ImageOps.exif_transpose(opened)))
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
+            _check_size(*opened.size, most_pixels)
+            opened.load()
+            return ImageOps.exif_transpose(opened)
     except UnidentifiedImageError as error:
         raise BadRecord("not a picture of a known format") from error
     except BadRecord:
@@ -39,11 +52,16 @@ def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]
         raise BadRecord(f"not a readable picture ({first_line(error)})") from error
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise BadRecord(f"{width}x{height} pixels, expected at most {MOST_PIXELS} in all")
+def _check_size(width: int, height: int, most_pixels: int) -> None:
+    if width * height > most_pixels:
+        raise BadRecord(f"{width}x{height} pixels, expected at most {most_pixels} in all")
     if max(width, height) > MOST_RATIO * min(width, height):
         raise BadRecord(f"{width}x{height} pixels, expected sides of at most {MOST_RATIO} to 1")
+
+
+def rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """8-bit RGB, with transparency on white."""
+    return np.asarray(_rgb(image))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

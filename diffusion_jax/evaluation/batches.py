@@ -1,6 +1,6 @@
-"""Functions of batches, run over any number of items."""
+"""Functions of batches, run over any number of items, and the good records of a source."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -8,6 +8,9 @@ from jaxtyping import PyTree
 
 from diffusion_jax import parallel
 from diffusion_jax.data.batching import filled_batches
+from diffusion_jax.data.loader import Reader
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Record, Transform
 
 BATCH = 64
 
@@ -23,3 +26,30 @@ def mapped(function: Callable[..., PyTree], *columns: Sequence[np.ndarray] | np.
         made = function(*(parallel.spread(np.stack(column), size) for column in zip(*batch, strict=True)))
         found.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:count], made))  # noqa: B023
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def shared(
+    work: Callable[[list], Iterable[np.ndarray]], items: Sequence, chunk: int, batch: int = 1
+) -> Iterator[np.ndarray]:
+    """What `work` makes of each item, in their order. Each of several hosts works on a share and gets all results.
+
+    work: some items -> an array for each, all of one shape.
+    chunk: items that a host works on at a time, a multiple of `batch`.
+    batch: each share is filled up to a multiple of it with copies of its last item.
+    """
+    hosts = jax.process_count()
+    for start in range(0, len(items), chunk * hosts):
+        part = items[start : start + chunk * hosts]
+        share = -(-len(part) // hosts)
+        numbers = jax.process_index() + hosts * np.arange(share + -share % batch)
+        made = list(work([part[min(i, len(part) - 1)] for i in numbers]))
+        yield from (
+            parallel.from_all_hosts(np.stack(made[:share])).swapaxes(0, 1).reshape(-1, *made[0].shape)[: len(part)]
+        )
+
+
+def good_records(source: Source, transform: Transform, seed: int) -> Iterator[tuple[int, Record]]:
+    """The records of a source that can be read, with their indices, in an order shuffled by the seed."""
+    reader, rng = Reader(source, transform), np.random.default_rng(seed)
+    records = ((int(index), reader(int(index), rng)) for index in rng.permutation(len(source)))
+    return ((index, record) for index, record in records if record is not None)

@@ -4,14 +4,23 @@ Features are (N, D), of any network; a distance means nothing without the networ
 bias that depends on the number of pictures, so compare sets of one size only.
 """
 
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from scipy.special import log_softmax
+from jaxtyping import Bool, Float
+from scipy.special import entr, log_softmax
 
 BLOCK = 2048  # rows of distances at a time
+
+
+class Estimate(NamedTuple):
+    """A figure of a set of pictures and its standard error."""
+
+    value: float
+    standard_error: float
 
 
 class Moments(NamedTuple):
@@ -47,13 +56,39 @@ def moments(features: Float[np.ndarray, "pictures features"]) -> Moments:
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or not len(features):
         raise ValueError(f"expected features (pictures, features) of at least one picture, got {features.shape}")
-    if not np.isfinite(features).all():
-        raise ValueError(f"{(~np.isfinite(features)).any(axis=1).sum()} of {len(features)} pictures have NaN features")
+    check_finite(features)
     mean = features.mean(axis=0)
     return Moments(len(features), mean, (features - mean).T @ (features - mean))
 
 
-def frechet(a: Moments, b: Moments) -> float:
+def check_finite(features: Float[np.ndarray, "pictures features"]) -> None:
+    """Raise ValueError for features that are not finite."""
+    bad = ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        raise ValueError(f"{bad.sum()} of {len(features)} pictures have features that are not finite, such as NaN")
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian with covariance F F^T.
+
+    mean: (D,).
+    trace: of the covariance.
+    factor: F, (D, rank).
+    """
+
+    mean: Float[np.ndarray, " features"]
+    trace: float
+    factor: Float[np.ndarray, "features rank"]
+
+
+def gaussian(mean: Float[np.ndarray, " features"], covariance: Float[np.ndarray, "features features"]) -> Gaussian:
+    """The Gaussian of a mean and a covariance, with a factor that leaves out directions of rounding errors."""
+    variances, directions = np.linalg.eigh(covariance)
+    kept = variances > variances[-1] * len(variances) * np.finfo(np.float64).eps
+    return Gaussian(mean, float(np.trace(covariance)), directions[:, kept] * np.sqrt(variances[kept]))
+
+
+def frechet(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the Frechet distance of two Gaussians (Dowson & Landau
     1982; FID in the features of Inception-v3, Heusel et al. 2017).
 
@@ -62,31 +97,25 @@ def frechet(a: Moments, b: Moments) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of two networks: {len(a.mean)} and {len(b.mean)} of them")
-    covariances = a.covariance, b.covariance
-    factors = [_factor(one) for one in covariances]
-    root = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
+    a, b = (gaussian(one.mean, one.covariance) if isinstance(one, Moments) else one for one in (a, b))
+    root = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
     apart = a.mean - b.mean
-    return float(apart @ apart + sum(np.trace(one) for one in covariances) - 2 * root)
+    return float(apart @ apart + a.trace + b.trace - 2 * root)
 
 
-def _factor(covariance: Float[np.ndarray, "features features"]) -> Float[np.ndarray, "features rank"]:
-    """F with F F^T = covariance, without the directions that are rounding errors."""
-    variances, directions = np.linalg.eigh(covariance)
-    kept = variances > variances[-1] * len(variances) * np.finfo(np.float64).eps
-    return directions[:, kept] * np.sqrt(variances[kept])
-
-
-def kernel(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
+def kernel(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> Estimate:
     """The squared maximum mean discrepancy of the kernel (x . y / D + 1)^3, without bias (KID, Binkowski et al. 2018,
-    section 4). It may be negative.
+    section 4). It may be negative. Its standard error is that of drawing x, to first order.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
-    def mean_of_others(one: np.ndarray) -> float:
+    def to_others(one: np.ndarray) -> Float[np.ndarray, " n"]:
         similar = _polynomial(one, one)
-        return (similar.sum() - np.trace(similar)) / (len(one) * (len(one) - 1))
+        return (similar.sum(axis=1) - np.diag(similar)) / (len(one) - 1)
 
-    return float(mean_of_others(x) + mean_of_others(y) - 2 * _polynomial(x, y).mean())
+    own, across = to_others(x), _polynomial(x, y).mean(axis=1)
+    value = own.mean() + to_others(y).mean() - 2 * across.mean()
+    return Estimate(float(value), float(2 * np.std(own - across, ddof=1) / len(x) ** 0.5))
 
 
 def _polynomial(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -101,33 +130,56 @@ def kernel_of_subsets(
         raise ValueError(f"subsets of {size} pictures need as many in both sets, got {len(x)} and {len(y)}")
     rng = np.random.RandomState(seed)  # the generator, and order, of the implementations that papers use
     chosen = ([one[rng.choice(len(one), size, replace=False)] for one in (x, y)] for _ in range(subsets))
-    return np.array([kernel(*pair) for pair in chosen])
+    return np.array([kernel(*pair).value for pair in chosen])
 
 
-def inception_score(logits: Float[np.ndarray, "pictures classes"]) -> float:
-    """exp of the mean divergence of a picture's classes from those of all pictures (Salimans et al. 2016)."""
+class Guesses(NamedTuple):
+    """What a classifier says of a set of pictures, as sums that can be added.
+
+    count: number of pictures.
+    p: (classes,), sum of the pictures' probabilities.
+    p_log_p: sum over pictures and classes.
+    """
+
+    count: int
+    p: Float[np.ndarray, " classes"]
+    p_log_p: float
+
+    def __add__(self, other: "Guesses") -> "Guesses":
+        return Guesses(*map(operator.add, tuple(self), tuple(other)))
+
+
+def guesses(logits: Float[np.ndarray, "pictures classes"]) -> Guesses:
+    """The guesses for a batch of pictures."""
     log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
     p = np.exp(log_p)
-    return float(np.exp((p * (log_p - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
+    return Guesses(len(p), p.sum(axis=0), float((p * log_p).sum()))
+
+
+def inception_score(of: Guesses) -> float:
+    """exp of the mean divergence of a picture's classes from those of all pictures (Salimans et al. 2016)."""
+    p = of.p / of.count
+    return float(np.exp(of.p_log_p / of.count + entr(p).sum()))
 
 
 class Neighbours(NamedTuple):
-    """How two sets overlap, by balls that reach from each picture to its k-th neighbour in its own set.
+    """How two sets overlap, by balls that reach from each picture to its k-th neighbour in its own set. Each measure is
+    the mean of one of these.
 
-    precision: part of the generated pictures in a ball of a real one (Kynkaanniemi et al. 2019).
-    recall: part of the real pictures in a ball of a generated one.
-    density: mean number of balls of real pictures around a generated one, over k (Naeem et al. 2020).
-    coverage: part of the real pictures with a generated one in their ball.
+    precision: whether a generated picture is in a ball of a real one (Kynkaanniemi et al. 2019).
+    recall: whether a real picture is in a ball of a generated one.
+    density: number of balls of real pictures around a generated one, over k (Naeem et al. 2020).
+    coverage: whether a real picture has a generated one in its ball.
     """
 
-    precision: float
-    recall: float
-    density: float
-    coverage: float
+    precision: Bool[np.ndarray, " m"]
+    recall: Bool[np.ndarray, " n"]
+    density: Float[np.ndarray, " m"]
+    coverage: Bool[np.ndarray, " n"]
 
 
 def neighbours(real: Float[np.ndarray, "n features"], generated: Float[np.ndarray, "m features"], k: int) -> Neighbours:
-    """Precision, recall, density and coverage. k: 3 is usual for the first two, 5 for the others."""
+    """Precision, recall, density and coverage, by picture. k: 3 is usual for the first two, 5 for the others."""
     if k >= min(len(real), len(generated)):
         raise ValueError(f"the {k}-th neighbour needs more than {k} pictures, got {len(real)} and {len(generated)}")
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
@@ -139,7 +191,13 @@ def neighbours(real: Float[np.ndarray, "n features"], generated: Float[np.ndarra
         near = distances <= around_real[rows, None]
         covered[rows] = near.any(axis=1)
         inside += near.sum(axis=0)
-    return Neighbours(*map(float, ((inside > 0).mean(), recalled.mean(), inside.mean() / k, covered.mean())))
+    return Neighbours(inside > 0, recalled, inside / k, covered)
+
+
+def nearest(real: Float[np.ndarray, "n features"], pictures: Float[np.ndarray, "m features"], count: int) -> np.ndarray:
+    """The indices (m, count) of the real pictures that are nearest to each picture, the nearest first."""
+    closest = [np.argsort(distances, axis=1)[:, :count] for _, distances in _blocks(pictures, real)]
+    return np.concatenate(closest)
 
 
 def _reach(x: np.ndarray, k: int) -> np.ndarray:
@@ -153,3 +211,18 @@ def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         rows = slice(start, start + BLOCK)
         squares = (x[rows] ** 2).sum(axis=1)[:, None] + (y**2).sum(axis=1) - 2 * x[rows] @ y.T
         yield rows, np.sqrt(np.maximum(squares, 0))
+
+
+def jackknife(statistic: Callable[[Sequence], float], groups: Sequence) -> Estimate:
+    """The statistic of all groups. Its standard error is that of leaving out one group at a time (Efron & Stein 1981,
+    eq. 1.2, for groups).
+
+    statistic: of some groups of a set of pictures, each as large as the others.
+    """
+    without = np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups))])
+    return Estimate(statistic(groups), float(np.sqrt((len(groups) - 1) * without.var())))
+
+
+def total(parts: Sequence[Moments] | Sequence[Guesses]) -> Moments | Guesses:
+    """Those of all parts."""
+    return functools.reduce(operator.add, parts)

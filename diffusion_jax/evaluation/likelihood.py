@@ -1,7 +1,6 @@
 """The likelihood of held-out data under a trained model: both measures of `core.likelihood` in one report."""
 
 import itertools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,10 @@ from diffusion_jax import parallel
 from diffusion_jax.core import likelihood
 from diffusion_jax.core.guidance import clip_x0
 from diffusion_jax.core.schedules import Schedule
-from diffusion_jax.data.batching import filled_batches
-from diffusion_jax.data.loader import Reader, stack
+from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
+from diffusion_jax.evaluation.batches import good_records, shared
 from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.model import DiffusionModel
 
@@ -48,25 +47,26 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
     """
     total = min(section.images, len(source))
     size = parallel.divisible(min(section.batch_size, total))
-    model, found = model.placed(), []
+    model, names = model.placed(), []
+    good = (record for _, record in itertools.islice(good_records(source, transform, section.seed), total))
+
+    def figures_of(numbered: list[tuple[int, Record]]) -> Float[np.ndarray, "images figures"]:
+        numbers, records = zip(*numbered, strict=True)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(section.seed), np.array(numbers))
+        batch = stack(records)
+        cond = model.conditioning.embed(model.conditioning.params, model.conditioning.of_records(batch))
+        figures = _figures(model, batch["image"], cond, keys, section)
+        names[:] = figures
+        return np.stack([np.asarray(values) for values in figures.values()], axis=1)
+
+    found, numbered = [], enumerate(good)
     with tqdm(desc="likelihood", total=total, unit="images") as bar:
-        for count, batch in filled_batches(_good_records(source, transform, total, section.seed), size):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(section.seed), bar.n + np.arange(size))
-            records = stack(batch)
-            cond = model.conditioning.embed(model.conditioning.params, model.conditioning.of_records(records))
-            figures = _figures(model, records["image"], cond, keys, section)
-            found.append(jax.tree.map(lambda values: np.asarray(values)[:count], figures))  # noqa: B023
-            bar.update(count)
-    figures = jax.tree.map(lambda *values: summary(np.concatenate(values)), *found)
+        while part := list(itertools.islice(numbered, size * jax.process_count())):
+            found += shared(figures_of, part, size, size)
+            bar.update(len(part))
+    figures = {name: summary(values) for name, values in zip(names, np.stack(found, axis=1), strict=True)}
     space = {"of": "pixels", "unit": "bits/dim"} if _of_pixels(model) else {"of": "latents", "unit": "nats/dim"}
-    return {name: section[name] for name in REPORTED} | {"data": source.name, "images": bar.n} | space | figures
-
-
-def _good_records(source: Source, transform: Transform, total: int, seed: int) -> Iterator[Record]:
-    """`total` good records, or as many as there are, in an order shuffled by the seed."""
-    reader, rng = Reader(source, transform), np.random.default_rng(seed)
-    records = (reader(int(index), rng) for index in rng.permutation(len(source)))
-    return itertools.islice((record for record in records if record is not None), total)
+    return {name: section[name] for name in REPORTED} | {"data": source.name, "images": len(found)} | space | figures
 
 
 def _figures(

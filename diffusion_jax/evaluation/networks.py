@@ -5,6 +5,7 @@ A distance is named after its network: FID is the Frechet distance in the featur
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,17 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from diffusion_jax.codec import fingerprint
 from diffusion_jax.data.transforms import to_float
 from diffusion_jax.evaluation.batches import mapped
+from diffusion_jax.interop.encoders import load_text_encoder
 from diffusion_jax.interop.inception import load_inception
 from diffusion_jax.interop.lpips import load_lpips
+from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.interop.vision import load_image_encoder
 from diffusion_jax.models import inception
 from diffusion_jax.models.lpips import features
+from diffusion_jax.models.text import tokenize
 
 CLASSIFIERS = {"alexnet": ("alex", 224), "vgg16": ("vgg", 112)}  # weights, and pixels a side
+VOCABULARIES = ("tokenizer.json", "vocab.json")
 FILES = ("inception", "encoder")
-KNOWN = f"{', '.join(CLASSIFIERS)}, inception:FILE of FID's weights, encoder:FOLDER of CLIP or DINOv2"
+PIXELS = 8  # on a side, of pictures compared by their pixels
+KNOWN = f"{', '.join(CLASSIFIERS)}, pixels, inception:FILE of FID's weights, encoder:FOLDER of CLIP or DINOv2"
 
 
 class FeatureNetwork(NamedTuple):
@@ -32,16 +39,20 @@ class FeatureNetwork(NamedTuple):
     resized: how pictures are brought to its size, as in reports.
     of: uint8 pictures (H, W, 3) of one size -> {"features": (N, D)}, of a classifier for the Inception Score also
       "logits" (N, classes).
+    weights: () -> a hash of its weights.
+    texts: prompts -> (N, D) in the same space, of a whole CLIP model with its tokenizer. None for others.
     """
 
     name: str
     resized: str
     of: Callable[[Sequence[np.ndarray]], dict[str, Float[np.ndarray, "pictures _"]]]
+    weights: Callable[[], str]
+    texts: Callable[[Sequence[str]], Float[np.ndarray, "prompts features"]] | None = None
 
 
 def feature_network(name: str, allow_pickle: bool = False) -> FeatureNetwork:
     """The network of a name: "alexnet" or "vgg16", which come with the installation (their weights are those of
-    LPIPS), "inception:FILE" or "encoder:FOLDER".
+    LPIPS), "inception:FILE", "encoder:FOLDER"; "pixels", for tiny pictures, has the pixels themselves as features.
 
     allow_pickle: read weights in .pth and .bin files.
     Raises ValueError for another name, and what the loaders raise.
@@ -49,6 +60,8 @@ def feature_network(name: str, allow_pickle: bool = False) -> FeatureNetwork:
     kind, _, path = name.partition(":")
     if name in CLASSIFIERS:
         return _classifier(name)
+    if name == "pixels":
+        return _pixels()
     if kind not in FILES or not path:
         raise ValueError(f"unknown feature network {name!r}; known: {KNOWN}")
     return _inception(path, allow_pickle) if kind == "inception" else _encoder(path, allow_pickle)
@@ -56,7 +69,8 @@ def feature_network(name: str, allow_pickle: bool = False) -> FeatureNetwork:
 
 def _network(name: str, resized: str, params: PyTree, apply: Callable) -> FeatureNetwork:
     """apply: params, uint8 (B, H, W, 3) -> dict of features."""
-    return FeatureNetwork(name, resized, functools.partial(mapped, functools.partial(jax.jit(apply), params)))
+    of = functools.partial(mapped, functools.partial(jax.jit(apply), params))
+    return FeatureNetwork(name, resized, of, functools.partial(fingerprint, params))
 
 
 def _classifier(name: str) -> FeatureNetwork:
@@ -67,6 +81,13 @@ def _classifier(name: str) -> FeatureNetwork:
         return {"features": last.mean(axis=(1, 2))}
 
     return _network(name, f"bicubic, antialiased, to {side} x {side}", load_lpips(net), apply)
+
+
+def _pixels() -> FeatureNetwork:
+    def apply(params: PyTree, images: UInt8[Array, "batch height width 3"]) -> dict[str, Array]:
+        return {"features": _resized(to_float(images), PIXELS).reshape(len(images), -1)}
+
+    return _network("pixels", f"bicubic, antialiased, to {PIXELS} x {PIXELS}", {}, apply)
 
 
 def _inception(path: str, allow_pickle: bool) -> FeatureNetwork:
@@ -86,7 +107,16 @@ def _encoder(folder: str, allow_pickle: bool) -> FeatureNetwork:
         pixels = _resized(images / 255.0, side)
         return {"features": encoder.apply(params, (pixels - jnp.array(loaded.mean)) / jnp.array(loaded.deviation))}
 
-    return _network(loaded.name, f"bicubic, antialiased, to {side} x {side}", loaded.params, apply)
+    network = _network(loaded.name, f"bicubic, antialiased, to {side} x {side}", loaded.params, apply)
+    has_words = loaded.reads_text and any((Path(folder) / file).exists() for file in VOCABULARIES)
+    return network._replace(texts=_texts(folder, allow_pickle)) if has_words else network
+
+
+def _texts(folder: str, allow_pickle: bool) -> Callable[[Sequence[str]], Float[np.ndarray, "prompts features"]]:
+    encoder, params = load_text_encoder(folder, allow_pickle=allow_pickle)
+    tokenizer = load_tokenizer(folder, encoder.max_position_embeddings)
+    pooled = jax.jit(lambda ids: encoder.apply(params, ids).pooled)
+    return lambda prompts: mapped(pooled, tokenize(prompts, tokenizer, encoder.max_position_embeddings)[0])
 
 
 def _resized(images: Float[Array, "batch height width 3"], side: int) -> Float[Array, "batch side side 3"]:

@@ -1,17 +1,20 @@
 """How well a first stage reconstructs held-out images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
-from diffusion_jax.data.transforms import Record, to_float
+from diffusion_jax.data.transforms import Record, to_float, to_uint8
+from diffusion_jax.evaluation.batches import mapped
 from diffusion_jax.evaluation.summary import summary
+from diffusion_jax.model import DiffusionModel
 from diffusion_jax.models.lpips import lpips
 
 Images = Float[Array, "batch height width 3"]
+Picture = UInt8[np.ndarray, "height width 3"]
 
 
 def evaluate_reconstruction(
@@ -45,3 +48,17 @@ def evaluate_reconstruction(
 def _summaries(figures: dict[str, np.ndarray], chosen: slice | np.ndarray) -> dict:
     values = {name: values[chosen] for name, values in figures.items()}
     return {"images": len(values["psnr"])} | {name: summary(each) for name, each in values.items()}
+
+
+def first_stage(model: DiffusionModel) -> Callable[[Sequence[Picture]], list[Picture]]:
+    """A function that encodes and decodes pictures by the first stage of a model."""
+    codec = model.codec
+
+    @jax.jit
+    def decoded(params: PyTree, stats: PyTree, records: PyTree) -> UInt8[Array, "batch height width 3"]:
+        return to_uint8(codec.decode(params, codec.sample(stats, records, None)))
+
+    def through(images: UInt8[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
+        return decoded(codec.params, codec.stats, codec.encode(images))
+
+    return lambda pictures: list(mapped(through, pictures))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree, UInt8
+from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from diffusion_jax.data.captions import caption
@@ -24,9 +24,10 @@ from diffusion_jax.data.scenes import (
     is_trained_on,
     paint,
 )
-from diffusion_jax.data.transforms import to_float, to_uint8
+from diffusion_jax.data.transforms import to_float
 from diffusion_jax.evaluation import checks
 from diffusion_jax.evaluation.batches import mapped
+from diffusion_jax.evaluation.reconstruction import first_stage
 from diffusion_jax.evaluation.retrieval import Features, Gallery, gallery, ranks
 from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.model import DiffusionModel
@@ -169,7 +170,7 @@ def trials(model: DiffusionModel, known: Known, drawings: Sequence[Drawing], sec
     drawings: those that are asked for.
     section: config section with concepts (cases of names), cases (of each other kind), and seed.
     """
-    made = []
+    made, through = [], first_stage(model)
     for i, kind in enumerate(KINDS):
         rng = np.random.default_rng([section.seed, i])
         scenes = cases(drawings, kind, section.concepts if kind == "names" else section.cases, rng)
@@ -177,7 +178,7 @@ def trials(model: DiffusionModel, known: Known, drawings: Sequence[Drawing], sec
             continue
         captions = [caption(scene, rng, styled=True) for scene in scenes]
         painted = [paint(scene, model.size[0]) for scene in scenes]
-        sets = {"painted": painted, "first stage": _through_first_stage(model, painted)}
+        sets = {"painted": painted, "first stage": through(painted)}
         bounds = {name: _shares(parts(pictures, scenes, known), KINDS[kind].part) for name, pictures in sets.items()}
         made.append(Trial(kind, scenes, captions, bounds))
     return made
@@ -213,16 +214,6 @@ def evaluate_scenes(
 def _shares(right: dict[str, np.ndarray], part: str) -> dict[str, dict]:
     shown = {"object": right["object"], part: right[part], "both": right["object"] & right[part]}
     return {name: summary(values) for name, values in shown.items()}
-
-
-def _through_first_stage(model: DiffusionModel, pictures: Sequence[Picture]) -> list[Picture]:
-    codec = model.codec
-
-    @jax.jit
-    def decoded(params: PyTree, stats: PyTree, records: PyTree) -> UInt8[Array, "batch height width 3"]:
-        return to_uint8(codec.decode(params, codec.sample(stats, records, None)))
-
-    return list(mapped(lambda images: decoded(codec.params, codec.stats, codec.encode(images)), pictures))
 
 
 def _distances(params: dict, first: Sequence[Picture], second: Sequence[Picture]) -> Float[np.ndarray, " pictures"]:

@@ -24,12 +24,14 @@ WEIGHTS = "model"
 MODULES = {
     "CLIPTextModel": ClipTextEncoder,
     "CLIPTextModelWithProjection": ClipTextEncoder,
+    "CLIPModel": ClipTextEncoder,
     "T5EncoderModel": T5Encoder,
 }
 # Default values in transformers of fields missing in config.json, where our defaults differ.
 DEFAULTS = {
     "CLIPTextModel": {},
     "CLIPTextModelWithProjection": dict(projection_dim=512),
+    "CLIPModel": dict(projection_dim=512),
     "T5EncoderModel": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
 }
 LAYERS = ("last_hidden_state", "penultimate")
@@ -40,6 +42,7 @@ def load_text_encoder(
 ) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
     """The text encoder of a folder and its variables. Run it by `encoder.apply(variables, ids)`, T5 with a mask too.
 
+    folder: of a text encoder, or of a whole CLIP model.
     dtype: of the variables.
     allow_pickle: see `read_tensors`.
     For another compute type, `encoder.clone(dtype=jnp.bfloat16)` uses the same variables.
@@ -58,6 +61,9 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncode
     known = {field.name for field in dataclasses.fields(MODULES[name])} - {"parent", "name", "dtype"}
     if name == "CLIPTextModel":
         known.remove("projection_dim")  # of the full CLIP model
+    if name == "CLIPModel":
+        projection = {field: config[field] for field in ("projection_dim",) if field in config}
+        config = config.get("text_config", {}) | projection
     fields = DEFAULTS[name] | {field: config[field] for field in known & config.keys()}
     return module_and_shapes(MODULES[name], fields, source, lambda encoder: encoder.example_inputs())
 
@@ -67,8 +73,12 @@ def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5En
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if isinstance(encoder, T5Encoder):
         return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
-    heads = ("text_model.", "text_projection.")
-    return {name if name.startswith(heads) else f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    heads, others = ("text_model.", "text_projection."), ("vision_model.", "visual_projection.", "logit_scale")
+    return {
+        name if name.startswith(heads) else f"text_model.{name}": tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(others)
+    }
 
 
 def save_text_encoder(

@@ -43,6 +43,7 @@ FOREIGN = {
         "addition_embed_type",
         "addition_time_embed_dim",
         "projection_class_embeddings_input_dim",
+        "time_cond_proj_dim",
     },
     "AutoencoderKL": set(),
 }
@@ -161,6 +162,9 @@ def _fields(module: type, config: Mapping, source: str | Path) -> dict:
 def _save(class_name, module, extra, variables, folder, dtype):
     folder = Path(folder)
     names = {field.name for field in dataclasses.fields(module)} - OURS - FOREIGN[class_name]
-    config = {"_class_name": class_name, **{name: getattr(module, name) for name in sorted(names)}, **extra}
+    fields = {name: getattr(module, name) for name in sorted(names)}
+    if not fields.get("target_embedding"):
+        fields.pop("target_embedding", None)  # unknown to diffusers
+    config = {"_class_name": class_name, **fields, **extra}
     write_json(folder / "config.json", config)
     write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)

@@ -4,18 +4,40 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_jax.interop.graph import read_constants
 from diffusion_jax.interop.tensors import read_file
 from diffusion_jax.models.inception import EPS
 
+FOLDERS = {  # of the TensorFlow graph -> block of torch-fidelity
+    "mixed": "Mixed_5b", "mixed_1": "Mixed_5c", "mixed_2": "Mixed_5d", "mixed_3": "Mixed_6a", "mixed_4": "Mixed_6b",
+    "mixed_5": "Mixed_6c", "mixed_6": "Mixed_6d", "mixed_7": "Mixed_6e", "mixed_8": "Mixed_7a", "mixed_9": "Mixed_7b",
+    "mixed_10": "Mixed_7c",
+}  # fmt: skip
+STEM = {
+    "conv": "Conv2d_1a_3x3",
+    "conv_1": "Conv2d_2a_3x3",
+    "conv_2": "Conv2d_2b_3x3",
+    "conv_3": "Conv2d_3b_1x1",
+    "conv_4": "Conv2d_4a_3x3",
+}
+TOWERS = {  # kind of block -> the branches that its towers are; "" is the convolution outside of them
+    "5": {"": "branch1x1", "tower": "branch5x5", "tower_1": "branch3x3dbl", "tower_2": "branch_pool"},
+    "6a": {"": "branch3x3", "tower": "branch3x3dbl"},
+    "6": {"": "branch1x1", "tower": "branch7x7", "tower_1": "branch7x7dbl", "tower_2": "branch_pool"},
+    "7a": {"tower": "branch3x3", "tower_1": "branch7x7x3"},
+    "7": {"": "branch1x1", "tower": "branch3x3", "tower_1": "branch3x3dbl", "tower_2": "branch_pool"},
+}
+
 
 def load_inception(path: str | Path, allow_pickle: bool = False) -> dict:
-    """The weights of torch-fidelity or pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`, also as .safetensors), as
-    `models.inception.inception` takes them.
+    """The weights as `models.inception.inception` takes them, from the file of torch-fidelity or pytorch-fid
+    (`pt_inception-2015-12-05-6726825d.pth`, also as .safetensors), or from the original graph of TensorFlow
+    (`classify_image_graph_def.pb`).
 
     allow_pickle: read a .pth file, of which only tensors are read.
     Raises FileNotFoundError, and ValueError for a file of another network.
     """
-    tensors = read_file(path, allow_pickle)
+    tensors = _of_graph(path) if Path(path).suffix == ".pb" else read_file(path, allow_pickle)
     names = sorted(name.removesuffix(".conv.weight") for name in tensors if name.endswith(".conv.weight"))
     if len(names) != 94 or "fc.weight" not in tensors:
         raise ValueError(
@@ -24,6 +46,39 @@ def load_inception(path: str | Path, allow_pickle: bool = False) -> dict:
         )
     params = {name: _folded(tensors, name) for name in names}
     return params | {"fc": {"kernel": np.asarray(tensors["fc.weight"], np.float32).T}}
+
+
+def _of_graph(path: str | Path) -> dict[str, np.ndarray]:
+    """The constants of the TensorFlow graph, with names and axes as in the file of torch-fidelity."""
+    parts = {"beta": "bias", "gamma": "weight", "moving_mean": "running_mean", "moving_variance": "running_var"}
+    tensors = {}
+    for name, values in read_constants(path).items():
+        place, _, part = name.rpartition("/")
+        if name == "softmax/weights":
+            tensors["fc.weight"] = values.T
+        elif part == "conv2d_params":
+            tensors[f"{_module(place)}.conv.weight"] = values.transpose(3, 2, 0, 1)
+        elif place.endswith("/batchnorm") and part in parts:
+            tensors[f"{_module(place.removesuffix('/batchnorm'))}.bn.{parts[part]}"] = values
+    return tensors
+
+
+def _module(place: str) -> str:
+    """The name of a convolution in torch-fidelity: "mixed_9/tower/mixed/conv_1" is "Mixed_7b.branch3x3_2b"."""
+    if place in STEM:
+        return STEM[place]
+    folder, *inside, conv = place.split("/")
+    block = FOLDERS.get(folder, folder)
+    kind = block.removeprefix("Mixed_")
+    towers = TOWERS[kind if kind in TOWERS else kind[0]] if folder in FOLDERS else {}
+    branch = towers.get(inside[0] if inside else "", "")
+    if not inside or branch == "branch_pool":
+        return f"{block}.{branch}"
+    number = int(conv.removeprefix("conv").lstrip("_") or 0)
+    if inside[1:]:  # two convolutions of one input
+        before = {"branch3x3": 1, "branch3x3dbl": 2}[branch]
+        return f"{block}.{branch}_{before + 1}{'ab'[number]}"
+    return f"{block}.{branch}_{number + 1}"
 
 
 def _folded(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:

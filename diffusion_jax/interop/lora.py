@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import tree_leaves_with_path as tree_leaves
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax.interop.names import torch_name
@@ -75,18 +77,21 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
     return parts
 
 
-def save_lora(path: str | Path, updates: PyTree, scale: float) -> None:
+def save_lora(path: str | Path, updates: PyTree, scale: float, dtype: DTypeLike = np.float32) -> None:
     """Write updates of a U-Net, as `models.lora` trains them, to a .safetensors file in the layout of peft.
 
     scale: alpha / rank. `up` is multiplied by it, so that readers see an alpha equal to the rank.
     """
     tensors = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(updates):
-        *module, half = (key.key for key in keys)
+    leaves = {tuple(key.key for key in keys): np.asarray(leaf, np.float32) for keys, leaf in tree_leaves(updates)}
+    for (*module, half), leaf in leaves.items():
         name = "unet." + torch_name((*module, "kernel")).removesuffix(".weight")
         letter, factor = {"down": ("A", 1.0), "up": ("B", scale)}[half]
-        tensors[f"{name}.lora_{letter}.weight"] = factor * np.asarray(leaf, np.float32).T
-    write_file(path, tensors, np.float32)
+        tensor = leaf.transpose(leaf.ndim - 1, leaf.ndim - 2, *range(leaf.ndim - 2))
+        if half == "up" and leaves[(*module, "down")].ndim > 2:
+            tensor = tensor[..., None, None]  # a 1x1 convolution
+        tensors[f"{name}.lora_{letter}.weight"] = factor * tensor
+    write_file(path, tensors, dtype)
 
 
 def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0) -> PublishedPipeline:

@@ -5,6 +5,7 @@ A folder has model_index.json and a subfolder for each part:
     unet/ vae/ text_encoder/ text_encoder_2/      networks, each a config.json and its tensors
     tokenizer/ tokenizer_2/                       vocabularies
     scheduler/                                    scheduler_config.json: the noise schedule and what the U-Net predicts
+    safety_checker/                               of Stable Diffusion 1: which images must not be shown
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from diffusion_jax.interop import encoders
 from diffusion_jax.interop.encoders import canonical, save_text_encoder, text_encoder_of
 from diffusion_jax.interop.folders import WEIGHTS, autoencoder_of, read_config, save_autoencoder, save_unet, unet_of
 from diffusion_jax.interop.names import from_torch, modern
+from diffusion_jax.interop.safety import SafetyChecker, load_safety_checker
 from diffusion_jax.interop.single_file import Description, read_single_file
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
@@ -75,6 +77,7 @@ class PublishedPipeline(NamedTuple):
     schedule, prediction: of the denoiser; "eps", "v" or "x0".
     scheduler: scheduler_config.json, where timestep_spacing, steps_offset and the like say how its authors sample.
     index: model_index.json without the parts, such as force_zeros_for_empty_prompt.
+    safety_checker: None if it has none, or is not to be used. `save_pipeline` does not write it.
     """
 
     unet: Part
@@ -85,6 +88,7 @@ class PublishedPipeline(NamedTuple):
     prediction: str
     scheduler: Mapping = MappingProxyType({})
     index: Mapping = MappingProxyType({})
+    safety_checker: SafetyChecker | None = None
 
     @property
     def text_names(self) -> tuple[str, ...]:
@@ -99,6 +103,7 @@ def load_pipeline(
     prediction: str | None = None,
     tokenizers: str | Path | None = None,
     allow_pickle: bool = False,
+    safety_checker: bool = True,
 ) -> PublishedPipeline:
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
 
@@ -106,6 +111,7 @@ def load_pipeline(
     prediction: override it with "eps", "v" or "x0". Needed for a single file of SD 2: 512-base is "eps", 768 is "v".
     tokenizers: the folder of a pipeline with the tokenizers for a single file.
     allow_pickle: see `read_file`.
+    safety_checker: load that of a folder whose model_index.json names one.
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = Path(path)
@@ -132,7 +138,17 @@ def load_pipeline(
         prediction=prediction or predicted,
         scheduler=scheduler,
         index=index,
+        safety_checker=_safety_checker(path, allow_pickle) if safety_checker else None,
     )
+
+
+def _safety_checker(path: Path, allow_pickle: bool) -> SafetyChecker | None:
+    if path.is_file() or not _is_used(read_json(path / "model_index.json").get("safety_checker")):
+        return None
+    try:
+        return load_safety_checker(path / "safety_checker", allow_pickle)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; without it, set safety_checker=False") from None
 
 
 def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:

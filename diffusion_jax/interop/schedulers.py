@@ -10,14 +10,13 @@ import numpy as np
 from scipy import stats
 
 from diffusion_jax.core import solvers
-from diffusion_jax.core.process import NoiseLevel
+from diffusion_jax.core.process import CLEAN, NoiseLevel
 from diffusion_jax.core.schedules import DiscreteSchedule
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.core.solvers.plan import X0, Row, Step, Z, joined, stack, state
 
 LEADING = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler")  # timestep_spacing by default
 OTHERS = ("bh1", "bh2", "logrho")  # solver_type of other classes, which a scheduler replaces by its own
-CLEAN = NoiseLevel(0.0, 1.0, 0.0)
 FEW = 15  # with fewer steps the order of multistep solvers falls at the end
 ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use for noise alone
 

@@ -14,7 +14,7 @@ from diffusion_jax.interop.tensors import read_json, read_tensors
 from diffusion_jax.models.vision import ImageEncoder
 
 WEIGHTS = "model"
-CLIP, DINO = "CLIPVisionModelWithProjection", "Dinov2Model"
+CLIP, DINO, SAFETY = "CLIPVisionModelWithProjection", "Dinov2Model", "StableDiffusionSafetyChecker"
 SIDE = 224  # pixels at which the features of DINOv2 are usually compared
 USUAL = {  # mean and deviation of pixels in [0, 1]
     "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -36,6 +36,7 @@ class LoadedEncoder(NamedTuple):
     """An image encoder. Run it by `encoder.apply(params, (pixels - mean) / deviation)` with pixels in [0, 1].
 
     name: "CLIP" or "DINOv2".
+    reads_text: whether the folder has a whole CLIP model, whose text encoder `load_text_encoder` loads.
     """
 
     name: str
@@ -43,32 +44,33 @@ class LoadedEncoder(NamedTuple):
     params: PyTree
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    reads_text: bool
 
 
 def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> LoadedEncoder:
     """The image encoder of a folder, with the mean and deviation of its preprocessor_config.json, or if there is none
     with the usual ones.
 
-    folder: of a CLIP model with its projection (a whole CLIP model too), or of DINOv2, which is set to images of 224
-      pixels.
+    folder: of a CLIP model with its projection (also in a whole CLIP model or a safety checker), or of DINOv2, which is
+      set to images of 224 pixels.
     allow_pickle: see `read_tensors`.
     Raises FileNotFoundError for a missing file and ValueError for an unsupported config or weights that do not fit.
     """
     config, source = read_config(folder)
     name = next(iter(config.get("architectures") or [None]))
-    if name not in (CLIP, "CLIPModel", DINO):
+    if name not in (CLIP, "CLIPModel", SAFETY, DINO):
         raise ValueError(f"{source}: expected the architecture of an image encoder, {CLIP} or {DINO}; got {name}")
     tensors, file = read_tensors(folder, WEIGHTS, allow_pickle)
     if name == DINO:
         fields, tensors = _dino(config, tensors, source)
     else:
         projection = {"projection_dim": config.get("projection_dim", 512)}
-        config = config.get("vision_config", config) if name == "CLIPModel" else config
+        config = config.get("vision_config", config)
         known = {field: config[field] for field in ImageEncoder.__dataclass_fields__ if field in config}
         fields = known | projection
         heads = ("vision_model.", "visual_projection.")
         tensors = {
-            name: tensor
+            name.removeprefix("vision_model." if name.startswith("vision_model.vision_model.") else ""): tensor
             for name, tensor in tensors.items()
             if name.startswith(heads) and not name.endswith(".position_ids")
         }
@@ -79,7 +81,7 @@ def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> Loaded
     mean, deviation = (
         tuple(given.get(field, usual)) for field, usual in zip(("image_mean", "image_std"), USUAL[family], strict=True)
     )
-    return LoadedEncoder(family, encoder, from_torch(tensors, file, like), mean, deviation)
+    return LoadedEncoder(family, encoder, from_torch(tensors, file, like), mean, deviation, name == "CLIPModel")
 
 
 def _dino(config: Mapping, tensors: Mapping[str, np.ndarray], source: str | Path) -> tuple[dict, dict]:

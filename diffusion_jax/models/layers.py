@@ -21,6 +21,13 @@ kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
 
 
+def updated_kernel(module: nn.Module, kernel: Float[Array, "h w channels features"]) -> Array:
+    """The kernel of a convolution with its low-rank update, down up, if the module has one (`models.lora`)."""
+    if not module.has_variable("lora", "down"):
+        return kernel
+    return kernel + module.get_variable("lora", "down") @ module.get_variable("lora", "up")
+
+
 class Conv(nn.Module):
     """A 3x3 convolution.
 
@@ -35,7 +42,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
-        kernel = self.param("kernel", self.init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
+        kernel = self.param("kernel", self.init, (3, 3, x.shape[-1], self.features))
+        kernel = updated_kernel(self, kernel).astype(self.dtype)
         bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
         padding = [(self.padding, self.padding)] * 2 if isinstance(self.padding, int) else self.padding
         return convolve(x.astype(self.dtype), kernel, padding, self.stride) + bias
@@ -58,7 +66,7 @@ class Dense(nn.Module):
         y = multiply(x, kernel.reshape(channels, self.features).astype(self.dtype))
         if self.has_variable("lora", "down"):
             down, up = (self.get_variable("lora", name).astype(self.dtype) for name in ("down", "up"))
-            y = y + multiply(multiply(x, down).astype(self.dtype), up)
+            y = y + multiply(multiply(x, down.reshape(channels, -1)).astype(self.dtype), up)
         if self.use_bias:
             y = y + self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
         return y.astype(self.dtype)
@@ -86,14 +94,23 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear maps with a SiLU between. Float32, because it is small and every residual block depends on it."""
+    """Two linear maps with a SiLU between. Float32, because it is small and every residual block depends on it.
+
+    init: of the second map.
+    """
 
     width: int
+    init: Callable = kernel_init
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch _"]) -> Float[Array, "batch width"]:
+    def __call__(
+        self, x: Float[Array, "batch channels"], added: Float[Array, "batch _"] | None = None
+    ) -> Float[Array, "batch width"]:
+        """added: another embedding, of which a linear map without bias is added to x."""
+        if added is not None:
+            x = x + Dense(x.shape[-1], use_bias=False, init=nn.initializers.zeros, name="cond_proj")(added)
         x = Dense(self.width, name="linear_1")(x)
-        return Dense(self.width, name="linear_2")(nn.silu(x))
+        return Dense(self.width, init=self.init, name="linear_2")(nn.silu(x))
 
 
 class GroupNorm(nn.Module):
@@ -214,7 +231,7 @@ class UpsampledConv(nn.Module):
         self, x: Float[Array, "batch height width _"], size: tuple[int, int] | None = None
     ) -> Float[Array, "batch h w features"]:
         """size: (height, width). Crop the repeated image to it before the convolution."""
-        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
+        kernel = updated_kernel(self, self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features)))
         bias = self.param("bias", zeros_init, (self.features,)).astype(self.dtype)
         return convolve_repeated(x.astype(self.dtype), kernel, size) + bias
 

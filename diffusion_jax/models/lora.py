@@ -1,11 +1,11 @@
-"""Low-rank updates of a network's linear maps, trained instead of the maps (LoRA, Hu et al. 2021).
+"""Low-rank updates of a network's linear maps and convolutions, trained instead of them (LoRA, Hu et al. 2021).
 
     y = W x + (alpha / rank) up (down x),    down (in, rank) normal, up (rank, out) zero at first
 
-`layers.Dense` adds them if the variables have a collection "lora".
+Of a convolution, down is one of its size, (h, w, in, rank). The layers add them if the variables have a collection
+"lora".
 """
 
-import math
 import re
 import zlib
 
@@ -18,7 +18,7 @@ ATTENTION = r"attn[12]/to_(q|k|v|out_0)"
 
 
 def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTENTION) -> PyTree:
-    """New updates {"down", "up"} for the linear maps of a network. They change nothing before training.
+    """New updates {"down", "up"} for linear maps and convolutions. They change nothing before training.
 
     targets: regular expression. It selects the maps whose path, joined by "/", ends in a match.
     Returns float32 updates, nested like the "params" of the variables.
@@ -32,16 +32,14 @@ def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTEN
         joined = "/".join(module)
         if name != "kernel" or not re.search(f"(?:{targets})$", joined):
             continue
-        if math.prod(kernel.shape[:-2]) != 1:
-            raise ValueError(f"a LoRA updates linear maps, and {joined} has a kernel of shape {kernel.shape}")
         inside = made
         for part in module:
             inside = inside.setdefault(part, {})
         own = jax.random.fold_in(key, zlib.crc32(joined.encode()))
-        inside["down"] = jax.random.normal(own, (kernel.shape[-2], rank)) / rank
+        inside["down"] = jax.random.normal(own, (*kernel.shape[:-1], rank)) / rank
         inside["up"] = jnp.zeros((rank, kernel.shape[-1]))
     if not made:
-        raise ValueError(f"no linear map of the network matches {targets!r}")
+        raise ValueError(f"no map of the network matches {targets!r}")
     return made
 
 

@@ -56,8 +56,12 @@ class UNet(nn.Module):
     addition_embed_type: "text_time" for a network whose condition has one vector for the whole text, and numbers about
       the image such as its size and crop (SDXL, Podell et al. 2023, section 2.2). Each number becomes sinusoidal waves
       of width addition_time_embed_dim. projection_class_embeddings_input_dim is the width of vector and waves together.
+    time_cond_proj_dim: width of the embedding of a guidance scale, cond["guidance"], that the network takes as input
+      (Meng et al. 2023, section 3.1; latent consistency models). None for a network without.
 
     Not in that config:
+    target_embedding: the network is a flow map, told by cond["to"] where a step ends (`core.denoiser.target_time`). A
+      new one predicts the same for every target: the embedding begins at zero.
     dtype: of the large multiplications. Parameters, norms, softmax, time embedding and output are float32.
     remat: recompute residual blocks and transformers in the backward pass instead of storing their activations.
     attention_implementation: see `attention`.
@@ -92,7 +96,9 @@ class UNet(nn.Module):
     only_cross_attention: bool | tuple[bool, ...] = False
     use_linear_projection: bool = False
     upcast_attention: bool | None = False
+    time_cond_proj_dim: int | None = None
 
+    target_embedding: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     attention_implementation: str = "auto"
@@ -113,6 +119,8 @@ class UNet(nn.Module):
             self.class_embedding = TimestepEmbedding(width)
         if self.addition_embed_type:
             self.add_embedding = TimestepEmbedding(width)
+        if self.target_embedding:
+            self.to_embedding = TimestepEmbedding(width, zeros_init)
         self.conv_in = Conv(channels[0], dtype=self.dtype)
         self.down_blocks = [self._down_block(level) for level in range(levels)]
         if self.mid_block_type is not None:
@@ -139,6 +147,8 @@ class UNet(nn.Module):
           time_ids (N,) float: the numbers of addition_embed_type. For SDXL they are the height and width of the
             original image, top and left of the crop, height and width of the result, all in pixels.
           known (h, w, k) float: the known part of the image, for an inpainting network.
+          to () float: the time of the target, of target_embedding.
+          guidance () float: the guidance scale, of time_cond_proj_dim.
         keys: (B,), one for each image. They turn dropout on. The result of an image does not depend on its batch.
         Raises ValueError for fields that contradict each other, and for a missing or unknown condition.
         """
@@ -185,6 +195,10 @@ class UNet(nn.Module):
             cond["text_embeds"] = jnp.zeros((1, self.projection_class_embeddings_input_dim))
         if self.addition_embed_type == "text_time":
             cond["time_ids"] = jnp.zeros((1, 0))
+        if self.target_embedding:
+            cond["to"] = jnp.zeros((1,))
+        if self.time_cond_proj_dim is not None:
+            cond["guidance"] = jnp.ones((1,))
         if self.known_channels:
             cond["known"] = jnp.zeros((1, size, size, self.known_channels))
         return jnp.zeros((1, size, size, self.in_channels - self.known_channels)), jnp.zeros((1,)), cond
@@ -246,7 +260,9 @@ class UNet(nn.Module):
         waves = functools.partial(
             sinusoidal_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
         )
-        temb = self.time_embedding(waves(t, self.block_out_channels[0]))
+        temb = self.time_embedding(waves(t, self.block_out_channels[0]), self._guidance_embedding(cond))
+        if self.target_embedding:
+            temb += self.to_embedding(waves(cond["to"], self.block_out_channels[0]))
         if "label" in cond:
             temb += self.class_embedding(cond["label"])
         if self.class_embed_type:
@@ -257,6 +273,11 @@ class UNet(nn.Module):
             told = told.reshape(len(t), numbers.shape[1] * self.addition_time_embed_dim)
             temb += self.add_embedding(jnp.concatenate([cond["text_embeds"], told], axis=-1))
         return temb
+
+    def _guidance_embedding(self, cond: Mapping[str, Array]) -> Float[Array, "batch width"] | None:
+        if self.time_cond_proj_dim is None:
+            return None
+        return sinusoidal_embedding(1000 * (cond["guidance"] - 1), self.time_cond_proj_dim, False, freq_shift=1)
 
     def _rematted(self, module: type[nn.Module]) -> type[nn.Module]:
         return nn.remat(module) if self.remat else module
@@ -316,6 +337,8 @@ class UNet(nn.Module):
             "text_embeds": self._has_vector(),
             "time_ids": self.addition_embed_type is not None,
             "known": self.known_channels > 0,
+            "to": self.target_embedding,
+            "guidance": self.time_cond_proj_dim is not None,
         }
         missing = [name for name, is_needed in needed.items() if is_needed and name not in cond]
         unknown = [name for name in cond if not (needed.get(name, False) or (name == "mask" and needed["text"]))]

@@ -28,6 +28,14 @@ def drop_condition(cond: PyTree, null_cond: PyTree, drop: float, keys: Key[Array
     return jax.tree.map(choose, cond, completed(null_cond, cond))
 
 
+def data_and_noise(
+    model: DiffusionModel, frozen: PyTree, batch: PyTree, x0_keys: Key[Array, "batch"], eps_keys: Key[Array, "batch"]
+) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]]:
+    """x0 and eps of a batch of records, as the losses take frozen and batch."""
+    x0 = model.codec.sample(frozen["codec"], batch["latent"], x0_keys)
+    return x0, jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(eps_keys)
+
+
 def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels = uniform) -> Callable:
     """The loss E weight(level) |target - network(x_t, t, cond)|^2 over levels and normal eps.
 
@@ -41,9 +49,8 @@ def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
         x0_keys, level_keys, eps_keys, drop_keys, net_keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys).T
-        x0 = model.codec.sample(frozen["codec"], batch["latent"], x0_keys)
+        x0, eps = data_and_noise(model, frozen, batch, x0_keys, eps_keys)
         level = levels(model.schedule, level_keys)
-        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(eps_keys)
         told = model.conditioning.embed(frozen["conditioning"], batch["cond"])
         cond = drop_condition(told, frozen["null_cond"], drop, drop_keys)
 

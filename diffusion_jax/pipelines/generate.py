@@ -12,7 +12,7 @@ from diffusion_jax import parallel
 from diffusion_jax.codec import Images
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.process import NoiseLevel
-from diffusion_jax.core.sampling import Known, initial_noise, sample
+from diffusion_jax.core.sampling import CHUNK, Known, initial_noise, sample
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 
@@ -45,6 +45,7 @@ def solve(
     guidance: Guided = 1.0,
     callback: Callback = None,
     known: Known | None = None,
+    chunk: int | None = CHUNK,
 ) -> Float[Array, "batch h w c"]:
     """Carry x from the plan's first level to its last. This host's devices share the batch if B is divisible by their
     number.
@@ -55,6 +56,7 @@ def solve(
     guidance: scale of classifier-free guidance, () or (B,), 1 for none; or a `Guidance`.
     callback: called after each chunk of rows with (rows done, prediction of x0). Sampling stops if it returns True.
     known: for inpainting, the part of x to keep; see `core.sampling.keep`.
+    chunk: rows between two calls of `callback`; see `core.sampling.sample`.
     Raises ValueError for an inpainting model without a known part in its condition, and the errors of
     `core.guidance.guided` and `core.sampling.sample`.
     """
@@ -62,13 +64,23 @@ def solve(
         raise ValueError("this is an inpainting model: it needs an image and a mask")
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
+    cond, guidance = told_scale(model, cond, guidance)
     x, cond, keys, known = parallel.spread((x, cond, keys, known), len(keys))
     nulls = model.conditioning.null, guidance.negative
     params, (null_cond, negative) = parallel.whole((model.params, nulls), len(keys))
-    null_cond, negative = (_lengthened(null, cond) for null in (null_cond, negative))
+    null_cond, negative = (lengthened(null, cond) for null in (null_cond, negative))
     denoise = guided(model.denoiser(params), guidance._replace(negative=negative), null_cond, model.codec.limit)
     check_guidance(guidance, plan)
-    return sample(denoise, plan, x, keys, cond, known=known, callback=callback)
+    return sample(denoise, plan, x, keys, cond, chunk=chunk, known=known, callback=callback)
+
+
+def told_scale(model: DiffusionModel, cond: PyTree, guidance: Guidance) -> tuple[PyTree, Guidance]:
+    """The condition with the guidance scale, for a network that takes it as input and is not guided otherwise."""
+    if not model.network.takes_scale:
+        return cond, guidance
+    count = len(jax.tree.leaves(cond)[0])
+    told = jnp.broadcast_to(jnp.asarray(guidance.scale, jnp.float32), (count,))
+    return cond | {"guidance": told}, Guidance()
 
 
 def check_guidance(guidance: Guidance, plan: Plan) -> None:
@@ -77,14 +89,14 @@ def check_guidance(guidance: Guidance, plan: Plan) -> None:
         raise ValueError("CFG++ needs a solver of one row a step: ddim or euler")
 
 
-def _lengthened(null_cond: PyTree, cond: PyTree) -> PyTree:
+def lengthened(null_cond: PyTree, cond: PyTree) -> PyTree:
     """null_cond with its texts repeated to the length of those in cond."""
 
-    def lengthened(null: Array, leaf: Array) -> Array:
+    def repeated(null: Array, leaf: Array) -> Array:
         repeats = leaf.shape[1] // len(null) if null.ndim and null.ndim == leaf.ndim - 1 else 1
         return jnp.concatenate([null] * repeats) if repeats > 1 else null
 
-    return null_cond and {name: lengthened(null, cond[name]) for name, null in null_cond.items()}
+    return null_cond and {name: repeated(null, cond[name]) for name, null in null_cond.items()}
 
 
 def decode(model: DiffusionModel, x0: Float[Array, "batch h w c"]) -> Float[Array, "batch height width 3"]:
@@ -102,9 +114,10 @@ def from_noise(
     guidance: Guided = 1.0,
     callback: Callback = None,
     known: Known | None = None,
+    chunk: int | None = CHUNK,
 ) -> Float[Array, "batch height width 3"]:
     """Images in about [-1, 1] from the state x at `plan.start`: noise, or a partly denoised image.
 
     Other arguments as in `solve`.
     """
-    return decode(model, solve(model, x, cond, keys, plan, guidance, callback, known))
+    return decode(model, solve(model, x, cond, keys, plan, guidance, callback, known, chunk))

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.codec import Images, pixels
 from diffusion_jax.core.process import add_noise
+from diffusion_jax.core.sampling import CHUNK
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines.generate import Callback, Guided, encode, from_noise, noise, solve
@@ -19,6 +20,7 @@ def image_to_image(
     plan: Plan,
     guidance: Guided = 1.0,
     callback: Callback = None,
+    chunk: int | None = CHUNK,
 ) -> Float[Array, "batch height width 3"]:
     """Add noise to the image up to `plan.start`, then denoise it (SDEdit, Meng et al. 2022, section 3).
 
@@ -30,7 +32,7 @@ def image_to_image(
     if plan.num_rows == 0:
         return jnp.asarray(pixels(image))
     x = noised(model, encode(model, image), keys, plan)
-    return from_noise(model, x, cond, keys, plan, guidance, callback)
+    return from_noise(model, x, cond, keys, plan, guidance, callback, chunk=chunk)
 
 
 def noised(
@@ -41,7 +43,13 @@ def noised(
 
 
 def invert(
-    model: DiffusionModel, image: Images, cond: PyTree, plan: Plan, guidance: Guided = 1.0, callback: Callback = None
+    model: DiffusionModel,
+    image: Images,
+    cond: PyTree,
+    plan: Plan,
+    guidance: Guided = 1.0,
+    callback: Callback = None,
+    chunk: int | None = CHUNK,
 ) -> Float[Array, "batch h w c"]:
     """The noise from which `ddim` generates the image (Song et al. 2021, section 4.3).
 
@@ -51,4 +59,4 @@ def invert(
     Other arguments as in `image_to_image`.
     """
     unused = jax.random.split(jax.random.key(0), len(image))  # the plan adds no noise
-    return solve(model, encode(model, image), cond, unused, plan, guidance, callback)
+    return solve(model, encode(model, image), cond, unused, plan, guidance, callback, chunk=chunk)

@@ -17,11 +17,10 @@ from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.schedulers import published_plan
-from diffusion_jax.model import DiffusionModel, Network
-from diffusion_jax.models.applied import Applied
+from diffusion_jax.model import DiffusionModel, network_of, nothing_flagged
 from diffusion_jax.models.text import tokenize
 from diffusion_jax.pipelines import prompts as weighted
-from diffusion_jax.pipelines.generate import noise
+from diffusion_jax.pipelines.generate import noise, told_scale
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
@@ -52,7 +51,7 @@ def from_published(
     size = tuple(side or unet.sample_size * codec.factor for side in size)
     check_size(size, codec.factor)
     return DiffusionModel(
-        network=Network(Applied(unet), lambda key: published.unet.params, unet.known_channels),
+        network=network_of(unet, lambda key: published.unet.params),
         params=published.unet.params,
         schedule=published.schedule,
         parameterization=NAMED[published.prediction],
@@ -61,6 +60,7 @@ def from_published(
         size=size,
         own_plans={"published": sampler(published)},
         own_times={"published": functools.partial(published_times, published)},
+        flagged=published.safety_checker.flagged if published.safety_checker else nothing_flagged,
     )
 
 
@@ -123,7 +123,8 @@ def generator(
         cond, negative = (
             {name: leaf[half] for name, leaf in both.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
         )
-        denoise = guided(model.denoiser(weights["unet"]), Guidance(scale, negative), model.conditioning.null)
+        cond, guidance = told_scale(model, cond, Guidance(scale, negative))
+        denoise = guided(model.denoiser(weights["unet"]), guidance, model.conditioning.null)
         x = noise(model, keys, rows.plan.initial)
         return model.codec.decode(weights["codec"], sampling.run_rows(denoise, rows, x, keys, cond))
 
@@ -180,4 +181,5 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,
+        for_size=lambda told, size: _conditioning(published, size, dtype) if wide else told,
     )

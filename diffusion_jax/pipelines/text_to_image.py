@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Key, PyTree
 
+from diffusion_jax.core.sampling import CHUNK
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines.generate import Callback, Guided, from_noise, noise
@@ -14,6 +15,7 @@ def text_to_image(
     plan: Plan,
     guidance: Guided = 1.0,
     callback: Callback = None,
+    chunk: int | None = CHUNK,
 ) -> Float[Array, "batch height width 3"]:
     """Images in about [-1, 1] for a batch of conditions. This host's devices share the batch if B is divisible by their
     number.
@@ -23,6 +25,7 @@ def text_to_image(
     plan: a solver, from `core.solvers`.
     guidance: scale of classifier-free guidance, () or (B,), 1 for none; or a `Guidance`.
     callback: called after each chunk of rows with (rows done, prediction of x0). Sampling stops if it returns True.
+    chunk: rows between two calls of `callback`.
     Raises ValueError as `generate.solve` does.
     """
-    return from_noise(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback)
+    return from_noise(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback, chunk=chunk)

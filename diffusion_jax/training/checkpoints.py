@@ -72,7 +72,7 @@ class Checkpoints:
         restored = self._restore(
             state=ocp.args.StandardRestore(rest), ema=ocp.args.StandardRestore(ema), data=ocp.args.JsonRestore()
         )
-        return TrainState(**restored.state, ema=restored.ema), _own(restored.data["hosts"])
+        return like._replace(**restored.state, ema=restored.ema), _own(restored.data["hosts"])
 
     def restore_ema(self, like: PyTree) -> PyTree:
         """The averaged weights of the newest checkpoint; `like` gives structure, shapes and placement."""
@@ -117,6 +117,8 @@ def _split(state: TrainState) -> tuple[dict, PyTree]:
     """(everything but the average, the average). Sampling then reads only the average."""
     fields = state._asdict()
     ema = fields.pop("ema")
+    if not state.averages:
+        del fields["averages"]  # so that a run of an earlier version can go on
     return fields, ema
 
 

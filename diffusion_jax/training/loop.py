@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from diffusion_jax import parallel
+from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
 from diffusion_jax.training.step import init_state, make_train_step
@@ -54,14 +55,14 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
 
     workdir: holds checkpoints/, metrics.jsonl and tensorboard/.
     train: config section with steps, batch_size (global), ema, accumulate, log_every, checkpoint_every, snapshot_every,
-      max_bad_steps.
+      max_bad_steps, post_hoc.
     Raises Stopped after SIGTERM or Ctrl-C, and Diverged after max_bad_steps updates in a row that were not finite. The
     last checkpoint is good in both cases.
     """
     workdir = Path(workdir)
     check_batch_size(train.batch_size, train.accumulate)
     checkpoints = Checkpoints(workdir / "checkpoints", KEPT_CHECKPOINTS)
-    state = parallel.replicate(init_state(task.params, task.optimizer, seed))
+    state = parallel.replicate(init_state(task.params, task.optimizer, seed, train.post_hoc))
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         task.batches.set_state(data_state)
@@ -88,6 +89,8 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
                 checkpoints.save(state, task.batches.get_state())
+                if train.post_hoc and parallel.is_main():
+                    averages.save(workdir / "averages", step, parallel.to_host(state.averages))
             if task.snapshot and parallel.is_main() and (step % train.snapshot_every == 0 or step == train.steps):
                 log.image(step, task.snapshot(parallel.to_host(state.ema)))
             if step == train.steps:

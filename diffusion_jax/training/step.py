@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Int, Key, PyTree, UInt32
 
 from diffusion_jax import parallel
+from diffusion_jax.training import averages
 
 
 class TrainState(NamedTuple):
@@ -19,6 +20,7 @@ class TrainState(NamedTuple):
     key: root of all randomness, as plain integers. It never changes; step and example number are folded into it.
     bad_steps: updates skipped because loss or gradient was not finite.
     bad_in_row: how many of the latest updates in a row were skipped.
+    averages: further averages of params, see `training.averages`; empty without.
     """
 
     step: Int[Array, ""]
@@ -28,18 +30,22 @@ class TrainState(NamedTuple):
     key: UInt32[Array, "..."]
     bad_steps: Int[Array, ""]
     bad_in_row: Int[Array, ""]
+    averages: dict[str, PyTree]
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, seed: int, post_hoc: bool = False
+) -> TrainState:
     """The state before the first step.
 
     params: float32 leaves.
+    post_hoc: keep averages whose length is chosen after training.
     """
     step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no shared buffers: they are donated
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(
-        step, params, ema, optimizer.init(params), jax.random.key_data(jax.random.key(seed)), bad_steps, bad_in_row
-    )
+    kept = averages.initial(params) if post_hoc else {}
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(step, params, ema, optimizer.init(params), key, bad_steps, bad_in_row, kept)
 
 
 def make_train_step(
@@ -76,11 +82,12 @@ def make_train_step(
 
         kept = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
-            (params, ema, opt_state),
-            (state.params, state.ema, state.opt_state),
+            (params, ema, opt_state, averages.updated(state.averages, params, state.step)),
+            (state.params, state.ema, state.opt_state, state.averages),
         )
         bad_in_row = jnp.where(good, 0, state.bad_in_row + 1)
-        state = TrainState(state.step + 1, *kept, state.key, state.bad_steps + jnp.where(good, 0, 1), bad_in_row)
+        counts = (state.bad_steps + jnp.where(good, 0, 1), bad_in_row)
+        state = TrainState(state.step + 1, *kept[:3], state.key, *counts, kept[3])
         return state, metrics | {"bad_steps": state.bad_steps, "bad_in_row": bad_in_row}
 
     return parallel.compile_step(step, devices)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import common, digits
-from diffusion_jax.app import build
+from diffusion_jax.app import build, learning
 from diffusion_jax.core.process import expand
 from diffusion_jax.core.solvers.plan import SPACINGS
 from diffusion_jax.model import Network
@@ -104,9 +104,9 @@ def test_every_objective_has_a_loss_and_a_gradient(prediction, schedule, space):
     batch = {"latent": latent, "cond": model.conditioning.of_prompts(["3"] * 32)}
     keys = jax.random.split(jax.random.key(2), 32)
     section = config_of(prediction, schedule).objective
-    for levels, weight in itertools.product(["", *build.LEVELS], build.WEIGHTS):
+    for levels, weight in itertools.product(["", *learning.LEVELS], learning.WEIGHTS):
         section.update(levels=levels, weight=weight)
-        loss, params, frozen = build.objective(section, model, jax.random.key(0))
+        loss, params, frozen = learning.objective(section, model, jax.random.key(0))
         value, slope = jax.value_and_grad(lambda p: loss(p, frozen, batch, keys)[0])(params)  # noqa: B023
         assert value > 0 and jnp.isfinite(value) and jnp.isfinite(slope) and slope != 0, (levels, weight)
 
@@ -114,7 +114,7 @@ def test_every_objective_has_a_loss_and_a_gradient(prediction, schedule, space):
 def first_update(kind, leaves, scale=1.0):
     section = common.optimizer(1e-2, warmup=0)
     section.kind = kind
-    optimizer, gradients = build.optimizer(section, 10), jax.tree.map(lambda leaf: scale * leaf, leaves)
+    optimizer, gradients = learning.optimizer(section, 10), jax.tree.map(lambda leaf: scale * leaf, leaves)
     return optimizer.update(gradients, optimizer.init(leaves), leaves)[0]["layer"]
 
 

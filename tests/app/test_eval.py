@@ -1,6 +1,8 @@
 """--mode=eval, and the report behind it on a network of one weight."""
 
 import json
+import os
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +81,7 @@ def test_images_are_measured_in_the_size_of_training(side, tmp_path, capfd, monk
     flags = [f"--config.sample.height={side}", f"--config.sample.width={side}", "--mode=eval"]
     assert command_line.run(monkeypatch, *TINY, *flags, f"--workdir={tmp_path}") == 0, capfd.readouterr().err
     assert sizes == [((8, 8), (8, 8, 3))]
-    report = json.loads((tmp_path / "eval.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    report = json.loads((tmp_path / "eval" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     found = report["likelihood"]
     assert found["flow"] == {"mean": None, "standard_error": None} and found["bound"] == {"mean": None}
 
@@ -110,8 +112,14 @@ def test_latents_are_measured_in_nats_without_bins():
     np.testing.assert_allclose(means(report(shades(10), codec=latents, steps=18))["flow"], exact, atol=0.02)
 
 
+ALONE = "--config.eval.measures=('distances',)"
 BAD = {
-    "config.eval has no field 'image'; known: batch_size, cases, concepts, images": "--config.eval.image=3",
+    "eval.along measures one average along the run: give its length": "--config.eval.along",
+    "distances need at least 20 held-out pictures, got 5": f"{ALONE} --config.eval.images=5",
+    "unknown feature network 'fid'; known: alexnet, vgg16, pixels": f"{ALONE} --config.eval.networks=('fid',)",
+    "eval.statistics needs one file for each of eval.networks, got 1": f"{ALONE} --config.eval.statistics=('a.npz',)",
+    "none/eval has no report.json of an evaluation": "--config.eval.beside=('none',)",
+    "config.eval has no field 'image'; known: along, averages, batch_size, beside": "--config.eval.image=3",
     "flag --config.eval.images=many: invalid literal for int()": "--config.eval.images=many",
     "eval.images must be at least 1, got 0": "--config.eval.images=0",
     "eval.batch_size must be at least 1, got 0": "--config.eval.batch_size=0",
@@ -120,8 +128,8 @@ BAD = {
     "eval.steps must be less than the schedule's 1000 steps, got 1000": "--config.eval.steps=1000",
     "no checkpoint in ": "--config.eval.images=3",
     "no trained first stage in ": "--config=configs/autoencoder.py",
-    "eval.measures must be some of likelihood, scenes; got 'fid'": "--config.eval.measures=('fid',)",
-    "eval.measures must be some of likelihood, scenes; got none": "--config.eval.measures=()",
+    "eval.measures must be some of likelihood, distances, scenes; got 'fid'": "--config.eval.measures=('fid',)",
+    "eval.measures must be some of likelihood, distances, scenes; got none": "--config.eval.measures=()",
     "eval.measures=scenes needs a text-conditional model and data.source=emoji": "--config.eval.measures=('scenes',)",
     "eval.cases must be at least 1, got 0": "--config.eval.cases=0",
 }
@@ -131,7 +139,8 @@ BAD = {
 def test_bad_input_is_one_clear_line(expected, tmp_path, capfd, monkeypatch):
     workdir = tmp_path / "run"
     base = [] if "--config=" in BAD[expected] else TINY
-    status = command_line.run(monkeypatch, *base, BAD[expected], "--mode=eval", f"--workdir={workdir}")
+    flags = BAD[expected].split()
+    status = command_line.run(monkeypatch, *base, *flags, "--mode=eval", f"--workdir={workdir}")
     stderr = capfd.readouterr().err
     assert status == 2
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
@@ -144,10 +153,111 @@ def test_eval_writes_its_figures_and_which_weights_they_are_of(compiled, trained
     few = ["--config.eval.images=5", "--config.eval.steps=3", "--config.eval.terms=4", "--config.eval.batch_size=4"]
     status, stderr = finish(start(compiled, "--mode=eval", f"--workdir={trained}", *few))
     assert status == 0, stderr
-    found = json.loads((trained / "eval.json").read_text())
+    found = json.loads((trained / "eval" / "report.json").read_text())
     assert str(trained) in found["weights"] and "step 24" in found["weights"]
     found = found["likelihood"]
     assert (found["data"], found["images"], found["unit"]) == ("digits-validation", 5, "bits/dim")
     assert np.isfinite([found["flow"]["mean"], found["bound"]["mean"]]).all()
     last = next(line for line in stderr.splitlines() if line.startswith("flow "))
     assert f"flow {found['flow']['mean']:.4f}" in last and "digits-validation" in last and "5 images" in last
+
+
+FEW = ["--config.eval.images=22", "--config.eval.steps=2", "--config.eval.terms=2", "--config.eval.batch_size=8"]
+MEASURES = "--config.eval.measures=('likelihood', 'distances')"
+DISTANCES = ["--config.eval.networks=('pixels',)", "--config.eval.reference=30", "--config.sample.batch_size=8"]
+
+
+def figures(value, path=()):
+    """Every number of a report by its path."""
+    if isinstance(value, dict):
+        return {name: figure for key, part in value.items() for name, figure in figures(part, (*path, key)).items()}
+    return {path: value} if isinstance(value, float) else {}
+
+
+def of_open_mpi(rank, hosts):
+    """The variables by which Open MPI tells a process its place; JAX makes the port of the job's number."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": str(hosts),
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    }
+
+
+@pytest.mark.slow
+def test_devices_and_hosts_share_the_work_and_report_the_same(compiled, trained, tmp_path):
+    def begin(name, **options):
+        workdir = tmp_path / name
+        shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("eval"))
+        return start(
+            compiled,
+            "--mode=eval",
+            MEASURES,
+            *FEW,
+            *DISTANCES,
+            f"--workdir={workdir}",
+            *options.pop("flags", ()),
+            **options,
+        )
+
+    status, stderr = finish(begin("one"))
+    assert status == 0, stderr
+    status, stderr = finish(begin("eight", devices=8))
+    assert status == 0, stderr
+    hosts = [begin(f"host{i}", devices=2, flags=["--distributed"], **of_open_mpi(rank=i, hosts=2)) for i in range(2)]
+    for status, stderr in map(finish, hosts):
+        assert status == 0, stderr
+    one, eight, two = (
+        figures(json.loads((tmp_path / name / "eval" / "report.json").read_text()))
+        for name in ("one", "eight", "host0")
+    )
+    assert not (tmp_path / "host1" / "eval").exists()
+    assert one.keys() == eight.keys() == two.keys() and len(one) > 30
+    for other in (eight, two):
+        np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_distances_of_a_run(compiled, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    flags = ["--mode=eval", "--config.eval.measures=('distances',)", *FEW, *DISTANCES, f"--workdir={tmp_path / 'run'}"]
+    status, stderr = finish(start(compiled, *flags, "--config.eval.scales=1,2,3"))
+    assert status == 0, stderr
+    assert "22 pictures in the 192 features of pixels" in stderr and "full rank" in stderr
+    report = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["distances"]
+    assert (report["pictures"], report["reference_pictures"], report["held_out"]) == (22, 30, "digits-validation")
+    found = report["guidance 2"]["pixels"]
+    frechet = {name: one["value"] for name, one in found["frechet"].items()}
+    assert frechet["ratio"] == pytest.approx(frechet["generated"] / frechet["held_out"]) and frechet["ratio"] > 1.2
+    assert found["coverage"]["held_out"]["mean"] > 2 * found["coverage"]["generated"]["mean"]
+    assert (tmp_path / "run" / "eval" / "guidance_1" / "nearest_real.png").exists()
+    page = (tmp_path / "run" / "eval" / "report.html").read_text()
+    assert page.count("<svg") >= 6 and page.count("data:image/png") == 6 and '"http' not in page
+
+    # from the statistics that this run cached, beside its own report; the second time nothing is computed anew
+    cached = str(next((tmp_path / "run" / "cache").glob("statistics-*.npz")))
+    again = ["--config.eval.statistics", f"('{cached}',)", f"--config.eval.beside=('{tmp_path / 'run'}',)"]
+    status, stderr = finish(start(compiled, *flags, "--config.eval.scales=2", *again))
+    assert status == 0, stderr
+    assert "reference:" not in stderr
+    later = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["distances"]["guidance 2"]["pixels"]
+    assert later == found
+    assert (tmp_path / "run" / "eval" / "report.html").read_text().count("<section>") == 2
+
+
+@pytest.mark.slow
+def test_averages_of_a_run_are_measured(compiled, tmp_path):
+    status, stderr = finish(start(compiled, "--mode=train", "--config.train.post_hoc", f"--workdir={tmp_path}"))
+    assert status == 0, stderr
+    few = ["--mode=eval", *FEW, f"--workdir={tmp_path}"]
+    status, stderr = finish(start(compiled, *few, "--config.eval.averages=0.05,0.15"))
+    assert status == 0, stderr
+    lengths = json.loads((tmp_path / "eval" / "report.json").read_text())["likelihood"]
+    assert list(lengths) == ["average 0.05", "average 0.15"]
+    status, stderr = finish(start(compiled, *few, "--config.eval.averages=0.05", "--config.eval.along"))
+    assert status == 0, stderr
+    steps = json.loads((tmp_path / "eval" / "report.json").read_text())["likelihood"]
+    assert list(steps) == ["step 6", "step 12", "step 18", "step 24"]
+    assert steps["step 24"] == lengths["average 0.05"] != lengths["average 0.15"]
+    assert steps["step 24"]["bound"]["mean"] < steps["step 6"]["bound"]["mean"]
+    assert (tmp_path / "eval" / "report.html").read_text().count("<svg") == 1

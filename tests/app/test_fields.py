@@ -8,21 +8,26 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import autoencoder, cifar10, digits, latent_cfg, lora, stable_diffusion
-from diffusion_jax.app import build, fields
+from configs import autoencoder, cifar10, digits, few_step, latent_cfg, lora, stable_diffusion
+from diffusion_jax.app import build, fields, learning
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.step import init_state
 from tests import command_line
 from tests.test_main import TINY
 
 DIGITS, LATENT, AUTOENCODER = (f"--config=configs/{name}.py" for name in ("digits", "latent_cfg", "autoencoder"))
+FEW_STEP = "--config=configs/few_step.py:digits/lcm"
 CONFIGS = {
     "digits": digits.get_config,
     "cifar10": cifar10.get_config,
     "autoencoder": autoencoder.get_config,
     "lora": lora.get_config,
     "stable_diffusion": stable_diffusion.get_config,
-    **{f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p) for p in ("small", "full", "coco256", "imagenet256")},
+    **{f"few_step:{p}": lambda p=p: few_step.get_config(p) for p in ("shortcut", "digits/lcm", "lora/ect", "scale")},
+    **{
+        f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p)
+        for p in ("small", "everyday", "full", "fast", "coco256", "imagenet256")
+    },
 }
 
 
@@ -135,7 +140,67 @@ DISAGREEING = {
     ],
     "config.autoencoder must have the field checkpoint for kind=kl": [DIGITS, "--config.autoencoder.kind=kl"],
     "no first stage to train": [AUTOENCODER, "--config.autoencoder.kind=identity", "--mode=train"],
-    "unknown objective 'autoencoding'; known: denoising": [
+    "objective.name=shortcut trains a network that is told where a step ends": [
+        DIGITS,
+        "--config.objective.name=shortcut",
+        "--mode=train",
+    ],
+    "objective.name=guidance_distillation learns from a trained model": [
+        DIGITS,
+        "--config.objective.name=guidance_distillation",
+        "--mode=train",
+    ],
+    "objective.name=denoising trains a network that is not told where a step ends": [
+        FEW_STEP,
+        "--config.objective.name=denoising",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "objective.taught is for the methods that follow a way: consistency_training, soflow": [
+        "--config=configs/few_step.py:digits/shortcut",
+        "--config.objective.taught=True",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "objective.scale and model.time_cond_proj_dim are for what is learned from a guided teacher": [
+        "--config=configs/few_step.py:digits/soflow",
+        "--config.objective.scale=2",
+        "--config.sample.guidance=1",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "trains a network that is not told the guidance scale": [
+        "--config=configs/few_step.py:digits/scale",
+        "--config.objective.name=denoising",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "learns the guidance scales from 1 to objective.scale: set objective.scale to more than 1, got 0.5": [
+        "--config=configs/few_step.py:digits/scale",
+        "--config.objective.scale=0.5",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "config.lora updates a trained model: set config.teacher to its folder": [
+        "--config=configs/few_step.py:digits/lora/lcm",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "config.lora updates maps that the trained model has: set config.model.target_embedding=False, got True": [
+        "--config=configs/few_step.py:digits/lora/lcm",
+        "--config.model.target_embedding=True",
+        "--mode=train",
+    ],
+    "few_step has low-rank updates for guidance, lcm, ect": ["--config=configs/few_step.py:lora/shortcut"],
+    "objective.name=denoising has no teacher": [DIGITS, "--config.teacher=weights/emoji", "--mode=train"],
+    "config.teacher differs from the model in its shape of x0: (1, 1, 4) there, (8, 8, 3) here": [
+        FEW_STEP,
+        "--config.teacher=weights/emoji",
+        "--mode=train",
+    ],
+    "this model has guidance 2 built in: set sample.guidance to 1, got 2": [FEW_STEP, "--config.sample.guidance=2"],
+    "unknown preset 'fid' of few_step; known: guidance, scale, distillation": ["--config=configs/few_step.py:fid"],
+    "unknown objective 'autoencoding'; known: consistency_distillation": [
         DIGITS,
         "--config.objective.name=autoencoding",
         "--mode=train",
@@ -152,8 +217,8 @@ DISAGREEING = {
     "dynamic thresholding is for models of pixels": [LATENT, "--config.sample.dynamic_threshold=0.9"],
     "32 channels cannot be split into 5 groups": [DIGITS, "--config.model.norm_num_groups=5"],
     # of sizes
-    "got 65 and 64; the nearest valid sizes are 64 and 64": [LATENT, "--config.sample.height=65"],
-    "got 12 and 64; the nearest valid sizes are 16 and 64": [LATENT, "--config.sample.height=12"],
+    "got 65 and 128; the nearest valid sizes are 64 and 128": [LATENT, "--config.sample.height=65"],
+    "got 12 and 128; the nearest valid sizes are 16 and 128": [LATENT, "--config.sample.height=12"],
     "multiples of 8 pixels, got 60 and 60": [AUTOENCODER, "--config.data.size=60", "--mode=train"],
     # of the data
     "records of digits-train, got 100000": [DIGITS, "--config.train.batch_size=100000", "--mode=train"],
@@ -259,7 +324,7 @@ def run(tmp_path_factory):
     """A work directory with a checkpoint of the smallest model."""
     workdir, config = tmp_path_factory.mktemp("run"), digits.get_config()
     config.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
-    _, params, _ = build.objective(config.objective, build.model(config), jax.random.key(0))
+    _, params, _ = learning.objective(config.objective, build.model(config), jax.random.key(0))
     Checkpoints(workdir / "checkpoints", keep=1).save(jax.device_get(init_state(params, optax.sgd(0.1), 0)), {})
     return workdir
 

@@ -14,11 +14,11 @@ DEMO = ["--config=configs/latent_cfg.py", "--config.sample.steps=2", "--prompt=p
 def paths(tmp_path):
     """Input files, by the name that stands for them in a flag."""
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "image.png")
-    mask = np.zeros((64, 64), np.uint8)
-    mask[:16] = 255
+    Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    mask = np.zeros((128, 128), np.uint8)
+    mask[:32] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    Image.fromarray(mask[:32]).save(tmp_path / "small.png")
+    Image.fromarray(mask[:64]).save(tmp_path / "small.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "image.png").read_bytes()[:500])
     (tmp_path / "text.png").write_text("no picture")
     return {
@@ -40,7 +40,7 @@ BAD = {
     "sample.image {BROKEN}: not a readable picture": "image=BROKEN",
     "sample.image {TEXT}: not a picture of a known format": "image=TEXT",
     "sample.mask {NONE}: not a readable picture": "image=IMAGE mask=NONE",
-    "sample.mask is 64x32 pixels and sample.image 64x64: they must be of one size": "image=IMAGE mask=SMALL",
+    "sample.mask is 128x64 pixels and sample.image 128x128: they must be of one size": "image=IMAGE mask=SMALL",
     "set sample.image too": "mask=MASK",
     "strength must be in [0, 1], got 1.5": "image=IMAGE strength=1.5",
     "strength must be in [0, 1], got -0.1": "image=IMAGE strength=-0.1",
@@ -75,8 +75,8 @@ def test_a_part_is_made_new_and_the_picture_says_how(paths, tmp_path, monkeypatc
     assert not sample(DEMO, fields, paths, tmp_path / "run", monkeypatch)
     picture = Image.open(tmp_path / "run" / "samples" / "0000.png")
     made, image = np.asarray(picture), np.asarray(Image.open(paths["IMAGE"]))
-    np.testing.assert_array_equal(made[16:], image[16:])
-    assert np.abs(made[:16].astype(int) - image[:16]).mean() > 10
+    np.testing.assert_array_equal(made[32:], image[32:])
+    assert np.abs(made[:32].astype(int) - image[:32]).mean() > 10
     for name, text in {"solver": "ddim", "eta": "1.0", "resample": "2", "negative_prompt": "rocket"}.items():
         assert picture.text[name] == text
     assert picture.text["image"] == paths["IMAGE"] and picture.text["mask"] == paths["MASK"]

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs import latent_cfg
-from diffusion_jax.app import build, fields, shipped
+from diffusion_jax.app import build, fields, sample, shipped
 from diffusion_jax.app.weights import load_model, resolved
 from tests import command_line
 from tests.test_main import TINY
@@ -29,11 +29,26 @@ def test_files_of_the_current_folder_come_first(tmp_path, monkeypatch):
 def test_the_demo_is_loaded_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = load_model("weights/emoji")
-    assert model.size == (64, 64) and model.shape == (8, 8, 4)
+    assert model.size == (128, 128) and model.shape == (16, 16, 4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((model.params, model.codec.params)))
-    assert load_model("weights/emoji", (32, 0)).size == (32, 64)
+    assert load_model("weights/emoji", (64, 0)).size == (64, 128)
     with pytest.raises(ValueError, match="height and width must be multiples of 8 pixels"):
         load_model("weights/emoji", (30, 64))
+
+
+@pytest.mark.slow
+def test_the_student_draws_in_one_call_what_the_demo_draws_in_twenty():
+    prompts = ["a red apple, shaded", "a blue fish, outlined", "a yellow star on a blue background, flat"]
+
+    def drawn(preset, folder, **values):
+        config = latent_cfg.get_config(preset)
+        config.sample.update(batch_size=3, **values)
+        made = sample.drawn(config, load_model(folder), prompts, range(3), config.sample.guidance)
+        return np.stack(list(made)).astype(float)
+
+    demo, student = drawn("full", "weights/emoji", steps=20), drawn("fast", "weights/fast", steps=1)
+    apart = np.abs(student[:, None] - demo[None]).mean(axis=(2, 3, 4))
+    assert (apart.argmin(axis=1) == range(3)).all() and apart.diagonal().max() < 0.5 * apart.mean()
 
 
 def test_without_a_checkpoint_the_model_is_that_of_the_named_weights(tmp_path):

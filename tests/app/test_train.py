@@ -11,7 +11,7 @@ import pytest
 from configs import digits
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning
-from diffusion_jax.app import build, train
+from diffusion_jax.app import build, learning, train
 from diffusion_jax.app.initial import initial
 from diffusion_jax.data.sources import Source
 from diffusion_jax.interop import load_unet, save_unet
@@ -89,7 +89,7 @@ def test_the_seed_of_an_example_changes_what_the_network_forgets():
         return params * x
 
     model = model._replace(network=model.network._replace(apply=apply, init=lambda key: np.float32(1)))
-    loss, params, frozen = build.objective(config.objective, model, jax.random.key(0))
+    loss, params, frozen = learning.objective(config.objective, model, jax.random.key(0))
     batch = {"latent": jnp.zeros((4, SIZE, SIZE, 3), jnp.uint8), "cond": {"label": jnp.arange(4)}}
     loss(params, frozen, batch, jax.random.split(jax.random.key(0), 4))
     assert len(np.unique(jax.random.key_data(seen[0]), axis=0)) == 4

@@ -129,6 +129,20 @@ def test_below_is_the_schedule_itself_where_nothing_is_too_noisy():
         assert schedules.below(schedule, np.inf) is schedule
 
 
+@pytest.mark.parametrize("name", CUT)
+def test_parts_of_the_way_are_times(name):
+    schedule, parts = CUT[name], np.linspace(1 / 500, 1, 500)
+    times = schedule.at(parts)
+    assert schedule.t_min <= times[0] and times[-1] == pytest.approx(schedule.t_max, rel=1e-12)
+    assert (np.diff(times) > 0).all()
+    np.testing.assert_allclose(schedule.at(jnp.asarray(parts)), times, rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_way_is_no_further_than_the_last_time():
+    for sigma_max in np.arange(1.0, 100.0).tolist():
+        assert schedules.edm(sigma_max=sigma_max).at(1.0) <= sigma_max
+
+
 def test_zero_terminal_snr_ends_in_noise_and_keeps_the_first_step():
     """Lin et al. 2023, algorithm 1, written in betas as it is published."""
     plain = schedules.scaled_linear()

@@ -327,9 +327,22 @@ def test_resampling_goes_back_up_and_ends_clean():
 def test_strength_keeps_the_last_steps():
     schedule = schedules.linear()
     whole = solvers.times(schedule, 20, "trailing")
-    np.testing.assert_array_equal(solvers.strength_times(schedule, 20, 0.25), whole[15:])
-    np.testing.assert_array_equal(solvers.strength_times(schedule, 20, 1.0), whole)
+    for spacing in ("trailing", whole):
+        np.testing.assert_array_equal(solvers.strength_times(schedule, 20, 0.25, spacing), whole[15:])
+        np.testing.assert_array_equal(solvers.strength_times(schedule, 20, 1.0, spacing), whole)
     assert len(solvers.strength_times(schedule, 20, 0.0)) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("strength", [0.03, 0.3, 0.75, 0.9])
+@pytest.mark.parametrize("spacing", solvers.SPACINGS)
+@pytest.mark.parametrize("schedule", ["linear", "flow", "edm"])
+def test_few_steps_start_where_the_strength_says(schedule, spacing, strength, steps):
+    schedule = {"linear": schedules.linear, "flow": schedules.flow, "edm": schedules.edm}[schedule]()
+    left, start = solvers.strength_times(schedule, steps, strength, spacing), schedule.at(strength)
+    assert len(left) == max(round(steps * strength), 1) and np.all(left <= start)
+    if spacing != "leading":  # which ends one step short
+        assert left[0] == pytest.approx(start, abs=schedule.num_steps and 1, rel=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "flow", "edm", "zero terminal SNR"])

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from diffusion_jax.data.sources import _from_builder
+from diffusion_jax.data.sources import _from_builder, _prepare
 
 
 class Captioned(tfds.core.GeneratorBasedBuilder):
@@ -35,3 +35,16 @@ def test_the_first_of_several_captions_is_read(tmp_path):
     for record in (source[0], source[1]):
         assert record["image"].shape == (7, 9, 3)
         assert (record["image"] == 0).all() == (record["caption"] == "a black square")
+
+
+def test_two_processes_may_prepare_a_data_set_at_once(tmp_path):
+    class Overtaken(Captioned, skip_registration=True):
+        name = "captioned"
+
+        def _generate_examples(self):
+            yield from super()._generate_examples()
+            Captioned(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+
+    builder = Overtaken(data_dir=tmp_path, file_format="array_record")
+    _prepare(builder)
+    assert len(_from_builder(builder, "train")) == 2

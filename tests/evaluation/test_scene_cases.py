@@ -116,5 +116,5 @@ def test_pictures_have_keys_of_their_own_and_the_codec_is_measured():
     """A first stage that forgets everything scores nothing itself."""
     model = DiffusionModel(None, None, None, None, codec.identity(), None, (64, 64))
     white = model.codec._replace(decode=lambda params, x0: jax.numpy.ones_like(x0))
-    back = scenes._through_first_stage(model._replace(codec=white), [paint(Scene(disc()), 64)] * 3)
+    back = scenes.first_stage(model._replace(codec=white))([paint(Scene(disc()), 64)] * 3)
     assert len(back) == 3 and all((picture == 255).all() for picture in back)

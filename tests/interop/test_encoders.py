@@ -90,7 +90,7 @@ def test_half_precision(tmp_path):
         (
             "CLIPTextModel",
             {"architectures": ["BertModel"]},
-            "CLIPTextModelWithProjection, T5EncoderModel; got BertModel",
+            "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel; got BertModel",
         ),
         ("CLIPTextModel", {"architectures": None}, "expected the architecture of a text encoder, .*; got None"),
         ("CLIPTextModel", {"hidden_act": "relu"}, "hidden_act: expected one of gelu, quick_gelu, got 'relu'"),

@@ -226,7 +226,6 @@ def edited(folder, **changes):
         ({"class_embed_type": "timestep"}, r"class_embed_type must be one of \(None, 'projection'\), got 'timestep'"),
         ({"num_attention_heads": 8}, "num_attention_heads=8 is not supported"),
         ({"block_out_channels": "wide"}, "no network can be built from it"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported"),
         ({"mid_block_type": "UNetMidBlock2D"}, "supported only in UNet2DModel"),
         ({"down_block_types": ["DownBlock2D"] * 2}, "unknown [0-9]+ tensors: down_blocks.0.attentions.0"),

@@ -320,10 +320,33 @@ def saved(vocabulary, tmp_path_factory):
     return loaded
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_model_of_another_size_is_that_loaded_for_it(kind, saved):
+    _, pipeline, model = saved(kind)
+    ours, theirs = model.resized((16, 8)), from_published(pipeline, size=(16, 8))
+    assert ours.size == theirs.size == (16, 8) and ours.params is model.params
+    conditions = [each.conditioning.of_prompts(["a cat"]) for each in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *conditions)
+    with pytest.raises(ValueError, match="must be multiples of"):
+        model.resized((9, 8))
+
+
+def drawn_by(model, keys, numbers):
+    """A function that draws our noise, for diffusers: that of the images, 0, or of row i of the plan, 1 + i."""
+    torch = pytest.importorskip("torch")
+
+    def draw(*_, **__):
+        number = next(numbers)
+        drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), model.shape))(keys)
+        return torch.from_numpy(np.array(drawn).transpose(0, 3, 1, 2))
+
+    return draw
+
+
 @pytest.mark.parametrize(("kind", "scheduler", "config"), AS_PUBLISHED)
 def test_images_are_those_of_the_peer(kind, scheduler, config, saved, tmp_path):
     """From prompt to pixels, with guidance, by the scheduler of the folder: the same noise becomes the same image."""
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
     path, pipeline, model = saved(kind, scheduler and "eps")
     folder = shutil.copytree(path, tmp_path / "folder")
     plan = model.own_plans["published"](8)
@@ -339,18 +362,35 @@ def test_images_are_those_of_the_peer(kind, scheduler, config, saved, tmp_path):
     cond = model.conditioning.of_records({"caption": PROMPTS[:2]})
     ours = text_to_image(model, cond, keys, plan, 4.0)
 
-    def noise(i):
-        """That of the image, 0, or of a row of the plan, 1 + i."""
-        drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), model.shape))(keys)
-        return torch.from_numpy(np.array(drawn).transpose(0, 3, 1, 2))
-
-    whole, rows = diffusers.DiffusionPipeline.from_pretrained(folder), itertools.count(1)
-    options = dict(num_inference_steps=8, guidance_scale=4.0, output_type="np", height=8, width=8, latents=noise(0))
+    whole = diffusers.DiffusionPipeline.from_pretrained(folder)
+    options = dict(num_inference_steps=8, guidance_scale=4.0, output_type="np", height=8, width=8)
     steps = f"{type(whole.scheduler).__module__}.randn_tensor"
-    with mock.patch(steps, lambda *_, **__: noise(next(rows)), create=True):
-        theirs = whole(PROMPTS[:2], **options).images
+    with mock.patch(steps, drawn_by(model, keys, itertools.count(1)), create=True):
+        theirs = whole(PROMPTS[:2], **options, latents=drawn_by(model, keys, iter([0]))()).images
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-3)
     assert np.std(theirs) > 0.1
+
+
+def test_a_latent_consistency_model_is_that_of_the_peer(vocabulary, tmp_path):
+    """Its guidance scale is an input of the U-Net, in one call a step."""
+    diffusers = pytest.importorskip("diffusers")
+    parts = published("sd", vocabulary, tmp_path / "sd").components
+    parts["unet"] = diffusers.UNet2DConditionModel(**UNET, time_cond_proj_dim=6)
+    parts["scheduler"] = diffusers.LCMScheduler(**SCALED)
+    whole = diffusers.LatentConsistencyModelPipeline(**{name: parts[name] for name in parts if name != "image_encoder"})
+    whole.save_pretrained(tmp_path / "lcm")
+    model = from_published(load_pipeline(tmp_path / "lcm"), size=(8, 8))
+    assert model.network.takes_scale
+
+    keys, plan = jax.random.split(jax.random.key(0), 2), model.own_plans["published"](3)
+    cond = model.conditioning.of_records({"caption": PROMPTS[:2]})
+    ours, other = (text_to_image(model, cond, keys, plan, scale) for scale in (4.5, 9.0))
+
+    options = dict(num_inference_steps=3, guidance_scale=4.5, output_type="np", height=8, width=8)
+    with mock.patch("diffusers.schedulers.scheduling_lcm.randn_tensor", drawn_by(model, keys, itertools.count(1))):
+        theirs = whole(PROMPTS[:2], **options, latents=drawn_by(model, keys, iter([0]))()).images
+    np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-3)
+    assert np.std(theirs) > 0.1 and not np.allclose(ours, other, atol=1e-2)
 
 
 def test_a_model_without_tokenizers_is_refused():
@@ -360,7 +400,7 @@ def test_a_model_without_tokenizers_is_refused():
 
 def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
     """A U-Net that sees the mask: the same noise becomes the same image."""
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     parts = published("sd", vocabulary, tmp_path / "parts").components
     torch.manual_seed(1)
     parts["unet"] = diffusers.UNet2DConditionModel(**UNET | {"in_channels": 9})
@@ -399,14 +439,18 @@ def _without_noise(encode):
     return wrapped
 
 
-def test_a_trained_lora_is_what_the_peer_loads(vocabulary, tmp_path):
+@pytest.mark.parametrize(
+    "targets", [lora.ATTENTION, rf"{lora.ATTENTION}|conv[12]|conv|conv_shortcut|proj_in|time_emb_proj"]
+)
+def test_a_trained_lora_is_what_the_peer_loads(targets, vocabulary, tmp_path):
+    """Of attention alone, and of all that a LoRA of latent consistency trains."""
     pytest.importorskip("peft")
     import torch
 
     whole = published("sd", vocabulary, tmp_path / "theirs")
     pipeline = load_pipeline(tmp_path / "theirs")
-    made = lora.init(pipeline.unet.params, 3, jax.random.key(0))
-    made = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), made)
+    made = lora.init(pipeline.unet.params, 3, jax.random.key(0), targets)
+    made = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), made)
     save_lora(tmp_path / "lora.safetensors", made, 0.2)
     whole.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from diffusion_jax.evaluation.networks import feature_network
 from diffusion_jax.interop.tensors import write_file
 from diffusion_jax.interop.vision import load_image_encoder
 from diffusion_jax.models.vision import ImageEncoder
+from tests.interop import test_pipeline
 
+vocabulary = test_pipeline.vocabulary  # a fixture
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
 CLIP = SMALL | {"intermediate_size": 40, "projection_dim": 10, "image_size": 28, "patch_size": 7}
 
@@ -24,6 +27,7 @@ def saved(transformers, folder, name):
         model = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, image_size=70, patch_size=14))
     elif name == "CLIPModel":
         text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        text |= {"vocab_size": 55, "max_position_embeddings": 9, "bos_token_id": 53, "eos_token_id": 54}
         model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=CLIP, text_config=text, projection_dim=10))
     else:
         model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**CLIP))
@@ -55,6 +59,20 @@ def test_features_equal_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5 * np.abs(expected.numpy()).max())
     through = feature_network(f"encoder:{tmp_path}").of(list(shown))["features"]
     np.testing.assert_allclose(through, found, atol=1e-4 * np.abs(found).max())
+
+
+def test_prompts_are_in_the_same_space_as_pictures(vocabulary, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the reference is not installed")
+    torch = pytest.importorskip("torch", reason="the reference is not installed")
+    model = saved(transformers, tmp_path, "CLIPModel")
+    for file in vocabulary.iterdir():
+        shutil.copy(file, tmp_path)
+    network = feature_network(f"encoder:{tmp_path}")
+    prompts, tokenizer = ["the cat", "a"], transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    tokens = tokenizer(prompts, padding="max_length", max_length=9, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.text_projection(model.text_model(tokens["input_ids"]).pooler_output).numpy()
+    np.testing.assert_allclose(network.texts(prompts), expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(

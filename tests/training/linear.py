@@ -49,6 +49,7 @@ def section(**fields) -> ConfigDict:
             "checkpoint_every": 4,
             "snapshot_every": 100,
             "max_bad_steps": 3,
+            "post_hoc": False,
         }
         | fields
     )

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from diffusion_jax import parallel
-from diffusion_jax.training import loop
+from diffusion_jax.training import averages, loop
 from diffusion_jax.training.checkpoints import Checkpoints
 from tests.training import linear
 
@@ -94,6 +94,18 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, at):
     fit(tmp_path)
     assert_same(saved(tmp_path), saved(whole))
     assert metrics(tmp_path) == metrics(whole)
+
+
+def test_averages_go_on_too(tmp_path):
+    fit(tmp_path / "whole", post_hoc=True)
+    with pytest.raises(Killed):
+        fit(tmp_path / "killed", Batches(at=6, act=kill), post_hoc=True)
+    fit(tmp_path / "killed", post_hoc=True)
+    like = linear.initial()
+    whole, killed = (averages.load(tmp_path / name / "averages", 12, 0.08, like) for name in ("whole", "killed"))
+    assert averages.steps(tmp_path / "whole" / "averages") == [4, 8, 12]
+    assert_same(whole, killed)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), whole, like)))
 
 
 @pytest.mark.parametrize("at", [1, 6, 12])

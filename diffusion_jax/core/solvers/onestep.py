@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from diffusion_jax.core.process import NoiseLevel
+from diffusion_jax.core.process import CLEAN, NoiseLevel
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers.plan import EPS, X0, Plan, Row, Spacing, Z, path, stack, state
 
@@ -85,7 +85,9 @@ def consistency(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -
 
     `steps` network calls.
     """
-    return stack(Row(level, next, next.alpha * X0 + next.sigma * Z) for level, next in path(schedule, steps, spacing))
+    return stack(
+        Row(level, next, next.alpha * X0 + next.sigma * Z, to=CLEAN) for level, next in path(schedule, steps, spacing)
+    )
 
 
 def ddim_inversion(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:

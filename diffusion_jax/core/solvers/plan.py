@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax.core.process import NoiseLevel
-from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.core.schedules import RHO, Schedule
 
 HISTORY = 4  # how many past d a row may use
 X0, EPS, Z, *PAST = np.eye(3 + HISTORY)
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     memory: (R, 2) coefficients of (x0, eps).
     past: (R, HISTORY) coefficients.
     initial: (), standard deviation of the initial noise. By default that of x_t for data of unit variance.
+    to: NoiseLevel of (R,), where the denoiser is told that row i goes; `next` but for steps through clean data.
     """
 
     level: NoiseLevel
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     memory: ArrayLike
     past: ArrayLike
     initial: ArrayLike
+    to: NoiseLevel
 
     @property
     def num_rows(self) -> int:
@@ -65,22 +67,25 @@ class Row(NamedTuple):
     level, next: NoiseLevel of scalars.
     update: the new x, in unit vectors.
     memory: d, in X0 and EPS.
+    to: NoiseLevel of scalars, None for next.
     """
 
     level: NoiseLevel
     next: NoiseLevel
     update: np.ndarray
     memory: np.ndarray = X0
+    to: NoiseLevel | None = None
 
 
 def stack(rows: Iterable[Row]) -> Plan:
     """Stack the rows into a plan. No rows give a plan that changes nothing."""
     rows = list(rows)
-    level, next, update, memory = zip(*rows, strict=True) if rows else [()] * 4
+    level, next, update, memory, _ = zip(*rows, strict=True) if rows else [()] * 5
     x0, eps, noise, *past = np.reshape(update, (-1, len(X0))).T
+    to = [row.to or row.next for row in rows]
     initial = np.hypot(rows[0].level.alpha, rows[0].level.sigma) if rows else 1.0
     memory = np.reshape(memory, (-1, len(X0)))[:, :2]
-    return Plan(_levels(level), _levels(next), x0, eps, noise, memory, np.stack(past, axis=1), initial)
+    return Plan(_levels(level), _levels(next), x0, eps, noise, memory, np.stack(past, axis=1), initial, _levels(to))
 
 
 def joined(plans: Sequence[Plan]) -> Plan:
@@ -110,7 +115,7 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
       logsnr    evenly in log-SNR (Lu et al. 2022, section 3.3)
       quadratic squares of an even ramp of sqrt(t) (Song et al. 2021, appendix D.3)
     The first three are whole numbers on a schedule of T steps. In continuous time, leading goes evenly up from t_min
-    and ends one step short of t_max; trailing goes evenly down to t_max / steps, or to t_min if that is noisier.
+    and ends one step short of t_max; trailing goes down to `schedule.at(1 / steps)`.
     Raises ValueError for steps outside 1..T and for an unknown spacing.
     """
     t_min, t_max, T = schedule.t_min, schedule.t_max, schedule.num_steps
@@ -139,7 +144,7 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
         case "trailing":
             if T:
                 return np.round(np.arange(steps, 0, -1) / steps * T) - 1.0
-            return np.linspace(t_max, max(t_max / steps, t_min), steps)
+            return schedule.at(np.arange(steps, 0, -1) / steps)
         case "quadratic":
             t = (t_max**0.5 + ramp * (t_min**0.5 - t_max**0.5)) ** 2
         case _:
@@ -147,8 +152,8 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
             noisiest = t_max if schedule(t_max).alpha > 0 else t_max - schedule.resolution
             high, low = schedule(noisiest).logsnr, schedule(t_min).logsnr
             if spacing == "karras":
-                high, low = np.exp(-high / 14), np.exp(-low / 14)
-                t = schedule.t_of_logsnr(-14 * np.log(high + ramp * (low - high)))
+                high, low = np.exp(-high / (2 * RHO)), np.exp(-low / (2 * RHO))
+                t = schedule.t_of_logsnr(-2 * RHO * np.log(high + ramp * (low - high)))
             else:
                 t = schedule.t_of_logsnr(high + ramp * (low - high))
     t[0] = t_max  # exactly, despite rounding
@@ -209,7 +214,8 @@ def with_resampling(plan: Plan, repeats: int) -> Plan:
 
 
 def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spacing = "trailing") -> np.ndarray:
-    """The times left when an image is changed with a given strength: the last round(steps * strength) of `times`.
+    """The times for an image that is changed with a given strength: about steps * strength of them, the first one that
+    part of the way to noise, however few they are. Of explicit times, the last round(steps * strength).
 
     strength: 0 leaves the image as it is (no times), 1 starts from pure noise.
     Pass the times to a solver as its spacing, and their number as its steps. A multistep solver then starts its history
@@ -217,5 +223,8 @@ def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spa
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    t = times(schedule, steps, spacing)
-    return t[steps - round(steps * strength) :]
+    whole, count = times(schedule, steps, spacing), round(steps * strength)
+    if strength in (0, 1) or not isinstance(spacing, str):
+        return whole[steps - count :]
+    cut = schedule.until(schedule.at(strength))
+    return times(cut, min(max(count, 1), cut.num_steps or steps), spacing)

@@ -1,0 +1,86 @@
+"""Pictures in one to four network calls: one preset for each method, docs/few_steps.md compares them.
+
+    python main.py --config=configs/few_step.py:shortcut --mode=train
+    python main.py --config=configs/few_step.py:shortcut --mode=sample
+
+After the colon is one of these methods, for the emoji of configs/latent_cfg.py:full, from the demo weights; or
+digits/METHOD for the digits of configs/digits.py, from a run of that config (--config.teacher=runs/digits).
+lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, a small file, by the methods marked *:
+  guidance *   one call for each step instead of two; samples with any solver
+  scale        the same, and sample.guidance stays free: the scale is an input of the network
+  distillation two steps of the teacher become one; repeat with half of --config.objective.segments and the student as
+               --config.teacher
+  lcm *        consistency distillation with guidance in the teacher
+  ect *        consistency training, easy: from the teacher's weights, on data
+  soflow       any step, from data, without derivatives
+  shortcut     any step, as two of its halves
+  mean_flow    any step, from data, by the derivative along the way
+  scm *        consistency training in continuous time
+  lsd          any step, by the derivative in its end
+  taught_ect *, taught_scm *, taught_soflow, taught_mean_flow
+               the same, and instead of data they follow the teacher's guided way
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, digits, latent_cfg
+from diffusion_jax.app import learning
+
+METHODS = {  # -> objective, solver
+    "guidance": ({"name": "guidance_distillation"}, ""),
+    "scale": ({"name": "guidance_distillation"}, ""),
+    "distillation": ({"name": "distillation", "segments": 16}, "ddim"),
+    "lcm": ({"name": "consistency_distillation", "segments": 25, "robust": 0.5}, "consistency"),
+    "ect": ({"name": "consistency_training", "robust": 0.5}, "consistency"),
+    "soflow": ({"name": "soflow", "plain": 0.5}, "ddim"),
+    "shortcut": ({"name": "shortcut", "plain": 0.5}, "ddim"),
+    "mean_flow": ({"name": "mean_flow", "plain": 0.5, "robust": 1.0}, "ddim"),
+    "scm": ({"name": "continuous_consistency", "robust": 0.5}, "consistency"),
+    "lsd": ({"name": "lagrangian", "plain": 0.5}, "ddim"),
+}
+METHODS |= {
+    f"taught_{name}": (objective | {"taught": True}, solver)
+    for name, (objective, solver) in METHODS.items()
+    if objective["name"] in learning.WAYS
+}
+ALL_MAPS = r"to_(q|k|v|out_0)|proj_(in|out)|net_(0/proj|2)|conv[12]|conv_shortcut|time_emb_proj"
+FREE_SCALE, MOST = "scale", 8.0  # of guidance in its training
+OF_ORDINARY = [name for name in METHODS if METHODS[name][0]["name"] in learning.TO_CLEAN and name != FREE_SCALE]
+STEPS = 4  # of sampling
+
+
+def get_config(preset: str = "shortcut") -> ConfigDict:
+    """preset: METHOD, lora/METHOD, digits/METHOD or digits/lora/METHOD."""
+    *words, method = preset.split("/")
+    if words not in ([], ["lora"], ["digits"], ["digits", "lora"]) or method not in METHODS:
+        raise ValueError(
+            f"unknown preset {preset!r} of few_step; known: {', '.join(METHODS)}, and with digits/, lora/ or "
+            "digits/lora/ before them"
+        )
+    of_digits, of_lora = "digits" in words, "lora" in words
+    if of_lora and method not in OF_ORDINARY:
+        raise ValueError(f"few_step has low-rank updates for {', '.join(OF_ORDINARY)}; got {method!r}")
+    objective, solver = METHODS[method]
+    config = digits.get_config() if of_digits else latent_cfg.get_config("full")
+    scale = config.sample.guidance
+    config.name = preset.replace("/", "_")
+    config.teacher = "runs/digits" if of_digits else config.weights
+    config.weights = ""
+    config.model.target_embedding = bool(solver) and not of_lora
+    if of_lora:
+        config.lora = common.lora()
+        config.lora.update(rank=32, alpha=32.0, targets=ALL_MAPS)
+    config.objective.update(objective)
+    if method == FREE_SCALE:
+        config.model.time_cond_proj_dim = 64
+        config.objective.update(scale=MOST, drop=0.0)
+    elif learning.learns_from_teacher(config.objective):
+        config.objective.update(scale=scale, drop=0.0)
+        config.sample.guidance = 1.0
+    if solver:
+        config.sample.update(solver=solver, steps=STEPS)
+    if of_lora:
+        config.optimizer = common.optimizer(1e-3, warmup=30, decay="cosine")
+    else:
+        config.optimizer.learning_rate /= 4  # training goes on from a trained model
+    return config

@@ -1,0 +1,228 @@
+"""Generated pictures beside real ones: distances of both to a reference set, in the features of one network.
+
+A distance alone can be gamed and depends on the number of pictures, so each comes with that of as many real pictures
+which are not in the reference, and the ratio of the two: 1 is as good as real.
+"""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float, Int
+
+from diffusion_jax.evaluation.distances import (
+    Estimate,
+    Gaussian,
+    Guesses,
+    Moments,
+    check_finite,
+    frechet,
+    gaussian,
+    guesses,
+    inception_score,
+    jackknife,
+    kernel,
+    moments,
+    neighbours,
+    total,
+)
+from diffusion_jax.evaluation.summary import summary
+
+GROUPS = 10  # of pictures, for standard errors
+LEAST = 2 * GROUPS  # pictures in a set
+STATISTICS = ("mu", "sigma", "network", "count", "features", "indices")  # arrays of a file
+KEPT = 10_000  # pictures whose features are kept
+CHOICES = 100  # prompts of which one fits a picture
+NEAR = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}  # neighbours that give a ball its radius
+
+
+class Collected:
+    """What a comparison needs of a set of pictures, collected batch by batch; its size has a limit.
+
+    moments: of each of ten groups of pictures.
+    guesses: the same, of a classifier; empty without.
+    features: (K, D) float32, of the first 10,000 pictures.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.moments: list[Moments] = []
+        self.guesses: list[Guesses] = []
+        self._kept: list[np.ndarray] = []
+
+    @property
+    def features(self) -> Float[np.ndarray, "pictures features"]:
+        return np.concatenate(self._kept)
+
+    def add(self, made: dict[str, Float[np.ndarray, "pictures _"]]) -> None:
+        """Add a batch of pictures. made: as `FeatureNetwork.of` returns. Raises ValueError for features
+        that are not finite."""
+        check_finite(made["features"])
+        groups = (self.count + np.arange(len(made["features"]))) % GROUPS
+        _add(self.moments, moments, made["features"], groups)
+        if "logits" in made:
+            _add(self.guesses, guesses, made["logits"], groups)
+        if self.count < KEPT:
+            self._kept.append(np.array(made["features"][: KEPT - self.count], np.float32))
+        self.count += len(groups)
+
+
+def _add(sums: list, of: Callable[[np.ndarray], Moments | Guesses], rows: np.ndarray, groups: np.ndarray) -> None:
+    """Add to the sum of each group those of its rows. New groups come in the order of their numbers."""
+    for group in np.unique(groups):
+        part = of(rows[groups == group])
+        if group < len(sums):
+            sums[group] += part
+        else:
+            sums.append(part)
+
+
+class Reference(NamedTuple):
+    """The real pictures that others are compared with.
+
+    network: in whose features.
+    count: number of pictures, 0 if unknown.
+    gaussian: fitted to the features.
+    features: (K, D), those of the first pictures; empty if only the Gaussian is known.
+    indices: (K,), the numbers of these pictures in their source; empty if unknown.
+    """
+
+    network: str
+    count: int
+    gaussian: Gaussian
+    features: Float[np.ndarray, "pictures features"]
+    indices: Int[np.ndarray, " numbers"]
+
+
+def save_reference(file: str | PathLike, network: str, real: Collected, indices: Sequence[int]) -> None:
+    """Write the statistics of real pictures as .npz, whose `mu` and `sigma` ADM's evaluator and clean-fid read too.
+
+    indices: numbers of the pictures in their source.
+    """
+    whole = total(real.moments)
+    parts = {"mu": whole.mean, "sigma": whole.covariance, "features": real.features}
+    about = {"network": network, "count": real.count, "indices": indices[: len(real.features)]}
+    partial = Path(f"{file}.partial")  # renamed when whole, so that an interruption leaves no broken file
+    with partial.open("wb") as out:
+        np.savez(out, **parts, **{name: np.array(value) for name, value in about.items()})
+    partial.replace(file)
+
+
+def load_reference(file: str | PathLike, network: str, width: int | None = None) -> Reference:
+    """Statistics as `save_reference`, ADM's evaluator or clean-fid write them.
+
+    network: in whose features pictures are compared. A file that names no network must have the right width.
+    width: number of its features; None if the file is known to fit.
+    Raises ValueError for a file of another layout or another network, and FileNotFoundError.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            parts = {name: found[name] for name in STATISTICS if name in found}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{file} is no .npz file of statistics: {error}") from error
+    if "mu" not in parts or "sigma" not in parts:
+        raise ValueError(f"{file} has no mu and sigma, as the statistics of ADM's evaluator and clean-fid have")
+    of = str(parts.get("network", network))
+    if of != network:
+        raise ValueError(f"{file} has statistics in the features of {of}, and these are of {network}")
+    mean, covariance = (np.asarray(parts[name], np.float64) for name in ("mu", "sigma"))
+    width = width or len(mean)
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise ValueError(
+            f"{file} has mu of shape {mean.shape} and sigma of {covariance.shape}, but {network} has {width} features"
+        )
+    if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+        raise ValueError(f"{file} has statistics that are not finite")
+    features = parts.get("features", np.zeros((0, width), np.float32))
+    indices = parts.get("indices", np.zeros(0, int))
+    return Reference(network, int(parts.get("count", 0)), gaussian(mean, covariance), features, indices)
+
+
+def warn_of_rank(network: str, pictures: Collected) -> None:
+    """Log what to know of Frechet distances of fewer pictures than features."""
+    width = len(pictures.moments[0].mean)
+    if pictures.count <= width:
+        logging.warning(
+            "%d pictures in the %d features of %s: their covariance has no full rank, so Frechet distances are much "
+            "too large; compare only the ratio, and sets of %d, or set eval.images to more than %d",
+            *(pictures.count, width, network, pictures.count, width),
+        )
+
+
+def compare(sets: dict[str, Collected], real: Reference) -> dict:
+    """The report on sets of pictures: for each measure the figure of each set, with its standard error.
+
+    frechet, kernel: distances to the reference. "ratio" is that of "generated" over that of "held_out".
+    precision, recall, density, coverage: as `distances.Neighbours`, of as many pictures of the reference as of a set.
+    inception_score: of classifiers.
+
+    sets: "generated" and "held_out", real pictures that are not in the reference, and others. As large as each other.
+    Raises ValueError for fewer than 20 pictures.
+    """
+    for name, one in sets.items():
+        if one.count < LEAST:
+            raise ValueError(f"distances need at least {LEAST} pictures in each set, got {one.count} of {name}")
+    report = {"frechet": {name: _frechet(one, real) for name, one in sets.items()}}
+    if len(real.features):
+        report["kernel"] = {name: kernel(one.features, real.features) for name, one in sets.items()}
+    for measure, found in report.items():
+        report[measure] = _reported(found | _ratio(**found))
+    if len(real.features):
+        report |= _overlaps(sets, real)
+    if sets["generated"].guesses:
+        report["inception_score"] = _reported({name: _inception_score(one) for name, one in sets.items()})
+    return report
+
+
+def _reported(found: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
+    return {name: estimate._asdict() for name, estimate in found.items()}
+
+
+def _frechet(pictures: Collected, real: Reference) -> Estimate:
+    return jackknife(lambda some: frechet(total(some), real.gaussian), pictures.moments)
+
+
+def _inception_score(pictures: Collected) -> Estimate:
+    return jackknife(lambda some: inception_score(total(some)), pictures.guesses)
+
+
+def _ratio(generated: Estimate, held_out: Estimate, **others: Estimate) -> dict[str, Estimate]:
+    """Generated over held-out, if the latter is not 0 to within its error."""
+    if held_out.value <= 2 * held_out.standard_error:
+        return {}
+    ratio = generated.value / held_out.value
+    parts = (generated.standard_error, ratio * held_out.standard_error)
+    return {"ratio": Estimate(ratio, float(np.hypot(*parts)) / held_out.value)}
+
+
+def _overlaps(sets: dict[str, Collected], real: Reference) -> dict:
+    """Precision, recall, density and coverage of sets of one size."""
+    size = min(len(one.features) for one in (*sets.values(), real))
+    report: dict = {measure: {} for measure in NEAR}
+    for name, one in sets.items():
+        by_k = {k: neighbours(real.features[:size], one.features[:size], k) for k in set(NEAR.values())}
+        for measure, k in NEAR.items():
+            report[measure][name] = summary(getattr(by_k[k], measure))
+    return report
+
+
+def alignment(
+    pictures: Float[np.ndarray, "n features"], texts: Float[np.ndarray, "n features"]
+) -> dict[str, dict[str, float | None]]:
+    """How well pictures fit their prompts, in the features of CLIP.
+
+    clip_score: 100 max(cos, 0) of a picture and its prompt (Hessel et al. 2021, eq. 1, w = 100).
+    retrieval: whether no other of 100 prompts is nearer to the picture (R-precision, Xu et al. 2018): its own and the
+      99 that follow, of fewer prompts all.
+    """
+    pictures, texts = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (pictures, texts))
+    choices = min(CHOICES, len(texts))
+    similar = np.stack([(pictures * np.roll(texts, -k, axis=0)).sum(axis=1) for k in range(choices)], axis=1)
+    found = similar[:, 0] >= similar.max(axis=1) - 1e-6
+    return {"clip_score": summary(100 * np.maximum(similar[:, 0], 0)), "retrieval": summary(found)}

@@ -1,0 +1,56 @@
+"""A U-Net with outer levels around a trained one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.model import network_of
+from diffusion_jax.models.growing import grown
+from diffusion_jax.models.unet import UNet
+
+
+def unet(levels, layers=1):
+    return UNet(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownBlock2D",) * levels,
+        up_block_types=("UpBlock2D",) * levels,
+        block_out_channels=(*(8,) * (levels - 1), 16),
+        layers_per_block=layers,
+        norm_num_groups=4,
+        mid_block_type=None,
+    )
+
+
+def shaken(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def difference(added, side):
+    """Of what both networks say of the middle of one colour."""
+    inner, outer = network_of(unet(2)), network_of(unet(2 + added))
+    trained = shaken(inner.init(jax.random.key(0)))
+    fresh = outer.init(jax.random.key(1))
+    made = grown(*(jax.tree.map(np.array, tree) for tree in (trained, fresh)))
+    said, t = [], jnp.array([300.0])
+    for network, params, size in ((inner, trained, side), (outer, made, side * 2**added)):
+        colours = jnp.broadcast_to(jnp.array([0.3, -0.7, 0.1]), (1, size, size, 3))
+        said.append(jax.jit(network.apply)(params, colours, t, {})[0, size // 2, size // 2])
+    return float(jnp.abs(said[1] - said[0]).max())
+
+
+@pytest.mark.parametrize("added", [1, 2])
+def test_one_colour_is_seen_as_by_the_inner_network(added):
+    """But for edges: padding shows there, and in the norms of all pixels, the less the larger the picture is."""
+    small, large = difference(added, 8), difference(added, 48)
+    assert large < 0.08 and large < 0.35 * small
+
+
+def test_a_network_of_as_many_levels_is_itself():
+    params = network_of(unet(2)).init(jax.random.key(0))
+    assert grown(params, params) is params
+    assert grown({"params": {"encoder": 1}}, params) == {"params": {"encoder": 1}}

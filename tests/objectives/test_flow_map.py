@@ -1,0 +1,232 @@
+"""Flow maps, on data whose maps are known: a Gaussian, for any schedule and prediction."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import codec
+from diffusion_jax.conditioning import unconditional
+from diffusion_jax.core import parameterization, schedules, solvers
+from diffusion_jax.core.denoiser import denoiser, target_time
+from diffusion_jax.core.process import CLEAN, NoiseLevel, Prediction, expand
+from diffusion_jax.core.sampling import initial_noise, sample
+from diffusion_jax.model import DiffusionModel, Network, network_of
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.objectives import flow_map
+from diffusion_jax.objectives.flow_map import levels_of
+
+MEAN, STD = jnp.array([1.0, -0.5, 0.2]), jnp.array([0.5, 0.3, 0.8])
+SHAPE = (1, 1, 3)
+METHODS = {
+    "distillation": (flow_map.distillation(16), {}),
+    "consistency_distillation": (flow_map.consistency_distillation(256), {}),
+    "consistency_training": (flow_map.consistency_training(), {}),
+    "soflow": (flow_map.soflow(), {}),
+    "shortcut": (flow_map.shortcut(), {"plain": 0.25}),
+    "mean_flow": (flow_map.mean_flow(), {}),
+    "continuous_consistency": (flow_map.continuous_consistency(), {}),
+    "lagrangian": (flow_map.lagrangian(), {}),
+    "consistency_training, taught": (flow_map.consistency_training(), {"taught": True}),
+    "soflow, taught": (flow_map.soflow(), {"taught": True}),
+    "mean_flow, taught": (flow_map.mean_flow(), {"taught": True}),
+    "continuous_consistency, taught": (flow_map.continuous_consistency(), {"taught": True}),
+    "guidance_distillation": (flow_map.guidance_distillation(), {}),
+}
+SCHEDULES = {
+    "cosine": (schedules.cosine(), parameterization.v),
+    "flow": (schedules.flow(), parameterization.flow),
+    "linear": (schedules.linear(), parameterization.x0),
+    "scaled_linear": (schedules.scaled_linear(), parameterization.eps),
+    "zero_terminal_snr": (schedules.zero_terminal_snr(schedules.linear()), parameterization.v),
+    "edm": (schedules.edm(0.01, 20.0), parameterization.edm(0.6)),
+}
+TOTALS = {"flow": lambda to: to.alpha + to.sigma, "edm": lambda to: to.alpha}  # 1 on the schedule
+
+
+def spread(level):
+    return jnp.sqrt(expand(level.alpha, MEAN[None]) ** 2 * STD**2 + expand(level.sigma, MEAN[None]) ** 2)
+
+
+def reached(x, level, to):
+    """The exact state at `to` of x (B, 3): the probability flow of a Gaussian."""
+    ratio = spread(to) / spread(level)
+    return expand(to.alpha, x) * MEAN + ratio * (x - expand(level.alpha, x) * MEAN)
+
+
+def exact_x0(x, level):
+    alpha = expand(level.alpha, x)
+    return MEAN + alpha * STD**2 / spread(level) ** 2 * (x - alpha * MEAN)
+
+
+def level_of_target_time(time):
+    angle = time * jnp.pi / 2000
+    return NoiseLevel(0.0 * time, jnp.cos(angle), jnp.sin(angle))
+
+
+def made_model(name, wrong=0.0):
+    """Two models: one says the exact map plus params times a bump; the other, a teacher, is the exact denoiser."""
+    schedule, says = SCHEDULES[name]
+
+    def out_of(x, level, to):
+        """The output of the exact map. The target comes by its angle, so its scale is restored."""
+        if name in TOTALS:
+            total = TOTALS[name](to)
+            to = NoiseLevel(to.t, to.alpha / total, to.sigma / total)
+        a, b = (expand(value, x) for value in says.step(level, to))
+        near = jnp.abs(b) < 1e-4
+        x0 = exact_x0(x, level)
+        eps = (x - expand(level.alpha, x) * x0) / jnp.maximum(expand(level.sigma, x), 1e-6)
+        return jnp.where(near, says.target(x0, eps, level), (reached(x, level, to) - a * x) / jnp.where(near, 1.0, b))
+
+    def flat(function, params, x, t, cond, keys=None):
+        level = schedule({"flow": lambda: t / 1000, "edm": lambda: jnp.exp(4 * t)}.get(name, lambda: t)())
+        scale = (level.sigma**2 + 0.36) ** 0.5 if name == "edm" else 1.0  # as edm scales its input
+        seen = x.reshape(len(x), 3) * expand(scale, x.reshape(len(x), 3))
+        return function(params, seen, level, cond).reshape(x.shape)
+
+    def student(params, x, level, cond):
+        bump = jnp.sin(3 * x[:, ::-1]) + jnp.cos(cond["to"] / 300)[:, None]
+        return out_of(x, level, level_of_target_time(cond["to"])) + params * bump
+
+    def teacher(params, x, level, cond):
+        x0 = exact_x0(x, level)
+        eps = (x - expand(level.alpha, x) * x0) / jnp.maximum(expand(level.sigma, x), 1e-6)
+        return says.target(x0, eps, level)
+
+    def model(function, is_map):
+        network = Network(functools.partial(flat, function), flow_map=is_map)
+        return DiffusionModel(network, jnp.float32(wrong), schedule, says, codec.identity(), unconditional(), (1, 1))
+
+    return model(student, True), model(teacher, False)
+
+
+def gradient(name, method, wrong=0.0, batch=4096, step=99):
+    """d loss / d params, and its standard error."""
+    student, teacher = made_model(name, wrong)
+    function, options = METHODS[method]
+    loss = flow_map.flow_map(student, function, 100, teacher=teacher, **options)
+    keys = jax.random.split(jax.random.key(1), batch)
+    x0 = MEAN + STD * jax.random.normal(jax.random.key(2), (batch, *SHAPE))
+    frozen = {"codec": {}, "conditioning": None, "null_cond": {}, "rest": {}, "teacher": teacher.params}
+    frozen |= {"step": jnp.int32(step)}
+
+    def one(params, x0, key):
+        return loss(params, frozen, {"latent": x0[None], "cond": {}}, key[None])[0]
+
+    found = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))(jnp.float32(wrong), x0, keys)
+    assert np.isfinite(found).all()
+    return float(found.mean()), float(found.std() / batch**0.5)
+
+
+def has_slope(name):
+    return SCHEDULES[name][1] not in (parameterization.x0, parameterization.eps)
+
+
+def needs_slope(method):
+    return method.split(",")[0] in ("mean_flow", "continuous_consistency", "lagrangian")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in SCHEDULES for method in METHODS if has_slope(name) or not needs_slope(method)],
+)
+def test_the_exact_map_is_where_training_ends(name, method):
+    """No gradient at the exact map, to within sampling error and the method's own bias; a clear one beside it."""
+    (mean, error), (beside, its_error) = gradient(name, method), gradient(name, method, wrong=1.0)
+    assert abs(mean) < 4 * error + 0.05 * abs(beside), (mean, error, beside)
+    assert beside > 4 * its_error
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if needs_slope(method)])
+def test_the_derivative_needs_an_output_that_it_determines(method):
+    with pytest.raises(ValueError, match="methods of derivatives need a network that predicts v or flow"):
+        gradient("linear", method, batch=2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_map_samples_in_any_number_of_steps(name):
+    student, _ = made_model(name)
+    denoise = student.denoiser(student.params)
+    keys = jax.random.split(jax.random.key(0), 64)
+    first = solvers.ddim(student.useful_schedule, 1)
+    x = initial_noise(keys, SHAPE, first.start)
+    start = NoiseLevel(*(jnp.float32(value) for value in first.start))
+    exact = reached(x.reshape(-1, 3), start, jax.tree.map(jnp.float32, CLEAN)).reshape(x.shape)
+    for steps in (1, 2, 5):
+        found = sample(denoise, solvers.ddim(student.useful_schedule, steps), x, keys, {})
+        np.testing.assert_allclose(found, exact, atol=2e-3)
+    one = sample(denoise, solvers.consistency(student.useful_schedule, 1), x, keys, {})
+    np.testing.assert_allclose(one, exact, atol=2e-3)
+    four = sample(denoise, solvers.consistency(student.useful_schedule, 4), x, keys, {})
+    assert np.abs(np.std(four, axis=0) - STD).max() < 0.3
+
+
+def test_other_solvers_are_refused():
+    student, _ = made_model("cosine")
+    denoise, keys = student.denoiser(student.params), jax.random.split(jax.random.key(0), 2)
+    for plan in (
+        solvers.dpmpp_2m(student.schedule, 4),
+        solvers.heun(student.schedule, 4),
+        solvers.ddpm(student.schedule, 4),
+    ):
+        with pytest.raises(ValueError, match="its solver must be ddim with eta=0, or consistency"):
+            sample(denoise, plan, initial_noise(keys, SHAPE, plan.start), keys, {})
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_step_to_its_own_level_changes_nothing(name):
+    schedule, says = SCHEDULES[name]
+    level = levels_of(schedule)(jnp.array([0.1, 0.5, 0.9]))
+    a, b = says.step(level, level)
+    np.testing.assert_allclose(a, 1, rtol=1e-5)
+    np.testing.assert_allclose(b, 0, atol=1e-6)
+
+
+def test_target_times():
+    levels = NoiseLevel(np.zeros(3), np.array([1.0, 1.0, 0.0]), np.array([0.0, 1.0, 1.0]))
+    np.testing.assert_allclose(target_time(levels), [0, 500, 1000])
+
+
+def test_a_function_of_three_arguments_is_not_told():
+    told = []
+
+    def denoise(x, level, cond, to=None):
+        told.append(to)
+        return Prediction(x, x)
+
+    plan = solvers.ddim(schedules.cosine(), 2)
+    x, keys = jnp.ones((2, *SHAPE)), jax.random.split(jax.random.key(0), 2)
+    sample(denoise, plan, x, keys)
+    assert told and all(to is not None for to in told)
+    np.testing.assert_array_equal(
+        sample(denoise, plan, x, keys), sample(lambda x, level, cond: Prediction(x, x), plan, x, keys)
+    )
+
+
+def test_a_new_student_says_what_its_teacher_says():
+    fields = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownBlock2D",) * 2,
+        "mid_block_type": None,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    teacher, student = (network_of(UNet(**fields, target_embedding=told)) for told in (False, True))
+    assert student.flow_map and not teacher.flow_map
+    params = student.init(jax.random.key(0))
+    shaken = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    shaken["params"]["to_embedding"] = params["params"]["to_embedding"]
+    without = {"params": {name: part for name, part in shaken["params"].items() if name != "to_embedding"}}
+    x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([3.0, 400.0])
+    expected = teacher.apply(without, x, t, {})
+    for to in (0.0, 700.0):
+        np.testing.assert_array_equal(student.apply(shaken, x, t, {"to": jnp.full(2, to)}), expected)
+    level = schedules.cosine()(jnp.float32(400.0))
+    at_own = denoiser(student.apply, shaken, parameterization.v, flow_map=True)(x, level, {})
+    np.testing.assert_array_equal(at_own.x0, denoiser(teacher.apply, without, parameterization.v)(x, level, {}).x0)
