@@ -5,7 +5,7 @@
     python -m benchmarks.story solvers        # solver and steps: digits
     python -m benchmarks.story guidance       # guidance scale, in an interval, rescaled: the demo weights
     python -m benchmarks.story latents        # latents against pixels, as many seconds of training: emoji
-    python -m benchmarks.story gan            # coverage, against a GAN of the same network, as many seconds: digits
+    python -m benchmarks.story gan            # coverage, against a GAN of as many weights, as many seconds: digits
     python -m benchmarks.story ladder         # methods of few steps, beside their teacher: digits, three seeds
     python -m benchmarks.story fast           # the student of the demo at few network calls, beside the demo weights
 
@@ -319,7 +319,7 @@ def _flops(model: DiffusionModel) -> float:
 
 
 def gan(small: bool, axes: plt.Axes) -> None:
-    """Diffusion and a GAN of the same network, trained as many seconds."""
+    """Diffusion and a GAN of as many weights, trained as many seconds."""
     rows, network = [], "pixels"
     for seed in range(1 if small else SEEDS):
         config = digits_config(small, seed)
@@ -330,8 +330,7 @@ def gan(small: bool, axes: plt.Axes) -> None:
             seconds = _seconds_per_step(f"gan/timed_{seed}", config, 2 if small else 100) * config.train.steps
             config.objective.prediction = "x0"
             config.sample.update(solver="ddim", steps=1)
-            model = build.model(config)
-            model = model._replace(params=adversarial.trained(config, model, seconds))
+            model = adversarial.trained(config, build.model(config), seconds)
             prepare = distances.distances(config, model)
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(as_json(prepare(model, FOLDER / "gan" / "cache")(model, FOLDER / "gan" / str(seed))))
