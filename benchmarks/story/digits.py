@@ -1,0 +1,200 @@
+"""Class-conditional digits, trained in a minute each."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks import adversarial
+from benchmarks.story.runs import OVERLAP, Report, Runs, figures, overlap, ratio, spread, table
+from configs import digits, few_step
+from diffusion_jax.app import build, distances
+from diffusion_jax.messages import as_json
+
+SEEDS = 3
+NETWORKS = ("pixels", "alexnet")
+OBJECTIVES = {  # schedule, prediction
+    "linear, eps": ("linear", "eps"),
+    "linear, v": ("linear", "v"),
+    "cosine, eps": ("cosine", "eps"),
+    "cosine, x0": ("cosine", "x0"),
+    "cosine, v": ("cosine", "v"),
+    "flow": ("flow", "flow"),
+    "edm": ("edm", "edm"),
+}
+SOLVERS = {  # solver -> steps
+    "ddpm": (10, 20, 50, 100, 1000),
+    "ddim": (5, 10, 20, 50, 100),
+    "dpmpp_2m": (5, 10, 15, 20, 30),
+    "unipc": (5, 10, 15, 20, 30),
+    "heun": (5, 10, 20),
+}
+CALLS = {"heun": lambda steps: 2 * steps - 1}  # network calls of a plan, where these are not its steps
+LADDER = (1, 2, 4, 8)  # network calls
+TEACHER = {"ddim": (*LADDER, 50), "dpmpp_2m": (20,), "ddpm": (1000,)}  # solver -> steps, of the teacher in `ladder`
+
+
+def _config(small: bool, seed: int = 0, steps: int = 500) -> ConfigDict:
+    """Class-conditional digits without guidance, measured against half of the training data."""
+    config = digits.get_config()
+    config.seed = seed
+    config.train.update(steps=steps, checkpoint_every=steps, snapshot_every=steps)
+    config.sample.update(guidance=1.0, batch_size=200)
+    config.eval.update(measures=("distances",), split="train", images=800, reference=0, networks=NETWORKS, seed=seed)
+    if small:
+        config.train.update(steps=2, batch_size=8)
+        config.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4)
+        config.sample.steps = 2
+        config.eval.update(images=20, reference=20, networks=("pixels",))
+    return config
+
+
+def objectives(runs: Runs, axes: plt.Axes) -> None:
+    """Schedule, prediction and weight of the loss."""
+    rows, seeds = [], range(1 if runs.small else SEEDS)
+    chosen = dict(list(OBJECTIVES.items())[-1:]) if runs.small else OBJECTIVES
+    for label, (schedule, prediction) in chosen.items():
+        for weight in ("uniform", "min_snr"):
+            reports = []
+            for seed in seeds:
+                config = _config(runs.small, seed)
+                config.schedule.name = schedule
+                config.objective.update(prediction=prediction, weight=weight)
+                if prediction == "edm":
+                    config.objective.levels = "lognormal"
+                reports.append(runs.measured(f"objectives/{schedule}_{prediction}_{weight}_{seed}", config))
+            networks = config.eval.networks
+            found = {network: [ratio(one, network)[0] for one in reports] for network in networks}
+            coverage = [figures(one, networks[0])["coverage"]["generated"]["mean"] for one in reports]
+            rows.append((label, weight, *(spread(values) for values in found.values()), spread(coverage)))
+            axes.errorbar(
+                f"{label}\n{weight}", np.mean(found[networks[0]]), np.std(found[networks[0]]), fmt="o", color="C0"
+            )
+    axes.set_ylabel(f"Frechet ratio, {networks[0]}")
+    axes.tick_params(axis="x", labelrotation=60, labelsize=7)
+    table(
+        ("schedule, prediction", "weight", *(f"ratio, {name}" for name in networks), f"coverage, {networks[0]}"), rows
+    )
+
+
+def seeds(runs: Runs, axes: plt.Axes) -> None:
+    """The spread over seeds of training."""
+    rows, count = [], 2 if runs.small else 10
+    reports = []
+    for seed in range(count):
+        config = _config(runs.small, seed)
+        reports.append(runs.measured(f"seeds/{seed}", config))
+    for network in config.eval.networks:
+        values = [ratio(one, network)[0] for one in reports]
+        rows.append((network, str(count), spread(values), f"{min(values):.3g}", f"{max(values):.3g}"))
+        axes.plot(values, "o", label=network)
+    axes.set(xlabel="seed", ylabel="Frechet ratio", ylim=(0, None))
+    axes.legend()
+    table(("features", "runs that ended", "ratio", "least", "most"), rows)
+
+
+def solvers(runs: Runs, axes: plt.Axes) -> None:
+    """Solver and number of network calls, of the first model of `seeds`."""
+    rows, network = [], "pixels"
+    runs.measured("seeds/0", _config(runs.small))
+    for solver, all_steps in SOLVERS.items():
+        line = []
+        for steps in all_steps[:1] if runs.small else all_steps:
+            config = _config(runs.small)
+            config.sample.update(solver=solver, steps=steps)
+            report = runs.measured(f"solvers/{solver}_{steps}", config, of="seeds/0")
+            calls = CALLS.get(solver, lambda steps: steps)(steps)
+            parts = [ratio(report, name) for name in config.eval.networks]
+            rows.append((solver, str(steps), str(calls), *(f"{value:.3g} ± {error:.2g}" for value, error in parts)))
+            line.append((calls, *parts[0]))
+        axes.errorbar(*zip(*line, strict=True), marker="o", capsize=2, label=solver)
+    axes.set(xlabel="network calls", ylabel=f"Frechet ratio, {network}", xscale="log", yscale="log")
+    axes.legend()
+    table(("solver", "steps", "network calls", *(f"ratio, {name}" for name in config.eval.networks)), rows)
+
+
+def gan(runs: Runs, axes: plt.Axes) -> None:
+    """Diffusion and a GAN of as many weights, trained as many seconds."""
+    rows, network = [], "pixels"
+    for seed in range(1 if runs.small else SEEDS):
+        config = _config(runs.small, seed)
+        diffusion = runs.measured(f"seeds/{seed}", config)
+        rows += [("diffusion", diffusion)]
+        report = runs.folder / f"gan/{seed}.json"
+        if not report.exists():
+            seconds = runs.seconds_per_step(f"gan/timed_{seed}", config, 2 if runs.small else 100) * config.train.steps
+            config.objective.prediction = "x0"
+            config.sample.update(solver="ddim", steps=1)
+            model = adversarial.trained(config, build.model(config), seconds)
+            prepare = distances.distances(config, model)
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(
+                as_json(prepare(model, runs.folder / "gan" / "cache")(model, runs.folder / "gan" / str(seed)))
+            )
+        rows += [("GAN", json.loads(report.read_text()))]
+    shown = []
+    for label in ("diffusion", "GAN"):
+        reports = [report for name, report in rows if name == label]
+        measures = np.array([overlap(figures(one, network)) for one in reports]).T
+        shown.append((label, spread([ratio(one, network)[0] for one in reports]), *map(spread, measures)))
+        axes.errorbar(OVERLAP, measures.mean(axis=1), measures.std(axis=1), fmt="o", label=label)
+    axes.set_ylim(0, None)
+    axes.legend()
+    table(("model", f"ratio, {network}", *OVERLAP), shown)
+
+
+def ladder(runs: Runs, axes: plt.Axes) -> None:
+    """Each method of few steps at 1 to 8 network calls, its teacher, the models of `seeds`, at more."""
+    found: dict[tuple[str, int], list[Report]] = {}
+    methods = [name for name in few_step.METHODS if name not in ("guidance", few_step.FREE_SCALE)]
+    for seed in range(1 if runs.small else SEEDS):
+        teacher = f"seeds/{seed}"
+        runs.measured(teacher, _config(runs.small, seed))
+        for solver, calls in {"ddim": (1,)}.items() if runs.small else TEACHER.items():
+            for steps in calls:
+                config = _config(runs.small, seed)
+                config.sample.update(solver=solver, steps=steps)
+                report = runs.measured(f"ladder/{solver}_{steps}_{seed}", config, of=teacher)
+                found.setdefault((solver, steps), []).append(report)
+        for method in methods[-1:] if runs.small else methods:
+            stages = LADDER[::-1] if method == "distillation" else (None,)
+            learned_from = teacher
+            for segments in stages:
+                student = f"ladder/{method}_{segments or 'all'}_{seed}"
+                for steps in (segments,) if segments else LADDER[:1] if runs.small else LADDER:
+                    config = _student(runs, seed, method, learned_from, len(stages))
+                    config.objective.segments = segments or config.objective.segments
+                    config.sample.steps = steps
+                    first = segments or steps == LADDER[0]
+                    report = runs.measured(
+                        student if first else f"{student}_{steps}", config, None if first else student
+                    )
+                    found.setdefault((method, steps), []).append(report)
+                learned_from = student
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        points = {calls: reports for (of, calls), reports in found.items() if of == name}
+        for network in config.eval.networks:
+            values = {n: [ratio(one, network)[0] for one in reports] for n, reports in points.items()}
+            rows.append((name, network, *(f"{n}: {spread(of_calls)}" for n, of_calls in values.items())))
+            if network == config.eval.networks[0]:
+                axes.plot(values.keys(), [np.mean(of_calls) for of_calls in values.values()], "o-", label=name)
+    axes.set(xlabel="network calls", ylabel=f"Frechet ratio, {config.eval.networks[0]}", xscale="log", yscale="log")
+    axes.legend(fontsize=6)
+    width = max(map(len, rows)) - 2
+    table(("method", "features", *["calls: ratio"] * width), [(*row, *[""] * (width + 2 - len(row))) for row in rows])
+
+
+def _student(runs: Runs, seed: int, method: str, teacher: str, stages: int) -> ConfigDict:
+    """A student of digits that learns without guidance, as long as its teacher in all stages together."""
+    config, changed = _config(runs.small, seed), few_step.get_config(f"digits/{method}")
+    config.teacher = str(runs.folder / teacher)
+    config.model.target_embedding = changed.model.target_embedding
+    config.objective = changed.objective
+    config.objective.scale = 1.0
+    config.optimizer = changed.optimizer
+    config.sample.solver = changed.sample.solver
+    steps = -(-config.train.steps // stages)
+    config.train.update(steps=steps, checkpoint_every=steps, snapshot_every=steps)
+    return config
