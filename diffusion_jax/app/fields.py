@@ -222,7 +222,7 @@ EVAL = {
     "terms": Field(100, whole(0), "How many of the T terms of the bound to evaluate; 0 for all."),
     "concepts": Field(500, whole(1), "How many names are asked for, two pictures each; fewer if there are fewer."),
     "cases": Field(200, whole(1), "How many scenes of each other kind are asked for; fewer if there are fewer."),
-    "scales": Field((), each(number()), "Guidance scales of generated images; empty for sample.guidance."),
+    "scales": Field((), each(number(0)), "Guidance scales of generated images; empty for sample.guidance."),
     "network": Field("alex", text, "The classifier in whose features drawings are compared: alex or vgg."),
     "averages": Field((), each(number()), "Lengths of averages of the weights to measure, parts of the run."),
     "along": Field(False, flag, "Measure the one average of eval.averages at every checkpoint of the run."),

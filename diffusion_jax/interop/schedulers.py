@@ -141,25 +141,33 @@ def _euler_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list
     return _in_sigma(s, t, table[0] if config.get("final_sigmas_type") == "sigma_min" else 0.0)
 
 
-def _dpm_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
-    """Of solvers in log(alpha / sigma): whole times, of which one more is made and the cleanest left out."""
-    name, table = config["_class_name"], _table(schedule)
-    if name == "DPMSolverSinglestepScheduler":
-        config = dict(config) | {"timestep_spacing": "linspace"}
-    noisiest = schedule.num_steps - np.searchsorted(-np.log(table[::-1]), config.get("lambda_min_clipped", -np.inf))
-    t = np.round(_times(config, int(noisiest), steps, more=1))
-    s = np.interp(t, np.arange(len(table)), table)
-    least_noisy = table[0]
-    ramp = _ramp(config, table[-1], table[0], steps)
-    if ramp is not None:
-        t = np.interp(np.log(ramp), np.log(table), np.arange(len(table)))
-        near = config.get("use_karras_sigmas") or config.get("use_lu_lambdas")
-        smooth = name == "DPMSolverMultistepScheduler" and config.get("beta_schedule") == "squaredcos_cap_v2"
-        s, t = ramp, np.round(t) if near and not smooth else np.trunc(t)
-        if name in ("UniPCMultistepScheduler", "DEISMultistepScheduler"):
-            least_noisy = ramp[-1]
-    ends_clean = name != "DEISMultistepScheduler" and config.get("final_sigmas_type", "zero") == "zero"
-    return _in_sigma(s, t, 0.0 if ends_clean else least_noisy)
+def _dpm_path(
+    spacing: str | None = None, ends_clean: bool = True, ends_on_ramp: bool = False, smooth_cosine: bool = False
+) -> Callable[[Mapping, DiscreteSchedule, int], list[Step]]:
+    """Of solvers in log(alpha / sigma): whole times, of which one more is made and the cleanest left out.
+
+    spacing: whatever the config says.
+    ends_clean: else at the least noise of the table, or with ends_on_ramp of the ramp that the config asks for.
+    smooth_cosine: on a cosine schedule the times of a ramp are cut off, and never rounded.
+    """
+
+    def path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
+        config, table = dict(config) | ({"timestep_spacing": spacing} if spacing else {}), _table(schedule)
+        noisiest = schedule.num_steps - np.searchsorted(-np.log(table[::-1]), config.get("lambda_min_clipped", -np.inf))
+        t = np.round(_times(config, int(noisiest), steps, more=1))
+        s = np.interp(t, np.arange(len(table)), table)
+        least_noisy = table[0]
+        ramp = _ramp(config, table[-1], table[0], steps)
+        if ramp is not None:
+            t = np.interp(np.log(ramp), np.log(table), np.arange(len(table)))
+            near = config.get("use_karras_sigmas") or config.get("use_lu_lambdas")
+            smooth = smooth_cosine and config.get("beta_schedule") == "squaredcos_cap_v2"
+            s, t = ramp, np.round(t) if near and not smooth else np.trunc(t)
+            least_noisy = ramp[-1] if ends_on_ramp else least_noisy
+        clean = ends_clean and config.get("final_sigmas_type", "zero") == "zero"
+        return _in_sigma(s, t, 0.0 if clean else least_noisy)
+
+    return path
 
 
 def _falls(config: Mapping, steps: int) -> bool:
@@ -240,8 +248,8 @@ SCHEDULERS = {  # class -> (its path, its solver)
     "EulerAncestralDiscreteScheduler": (_euler_path, _plain(solvers.euler_ancestral)),
     "HeunDiscreteScheduler": (_euler_path, _plain(solvers.heun)),
     "LMSDiscreteScheduler": (_euler_path, _plain(solvers.lms)),
-    "DPMSolverMultistepScheduler": (_dpm_path, _dpm_multistep),
-    "DPMSolverSinglestepScheduler": (_dpm_path, _dpm_singlestep),
-    "UniPCMultistepScheduler": (_dpm_path, _unipc),
-    "DEISMultistepScheduler": (_dpm_path, _deis),
+    "DPMSolverMultistepScheduler": (_dpm_path(smooth_cosine=True), _dpm_multistep),
+    "DPMSolverSinglestepScheduler": (_dpm_path(spacing="linspace"), _dpm_singlestep),
+    "UniPCMultistepScheduler": (_dpm_path(ends_on_ramp=True), _unipc),
+    "DEISMultistepScheduler": (_dpm_path(ends_clean=False, ends_on_ramp=True), _deis),
 }
