@@ -29,8 +29,7 @@ command_not_found_handle() {{ "{sys.executable}" "{quick_forms.__file__}" "$@" |
 cd() {{ :; }}
 PATH=/nowhere
 """
-HURRY = {  # two cores are shared by two commands; most of the time is compiling
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+HURRY = {  # two cores are shared by two commands
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "OMP_NUM_THREADS": "1",
 }

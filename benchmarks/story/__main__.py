@@ -5,7 +5,7 @@
     python -m benchmarks.story solvers        # solver and steps: digits
     python -m benchmarks.story guidance       # guidance scale, in an interval, rescaled: the demo weights
     python -m benchmarks.story latents        # latents against pixels, as many seconds of training: emoji
-    python -m benchmarks.story gan            # coverage, against a GAN of as many weights, as many seconds: digits
+    python -m benchmarks.story gan            # coverage, against a GAN of as many weights, in as many seconds
     python -m benchmarks.story ladder         # methods of few steps, beside their teacher: digits, three seeds
     python -m benchmarks.story fast           # the student of the demo at few network calls, beside the demo weights
 

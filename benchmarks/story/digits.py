@@ -1,6 +1,7 @@
 """Class-conditional digits, trained in a minute each."""
 
 import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,6 +24,7 @@ OBJECTIVES = {  # schedule, prediction
     "flow": ("flow", "flow"),
     "edm": ("edm", "edm"),
 }
+LONGER = (1, 4)  # seconds of the GAN, over those of diffusion
 SOLVERS = {  # solver -> steps
     "ddpm": (10, 20, 50, 100, 1000),
     "ddim": (5, 10, 20, 50, 100),
@@ -115,33 +117,33 @@ def solvers(runs: Runs, axes: plt.Axes) -> None:
 
 
 def gan(runs: Runs, axes: plt.Axes) -> None:
-    """Diffusion and a GAN of as many weights, trained as many seconds."""
-    rows, network = [], "pixels"
+    """Diffusion and a GAN of as many weights, trained as many seconds and more."""
+    found: dict[str, list[Report]] = {}
     for seed in range(1 if runs.small else SEEDS):
         config = _config(runs.small, seed)
-        diffusion = runs.measured(f"seeds/{seed}", config)
-        rows += [("diffusion", diffusion)]
-        report = runs.folder / f"gan/{seed}.json"
-        if not report.exists():
-            seconds = runs.seconds_per_step(f"gan/timed_{seed}", config, 2 if runs.small else 100) * config.train.steps
-            config.objective.prediction = "x0"
-            config.sample.update(solver="ddim", steps=1)
-            model = adversarial.trained(config, build.model(config), seconds)
-            prepare = distances.distances(config, model)
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(
-                as_json(prepare(model, runs.folder / "gan" / "cache")(model, runs.folder / "gan" / str(seed)))
-            )
-        rows += [("GAN", json.loads(report.read_text()))]
-    shown = []
-    for label in ("diffusion", "GAN"):
-        reports = [report for name, report in rows if name == label]
+        found.setdefault("diffusion", []).append(runs.measured(f"seeds/{seed}", config))
+        seconds = runs.seconds_per_step(f"gan/timed_{seed}", config, 2 if runs.small else 100) * config.train.steps
+        for times in LONGER[:1] if runs.small else LONGER:
+            report = runs.folder / f"gan/{times}_{seed}.json"
+            if not report.exists():
+                report.write_text(as_json(_of_gan(config, seconds * times, report.with_suffix(""))))
+            found.setdefault(f"GAN, {times} times as long", []).append(json.loads(report.read_text()))
+    rows, network = [], config.eval.networks[0]
+    for label, reports in found.items():
         measures = np.array([overlap(figures(one, network)) for one in reports]).T
-        shown.append((label, spread([ratio(one, network)[0] for one in reports]), *map(spread, measures)))
+        rows.append((label, spread([ratio(one, network)[0] for one in reports]), *map(spread, measures)))
         axes.errorbar(OVERLAP, measures.mean(axis=1), measures.std(axis=1), fmt="o", label=label)
     axes.set_ylim(0, None)
     axes.legend()
-    table(("model", f"ratio, {network}", *OVERLAP), shown)
+    table(("model", f"ratio, {network}", *OVERLAP), rows)
+
+
+def _of_gan(config: ConfigDict, seconds: float, workdir: Path) -> Report:
+    config = config.copy_and_resolve_references()
+    config.objective.prediction = "x0"
+    config.sample.update(solver="ddim", steps=1)
+    model = adversarial.trained(config, build.model(config), seconds)
+    return distances.distances(config, model)(model, workdir.parent / "cache")(model, workdir)
 
 
 def ladder(runs: Runs, axes: plt.Axes) -> None:
