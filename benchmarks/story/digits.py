@@ -37,13 +37,13 @@ LADDER = (1, 2, 4, 8)  # network calls
 TEACHER = {"ddim": (*LADDER, 50), "dpmpp_2m": (20,), "ddpm": (1000,)}  # solver -> steps, of the teacher in `ladder`
 
 
-def _config(small: bool, seed: int = 0, steps: int = 500) -> ConfigDict:
+def _config(small: bool, seed: int = 0, steps: int = 500, networks: tuple[str, ...] = NETWORKS) -> ConfigDict:
     """Class-conditional digits without guidance, measured against half of the training data."""
     config = digits.get_config()
     config.seed = seed
     config.train.update(steps=steps, checkpoint_every=steps, snapshot_every=steps)
     config.sample.update(guidance=1.0, batch_size=200)
-    config.eval.update(measures=("distances",), split="train", images=800, reference=0, networks=NETWORKS, seed=seed)
+    config.eval.update(measures=("distances",), split="train", images=800, reference=0, networks=networks, seed=seed)
     if small:
         config.train.update(steps=2, batch_size=8)
         config.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4)
@@ -148,17 +148,17 @@ def _of_gan(config: ConfigDict, seconds: float, workdir: Path) -> Report:
 
 def ladder(runs: Runs, axes: plt.Axes) -> None:
     """Each method of few steps at 1 to 8 network calls, its teacher, the models of `seeds`, at more."""
-    found: dict[tuple[str, int], list[Report]] = {}
+    found: dict[str, dict[int, list[Report]]] = {}
     methods = [name for name in few_step.METHODS if name not in ("guidance", few_step.FREE_SCALE)]
     for seed in range(1 if runs.small else SEEDS):
         teacher = f"seeds/{seed}"
         runs.measured(teacher, _config(runs.small, seed))
         for solver, calls in {"ddim": (1,)}.items() if runs.small else TEACHER.items():
             for steps in calls:
-                config = _config(runs.small, seed)
+                config = _config(runs.small, seed, networks=NETWORKS[:1])
                 config.sample.update(solver=solver, steps=steps)
                 report = runs.measured(f"ladder/{solver}_{steps}_{seed}", config, of=teacher)
-                found.setdefault((solver, steps), []).append(report)
+                found.setdefault(f"teacher, {solver}", {}).setdefault(steps, []).append(report)
         for method in methods[-1:] if runs.small else methods:
             stages = LADDER[::-1] if method == "distillation" else (None,)
             learned_from = teacher
@@ -172,25 +172,22 @@ def ladder(runs: Runs, axes: plt.Axes) -> None:
                     report = runs.measured(
                         student if first else f"{student}_{steps}", config, None if first else student
                     )
-                    found.setdefault((method, steps), []).append(report)
+                    found.setdefault(method, {}).setdefault(steps, []).append(report)
                 learned_from = student
-    rows = []
-    for name in dict.fromkeys(name for name, _ in found):
-        points = {calls: reports for (of, calls), reports in found.items() if of == name}
-        for network in config.eval.networks:
-            values = {n: [ratio(one, network)[0] for one in reports] for n, reports in points.items()}
-            rows.append((name, network, *(f"{n}: {spread(of_calls)}" for n, of_calls in values.items())))
-            if network == config.eval.networks[0]:
-                axes.plot(values.keys(), [np.mean(of_calls) for of_calls in values.values()], "o-", label=name)
-    axes.set(xlabel="network calls", ylabel=f"Frechet ratio, {config.eval.networks[0]}", xscale="log", yscale="log")
+    rows, network = [], config.eval.networks[0]
+    for name, points in found.items():
+        values = {n: [ratio(one, network)[0] for one in points[n]] for n in sorted(points)}
+        more = (f"{n} calls: {spread(of_calls)}" for n, of_calls in values.items() if n not in LADDER)
+        rows.append((name, *(spread(values[n]) if n in values else "" for n in LADDER), ", ".join(more)))
+        axes.plot(values.keys(), [np.mean(of_calls) for of_calls in values.values()], "o-", label=name)
+    axes.set(xlabel="network calls", ylabel=f"Frechet ratio, {network}", xscale="log", yscale="log")
     axes.legend(fontsize=6)
-    width = max(map(len, rows)) - 2
-    table(("method", "features", *["calls: ratio"] * width), [(*row, *[""] * (width + 2 - len(row))) for row in rows])
+    table((f"method: ratio, {network}", *(f"{n} calls" for n in LADDER), "more"), rows)
 
 
 def _student(runs: Runs, seed: int, method: str, teacher: str, stages: int) -> ConfigDict:
     """A student of digits that learns without guidance, as long as its teacher in all stages together."""
-    config, changed = _config(runs.small, seed), few_step.get_config(f"digits/{method}")
+    config, changed = _config(runs.small, seed, networks=NETWORKS[:1]), few_step.get_config(f"digits/{method}")
     config.teacher = str(runs.folder / teacher)
     config.model.target_embedding = changed.model.target_embedding
     config.objective = changed.objective

@@ -49,7 +49,8 @@ def guidance(runs: Runs, axes: plt.Axes) -> None:
     for label, report in reports.items():
         precision, recall, *_ = overlap(figures(report, network))
         axes.plot(recall, precision, "o", color="C0")
-        axes.annotate(label, (recall, precision), fontsize=7)
+        axes.annotate(label, (recall, precision), (4, 4), textcoords="offset points", fontsize=7)
+    axes.margins(x=0.2)
     axes.set(xlabel=f"recall, {network}", ylabel=f"precision, {network}")
 
 
