@@ -14,6 +14,7 @@ from diffusion_jax.app import build, distances
 from diffusion_jax.messages import as_json
 
 SEEDS = 3
+TRAINING = 500  # steps
 NETWORKS = ("pixels", "alexnet")
 OBJECTIVES = {  # schedule, prediction
     "linear, eps": ("linear", "eps"),
@@ -37,11 +38,11 @@ LADDER = (1, 2, 4, 8)  # network calls
 TEACHER = {"ddim": (*LADDER, 50), "dpmpp_2m": (20,), "ddpm": (1000,)}  # solver -> steps, of the teacher in `ladder`
 
 
-def _config(small: bool, seed: int = 0, steps: int = 500, networks: tuple[str, ...] = NETWORKS) -> ConfigDict:
+def _config(small: bool, seed: int = 0, networks: tuple[str, ...] = NETWORKS) -> ConfigDict:
     """Class-conditional digits without guidance, measured against half of the training data."""
     config = digits.get_config()
     config.seed = seed
-    config.train.update(steps=steps, checkpoint_every=steps, snapshot_every=steps)
+    config.train.update(steps=TRAINING, checkpoint_every=TRAINING, snapshot_every=TRAINING)
     config.sample.update(guidance=1.0, batch_size=200)
     config.eval.update(measures=("distances",), split="train", images=800, reference=0, networks=networks, seed=seed)
     if small:
