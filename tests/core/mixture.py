@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from diffusion_jax.core.process import NoiseLevel, Prediction
 from diffusion_jax.core.solvers import HISTORY, Plan
@@ -25,8 +26,7 @@ class Mixture(NamedTuple):
         residual = x[:, None] - alpha * self.means
         dim = self.means.shape[1]
         log = xp.log(self.weights) - dim / 2 * xp.log(variance) - xp.sum(residual**2, -1) / (2 * variance)
-        responsibility = xp.exp(log - xp.max(log, 1, keepdims=True))
-        responsibility = responsibility / xp.sum(responsibility, 1, keepdims=True)
+        responsibility = (jax.nn.softmax if xp is jnp else scipy.special.softmax)(log, axis=1)
         posterior_means = self.means + (alpha * self.stds**2 / variance)[:, None] * residual
         x0 = xp.einsum("bk,bkd->bd", responsibility, posterior_means)
         return Prediction(x0=x0, eps=(x - alpha * x0) / sigma)
