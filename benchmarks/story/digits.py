@@ -35,7 +35,7 @@ SOLVERS = {  # solver -> steps
 }
 CALLS = {"heun": lambda steps: 2 * steps - 1}  # network calls of a plan, where these are not its steps
 LADDER = (1, 2, 4, 8)  # network calls
-TEACHER = {"ddim": (*LADDER, 50), "dpmpp_2m": (20,), "ddpm": (1000,)}  # solver -> steps, of the teacher in `ladder`
+TEACHER = {"ddim": (*LADDER, 50), "dpmpp_2m": (20,)}  # solver -> steps, of the teacher in `ladder`
 
 
 def _config(small: bool, seed: int = 0, networks: tuple[str, ...] = NETWORKS) -> ConfigDict:

@@ -67,6 +67,7 @@ def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
     ready = {name: MEASURES[name](config, untrained) for name in config.eval.measures}
     points = _points(config.eval, workdir)
     model, origin = weights.load(config, workdir, untrained)
+    whole = weights.updated(config, untrained).params if points else None
     make_writable(workdir)
     logging.info("weights: %s", origin)
     report: dict = {"weights": origin}
@@ -75,7 +76,7 @@ def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
         report[name] = {} if points else measure(model, folder)
         for label, (step, length) in points.items():
             logging.info("%s", label)
-            at_point = model._replace(params=weights.averaged(config, workdir, untrained, step, length))
+            at_point = model._replace(params=weights.averaged(workdir, untrained, whole, step, length))
             report[name][label] = measure(at_point, folder / label.replace(" ", "_"))
     return report
 

@@ -75,16 +75,16 @@ def load(
     checkpoints = Checkpoints(workdir / "checkpoints")
     step = checkpoints.latest_step()
     if step is not None:
-        params = model.adapter.join(trained(config, workdir, model), _updated(config, model, teacher).params)
+        params = model.adapter.join(trained(config, workdir, model), updated(config, model, teacher).params)
         codec = first_stage.codec(config, workdir, model.codec)
         return model._replace(params=params, codec=codec), f"{checkpoints.folder}, step {step}, averaged"
     if "checkpoint" in config:
         return model, config.checkpoint
     folder = shipped.find(config.weights)
     if config.weights and (folder / LORA).exists():
-        updated, file = _updated(config, model, teacher), folder / LORA
-        params = merge(updated.params, load_lora(file)["unet"], 1.0, str(file))
-        return model._replace(params=params, codec=updated.codec), config.weights
+        whole, file = updated(config, model, teacher), folder / LORA
+        params = merge(whole.params, load_lora(file)["unet"], 1.0, str(file))
+        return model._replace(params=params, codec=whole.codec), config.weights
     if config.weights and folder.exists():
         unet, params = load_unet(folder / "unet")
         codec = model.codec
@@ -94,7 +94,7 @@ def load(
     raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or give its --workdir")
 
 
-def _updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel | None = None) -> DiffusionModel:
+def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel | None = None) -> DiffusionModel:
     """The model whose weights config.lora updates."""
     if "lora" not in config or "checkpoint" in config:
         return model
@@ -114,11 +114,12 @@ def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
     return Checkpoints(workdir / "checkpoints").restore_ema(like)
 
 
-def averaged(config: ConfigDict, workdir: Path, model: DiffusionModel, step: int, length: float) -> PyTree:
+def averaged(workdir: Path, model: DiffusionModel, whole: PyTree, step: int, length: float) -> PyTree:
     """The weights of a model, averaged over a part of the run before a step: see `training.averages`.
 
     model: as `build.model` makes it.
+    whole: the weights that the run updates, of `updated`.
     """
     like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
     made = averages.load(workdir / "averages", step, length, like)
-    return model.adapter.join(made, _updated(config, model).params)
+    return model.adapter.join(made, whole)
