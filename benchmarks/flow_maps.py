@@ -30,7 +30,7 @@ STAGES = (8, 4, 2, 1)  # segments of progressive distillation
 # without the robust loss of the presets, which in two dimensions moves a target's mean towards its mode
 METHODS = {  # -> method, options, solver, whether it needs the teacher
     "consistency_distillation": (flow_map.consistency_distillation(64), {}, solvers.consistency, True),
-    "consistency_training": (flow_map.consistency_training(), {"robust": 0.5}, solvers.consistency, False),
+    "consistency_training": (flow_map.consistency_training(), {}, solvers.consistency, False),
     "soflow": (flow_map.soflow(), {"plain": 0.5}, solvers.ddim, False),
     "shortcut": (flow_map.shortcut(), {"plain": 0.5}, solvers.ddim, False),
     "mean_flow": (flow_map.mean_flow(), {"plain": 0.5}, solvers.ddim, False),

@@ -15,6 +15,9 @@ continuous_consistency    the same; to = clean data (sCM, Lu & Song 2024)
 lagrangian                from the derivative in `to` (Boffi et al. 2025)
 guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
 
+Errors are those of the network's output, as in plain regression, and count the same at every level. Weighted as errors
+of the state, those at low noise would count too little, and what is learned there is the target everywhere else.
+
 The way of consistency_training, soflow, mean_flow and continuous_consistency is the straight one from data to noise, or
 the teacher's, guided. Times u run from 0, clean data, to 1, the schedule's noisiest level, as `Schedule.at`.
 """
@@ -135,8 +138,7 @@ def consistency_distillation(segments: int) -> Method:
         clean = jnp.zeros_like(u)
         reached = made.student(state, nearer, clean)
         state = jnp.where(expand(nearer > 0, state) > 0, reached, state)
-        found = _towards(made, parameterization, u, clean, state)
-        return found._replace(weight=found.weight * _of_state(made, parameterization, u, clean))
+        return _towards(made, parameterization, u, clean, state)
 
     return target
 
@@ -155,8 +157,7 @@ def consistency_training(shrinks: float = 8.0) -> Method:
         reached = made.student(state, nearer, clean)
         state = jnp.where(expand(nearer > 0, state) > 0, reached, state)
         found = _towards(made, parameterization, u, clean, state)
-        gap = (u - nearer) / u
-        return found._replace(weight=found.weight * _of_state(made, parameterization, u, clean) / gap)
+        return found._replace(weight=found.weight * u / (u - nearer))
 
     return target
 
@@ -273,11 +274,6 @@ def _span(made: Pass) -> tuple[Times, Times]:
     u = jnp.maximum(u, 2 * LEAST)
     to = jnp.where((made.uniform(2) < 0.25) | (u - to < LEAST), 0.0, to)
     return u, to
-
-
-def _of_state(made: Pass, parameterization: Parameterization, u: Times, to: Times) -> Times:
-    """b^2: makes the squared error of the output that of the state."""
-    return parameterization.step(made.level(u), made.level(to))[1] ** 2
 
 
 def flow_map(
