@@ -176,6 +176,7 @@ def ladder(runs: Runs, axes: plt.Axes) -> None:
                     found.setdefault(method, {}).setdefault(steps, []).append(report)
                 learned_from = student
     rows, network = [], config.eval.networks[0]
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, points in found.items():
         values = {n: [ratio(one, network)[0] for one in points[n]] for n in sorted(points)}
         more = (f"{n} calls: {spread(of_calls)}" for n, of_calls in values.items() if n not in LADDER)
@@ -183,7 +184,7 @@ def ladder(runs: Runs, axes: plt.Axes) -> None:
         axes.plot(values.keys(), [np.mean(of_calls) for of_calls in values.values()], "o-", label=name)
     axes.set(xlabel="network calls", ylabel=f"Frechet ratio, {network}", xscale="log", yscale="log")
     axes.legend(fontsize=6)
-    table((f"method: ratio, {network}", *(f"{n} calls" for n in LADDER), "more"), rows)
+    table((f"method: ratio, {network}", *(f"{n} calls" if n > 1 else "1 call" for n in LADDER), "more"), rows)
 
 
 def _student(runs: Runs, seed: int, method: str, teacher: str, stages: int) -> ConfigDict:
