@@ -31,10 +31,10 @@ METHODS = {  # -> objective, solver
     "scale": ({"name": "guidance_distillation"}, ""),
     "distillation": ({"name": "distillation", "segments": 16}, "ddim"),
     "lcm": ({"name": "consistency_distillation", "segments": 25}, "consistency"),
-    "ect": ({"name": "consistency_training"}, "consistency"),
+    "ect": ({"name": "consistency_training", "shrinks": 4.0}, "consistency"),
     "soflow": ({"name": "soflow", "plain": 0.5}, "ddim"),
     "shortcut": ({"name": "shortcut", "plain": 0.5}, "ddim"),
-    "mean_flow": ({"name": "mean_flow", "plain": 0.5, "robust": 1.0}, "ddim"),
+    "mean_flow": ({"name": "mean_flow", "plain": 0.5, "robust": 0.5}, "ddim"),
     "scm": ({"name": "continuous_consistency", "robust": 0.5}, "consistency"),
     "lsd": ({"name": "lagrangian", "plain": 0.5}, "ddim"),
 }

@@ -116,7 +116,7 @@ def _fast() -> ConfigDict:
 
     config = few_step.get_config("lora/lcm")
     config.name, config.weights, config.serve.live_weights = "fast", "weights/fast", ""
-    config.train = common.train(steps=1600, batch_size=32, ema=0.99, every=400)
+    config.train = common.train(steps=2800, batch_size=32, ema=0.99, every=400)
     config.sample.steps = 1
     return config
 

@@ -158,7 +158,8 @@ def lora_scale(config: ConfigDict) -> float:
 
 def network(config: ConfigDict) -> UNet:
     """The untrained network of config.model."""
-    return UNet(**_fields(config.model))
+    smoothing = {"time_smoothing": 0.0} if config.objective.prediction == "edm" else {}  # whose times are short
+    return UNet(**(smoothing | _fields(config.model)))
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderKL:

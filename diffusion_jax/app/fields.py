@@ -280,6 +280,7 @@ NETWORK: dict[str, Check] = {
     "projection_class_embeddings_input_dim": optional(whole(1)),
     "time_cond_proj_dim": optional(whole(2)),
     "target_embedding": flag,
+    "time_smoothing": number(0),
     "scaling_factor": positive,
     "shift_factor": optional(number()),
 }

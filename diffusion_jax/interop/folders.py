@@ -16,7 +16,8 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 
 WEIGHTS = "diffusion_pytorch_model"
-OURS = {"parent", "name", "dtype", "remat", "attention_implementation"}  # fields for running a network
+# fields for running a network
+OURS = {"parent", "name", "dtype", "remat", "attention_implementation", "time_smoothing"}
 
 # Default values in diffusers of fields missing in config.json, where our defaults differ.
 DEFAULTS = {

@@ -77,7 +77,11 @@ PointwiseConv = functools.partial(Dense, window=(1, 1))
 
 
 def sinusoidal_embedding(
-    t: Num[Array, " batch"], width: int, flip_sin_to_cos: bool = True, freq_shift: float | int = 0
+    t: Num[Array, " batch"],
+    width: int,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float | int = 0,
+    smoothing: float = 0.0,
 ) -> Float[Array, "batch width"]:
     """Sines and cosines of t at geometric frequencies (Vaswani et al. 2017, section 3.5).
 
@@ -85,10 +89,13 @@ def sinusoidal_embedding(
 
     t: (B,), times in the network's own unit (steps, fractions allowed).
     width: channels of the result. An odd width ends in a zero.
+    smoothing: the derivative in t is the difference quotient over t -+ this; that of fast waves is then nearly zero.
     """
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    still = jax.lax.stop_gradient(t).astype(jnp.float32)
+    rates = frequencies * jnp.sinc(frequencies * smoothing / jnp.pi)
+    angles = still[:, None] * frequencies + (t - still)[:, None] * rates
     waves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
     return jnp.pad(jnp.concatenate(waves, axis=-1), [(0, 0), (0, width % 2)])
 

@@ -34,6 +34,7 @@ BLOCK_TYPES = {  # diffusers' name of a block -> the kind of attention after eac
     "UNetMidBlock2D": "self",
     "UNetMidBlock2DCrossAttn": "cross",
 }
+TARGET_WAVES = 0.016  # radians for a unit of cond["to"]: the fastest wave turns 2.5 times from clean data to noise
 
 
 class UNet(nn.Module):
@@ -62,6 +63,8 @@ class UNet(nn.Module):
     Not in that config:
     target_embedding: the network is a flow map, told by cond["to"] where a step ends (`core.denoiser.target_time`). A
       new one predicts the same for every target: the embedding begins at zero.
+    time_smoothing: of the derivative in t, see `sinusoidal_embedding`, in the unit of t. The fastest wave turns once in
+      six of a thousand time steps, so the exact derivative says nothing of what was learned.
     dtype: of the large multiplications. Parameters, norms, softmax, time embedding and output are float32.
     remat: recompute residual blocks and transformers in the backward pass instead of storing their activations.
     attention_implementation: see `attention`.
@@ -99,6 +102,7 @@ class UNet(nn.Module):
     time_cond_proj_dim: int | None = None
 
     target_embedding: bool = False
+    time_smoothing: float = 50.0
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     attention_implementation: str = "auto"
@@ -260,9 +264,10 @@ class UNet(nn.Module):
         waves = functools.partial(
             sinusoidal_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
         )
-        temb = self.time_embedding(waves(t, self.block_out_channels[0]), self._guidance_embedding(cond))
+        seen = waves(t, self.block_out_channels[0], smoothing=self.time_smoothing)
+        temb = self.time_embedding(seen, self._guidance_embedding(cond))
         if self.target_embedding:
-            temb += self.to_embedding(waves(cond["to"], self.block_out_channels[0]))
+            temb += self.to_embedding(waves(TARGET_WAVES * cond["to"], self.block_out_channels[0]))
         if "label" in cond:
             temb += self.class_embedding(cond["label"])
         if self.class_embed_type:

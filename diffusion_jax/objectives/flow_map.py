@@ -10,9 +10,9 @@ consistency_distillation  the student, after one step of the teacher; to = clean
 consistency_training      the student, a little further on the way; to = clean data (Geng et al. 2024)
 soflow                    the same for any `to` (Luo et al. 2025)
 shortcut                  two half steps of the student (Frans et al. 2024; Boffi et al. 2025)
-mean_flow                 from the derivative along the way (Geng et al. 2025)
+mean_flow                 the student, corrected by its derivative along the way (Geng et al. 2025)
 continuous_consistency    the same; to = clean data (sCM, Lu & Song 2024)
-lagrangian                from the derivative in `to` (Boffi et al. 2025)
+lagrangian                the student, corrected by its derivative in `to` (Boffi et al. 2025)
 guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
 
 Errors are those of the network's output, as in plain regression, and count the same at every level. Weighted as errors
@@ -188,8 +188,9 @@ def shortcut() -> Method:
 
 
 def mean_flow() -> Method:
-    """The state at `to` does not change as its start moves along the way (Geng et al. 2025, eq. 6, for any alpha and
-    sigma). The method raises ValueError for predictions of x0 and eps, with which b does not change on the whole way.
+    """The state at `to` does not change as its start moves along the way (Geng et al. 2025, of any alpha and sigma).
+
+    The method raises ValueError for predictions of x0; so does `continuous_consistency`.
     """
     return lambda made, parameterization: _along(made, parameterization, *_span(made))
 
@@ -212,46 +213,60 @@ def continuous_consistency(warm_up: float = 0.5) -> Method:
 
 
 def _along(made: Pass, parameterization: Parameterization, u: Times, to: Times) -> Target:
-    """d/du (a x + b out) = 0 along the way, solved for the one `out` that is not differentiated."""
-    _check_derivative(parameterization)
-
-    def parts(start: Times) -> tuple[State, Times, State]:
-        x = made.way(u, start)
-        a, b = parameterization.step(made.level(start), made.level(to))
-        return expand(a, x) * x, b, made.output(x, start, to)
-
-    (_, b, _), (moved, slope, changed) = jax.jvp(parts, (u,), (jnp.ones_like(u),))
-    return Target(u, to, -(moved + expand(b, moved) * changed) / expand(slope, moved), slope**2)
+    if parameterization == NAMED["x0"]:  # any constant x0 satisfies the derivative
+        raise ValueError(
+            "mean_flow and continuous_consistency need a network that predicts eps, v, flow or edm, got x0: set "
+            "objective.prediction"
+        )
+    _, change, out = jax.jvp(
+        lambda start: _reached(made, parameterization, made.way(u, start), start, to),
+        (u,),
+        (jnp.ones_like(u),),
+        has_aux=True,
+    )
+    return _corrected(made, parameterization, u, to, out, change, moved=u)
 
 
 def lagrangian() -> Method:
-    """As `to` moves, the state there moves as the student's own flow says: d/dto (a x + b out) = flow, solved for the
-    one `out` that is not differentiated (Lagrangian self-distillation, Boffi et al. 2025). The method raises ValueError
-    as `mean_flow`.
+    """As `to` moves, the state there moves as the student's own flow says (Lagrangian self-distillation, Boffi et al.
+    2025).
     """
 
     def target(made: Pass, parameterization: Parameterization) -> Target:
-        _check_derivative(parameterization)
         u, to = _span(made)
-        to = jnp.maximum(to, LEAST)
-        x = made.at(u)
-
-        def parts(end: Times) -> tuple[Times, Times, State]:
-            return *parameterization.step(made.level(u), made.level(end)), made.output(x, u, end)
-
-        (a, b, out), (a_slope, slope, changed) = jax.jvp(parts, (to,), (jnp.ones_like(to),))
-        a, b, a_slope, slope_of_out = (expand(scalar, x) for scalar in (a, b, a_slope, slope))
-        state = a * x + b * out
+        to, x = jnp.maximum(to, LEAST), made.at(u)
+        state, change, out = jax.jvp(
+            lambda end: _reached(made, parameterization, x, u, end), (to,), (jnp.ones_like(to),), has_aux=True
+        )
         ends = parameterization.predict(state, made.output(state, to, to), made.level(to))
         _, flow = jax.jvp(lambda end: add_noise(*ends, made.level(end)), (to,), (jnp.ones_like(to),))
-        return Target(u, to, (flow - a_slope * x - b * changed) / slope_of_out, slope**2)
+        return _corrected(made, parameterization, u, to, out, flow - change, moved=to)
 
     return target
 
 
-def _check_derivative(parameterization: Parameterization) -> None:
-    if parameterization in (NAMED["x0"], NAMED["eps"]):
-        raise ValueError("methods of derivatives need a network that predicts v or flow; set objective.prediction")
+def _reached(made: Pass, parameterization: Parameterization, x: State, u: Times, to: Times) -> tuple[State, State]:
+    """The state at `to` and the output that leads there, with derivatives."""
+    out = made.output(x, u, to)
+    a, b = (expand(scalar, x) for scalar in parameterization.step(made.level(u), made.level(to)))
+    return a * x + b * out, out
+
+
+def _corrected(
+    made: Pass, parameterization: Parameterization, u: Times, to: Times, out: State, excess: State, moved: Times
+) -> Target:
+    """The output that takes from the state at `to` what is too much, if it is as much everywhere on the step.
+
+    excess: in the state, as the time `moved` grows by 1.
+    On a schedule of straight lines, such as flow, it is the output for which the derivative is right (Geng et al. 2025,
+    eq. 6). On others the latter has a pole: cosine's whole step.
+    """
+    start, end = made.level(u), made.level(to)
+    length = jnp.hypot(start.alpha - end.alpha, start.sigma - end.sigma)
+    _, slope = jax.jvp(made.level, (moved,), (jnp.ones_like(moved),))
+    _, b = parameterization.step(start, end)
+    gain = length / jnp.hypot(slope.alpha, slope.sigma) / b
+    return Target(u, to, out - expand(gain, out) * excess, jnp.ones_like(u))
 
 
 def guidance_distillation() -> Method:

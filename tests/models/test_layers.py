@@ -25,6 +25,15 @@ def test_sinusoidal_embedding_is_its_formula():
     np.testing.assert_allclose(sinusoidal_embedding(t, 9, flip_sin_to_cos=True, freq_shift=1), flipped, atol=1e-4)
 
 
+@pytest.mark.parametrize("smoothing", [0.5, 50.0])
+def test_a_smoothed_derivative_of_the_waves_is_their_difference_quotient(smoothing):
+    t = jnp.array([100.0, 611.5])
+    value, slope = jax.jvp(lambda t: sinusoidal_embedding(t, 16, smoothing=smoothing), (t,), (jnp.ones(2),))
+    np.testing.assert_array_equal(value, sinusoidal_embedding(t, 16))
+    before, after = (np.float64(sinusoidal_embedding(t + step, 16)) for step in (-smoothing, smoothing))
+    np.testing.assert_allclose(slope, (after - before) / (2 * smoothing), atol=1e-3 * min(1, 1 / smoothing))
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 def test_group_norm_has_mean_0_and_variance_1_in_each_group(mean):
     out, _ = GroupNorm(groups=4, eps=0.0).init_with_output(jax.random.key(0), image + mean)
