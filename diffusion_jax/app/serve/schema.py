@@ -6,7 +6,7 @@ import base64
 import io
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from ml_collections import ConfigDict as Config
@@ -102,7 +102,11 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
     if not facts.guided:
         scale |= {"ge": own["guidance"], "le": own["guidance"]}
 
+    tasks = set(get_args(Request.model_fields["task"].annotation))
+    if "ddim" not in facts.solvers:  # which inverts
+        tasks.remove("style")
     fields = {
+        "task": (Literal[tuple(sorted(tasks))], again("task")),
         "solver": (Literal[facts.solvers], again("solver", default=own["solver"])),
         "spacing": (Literal[facts.spacings], again("spacing", default=own["spacing"])),
         "steps": (int, again("steps", default=own["steps"], ge=1, le=max(limits.max_steps, own["steps"]))),

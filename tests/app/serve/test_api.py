@@ -272,6 +272,21 @@ def test_a_student_draws_the_live_canvas_and_nothing_else():
     assert made.text["solver"] == "consistency" and np.any(np.asarray(made) != np.asarray(picture))
 
 
+def test_a_consistency_model_has_its_own_solver_alone_and_is_not_inverted():
+    with (
+        tiny.served(tiny.load_student, hosts=("localhost",)) as (address, _),
+        httpx.Client(base_url=address, timeout=60) as own,
+    ):
+        properties = own.get("/openapi.json").json()["components"]["schemas"]["Request"]["properties"]
+        (picture,) = pictures(own, guidance=1.0)
+        told = own.post("/api/generate", json={"prompt": "3", "task": "style", "image": encoded(SEEN)})
+        other = own.post("/api/generate", json={"prompt": "3", "solver": "ddim"})
+    assert properties["solver"]["const"] == picture.text["solver"] == "consistency"
+    assert "style" not in properties["task"]["enum"]
+    assert told.status_code == 400 and "task: Input should be 'generate', 'morph' or 'noise'" in told.text
+    assert other.status_code == 400 and "solver: Input should be 'consistency'" in other.text
+
+
 def test_a_client_that_leaves_takes_its_request_with_it(client):
     with client.stream("POST", "/api/generate", json={"prompt": "3", "steps": 1000}) as answer:
         lines = answer.iter_lines()  # kept, as it closes the answer when it is deleted

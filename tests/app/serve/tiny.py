@@ -53,6 +53,11 @@ def load_with_student() -> Loaded:
     return loaded._replace(live=Loaded(student, loaded.model._replace(params=params), "the/student"))
 
 
+def load_student() -> Loaded:
+    """The student by itself."""
+    return load_with_student().live
+
+
 def load_inpainting() -> Loaded:
     """The model as one that only inpaints, and pays no attention to the known part."""
     loaded = load()

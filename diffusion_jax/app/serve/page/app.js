@@ -22,7 +22,8 @@ const TABS = {
   morph: { names: ["prompt", "other_prompt", "num_images", "seed", "other_seed"], more: ["negative_prompt", ...SAMPLING, "width", "height"], texts: { prompt: { title: "From", default: START }, other_prompt: { title: "To", default: model.other_prompt }, seed: { title: "First seed" }, num_images: { title: "Frames", default: Math.min(12, properties.num_images.maximum), minimum: 2 } }, action: "Morph" },
   how: { names: ["prompt", "seed"], texts: { prompt: { default: START } }, action: "Show how" },
 };
-const usable = (tab) => tab === "edit" || !model.needs_image; // an inpainting model does nothing else
+// an inpainting model does nothing else, and a consistency model cannot be inverted
+const usable = (tab) => (tab === "edit" || !model.needs_image) && (tab !== "style" || properties.task.enum.includes(tab));
 const forms = Object.fromEntries(Object.entries(TABS).map(([tab, table]) => [tab, new Form(find(`#${tab} form`), tab === "live" ? LiveRequest.properties : properties, table)]));
 const paints = Object.fromEntries(["live", "edit", "style"].map((tab) => [tab, new Paint(find(`#${tab}`), model.size, tab === "edit")]));
 const shown = {}; // by tab, the base64 of its last result
@@ -184,7 +185,7 @@ find("#live .keep").onclick = () => shown.live && keep({ image: shown.live, sett
 // -- how it works -----------------------------------------------------------------------------------------------------
 
 const FRAMES = 8, STEPS = 8, SCALES = [1, 2, 4, 8];
-const COMPARED = ["ddim", "dpmpp_2m", "unipc", "ddpm"].filter((name) => model.solvers.includes(name));
+const COMPARED = ["ddim", "dpmpp_2m", "unipc", "ddpm", "consistency"].filter((name) => model.solvers.includes(name));
 
 function tile(place, image, caption) {
   find(place).append(element("figure", {}, element("img", { src: source(image), alt: "" }), element("figcaption", { textContent: caption })));

@@ -48,13 +48,16 @@ export class Form {
     });
   }
 
-  field(name, { title, description, type, enum: choices, default: own, minimum, maximum, multipleOf }) {
+  field(name, property) {
+    const { title, description, type, default: own, minimum, maximum, multipleOf } = property;
+    const choices = property.enum ?? (property.const && [property.const]);
     const id = `${this.form.parentElement.id}-${name}`;
     const label = element("label", { htmlFor: id, textContent: title ?? name, title: description ?? "" });
     let input, beside = [], hidden = false;
     if (choices) {
       input = element("select", { id }, ...choices.map((value) => new Option(value || "automatic", value)));
       input.value = own;
+      hidden = choices.length === 1;
     } else if (type === "string") {
       input = element("textarea", { id, rows: name === "prompt" ? 3 : 2, value: own });
       hidden = name === "negative_prompt" && fixed(this.properties.guidance); // which needs guidance
