@@ -308,7 +308,8 @@ def flow_map(
     total: steps of training.
     drop: probability of training without the condition. 0 for distillation with guidance.
     plain: part of the examples with plain regression, where the target level is the level itself.
-    robust: in [0, 1], how much large errors count less; 1 for mean_flow (its eq. 22), 0.5 for continuous_consistency.
+    robust: in [0, 1], how much large errors count less; 0.5 for continuous_consistency and, instead of the 1 of its eq.
+      22, for mean_flow.
     teacher: for the methods of distillation; its variables are frozen["teacher"].
     scale: of the teacher's guidance. A network that takes the scale as input is trained with scales from 1 to this.
     taught: whether the way of the methods that follow one is the teacher's.
