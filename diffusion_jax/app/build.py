@@ -254,6 +254,11 @@ def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
     return solver(schedule, len(left), spacing=left, **options)
 
 
+def is_consistency(config: ConfigDict) -> bool:
+    """Whether the model goes to clean data at each call, so that no other solver suits it."""
+    return config.sample.solver == "consistency"
+
+
 def is_edm(model: DiffusionModel) -> bool:
     """Whether the schedule's time is sigma itself, for which steps even in time are a bad choice."""
     return isinstance(model.schedule, schedules.EDMSchedule)

@@ -80,8 +80,8 @@ def filled(pictures: Sequence[Picture], size: int) -> list[Picture]:
 
 def usable_solvers(config: ConfigDict, model: DiffusionModel) -> list[str]:
     """The names of the solvers that this model can be sampled with. A consistency model knows no way but its own."""
-    if config.sample.solver == "consistency":
-        return [*model.own_plans, "consistency"]
+    if build.is_consistency(config):
+        return [*model.own_plans, config.sample.solver]
 
     def works(solver: str) -> bool:
         plan, _ = sample.plan_and_guidance(changed(config, solver=solver), model)
