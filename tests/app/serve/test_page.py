@@ -142,11 +142,22 @@ def drop(page, selector, text):
 def test_cancel(page):
     page.fill("#text-prompt", "5")
     page.fill("#text-steps", "1000")
+    page.fill("#text-num_images", "6")
     page.click("#text .go")
-    expect(page.locator("#status")).to_contain_text("step", timeout=WAIT)
+    expect(page.locator("#status")).to_have_text(re.compile(r"step \d+ of 1000"), timeout=WAIT)
     page.click("#text .cancel")
     expect(page.locator("#status")).to_have_text("cancelled")
-    draw(page, steps=2)
+    draw(page, steps=2, num_images=1)
+
+
+def test_what_the_server_does_is_told_apart_from_the_request(page):
+    page.route("**/health", lambda route: route.fulfill(json={"status": "warming"}))
+    page.reload()
+    expect(page.locator("#server")).to_contain_text("preparing")
+    draw(page, prompt="5", steps=2)
+    page.unroute("**/health")
+    expect(page.locator("#server")).to_have_text("", timeout=WAIT)
+    expect(page.locator("#status")).to_have_text("done")
 
 
 def test_a_wrong_prompt_is_told(page):
@@ -220,10 +231,9 @@ def test_style_morph_and_how_it_works(page):
     page.click("#tab-how")
     page.fill("#how-prompt", "5")
     page.click("#how .go")
-    for strip in "#forward", "#backward":
-        expect(page.locator(f"{strip} img")).to_have_count(8, timeout=WAIT)
-    for strip in "#scales", "#solvers":
-        expect(page.locator(f"{strip} img")).to_have_count(4, timeout=WAIT)
+    expect(page.locator("#status")).to_have_text("done", timeout=WAIT)
+    for strip, count in {"#forward": 8, "#backward": 8, "#scales": 4, "#solvers": 4}.items():
+        expect(page.locator(f"{strip} img")).to_have_count(count)
     expect(page.locator("#curves path")).to_have_count(2)
 
 

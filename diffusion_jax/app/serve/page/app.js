@@ -185,7 +185,8 @@ find("#live .keep").onclick = () => shown.live && keep({ image: shown.live, sett
 // -- how it works -----------------------------------------------------------------------------------------------------
 
 const FRAMES = 8, STEPS = 8, SCALES = [1, 2, 4, 8];
-const COMPARED = ["ddim", "dpmpp_2m", "unipc", "ddpm", "consistency"].filter((name) => model.solvers.includes(name));
+const KNOWN = ["ddim", "dpmpp_2m", "unipc", "ddpm"].filter((name) => model.solvers.includes(name));
+const COMPARED = KNOWN.length ? KNOWN : model.solvers;
 
 function tile(place, image, caption) {
   find(place).append(element("figure", {}, element("img", { src: source(image), alt: "" }), element("figcaption", { textContent: caption })));
@@ -305,8 +306,7 @@ select(controls(tabs[0]));
 async function watch() {
   const { status } = await json("/health").catch(() => ({ status: "gone" }));
   const words = { warming: "preparing: the first pictures take longer", starting: "the model is loaded again", failed: "the server cannot draw", gone: "the server does not answer" };
-  if (words[status] && !find("#status").classList.contains("error")) say(words[status]);
-  else if (Object.values(words).includes(find("#status").textContent)) say("");
+  find("#server").textContent = words[status] ?? "";
   setTimeout(watch, 4000);
 }
 watch();
