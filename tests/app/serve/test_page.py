@@ -196,6 +196,18 @@ def test_the_page_of_an_inpainting_model_offers_nothing_else(browser):
         assert page.input_value("#edit-prompt") == "5"
 
 
+def test_the_page_of_a_consistency_model_shows_what_it_can_do(browser):
+    with tiny.served(tiny.load_student, hosts=("localhost",)) as (address, _), opened(browser, address) as page:
+        expect(page.locator("[role=tab]:visible")).to_have_count(5)
+        expect(page.locator("#tab-style")).to_be_hidden()
+        page.click("#tab-how")
+        page.fill("#how-prompt", "5")
+        page.click("#how .go")
+        expect(page.locator("#status")).to_have_text("done", timeout=WAIT)
+        expect(page.locator("#how article:visible h2")).to_have_text(["Into noise", "And back", "How much of each"])
+        expect(page.locator("#how article:visible img")).to_have_count(16)
+
+
 def inpaint(page):
     """Draw a part of a picture anew; the rest must not change."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))

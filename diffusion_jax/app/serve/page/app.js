@@ -184,9 +184,11 @@ find("#live .keep").onclick = () => shown.live && keep({ image: shown.live, sett
 
 // -- how it works -----------------------------------------------------------------------------------------------------
 
-const FRAMES = 8, STEPS = 8, SCALES = [1, 2, 4, 8];
-const KNOWN = ["ddim", "dpmpp_2m", "unipc", "ddpm"].filter((name) => model.solvers.includes(name));
-const COMPARED = KNOWN.length ? KNOWN : model.solvers;
+const FRAMES = 8, STEPS = 8;
+const SCALES = model.guided ? [1, 2, 4, 8] : [];
+const SOLVERS = ["ddim", "dpmpp_2m", "unipc", "ddpm"].filter((name) => model.solvers.includes(name));
+find("#scales").closest("article").hidden = !SCALES.length;
+find("#solvers").closest("article").hidden = !SOLVERS.length;
 
 function tile(place, image, caption) {
   find(place).append(element("figure", {}, element("img", { src: source(image), alt: "" }), element("figcaption", { textContent: caption })));
@@ -201,12 +203,10 @@ submits("how", async (values) => {
   const count = Math.min(FRAMES, properties.num_images.maximum);
   const noised = { task: "noise", image: clean, seed: values.seed, num_images: count };
   if (!await run("how", noised, ({ number, image }) => tile("#forward", image, `t = ${(number / (count - 1)).toFixed(2)}`))) return;
-  if (model.guided) {
-    for (const guidance of SCALES) {
-      if (!await run("how", { ...base, guidance }, ({ image }) => tile("#scales", image, `scale ${guidance}`))) return;
-    }
+  for (const guidance of SCALES) {
+    if (!await run("how", { ...base, guidance }, ({ image }) => tile("#scales", image, `scale ${guidance}`))) return;
   }
-  for (const solver of COMPARED) {
+  for (const solver of SOLVERS) {
     if (!await run("how", { ...base, solver }, ({ image }) => tile("#solvers", image, solver))) return;
   }
 });
