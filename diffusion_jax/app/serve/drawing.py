@@ -26,6 +26,7 @@ from diffusion_jax.pipelines.generate import Callback, decode, encode, lengthene
 SIZES = 8  # sizes of images whose programs are kept
 PROMPTS = 256  # prompts whose conditions are kept
 PLANS = 1024
+INVERTIBLE = "ddim"  # the solver that draws a style: it also runs from the image to its noise
 
 
 class Shared(NamedTuple):
@@ -78,10 +79,10 @@ def filled(pictures: Sequence[Picture], size: int) -> list[Picture]:
     return [*pictures, *pictures[-1:] * (size - len(pictures))]
 
 
-def usable_solvers(config: ConfigDict, model: DiffusionModel) -> list[str]:
+def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]:
     """The names of the solvers that this model can be sampled with. A consistency model knows no way but its own."""
     if build.is_consistency(config):
-        return [*model.own_plans, config.sample.solver]
+        return (*model.own_plans, config.sample.solver)
 
     def works(solver: str) -> bool:
         plan, _ = sample.plan_and_guidance(changed(config, solver=solver), model)
@@ -90,7 +91,13 @@ def usable_solvers(config: ConfigDict, model: DiffusionModel) -> list[str]:
         return True
 
     denoise, names = model.denoiser(model.params), [*model.own_plans, *build.SOLVERS]
-    return [name for name in names if _passes(works, name)]
+    return tuple(name for name in names if _passes(works, name))
+
+
+def usable_tasks(model: DiffusionModel, solvers: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that this model can do with these solvers. One that only inpaints has no other task."""
+    others = ("morph", "noise", "style") if INVERTIBLE in solvers else ("morph", "noise")
+    return ("generate",) if model.network.known_channels else ("generate", *others)
 
 
 def _passes(check, name: str) -> bool:

@@ -6,7 +6,7 @@ import base64
 import io
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict as Config
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from diffusion_jax.app import pictures
 from diffusion_jax.app.fields import SEEDS
 from diffusion_jax.app.serve import uploads
-from diffusion_jax.app.serve.drawing import Picture, Shared
+from diffusion_jax.app.serve.drawing import INVERTIBLE, Picture, Shared
 from diffusion_jax.app.serve.worker import Facts
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -102,11 +102,8 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
     if not facts.guided:
         scale |= {"ge": own["guidance"], "le": own["guidance"]}
 
-    tasks = set(get_args(Request.model_fields["task"].annotation))
-    if "ddim" not in facts.solvers:  # which inverts
-        tasks.remove("style")
     fields = {
-        "task": (Literal[tuple(sorted(tasks))], again("task")),
+        "task": (Literal[facts.tasks], again("task")),
         "solver": (Literal[facts.solvers], again("solver", default=own["solver"])),
         "spacing": (Literal[facts.spacings], again("spacing", default=own["spacing"])),
         "steps": (int, again("steps", default=own["steps"], ge=1, le=max(limits.max_steps, own["steps"]))),
@@ -142,7 +139,7 @@ def to_pictures(request: Request, most_pixels: int, live: bool = False) -> list[
     shared = Shared(
         task=request.task,
         size=size,
-        solver="ddim" if request.task == "style" else request.solver,
+        solver=INVERTIBLE if request.task == "style" else request.solver,
         spacing=request.spacing,
         steps=request.steps,
         strength=request.strength if image is not None and request.task != "noise" else 1.0,

@@ -20,7 +20,15 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import parallel
 from diffusion_jax.app import build, sample, weights
-from diffusion_jax.app.serve.drawing import Artist, Picture, Shared, filled, usable_solvers
+from diffusion_jax.app.serve.drawing import (
+    INVERTIBLE,
+    Artist,
+    Picture,
+    Shared,
+    filled,
+    usable_solvers,
+    usable_tasks,
+)
 from diffusion_jax.compilation import configure
 from diffusion_jax.core.solvers import SPACINGS
 from diffusion_jax.data.transforms import to_uint8
@@ -54,6 +62,7 @@ class Facts(NamedTuple):
     size: height and width of its own images, pixels.
     multiple: what sizes must be a multiple of, pixels.
     needs_image: whether it only inpaints.
+    tasks: that it can do; see `schema.Request`.
     guided: whether the guidance scale can be chosen.
     sampling: solver, spacing, steps and guidance, unless a request has others.
     batch_size, live_size: images drawn at once, also for a frame of the live canvas.
@@ -66,6 +75,7 @@ class Facts(NamedTuple):
     size: tuple[int, int]
     multiple: int
     needs_image: bool
+    tasks: tuple[str, ...]
     guided: bool
     solvers: tuple[str, ...]
     spacings: tuple[str, ...]
@@ -161,6 +171,7 @@ def facts(loaded: Loaded) -> Facts:
     weights, comma, step = loaded.origin.partition(",")
     folder = Path(weights).parent if comma else Path(weights)  # RUN/checkpoints, step 20, averaged
     t = np.linspace(schedule.t_min, schedule.t_max, CURVE)
+    solvers = usable_solvers(config, model)
     curves = {"t": t, "alpha": schedule(t).alpha, "sigma": schedule(t).sigma}
     return Facts(
         name=config.name,
@@ -168,8 +179,9 @@ def facts(loaded: Loaded) -> Facts:
         size=model.size,
         multiple=model.codec.factor,
         needs_image=bool(model.network.known_channels),
+        tasks=usable_tasks(model, solvers),
         guided=not sample.has_guidance(config, model) and not config.sample.cfg_pp,
-        solvers=tuple(usable_solvers(config, model)),
+        solvers=solvers,
         spacings=("", *model.own_times, *SPACINGS),
         sampling={name: config.sample[name] for name in SAMPLING},
         batch_size=parallel.divisible(serve.batch_size),
@@ -203,13 +215,12 @@ def to_warm(told: Facts, prompt: str) -> list[Picture]:
         for scale in dict.fromkeys((own.sampling["guidance"], 1.0) if own.guided else (own.sampling["guidance"],)):
             kinds += [warming(scale=scale, live=live, **method, **given) for given in inputs]
     kinds.append(warming(prompt, **inputs[0]))
-    if not told.needs_image:
-        kinds += [
-            warming(solver="ddim", task="style", image=True),
-            warming(task="morph"),
-            warming(task="noise", image=True),
-        ]
-    return kinds
+    others = (
+        warming(task="morph"),
+        warming(task="noise", image=True),
+        warming(solver=INVERTIBLE, task="style", image=True),
+    )
+    return kinds + [other for other in others if other.shared.task in told.tasks]
 
 
 def main(connection: Connection, load: Callable[[], Loaded]) -> None:
