@@ -22,22 +22,33 @@ AFTER = {  # and after it
     "line": ("line drawing", "in lines"),
     "shaded": ("shaded", "glossy"),
 }
-NUMBERS = {2: "two", 3: "three", 4: "four"}
+UNNAMED = "outlined"  # the style of a caption that names none
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 ARTICLES = ("a ", "an ", "the ")
 
 
 @functools.cache
 def paraphrases() -> dict[str, tuple[str, ...]]:
     """Name of a concept -> what else people call it. Written for this data set; flags have none."""
-    lines = files("diffusion_jax.data").joinpath("paraphrases.txt").read_text(encoding="utf-8").splitlines()
+    return _phrases("paraphrases.txt")
+
+
+@functools.cache
+def everyday_words() -> dict[str, tuple[str, ...]]:
+    """Name of a concept -> what most people call it, where that is not its name: "hot beverage" -> "cup"."""
+    return _phrases("everyday_words.txt")
+
+
+def _phrases(file: str) -> dict[str, tuple[str, ...]]:
+    lines = files("diffusion_jax.data").joinpath(file).read_text(encoding="utf-8").splitlines()
     pairs = (line.split(": ", 1) for line in lines)
     return {name: tuple(phrases.split(" | ")) for name, phrases in pairs}
 
 
 def words_for(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
-    """All noun phrases for a concept, without their articles: its name, then its aliases and paraphrases."""
-    phrases = dict.fromkeys(bare(phrase) for phrase in (name, *aliases, *paraphrases().get(name, ())))
-    return tuple(phrases)
+    """All noun phrases for a concept, without their articles: everyday words, its name, aliases and paraphrases."""
+    phrases = (*everyday_words().get(name, ()), name, *aliases, *paraphrases().get(name, ()))
+    return tuple(dict.fromkeys(bare(phrase) for phrase in phrases))
 
 
 def bare(phrase: str) -> str:
@@ -48,8 +59,8 @@ def bare(phrase: str) -> str:
 def caption(scene: Scene, rng: np.random.Generator, styled: bool = False) -> str:
     """A caption of the scene, such as "a small purple cat at the top on a yellow background, flat".
 
-    Half of the captions use the first noun phrase that fits. The style is left out in a quarter of the captions, the
-    article in half of those of one drawing.
+    Half of the captions use the first noun phrase that fits. The style is left out in half of the captions of outlined
+    drawings, so that a prompt without a style means one style; the article in half of those of one drawing.
 
     styled: always name the style.
     Raises ValueError for a colour if all noun phrases of its drawing name one too, and for several copies of what has
@@ -70,10 +81,9 @@ def caption(scene: Scene, rng: np.random.Generator, styled: bool = False) -> str
         where.append(f"{other.relation} {with_article(second)}")
     where += [f"on {with_article(scene.ground)} background"] if scene.ground else []
     described = " ".join([phrase, *where])
-    kind = rng.random()
-    if kind < 0.25 and not styled:
+    if drawing.style == UNNAMED and not styled and rng.random() < 0.5:
         return described
-    if kind < 0.6:
+    if rng.random() < 0.5:
         noun = phrase if scene.count > 1 else with_article(bare(phrase))
         return f"{rng.choice(BEFORE[drawing.style])} {' '.join([noun, *where])}"
     return f"{described}, {rng.choice(AFTER[drawing.style])}"

@@ -2,7 +2,7 @@
 
 Every part is drawn by the number of the scene, so that a scene is the same in every run. Some pairs are never drawn for
 training: by the hash of their names, one in ten pairs of colour and concept, one in ten of style and concept, and one
-in twenty concepts.
+in twenty of the concepts that are not everyday things.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffusion_jax.data.colours import COLOURS, MainHue, inked, named, recoloured, to_lab
+from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable
 
 ENOUGH = 0.45  # of a drawing's ink must have its main hue if it is to come in other colours
@@ -33,16 +34,22 @@ LAYOUTS = {  # places of so many copies
     2: ((0.0, 0.5), (1.0, 0.5)),
     3: ((0.5, 0.0), (0.0, 1.0), (1.0, 1.0)),
     4: ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)),
+    5: ((0.0, 0.0), (1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (1.0, 1.0)),
 }
-IN_GROUP = {"": 0.42, "small": 0.28}  # as in SIZES, of one of several copies
+IN_GROUP = {2: 0.42, 3: 0.42, 4: 0.42, 5: 0.3}  # as in SIZES, of one of so many copies
+SMALL_IN_GROUP = 0.28
 RELATIONS = {  # places of the first and of the second of two drawings
+    "and": ((0.0, 0.5), (1.0, 0.5)),
+    "next to": ((0.0, 0.5), (1.0, 0.5)),
     "to the left of": ((0.0, 0.5), (1.0, 0.5)),
     "to the right of": ((1.0, 0.5), (0.0, 0.5)),
     "above": ((0.5, 0.0), (0.5, 1.0)),
     "below": ((0.5, 1.0), (0.5, 0.0)),
 }
 IN_PAIR = 0.44  # as in SIZES, of one of two drawings
-COUNTED, PAIRED = 0.15, 0.1  # probability of several copies, where words can count them, and of two drawings
+COUNTED, PAIRED, PLACED = 0.2, 0.2, 0.15  # probability of several copies, of two drawings, of a small one at a place
+PAPER = 1.0  # sRGB of a scene without a ground
+_LABS = {"": to_lab(np.full(3, PAPER))} | {name: to_lab(named(name)) for name in COLOURS}  # of grounds and colours
 MARGIN = 0.04
 APART = 0.12  # least distance in OKLab between the colour of a drawing and its ground
 
@@ -100,10 +107,11 @@ class Scene(NamedTuple):
 
 def is_held_out(*names: str) -> bool:
     """Whether a concept, or a pair of a colour or style and a concept, is never trained on. It does not depend on the
-    others.
+    others. Everyday things are held out in pairs alone.
     """
     digest = hashlib.sha256(" ".join(names).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 100 < (5 if len(names) == 1 else 10)
+    number = int.from_bytes(digest[:8], "big") % 100
+    return number < 10 if len(names) > 1 else number < 5 and names[0] not in concept_lists()["everyday"]
 
 
 def is_trained_on(scene: Scene) -> bool:
@@ -119,23 +127,36 @@ def _has_held_out(drawing: Drawing, colour: str) -> bool:
 def scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
     """A scene of one of the drawings, or of two in the same style."""
     drawing = drawings[rng.integers(len(drawings))]
-    ground = size = place = ""
-    kind, count, other = rng.random(), 1, None
-    colour = _colour(drawing, rng)
-    if kind < COUNTED and drawing.is_countable:
-        count = int(rng.integers(2, 1 + max(LAYOUTS)))
-    elif kind > 1 - PAIRED:
-        second = drawings[rng.integers(len(drawings))]
-        if second.style == drawing.style and second.name != drawing.name:
-            other = Other(str(rng.choice(list(RELATIONS))), second, _colour(second, rng))
-    if rng.random() < 0.3:
-        fitting = set(grounds_of(drawing, colour)) & set(grounds_of(other.drawing, other.colour) if other else COLOURS)
-        ground = rng.choice([name for name in COLOURS if name in fitting] or [""])
-    if rng.random() < 0.3 and not other:
-        size = rng.choice(["small", "large"] if count == 1 else ["small"])
-    if size == "small" and count == 1 and rng.random() < 0.7:
-        place = rng.choice([name for name in PLACES if name])
-    return Scene(drawing, colour, str(ground), str(size), str(place), count, other)
+    colour, kind = _colour(drawing, rng), rng.random()
+    size, place, count, other = "", "", 1, None
+    if kind < COUNTED:
+        count = int(rng.integers(2, 1 + max(LAYOUTS))) if drawing.is_countable else 1
+        size = "small" if count > 1 and rng.random() < 0.2 else ""
+    elif kind < COUNTED + PAIRED:
+        other = _other(drawings, drawing, rng)
+    elif kind < COUNTED + PAIRED + PLACED:
+        size, place = "small", str(rng.choice([name for name in PLACES if name]))
+    elif rng.random() < 0.25:
+        size = str(rng.choice(["small", "large"]))
+    return Scene(drawing, colour, _ground(drawing, colour, other, rng), size, place, count, other)
+
+
+def _other(drawings: Sequence[Drawing], first: Drawing, rng: np.random.Generator) -> Other | None:
+    """A second drawing in the style of the first; None if a few tries find none. Half of them stand beside it."""
+    tried = (drawings[i] for i in rng.integers(len(drawings), size=20))
+    second = next((drawing for drawing in tried if drawing.style == first.style and drawing.name != first.name), None)
+    relation = "and" if rng.random() < 0.5 else str(rng.choice([name for name in RELATIONS if name != "and"]))
+    return second and Other(relation, second, _colour(second, rng))
+
+
+def _ground(drawing: Drawing, colour: str, other: Other | None, rng: np.random.Generator) -> str:
+    """A ground on which all of the scene can be seen. It is paper in most scenes where that shows them."""
+    fitting = [name for name in ("", *COLOURS) if _stands_out(drawing, colour, name)]
+    if other:
+        fitting = [name for name in fitting if _stands_out(other.drawing, other.colour, name)]
+    named = [name for name in fitting if name]
+    on_paper = "" in fitting and rng.random() >= 0.25
+    return "" if on_paper or not named else str(rng.choice(named))
 
 
 def trained_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
@@ -162,8 +183,14 @@ def colours_of(drawing: Drawing) -> list[str]:
 
 
 def scenes_alone(drawing: Drawing) -> list[Scene]:
-    """The drawing alone on white, in its own colours and in each other one."""
-    return [Scene(drawing, colour) for colour in ("", *colours_of(drawing))]
+    """The drawing alone, in its own colours and in each other one; on white, or where that would not show it, on the
+    first ground that does.
+    """
+    return [Scene(drawing, colour, _plain_ground(drawing, colour)) for colour in ("", *colours_of(drawing))]
+
+
+def _plain_ground(drawing: Drawing, colour: str) -> str:
+    return "" if _stands_out(drawing, colour, "") else next(iter(grounds_of(drawing, colour)), "")
 
 
 def grounds_of(drawing: Drawing, colour: str = "") -> list[str]:
@@ -172,23 +199,28 @@ def grounds_of(drawing: Drawing, colour: str = "") -> list[str]:
 
 
 def _stands_out(drawing: Drawing, colour: str, ground: str) -> bool:
-    """Whether the drawing can be seen on the ground; black outlines and lines cannot on black."""
+    """Whether the drawing can be seen on the ground, "" for paper. Outlines show on all but black. The named ground
+    white is left out, since nobody can tell it from paper.
+    """
     if ground == "white" or (ground == "black" and drawing.style in ("outlined", "line")):
         return False
-    own = to_lab(named(colour)) if colour else drawing.hue and drawing.hue.lab
-    return own is None or bool(np.linalg.norm(to_lab(named(ground)) - own) > APART)
+    if drawing.style == "outlined" and not ground:
+        return True
+    own = _LABS[colour] if colour else drawing.hue and drawing.hue.lab
+    return own is None or bool(np.linalg.norm(_LABS[ground] - own) > APART)
 
 
 def paint(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The picture of a scene, size x size pixels."""
-    canvas = np.ones((size, size, 3)) * (named(scene.ground) if scene.ground else 1.0)
+    canvas = np.ones((size, size, 3)) * (named(scene.ground) if scene.ground else PAPER)
     if scene.other:
         first, second = RELATIONS[scene.other.relation]
         _put(canvas, scene.drawing, scene.colour, IN_PAIR, first)
         _put(canvas, scene.other.drawing, scene.other.colour, IN_PAIR, second)
     elif scene.count > 1:
+        side = SMALL_IN_GROUP if scene.size else IN_GROUP[scene.count]
         for place in LAYOUTS[scene.count]:
-            _put(canvas, scene.drawing, scene.colour, IN_GROUP[scene.size], place)
+            _put(canvas, scene.drawing, scene.colour, side, place)
     else:
         _put(canvas, scene.drawing, scene.colour, SIZES[scene.size], PLACES[scene.place])
     return np.round(255 * canvas).astype(np.uint8)

@@ -7,7 +7,6 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 
 from diffusion_jax.data.captions import caption, words_for
 from diffusion_jax.data.colours import MainHue
+from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.emoji import PIXELS, STYLES, Emoji
 from diffusion_jax.data.folders import digest, list_pictures
 from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, is_trained_on, paint, scenes_alone, trained_scene
@@ -146,7 +146,7 @@ def emoji(
 
     chosen = f"{'+'.join(sorted(styles or STYLES))}/{len({drawing.name for drawing in drawings})} concepts"
     return Source(
-        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes2/{chosen}/{split}",
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes3/{chosen}/{split}",
         size=count,
         read=read_mixed if whole == "mixed" else read,
         captions=() if whole == "mixed" else Captions(count, captions),
@@ -182,13 +182,6 @@ def _all_drawings(data_dir: str | PathLike | None) -> tuple[Drawing, ...]:
     _prepare(builder)
     records = builder.as_data_source("drawings", decoders={"image": tfds.decode.SkipDecoding()})
     return tuple(_drawing(records[i]) for i in range(len(records)))
-
-
-@functools.cache
-def concept_lists() -> dict[str, tuple[str, ...]]:
-    """Lists of emoji by name. "simple": 104 things of clear outlines; "everyday": 608, no people, flags or symbols."""
-    files = resources.files("diffusion_jax.data").joinpath("concepts").iterdir()
-    return {Path(file.name).stem: tuple(file.read_text(encoding="utf-8").splitlines()) for file in files}
 
 
 def _drawing(record: dict) -> Drawing:

@@ -106,7 +106,7 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
 
 
 def test_the_lists_of_concepts_are_names(known):
-    assert {name: len(names) for name, names in sources.concept_lists().items()} == {"simple": 104, "everyday": 608}
+    assert {name: len(names) for name, names in sources.concept_lists().items()} == {"simple": 104, "everyday": 747}
     for names in sources.concept_lists().values():
         assert len(set(names)) == len(names) and not set(names) - known.keys()
     assert not sources.concept_lists().keys() & known.keys()

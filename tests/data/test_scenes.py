@@ -7,8 +7,9 @@ import pytest
 from scipy import ndimage
 
 from diffusion_jax.data import scenes
-from diffusion_jax.data.captions import ARTICLES, caption, paraphrases, words_for
+from diffusion_jax.data.captions import ARTICLES, caption, everyday_words, paraphrases, words_for
 from diffusion_jax.data.colours import COLOURS, MainHue, named, to_lab
+from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable, plural
 from diffusion_jax.data.scenes import Drawing, Other, Scene, is_held_out, is_trained_on, paint
 
@@ -55,7 +56,7 @@ def test_colours_and_grounds(colour):
     np.testing.assert_allclose(picture[0, 0], COLOURS[ground], atol=1)
 
 
-@pytest.mark.parametrize(("size", "count"), itertools.product(scenes.IN_GROUP, scenes.LAYOUTS))
+@pytest.mark.parametrize(("size", "count"), itertools.product(("", "small"), scenes.LAYOUTS))
 def test_counts(size, count):
     differs = np.abs(paint(Scene(disc(), size=size, count=count), 128).astype(int) - 255).max(axis=-1) > 30
     assert ndimage.label(differs)[1] == count
@@ -69,8 +70,8 @@ def test_two_drawings(relation, first, second):
     middles = {}
     for which, colour in (("first", first or "blue"), ("second", second or "blue")):
         close = np.linalg.norm(to_lab(picture / 255) - to_lab(named(colour)), axis=-1) < 0.1
-        middles[which] = np.argwhere(close).mean(axis=0)[:: -1 if "of" in relation else 1][0]
-    assert (middles["first"] < middles["second"]) == (relation in ("to the left of", "above"))
+        middles[which] = np.argwhere(close).mean(axis=0)[0 if relation in ("above", "below") else 1]
+    assert (middles["first"] < middles["second"]) == (relation in ("and", "next to", "to the left of", "above"))
 
 
 def things(count):
@@ -105,20 +106,33 @@ def test_every_kind_of_scene_is_made():
     assert {other.relation for other in others} == set(scenes.RELATIONS)
     assert all(scene.drawing.name != scene.other.drawing.name for scene in made if scene.other)
     assert all(not scene.place for scene in made if scene.other or scene.count > 1)
-    assert 0.03 < len(others) / len(made) < 0.12
+    assert len(others) / len(made) == pytest.approx(scenes.PAIRED, abs=0.05)
+    assert all(scene.size == "small" for scene in made if scene.place)
+    assert np.mean([bool(scene.place) for scene in made]) == pytest.approx(scenes.PLACED, abs=0.05)
 
 
 def test_nothing_is_hidden_on_its_ground():
-    drawings = [disc(style=style, colour=colour) for style in ("flat", "outlined") for colour in COLOURS.values()]
+    hued = [
+        rgb for name, rgb in COLOURS.items() if name not in ("black", "white", "grey")
+    ]  # grey ink is not recoloured
+    drawings = [disc(style=style, colour=colour) for style in ("flat", "outlined") for colour in hued]
     rng = np.random.default_rng(0)
-    for _ in range(300):
-        made = scenes.scene(drawings, rng)
-        ground = COLOURS[made.ground] if made.ground else (255, 255, 255)
-        if made.ground:
-            picture = paint(made, 64)
-            painted = np.abs(picture.astype(int) - ground).max(axis=-1) > 0
-            own = np.median(picture[ndimage.binary_erosion(painted, iterations=4)], axis=0)
-            assert np.linalg.norm(to_lab(own / 255) - to_lab(named(made.ground))) > 0.08, made
+    made = [scenes.scene(drawings, rng) for _ in range(300)]
+    made += [alone for drawing in drawings for alone in scenes.scenes_alone(drawing)]
+    for scene in made:
+        if scene.drawing.style == "outlined" and not scene.ground:
+            continue  # an outline shows on paper; this test's discs have none
+        ground = COLOURS[scene.ground] if scene.ground else (255, 255, 255)
+        picture = paint(scene, 64)
+        painted = np.abs(picture.astype(int) - ground).max(axis=-1) > 0
+        own = np.median(picture[ndimage.binary_erosion(painted, iterations=4)], axis=0)
+        assert np.linalg.norm(to_lab(own / 255) - to_lab(np.array(ground) / 255)) > 0.08, scene
+
+
+def test_white_on_white_gets_a_ground_unless_it_has_outlines():
+    alone = {(drawing.style, scene.colour): scene for drawing in (disc(style="flat"), disc(style="outlined"))
+             for scene in scenes.scenes_alone(drawing)}  # fmt: skip
+    assert alone["flat", "white"].ground and not alone["outlined", "white"].ground and not alone["flat", "red"].ground
 
 
 def test_captions_name_what_is_seen():
@@ -130,7 +144,22 @@ def test_captions_name_what_is_seen():
         assert "small purple" in text and "at the top on an orange background" in text
         assert any(word in text for word in drink.words)
         assert "a orange" not in text and "  " not in text
-    assert any("flat" in text for text in made) and not all("flat" in text for text in made)
+    assert all("flat" in text for text in made)
+    outlined = [caption(Scene(drink._replace(style="outlined")), rng) for _ in range(200)]
+    assert np.mean(["outline" in text for text in outlined]) == pytest.approx(0.5, abs=0.12)
+
+
+def test_things_have_their_everyday_words():
+    assert words_for("hot beverage", ("coffee",))[:4] == ("cup", "mug", "cup of coffee", "hot beverage")
+    assert set(everyday_words()) <= set(concept_lists()["everyday"])
+    words = [word for several in everyday_words().values() for word in several]
+    assert len(set(words)) == len(words)  # a word means one thing
+
+
+def test_everyday_things_are_held_out_in_pairs_alone():
+    everyday = concept_lists()["everyday"]
+    assert not any(map(is_held_out, everyday))
+    assert any(is_held_out("flat", name) for name in everyday)
 
 
 def test_captions_of_several_and_of_two():
