@@ -112,9 +112,7 @@ def test_every_kind_of_scene_is_made():
 
 
 def test_nothing_is_hidden_on_its_ground():
-    hued = [
-        rgb for name, rgb in COLOURS.items() if name not in ("black", "white", "grey")
-    ]  # grey ink is not recoloured
+    hued = [rgb for name, rgb in COLOURS.items() if name not in ("black", "white", "grey")]
     drawings = [disc(style=style, colour=colour) for style in ("flat", "outlined") for colour in hued]
     rng = np.random.default_rng(0)
     made = [scenes.scene(drawings, rng) for _ in range(300)]
