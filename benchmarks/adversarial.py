@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax.app import build
+from diffusion_jax import build
 from diffusion_jax.data.transforms import to_float
 from diffusion_jax.model import DiffusionModel
 
@@ -76,8 +76,8 @@ def trained(config: ConfigDict, model: DiffusionModel, seconds: float) -> Diffus
 
     model: of diffusion, predicts x0; the generator takes the place of its network at the noisiest level.
     """
-    source = build.source(config, "train", model.size[0])
-    batches = build.batches(source, config.train, config.seed, build.transform(config, model.size))
+    source = build.data.source(config, "train", model.size[0])
+    batches = build.data.batches(source, config.train, config.seed, build.data.transform(config, model.size))
     keys = jax.random.split(jax.random.key(config.seed), 3)
     maker, critic = Generator(source.num_classes), Critic(source.num_classes)
     pictures, labels = jnp.zeros((1, *model.shape)), jnp.zeros(1, int)

@@ -4,11 +4,12 @@ python -m benchmarks.fast_strip
 """
 
 from benchmarks import quick
-from configs import latent_cfg
-from diffusion_jax.app import pictures, sample
-from diffusion_jax.app.weights import load_model
+from configs import emoji, latent_cfg
+from diffusion_jax import pictures
+from diffusion_jax.app import sample
+from diffusion_jax.build.weights import load_model
 
-PROMPTS = latent_cfg.SCENES[:8]
+PROMPTS = emoji.SCENES[:8]
 ROWS = {  # -> preset, steps
     "student, 1 call": ("fast", 1),
     "student, 2 calls": ("fast", 2),

@@ -24,7 +24,7 @@ def ours(folder: str, size: int, calls: int) -> Callable[[], object]:
     """A function that makes the picture."""
     import jax
 
-    from diffusion_jax.app.weights import load_model
+    from diffusion_jax.build.weights import load_model
     from diffusion_jax.core import solvers
     from diffusion_jax.data.transforms import to_uint8
     from diffusion_jax.pipelines import text_to_image
@@ -41,7 +41,7 @@ def theirs(folder: str, size: int, calls: int) -> Callable[[], object]:
     import diffusers
     import torch
 
-    from diffusion_jax.app import shipped
+    from diffusion_jax.build import shipped
 
     place = shipped.find(folder)
     unet = diffusers.UNet2DConditionModel.from_pretrained(place / "unet", torch_dtype=torch.float32)

@@ -19,7 +19,7 @@ from diffusion_jax.data import sources
 from diffusion_jax.data.scenes import Scene, paint
 from diffusion_jax.interop import load_autoencoder, load_tokenizer, save_pipeline
 from diffusion_jax.interop.pipeline import STABLE_DIFFUSION, Part, PublishedPipeline
-from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 
 NAMES = (

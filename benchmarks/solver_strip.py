@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from benchmarks import quick
-from diffusion_jax.app import pictures
-from diffusion_jax.app.weights import load_model
+from diffusion_jax import pictures
+from diffusion_jax.build.weights import load_model
 from diffusion_jax.core import solvers
 from diffusion_jax.data.transforms import to_uint8
 from diffusion_jax.pipelines import text_to_image

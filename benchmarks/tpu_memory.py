@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax.app import build, learning
+from diffusion_jax import build
 from diffusion_jax.training.step import init_state, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "As for main.py.")
@@ -37,16 +37,16 @@ def main(_) -> None:
             config.data.size = 64
         with config.model.unlocked():
             config.model.attention_implementation = "xla"
-    model, losses = build.model(config, training=True), []
+    model, losses = build.model.diffusion_model(config, training=True), []
 
     def arrays() -> tuple:
-        loss, *made = learning.objective(config.objective, model, jax.random.key(0))
+        loss, *made = build.objective.objective(config.objective, model, jax.random.key(0))
         losses.append(loss)
         return tuple(made)
 
     params, frozen = jax.eval_shape(arrays)
     (loss,) = losses
-    optimizer = learning.optimizer(config.optimizer, config.train.steps)
+    optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
     step = make_train_step(loss, optimizer, config.train.ema, config.train.accumulate, devices)
 
     state = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)

@@ -27,7 +27,7 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.sampling import initial_noise, sample
 from diffusion_jax.models.applied import Applied
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 
 STEPS, GUIDANCE, TOKENS = 20, 7.5, 77

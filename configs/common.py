@@ -1,11 +1,11 @@
 """Sections that the configs share, with common values.
 
-diffusion_jax/app/fields.py lists all fields with their meaning and range.
+diffusion_jax/build/fields.py lists all fields with their meaning and range.
 """
 
 from ml_collections import ConfigDict
 
-from diffusion_jax.app import fields
+from diffusion_jax.build import fields
 
 
 def own(name: str) -> ConfigDict:
@@ -82,3 +82,38 @@ def data(source: str, size: int, flip: bool = False) -> ConfigDict:
     section = fields.section(fields.DATA, source=source, size=size, flip=flip)
     section.splits = fields.section(fields.SPLITS)
     return section
+
+
+def latent(name: str, data: ConfigDict) -> ConfigDict:
+    """What latent models of one's own share. Each adds condition, autoencoder, model, optimizer, train and sample."""
+    config = own(name)
+    config.data = data
+    config.schedule = schedule("cosine")
+    config.objective = objective()
+    config.eval = evaluation(images=1000)
+    return config
+
+
+def autoencoder(
+    channels: tuple[int, ...], layers: int, groups: int, learning_rate: float, steps: int, batch_size: int
+) -> ConfigDict:
+    """A first stage. checkpoint: a diffusers-format VAE folder to use instead of training one. init: another one, whose
+    weights training starts from. flip: mirror half of the images, for this stage alone.
+    """
+    return ConfigDict(
+        {
+            "kind": "kl",
+            "checkpoint": "",
+            "init": "",
+            "flip": True,
+            "model": {
+                "block_out_channels": channels,
+                "layers_per_block": layers,
+                "latent_channels": 4,
+                "norm_num_groups": groups,
+            },
+            "loss": reconstruction(),
+            "optimizer": optimizer(learning_rate, warmup=100, decay="cosine"),
+            "train": train(steps, batch_size, ema=0.995, every=500),
+        }
+    )

@@ -23,8 +23,8 @@ lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, 
 
 from ml_collections import ConfigDict
 
-from configs import common, digits, latent_cfg
-from diffusion_jax.app import learning
+from configs import common, digits, emoji
+from diffusion_jax import build
 
 METHODS = {  # -> objective, solver
     "guidance": ({"name": "guidance_distillation"}, ""),
@@ -41,11 +41,11 @@ METHODS = {  # -> objective, solver
 METHODS |= {
     f"taught_{name}": (objective | {"taught": True}, solver)
     for name, (objective, solver) in METHODS.items()
-    if objective["name"] in learning.WAYS
+    if objective["name"] in build.objective.WAYS
 }
 ALL_MAPS = r"to_(q|k|v|out_0)|proj_(in|out)|net_(0/proj|2)|conv[12]|conv_shortcut|time_emb_proj"
 FREE_SCALE, MOST = "scale", 8.0  # of guidance in its training
-OF_ORDINARY = [name for name in METHODS if METHODS[name][0]["name"] in learning.TO_CLEAN and name != FREE_SCALE]
+OF_ORDINARY = [name for name in METHODS if METHODS[name][0]["name"] in build.objective.TO_CLEAN and name != FREE_SCALE]
 STEPS = 4  # of sampling
 
 
@@ -61,7 +61,7 @@ def get_config(preset: str = "shortcut") -> ConfigDict:
     if of_lora and method not in OF_ORDINARY:
         raise ValueError(f"few_step has low-rank updates for {', '.join(OF_ORDINARY)}; got {method!r}")
     objective, solver = METHODS[method]
-    config = digits.get_config() if of_digits else latent_cfg.get_config("full")
+    config = digits.get_config() if of_digits else emoji.full()
     scale = config.sample.guidance
     config.name = preset.replace("/", "_")
     config.teacher = "runs/digits" if of_digits else config.weights
@@ -74,7 +74,7 @@ def get_config(preset: str = "shortcut") -> ConfigDict:
     if method == FREE_SCALE:
         config.model.time_cond_proj_dim = 64
         config.objective.update(scale=MOST, drop=0.0)
-    elif learning.learns_from_teacher(config.objective):
+    elif build.objective.learns_from_teacher(config.objective):
         config.objective.update(scale=scale, drop=0.0)
         config.sample.guidance = 1.0
     if solver:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from diffusion_jax.data.transforms import Record
-from diffusion_jax.models.text import TextEncoder
+from diffusion_jax.models.text.encoder import TextEncoder
 
 
 class Conditioning(NamedTuple):

@@ -14,7 +14,7 @@ SKIPPED = {
     r"git clone": "the clone in which the commands run replaces it",
     r"python -m pytest|ruff": "CI runs it by itself",
     r"gcloud": "needs an account at Google Cloud",
-    r"python main\.py .*--mode=serve": "serves until it is stopped; tests/app/serve does so",
+    r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
     r"curl": "needs the server",
 }
 NEEDED = {

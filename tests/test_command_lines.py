@@ -11,8 +11,9 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from diffusion_jax.app import command, fields
-from diffusion_jax.app.configuration import parse_flags
+from diffusion_jax.app import command
+from diffusion_jax.build import fields
+from diffusion_jax.build.flags import parse_flags
 from tests import command_line
 from tests.command_line import ROOT
 from tests.documents import DOCUMENTS, commands, flags_of

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import latent_cfg
-from diffusion_jax.app.agreement import check_condition
+from diffusion_jax.build.agreement import check_condition
 from diffusion_jax.codec import identity
 from diffusion_jax.conditioning import unconditional
 from diffusion_jax.core import parameterization, schedules, solvers

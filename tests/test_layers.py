@@ -11,13 +11,15 @@ import diffusion_jax
 ROOT = Path(diffusion_jax.__file__).parent
 LAYERS = [  # from the ground up, as in docs/design.md
     ("core", "messages", "compilation"),
-    ("data", "models", "parallel"),
+    ("data", "models", "parallel", "pictures"),
     ("interop", "model", "codec", "conditioning"),
     ("objectives", "pipelines", "training", "evaluation"),
+    ("build",),
+    ("serve",),
     ("app",),
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-ONLY_IN = {"flax": ("models",), "optax": ("training", "app"), "orbax": ("training",), "grain": ("data",)}
+ONLY_IN = {"flax": ("models",), "optax": ("training", "build"), "orbax": ("training",), "grain": ("data",)}
 IN_CORE = {"jax", "numpy", "jaxtyping", "diffusion_jax", *sys.stdlib_module_names}
 OF_DEVICES = {  # what places arrays or counts what they are placed on
     *("device_put", "device_put_sharded", "device_put_replicated", "default_device", "pmap", "pmean", "shard_map"),

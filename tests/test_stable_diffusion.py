@@ -14,7 +14,7 @@ from diffusion_jax.interop.names import to_torch
 from diffusion_jax.interop.tensors import read_json, write_file, write_json
 from diffusion_jax.models import lora
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.models.vision import ImageEncoder
+from diffusion_jax.models.vision.vision import ImageEncoder
 from tests import command_line
 from tests.interop import test_pipeline
 from tests.interop.test_pipeline import filled, our_pipeline, vocabulary  # noqa: F401  (a fixture)

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from benchmarks import adversarial
 from benchmarks.story.runs import OVERLAP, Report, Runs, figures, overlap, ratio, spread, table
 from configs import digits, few_step
-from diffusion_jax.app import build, distances
+from diffusion_jax import build
+from diffusion_jax.app import distances
 from diffusion_jax.messages import as_json
 
 SEEDS = 3
@@ -143,7 +144,7 @@ def _of_gan(config: ConfigDict, seconds: float, workdir: Path) -> Report:
     config = config.copy_and_resolve_references()
     config.objective.prediction = "x0"
     config.sample.update(solver="ddim", steps=1)
-    model = adversarial.trained(config, build.model(config), seconds)
+    model = adversarial.trained(config, build.model.diffusion_model(config), seconds)
     return distances.distances(config, model)(model, workdir.parent / "cache")(model, workdir)
 
 

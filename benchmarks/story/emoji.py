@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.story.runs import OVERLAP, Report, Runs, figures, overlap, ratio, table
 from configs import latent_cfg
-from diffusion_jax.app import build
+from diffusion_jax import build
 from diffusion_jax.model import DiffusionModel
 
 NETWORKS = ("vgg16", "alexnet")
@@ -110,7 +110,7 @@ def latents(runs: Runs, axes: plt.Axes) -> None:
         config.train.update(steps=steps, checkpoint_every=steps, snapshot_every=steps)
         report = runs.measured(name, config)
         network = config.eval.networks[0]
-        model = build.model(config)
+        model = build.model.diffusion_model(config)
         value, error = ratio(report, network)
         coverage = figures(report, network)["coverage"]["generated"]["mean"]
         rows.append(

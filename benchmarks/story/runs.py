@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from diffusion_jax.app import evaluate, fields, train
+from diffusion_jax.app import evaluate, train
+from diffusion_jax.build import fields
 
 OVERLAP = ("precision", "recall", "density", "coverage")
 Report = dict

@@ -12,8 +12,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import FrozenConfigDict, config_flags
 
-from diffusion_jax.app import evaluate, export, fields, sample, serve, shipped, train
-from diffusion_jax.app.configuration import parse_flags
+from diffusion_jax import serve
+from diffusion_jax.app import evaluate, export, sample, train
+from diffusion_jax.build import fields, shipped
+from diffusion_jax.build.flags import parse_flags
 from diffusion_jax.compilation import configure
 from diffusion_jax.messages import one_line
 from diffusion_jax.training.loop import Diverged, Stopped

@@ -9,11 +9,12 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax import parallel
-from diffusion_jax.app import build, first_stage, pictures, sample, weights
-from diffusion_jax.app.agreement import check_condition, condition_kind
+from diffusion_jax import build, parallel, pictures
+from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.distances import distances
 from diffusion_jax.app.workdir import make_writable
+from diffusion_jax.build import weights
+from diffusion_jax.build.agreement import check_condition, condition_kind
 from diffusion_jax.data import sources
 from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation import report as report_page
@@ -39,7 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     others = [Path(other) / "eval" for other in config.eval.beside]
     report_page.page(others)  # raises for a work directory without a report
-    measure = _of_model if build.has_denoiser(config) else _of_first_stage
+    measure = _of_model if build.model.has_denoiser(config) else _of_first_stage
     with tempfile.TemporaryDirectory() as made:
         report = measure(config, workdir, Path(made))
         if parallel.is_main():
@@ -63,7 +64,7 @@ def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
         got = f"got {unknown[0]!r}" if unknown else "got none"
         raise ValueError(f"eval.measures must be some of {', '.join(MEASURES)}; {got}")
     config = weights.resolved(config, workdir)
-    untrained = build.model(config)
+    untrained = build.model.diffusion_model(config)
     ready = {name: MEASURES[name](config, untrained) for name in config.eval.measures}
     points = _points(config.eval, workdir)
     model, origin = weights.load(config, workdir, untrained)
@@ -103,7 +104,7 @@ def _points(section: ConfigDict, workdir: Path) -> dict[str, tuple[int, float]]:
 
 def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
     check_section(config.eval, model.schedule)
-    source = build.source(config, "validation", model.size[0])
+    source = build.data.source(config, "validation", model.size[0])
     check_condition(config, source)
 
     def measure(model: DiffusionModel, folder: Path) -> dict:

@@ -7,8 +7,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax.app import build, first_stage, weights
+from diffusion_jax import build
 from diffusion_jax.app.workdir import make_writable
+from diffusion_jax.build import weights
 from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline, save_unet
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -22,7 +23,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     float16 and beside config.json for the config's own model.
     """
     folder = workdir / "export"
-    if not build.has_denoiser(config):
+    if not build.model.has_denoiser(config):
         raise ValueError(
             "--mode=export writes a denoiser, and this config trains a first stage alone: its work directory is a VAE "
             "folder of diffusers' format as it is"
@@ -39,25 +40,25 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _export_own(config: ConfigDict, workdir: Path, folder: Path) -> None:
-    trained = weights.trained(config, workdir, build.model(config))
+    trained = weights.trained(config, workdir, build.model.diffusion_model(config))
     if "lora" in config:
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(folder / weights.LORA, trained, build.lora_scale(config), np.float16)
+        save_lora(folder / weights.LORA, trained, build.model.lora_scale(config), np.float16)
     else:
-        save_unet(build.network(config), trained, folder / "unet", np.float16)
+        save_unet(build.model.network(config), trained, folder / "unet", np.float16)
         if config.autoencoder.kind == "kl":
-            decoder = load_autoencoder(config.autoencoder.checkpoint or first_stage.folder(workdir))
+            decoder = load_autoencoder(config.autoencoder.checkpoint or weights.first_stage_folder(workdir))
             save_autoencoder(*decoder, folder / "vae", np.float16)
     shutil.copyfile(workdir / "config.json", folder / "config.json")
 
 
 def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:
-    model = build.model(config)
+    model = build.model.diffusion_model(config)
     trained = weights.trained(config, workdir, model)
     if "lora" in config:
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(folder / weights.LORA, trained, build.lora_scale(config))
+        save_lora(folder / weights.LORA, trained, build.model.lora_scale(config))
         return
-    published = build.published(config)
+    published = build.model.published(config)
     unet = published.unet._replace(params=trained)
-    save_pipeline(published._replace(unet=unet), folder, build.DTYPES[config.dtype])
+    save_pipeline(published._replace(unet=unet), folder, build.model.DTYPES[config.dtype])

@@ -11,12 +11,10 @@ from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import codec as codecs
-from diffusion_jax import parallel
-from diffusion_jax.app import build, learning, pictures, shipped
-from diffusion_jax.app.agreement import check_records
-from diffusion_jax.app.initial import initial
-from diffusion_jax.codec import Codec, check_size
+from diffusion_jax import build, parallel, pictures
+from diffusion_jax.build.agreement import check_records
+from diffusion_jax.build.initial import initial
+from diffusion_jax.codec import check_size
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform, to_float, to_uint8
@@ -32,26 +30,11 @@ SHOWN = 8  # held-out images in a snapshot of the first stage
 SCALE_IMAGES = 1024  # images to estimate the standard deviation of the latents
 
 
-def folder(workdir: Path) -> Path:
-    """The folder of a run's first stage."""
-    return workdir / "autoencoder"
-
-
 def is_missing(config: ConfigDict, workdir: Path) -> bool:
     """Whether the work directory still needs a first stage to be trained."""
     if "checkpoint" in config or config.autoencoder.kind != "kl" or config.autoencoder.checkpoint:
         return False
-    return not (folder(workdir) / "config.json").exists()
-
-
-def codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
-    """The codec of a model. If the config has an autoencoder of its own, with the weights of
-    config.autoencoder.checkpoint or of the work directory.
-    """
-    if "checkpoint" in config or config.autoencoder.kind != "kl":
-        return untrained
-    weights = shipped.find(config.autoencoder.checkpoint or folder(workdir))
-    return codecs.autoencoder_kl(*load_autoencoder(weights), config.sample.tile)
+    return not (build.weights.first_stage_folder(workdir) / "config.json").exists()
 
 
 def task(config: ConfigDict, folder: Path) -> Task:
@@ -63,14 +46,14 @@ def task(config: ConfigDict, folder: Path) -> Task:
     if section.kind != "kl" or section.checkpoint:
         raise ValueError("no first stage to train: config.autoencoder must have kind=kl and an empty checkpoint")
     check_batch_size(section.train.batch_size, section.train.accumulate)
-    model = build.autoencoder(config)
+    model = build.model.autoencoder(config)
     check_size((size, size), model.factor)
-    source = build.source(config, "first_stage", size)
+    source = build.data.source(config, "first_stage", size)
     check_records(section.train, source)
-    loss, params, frozen = learning.objective(section.loss, model, jax.random.key(config.seed))
+    loss, params, frozen = build.objective.objective(section.loss, model, jax.random.key(config.seed))
     params["autoencoder"] = initial(section.init, load_autoencoder, params["autoencoder"])
     check_resumed(folder, params)
-    augment = _images_only(build.transform(config, (size, size), section.flip))
+    augment = _images_only(build.data.transform(config, (size, size), section.flip))
     shown = _shown(config)
     logging.info("autoencoder: %.2fM parameters, %d images", millions(params["autoencoder"]), len(source))
     return Task(
@@ -78,8 +61,8 @@ def task(config: ConfigDict, folder: Path) -> Task:
         loss=loss,
         params=params,
         frozen=frozen,
-        batches=build.batches(source, section.train, config.seed, augment),
-        optimizer=learning.optimizer(section.optimizer, section.train.steps),
+        batches=build.data.batches(source, section.train, config.seed, augment),
+        optimizer=build.objective.optimizer(section.optimizer, section.train.steps),
         snapshot=lambda params: reconstructions(model, params["autoencoder"], shown),
     )
 
@@ -88,10 +71,12 @@ def train(task: Task, config: ConfigDict, folder: Path) -> None:
     """Train the autoencoder of `task`. Writes to `folder` its averaged weights for `load_autoencoder`, with the scale
     of the latents, and validation.json with its PSNR on held-out images.
     """
-    size, model = config.data.size, build.autoencoder(config)
+    size, model = config.data.size, build.model.autoencoder(config)
     variables = fit(task, folder, config.autoencoder.train, config.seed)["autoencoder"]
     if parallel.is_main():
-        scale = 1 / _latent_std(model, variables, build.source(config, "train", size), _resize(config), config.seed)
+        scale = 1 / _latent_std(
+            model, variables, build.data.source(config, "train", size), _resize(config), config.seed
+        )
         report = evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config))
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"]["mean"], report["images"])
         (folder / "validation.json").write_text(as_json(report) + "\n")
@@ -124,12 +109,12 @@ def _shown(config: ConfigDict) -> np.ndarray:
 
 def _held_out(config: ConfigDict) -> Iterator[Record]:
     """All held-out records in batches."""
-    source = build.source(config, "validation", config.data.size)
+    source = build.data.source(config, "validation", config.data.size)
     return _some_records(source, _resize(config), len(source))
 
 
 def _resize(config: ConfigDict) -> Transform:
-    return build.transform(config, (config.data.size, config.data.size))
+    return build.data.transform(config, (config.data.size, config.data.size))
 
 
 def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray) -> np.ndarray:

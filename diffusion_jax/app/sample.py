@@ -11,17 +11,18 @@ from jaxtyping import Array, Bool, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion_jax import parallel
-from diffusion_jax.app import build, first_stage, pictures, weights
+from diffusion_jax import build, parallel, pictures
+from diffusion_jax.app import first_stage
 from diffusion_jax.app.workdir import make_writable
-from diffusion_jax.core.guidance import Guidance, guided
+from diffusion_jax.build import weights
+from diffusion_jax.core.guidance import Guidance
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
 from diffusion_jax.evaluation.batches import shared
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
-from diffusion_jax.pipelines.generate import Callback, check_guidance
+from diffusion_jax.pipelines.generate import Callback
 
 CHUNK = 256  # prompts whose conditions are in memory at once
 HELD_BACK = (
@@ -65,14 +66,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if jax.process_count() > 1:
         raise ValueError("sampling runs on one host: leave out --distributed")
     folder = workdir / "samples"
-    if not build.has_denoiser(config):
+    if not build.model.has_denoiser(config):
         shown = first_stage.reconstruct_held_out(config, workdir)
         make_writable(folder)
         pictures.save(folder / "grid.png", shown, {"weights": str(workdir)})
         logging.info("wrote %s", folder / "grid.png")
         return
     config = weights.resolved(config, workdir)
-    model = build.model(config, (config.sample.height, config.sample.width))
+    model = build.model.diffusion_model(config, (config.sample.height, config.sample.width))
     asked = request(config, model, config.sample.prompts)
     model, origin = weights.load(config, workdir, model)
     logging.info("weights: %s", origin)
@@ -111,33 +112,8 @@ def request(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -
     cond = model.conditioning.of_prompts([*prompts, *([section.negative_prompt] if section.negative_prompt else [])])
     negative = jax.tree.map(lambda leaf: leaf[-1], cond) if section.negative_prompt else None
     strength = section.strength if section.image and not section.mask else 1.0
-    plan, guidance = plan_and_guidance(config, model, strength, negative)
+    plan, guidance = build.sampling.plan_and_guidance(config, model, strength, negative)
     return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
-
-
-def plan_and_guidance(
-    config: ConfigDict, model: DiffusionModel, strength: float = 1.0, negative: PyTree = None
-) -> tuple[Plan, Guidance]:
-    """The solver and the guidance of config.sample. Raises ValueError for numbers out of range, and for settings that
-    cannot be combined.
-
-    strength: how much of a starting image changes.
-    negative: the condition of the negative prompt, or None.
-    """
-    if has_guidance(config, model) and config.sample.guidance != 1:
-        raise ValueError(
-            f"this model has guidance {config.objective.scale:g} built in: set sample.guidance to 1, got "
-            f"{config.sample.guidance:g}"
-        )
-    plan, guidance = build.plan(config, model, strength), build.guidance(config, negative)
-    guided(lambda x, level, cond: None, guidance, model.conditioning.null, model.codec.limit)
-    check_guidance(guidance, plan)
-    return plan, guidance
-
-
-def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
-    """Whether the model has guidance of one scale built in, as one distilled from a guided teacher."""
-    return "objective" in config and config.objective.scale != 1 and not model.network.takes_scale
 
 
 def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -8,9 +8,11 @@ from absl import logging
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax.app import agreement, build, first_stage, learning, sample, weights
-from diffusion_jax.app.initial import initial, taught
+from diffusion_jax import build
+from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.workdir import held
+from diffusion_jax.build import agreement, weights
+from diffusion_jax.build.initial import initial, taught
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source, any_of, described
@@ -24,7 +26,7 @@ ENCODE_BATCH = 64  # images in one call of the encoder
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train what the config describes. Resumes a stopped run."""
-    if build.has_denoiser(config):
+    if build.model.has_denoiser(config):
         _train_denoiser(config, workdir)
         return
     task = first_stage.task(config, workdir)
@@ -36,10 +38,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     # build everything in the config now, so that errors come before hours of training
     check_batch_size(config.train.batch_size, config.train.accumulate)
-    model = build.model(config, training=True)
+    model = build.model.diffusion_model(config, training=True)
     asked = sample.request(config, model, config.sample.prompts)
-    optimizer = learning.optimizer(config.optimizer, config.train.steps)
-    source = build.source(config, "train", model.size[0])
+    optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
+    source = build.data.source(config, "train", model.size[0])
     agreement.check_condition(config, source)
     agreement.check_records(config.train, source)
     teacher = _teacher(config, model)
@@ -49,15 +51,15 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
         made = model.network.init(key)
         return taught(teacher, made) if config.get("teacher") else initial(config.get("init", ""), load_unet, made)
 
-    loss, params, frozen = learning.objective(config.objective, model, key, config.train.steps, teacher, start)
+    loss, params, frozen = build.objective.objective(config.objective, model, key, config.train.steps, teacher, start)
     check_resumed(workdir, params)
-    of_first_stage = first_stage.folder(workdir)
+    of_first_stage = weights.first_stage_folder(workdir)
     earlier = first_stage.task(config, of_first_stage) if first_stage.is_missing(config, workdir) else None
     with held(workdir):
         _note_config(config, workdir)
         if earlier is not None:
             first_stage.train(earlier, config, of_first_stage)
-        model = model._replace(codec=first_stage.codec(config, workdir, model.codec))
+        model = model._replace(codec=weights.trained_codec(config, workdir, model.codec))
 
         def snapshot(trained: PyTree) -> np.ndarray:
             current = model._replace(params=model.adapter.join(trained, frozen["rest"]))
@@ -70,7 +72,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             loss=loss,
             params=params,
             frozen=frozen | {"codec": model.codec.stats},
-            batches=build.batches(records, config.train, config.seed, transform),
+            batches=build.data.batches(records, config.train, config.seed, transform),
             optimizer=optimizer,
             snapshot=snapshot,
         )
@@ -80,7 +82,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
 def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None:
     """The model in config.teacher. A published checkpoint is its own teacher."""
     if "checkpoint" in config:
-        return model if learning.learns_from_teacher(config.objective) else None
+        return model if build.objective.learns_from_teacher(config.objective) else None
     return weights.load_model(config.teacher, model.size) if config.teacher else None
 
 
@@ -98,7 +100,7 @@ def _training_records(
     """
     codec, conditioning = model.codec, model.conditioning
     keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}
-    is_cached, crop = any(keys.values()), build.transform(config, model.size)
+    is_cached, crop = any(keys.values()), build.data.transform(config, model.size)
     retold = bool(source.captions) and isinstance(source.captions[0], tuple)
 
     def of_variants(batch: dict) -> np.ndarray:
@@ -121,5 +123,5 @@ def _training_records(
     if is_cached:
         fields = {"latent": of_variants} | ({} if retold else {"cond": of_captions})
         key = {"data": config.data.to_dict(), "size": model.size, **keys}
-        records = cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.variants(config, model.size))
+        records = cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.data.variants(config, model.size))
     return described(records) if retold else records, to_training

@@ -11,7 +11,7 @@ from diffusion_jax.data.transforms import Record, to_float, to_uint8
 from diffusion_jax.evaluation.batches import mapped
 from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.models.lpips import lpips
+from diffusion_jax.models.vision.lpips import lpips
 
 Images = Float[Array, "batch height width 3"]
 Picture = UInt8[np.ndarray, "height width 3"]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from diffusion_jax.data.transforms import to_float
 from diffusion_jax.evaluation.batches import mapped
-from diffusion_jax.models.lpips import features
+from diffusion_jax.models.vision.lpips import features
 
 STAGES = (2, 4)  # of AlexNet and VGG16: the third and the last
 CELLS = 2  # cells on a side over which features are averaged

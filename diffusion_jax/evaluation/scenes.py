@@ -31,7 +31,7 @@ from diffusion_jax.evaluation.reconstruction import first_stage
 from diffusion_jax.evaluation.retrieval import Features, Gallery, gallery, ranks
 from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.models.lpips import lpips
+from diffusion_jax.models.vision.lpips import lpips
 
 SIDE = 96  # pixels on a side of what is compared with the known drawings
 NEAREST = 5  # a drawing is found if it is among so many

@@ -16,9 +16,9 @@ from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.tensors import read_tensors, write_file, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
-from diffusion_jax.models.clip import ClipTextEncoder
-from diffusion_jax.models.t5 import T5Encoder
-from diffusion_jax.models.text import TextEncoder, tokenize
+from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.text.encoder import TextEncoder, tokenize
+from diffusion_jax.models.text.t5 import T5Encoder
 
 WEIGHTS = "model"
 MODULES = {

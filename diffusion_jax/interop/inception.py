@@ -6,7 +6,7 @@ import numpy as np
 
 from diffusion_jax.interop.graph import read_constants
 from diffusion_jax.interop.tensors import read_file
-from diffusion_jax.models.inception import EPS
+from diffusion_jax.models.vision.inception import EPS
 
 FOLDERS = {  # of the TensorFlow graph -> block of torch-fidelity
     "mixed": "Mixed_5b", "mixed_1": "Mixed_5c", "mixed_2": "Mixed_5d", "mixed_3": "Mixed_6a", "mixed_4": "Mixed_6b",

@@ -31,8 +31,8 @@ from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.clip import ClipTextEncoder
-from diffusion_jax.models.t5 import T5Encoder
+from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.text.t5 import T5Encoder
 from diffusion_jax.models.unet import UNet
 
 TEXT = ("text_encoder", "text_encoder_2")

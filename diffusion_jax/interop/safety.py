@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion_jax.interop.tensors import read_tensors
 from diffusion_jax.interop.vision import WEIGHTS, LoadedEncoder, load_image_encoder
-from diffusion_jax.models.vision import ImageEncoder
+from diffusion_jax.models.vision.vision import ImageEncoder
 
 CARE = 0.01  # by which all thresholds fall for an image that needs special care
 TABLES = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")

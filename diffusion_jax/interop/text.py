@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from diffusion_jax.interop.names import from_torch
-from diffusion_jax.models.bert import BertEncoder
-from diffusion_jax.models.text import TextEncoder, tokenize
+from diffusion_jax.models.text.bert import BertEncoder
+from diffusion_jax.models.text.encoder import TextEncoder, tokenize
 
 
 def minilm(length: int = 32) -> TextEncoder:

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors
-from diffusion_jax.models.vision import ImageEncoder
+from diffusion_jax.models.vision.vision import ImageEncoder
 
 WEIGHTS = "model"
 CLIP, DINO, SAFETY = "CLIPVisionModelWithProjection", "Dinov2Model", "StableDiffusionSafetyChecker"

@@ -18,7 +18,7 @@ from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, network_of, nothing_flagged
-from diffusion_jax.models.text import tokenize
+from diffusion_jax.models.text.encoder import tokenize
 from diffusion_jax.pipelines import prompts as weighted
 from diffusion_jax.pipelines.generate import noise, told_scale
 

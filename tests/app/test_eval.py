@@ -77,7 +77,7 @@ def test_images_are_measured_in_the_size_of_training(side, tmp_path, capfd, monk
         )
 
     monkeypatch.setattr("diffusion_jax.app.evaluate.evaluate_likelihood", measured)
-    monkeypatch.setattr("diffusion_jax.app.weights.load", lambda config, workdir, model: (model, "none"))
+    monkeypatch.setattr("diffusion_jax.build.weights.load", lambda config, workdir, model: (model, "none"))
     flags = [f"--config.sample.height={side}", f"--config.sample.width={side}", "--mode=eval"]
     assert command_line.run(monkeypatch, *TINY, *flags, f"--workdir={tmp_path}") == 0, capfd.readouterr().err
     assert sizes == [((8, 8), (8, 8, 3))]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.app.weights import load_model
+from diffusion_jax.build.weights import load_model
 from tests import test_main
 from tests.test_main import TINY, arrays, finish, losses, start, steps_saved, wait_until
 

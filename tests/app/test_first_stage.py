@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs import digits, latent_cfg
-from diffusion_jax.app import build, first_stage
+from diffusion_jax import build
+from diffusion_jax.app import first_stage
 from diffusion_jax.data.sources import Source
 from diffusion_jax.interop import save_autoencoder
 from diffusion_jax.models.autoencoder import AutoencoderKL
@@ -30,7 +31,7 @@ def images_trained_on(config, tmp_path) -> np.ndarray:
 
 def test_it_starts_from_the_weights_that_the_config_names(config, tmp_path):
     config.seed = 1
-    model, params = build.autoencoder(config), first_stage.task(config, tmp_path).params["autoencoder"]
+    model, params = build.model.autoencoder(config), first_stage.task(config, tmp_path).params["autoencoder"]
     save_autoencoder(model, params, tmp_path / "vae")
     config.seed = 2
     other = first_stage.task(config, tmp_path).params["autoencoder"]
@@ -51,7 +52,7 @@ def members(images, source) -> np.ndarray:
 def test_it_learns_from_the_split_that_the_config_names(split, config, tmp_path):
     config.autoencoder.flip, config.data.splits.first_stage = False, split
     images = images_trained_on(config, tmp_path)
-    assert members(images, build.source(config, split, 8)).all()
+    assert members(images, build.data.source(config, split, 8)).all()
 
 
 def test_the_scale_of_latents_is_estimated_on_images_drawn_by_the_seed(config, monkeypatch):
@@ -74,11 +75,11 @@ def test_the_scale_of_latents_is_estimated_on_images_drawn_by_the_seed(config, m
 def test_half_of_its_images_are_mirrored_and_no_others(config, tmp_path):
     config.autoencoder.flip = True
     images = images_trained_on(config, tmp_path)
-    source = build.source(config, "train", 8)
+    source = build.data.source(config, "train", 8)
     as_they_are, mirrored = members(images, source), members(images[:, :, ::-1], source)
     assert (as_they_are | mirrored).all()
     assert 0.3 < as_they_are.mean() < 0.7
-    record = build.transform(config, (8, 8))(source[0], np.random.default_rng(0))
+    record = build.data.transform(config, (8, 8))(source[0], np.random.default_rng(0))
     np.testing.assert_array_equal(record["image"], source[0]["image"])
 
 
@@ -86,7 +87,7 @@ def test_a_flip_asked_of_the_transform_is_added_to_that_of_the_data(config):
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 
     def mirrored(**flip) -> int:
-        transform, rng = build.transform(config, (8, 8), **flip), np.random.default_rng(0)
+        transform, rng = build.data.transform(config, (8, 8), **flip), np.random.default_rng(0)
         return sum(not np.array_equal(transform({"image": image}, rng)["image"], image) for _ in range(100))
 
     assert mirrored() == 0 and 30 < mirrored(flip=True) < 70

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from configs import digits
+from diffusion_jax import build, conditioning
 from diffusion_jax import codec as codecs
-from diffusion_jax import conditioning
-from diffusion_jax.app import build, learning, train
-from diffusion_jax.app.initial import initial
+from diffusion_jax.app import train
+from diffusion_jax.build.initial import initial
 from diffusion_jax.data.sources import Source
 from diffusion_jax.interop import load_unet, save_unet
 from diffusion_jax.model import network_of
-from diffusion_jax.models.text import TextEncoder
+from diffusion_jax.models.text.encoder import TextEncoder
 
 SIZE = 8
 
@@ -42,7 +42,7 @@ def of_latents(model):
 def drawn(config, source, model, folder, epochs=40) -> dict[int, list[np.ndarray]]:
     """By label what the network is given of each picture, epoch by epoch."""
     records, transform = train._training_records(config, folder, source, model)
-    batches = build.batches(records, config.train, config.seed, transform)
+    batches = build.data.batches(records, config.train, config.seed, transform)
     seen = {}
     for batch in itertools.islice(batches, epochs):
         for latent, label in zip(batch["latent"], batch["cond"]["label"], strict=True):
@@ -53,7 +53,7 @@ def drawn(config, source, model, folder, epochs=40) -> dict[int, list[np.ndarray
 @pytest.mark.parametrize("in_cache", [False, True])
 def test_a_picture_is_mirrored_in_some_epochs_and_not_in_others(in_cache, config, tmp_path):
     config.data.flip = True
-    model, source = build.model(config), pictures()
+    model, source = build.model.diffusion_model(config), pictures()
     for label, latents in drawn(config, source, of_latents(model) if in_cache else model, tmp_path).items():
         image = source[label]["image"]
         as_it_is = [np.array_equal(latent, image) for latent in latents]
@@ -65,7 +65,7 @@ def test_a_picture_is_mirrored_in_some_epochs_and_not_in_others(in_cache, config
 def test_a_picture_is_cropped_elsewhere_in_other_epochs(in_cache, crops, config, tmp_path):
     """As many crops as are cached, or as there are places."""
     config.data.random_crop = True
-    model, source = build.model(config), pictures(SIZE + 16)
+    model, source = build.model.diffusion_model(config), pictures(SIZE + 16)
     for latents in drawn(config, source, of_latents(model) if in_cache else model, tmp_path).values():
         assert 1 < len({latent[0, 0, 0] for latent in latents}) <= crops
 
@@ -73,7 +73,7 @@ def test_a_picture_is_cropped_elsewhere_in_other_epochs(in_cache, crops, config,
 def test_what_is_cached_grows_with_crops_and_flip_alone(config, tmp_path):
     for random_crop, flip, count in [(False, False, 1), (False, True, 2), (True, False, 3), (True, True, 6)]:
         config.data.update(random_crop=random_crop, flip=flip, crops=3)
-        model = of_latents(build.model(config))
+        model = of_latents(build.model.diffusion_model(config))
         records, _ = train._training_records(config, tmp_path, pictures(SIZE + 2), model)
         assert records[0]["latent"].shape == (count, SIZE, SIZE, 3)
 
@@ -82,14 +82,14 @@ def test_the_seed_of_an_example_changes_what_the_network_forgets():
     """The loss hands the network a key for each example, as dropout needs it."""
     config = digits.get_config()
     seen = []
-    model = build.model(config)
+    model = build.model.diffusion_model(config)
 
     def apply(params, x, t, cond, keys):
         seen.append(keys)
         return params * x
 
     model = model._replace(network=model.network._replace(apply=apply, init=lambda key: np.float32(1)))
-    loss, params, frozen = learning.objective(config.objective, model, jax.random.key(0))
+    loss, params, frozen = build.objective.objective(config.objective, model, jax.random.key(0))
     batch = {"latent": jnp.zeros((4, SIZE, SIZE, 3), jnp.uint8), "cond": {"label": jnp.arange(4)}}
     loss(params, frozen, batch, jax.random.split(jax.random.key(0), 4))
     assert len(np.unique(jax.random.key_data(seen[0]), axis=0)) == 4
@@ -110,11 +110,11 @@ def letters() -> conditioning.Conditioning:
 @pytest.mark.parametrize("in_cache", [False, True])
 def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache, config, tmp_path):
     source = replace(pictures(), captions=[("a", "b", "c")] * 5 + [("d",)])
-    model = build.model(config)
+    model = build.model.diffusion_model(config)
     model = (of_latents(model) if in_cache else model)._replace(conditioning=letters())
     records, transform = train._training_records(config, tmp_path, source, model)
     told = {}
-    for batch in itertools.islice(build.batches(records, config.train, config.seed, transform), 40):
+    for batch in itertools.islice(build.data.batches(records, config.train, config.seed, transform), 40):
         for latent, ids in zip(batch["latent"], batch["cond"]["ids"][:, 0], strict=True):
             told.setdefault(int(latent[0, 0, 0]) // 20, set()).add(chr(ids))
     assert told == {i: set("abc") for i in range(5)} | {5: {"d"}}
@@ -124,7 +124,7 @@ def test_a_caption_alone_is_embedded_once(config, tmp_path):
     """In the cache; the training step leaves it as it is."""
     source = pictures()
     source = replace(source, captions=list("abcdef"), read=lambda i: pictures().read(i) | {"caption": "abcdef"[i]})
-    model = of_latents(build.model(config))._replace(conditioning=letters())
+    model = of_latents(build.model.diffusion_model(config))._replace(conditioning=letters())
     records, _ = train._training_records(config, tmp_path, source, model)
     cond = records[2]["cond"]
     assert cond["text"].tolist() == [[ord("c")]] and cond["mask"].tolist() == [True]
@@ -133,12 +133,12 @@ def test_a_caption_alone_is_embedded_once(config, tmp_path):
 
 
 def test_training_starts_from_named_weights_that_fit(config, tmp_path):
-    unet = build.network(config)
+    unet = build.model.network(config)
     here, there = (network_of(unet).init(jax.random.key(seed)) for seed in (0, 1))
     save_unet(unet, there, tmp_path / "unet")
     assert initial("", load_unet, here) is here
     jax.tree.map(np.testing.assert_array_equal, initial(str(tmp_path / "unet"), load_unet, here), there)
     config.model.block_out_channels = (16, 64)
-    other = network_of(build.network(config)).init(jax.random.key(0))
+    other = network_of(build.model.network(config)).init(jax.random.key(0))
     with pytest.raises(ValueError, match=r"unet has the weights of another network: .* is \(.*\), expected \(.*\)"):
         initial(str(tmp_path / "unet"), load_unet, other)

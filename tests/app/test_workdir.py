@@ -29,6 +29,6 @@ def test_a_second_training_says_so_and_stops(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("where", ["/proc/run", "FILE/run"])
 def test_a_folder_that_cannot_be_written_is_one_line_before_anything_starts(mode, where, tmp_path, monkeypatch, capfd):
     (tmp_path / "FILE").touch()
-    monkeypatch.setattr("diffusion_jax.app.weights.load", lambda config, workdir, model: (model, ""))
+    monkeypatch.setattr("diffusion_jax.build.weights.load", lambda config, workdir, model: (model, ""))
     workdir = where.replace("FILE", str(tmp_path / "FILE"))
     assert f"cannot write to {workdir}" in error(monkeypatch, capfd, mode, workdir)

@@ -13,8 +13,8 @@ from diffusion_jax.interop import load_text_encoder, save_text_encoder
 from diffusion_jax.interop.encoders import text_encoder
 from diffusion_jax.interop.names import to_torch
 from diffusion_jax.interop.tensors import read_tensors, write_file
-from diffusion_jax.models.clip import ClipTextEncoder
-from diffusion_jax.models.t5 import T5Encoder
+from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.text.t5 import T5Encoder
 
 CLIP = ClipTextEncoder(9, 8, 12, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=6, eos_token_id=1)
 ENCODERS = {

@@ -10,7 +10,7 @@ from diffusion_jax.interop import inception as inception_file
 from diffusion_jax.interop.graph import FLOAT, graph_message
 from diffusion_jax.interop.inception import load_inception
 from diffusion_jax.interop.tensors import read_file, write_file
-from diffusion_jax.models.inception import inception
+from diffusion_jax.models.vision.inception import inception
 from tests import fidelity
 
 

@@ -18,7 +18,7 @@ from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of,
 from diffusion_jax.interop.tensors import read_file, write_file
 from diffusion_jax.models import lora
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.clip import ClipTextEncoder
+from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import from_noise, text_to_image
 from diffusion_jax.pipelines import prompts as weighted

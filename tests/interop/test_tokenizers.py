@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from diffusion_jax.interop.tokenizers import load_tokenizer
-from diffusion_jax.models.text import tokenize
+from diffusion_jax.models.text.encoder import tokenize
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = """

@@ -11,7 +11,7 @@ import pytest
 from diffusion_jax.evaluation.networks import feature_network
 from diffusion_jax.interop.tensors import write_file
 from diffusion_jax.interop.vision import load_image_encoder
-from diffusion_jax.models.vision import ImageEncoder
+from diffusion_jax.models.vision.vision import ImageEncoder
 from tests.interop import test_pipeline
 
 vocabulary = test_pipeline.vocabulary  # a fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import conditioning
-from diffusion_jax.models.text import TextEncoder
+from diffusion_jax.models.text.encoder import TextEncoder
 
 
 def letters(length=4):

@@ -1,0 +1,57 @@
+"""Config -> training data: source, transform, variants, batches."""
+
+import jax
+from ml_collections import ConfigDict
+
+from diffusion_jax.data import sources, transforms
+from diffusion_jax.data.loader import loader
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.transforms import Transform, crop
+
+
+def source(config: ConfigDict, split: str, size: int) -> Source:
+    """The records of config.data.
+
+    split: "train", "validation" or "first_stage"; data.splits has the source's name for it.
+    size: of images, pixels on a side, for sources with a choice.
+    """
+    data = config.data
+    name = data.splits[split]
+    if data.source == "emoji":
+        return sources.emoji(size, name, data.data_dir or None, data.styles, data.concepts)
+    if data.source == "digits":
+        return sources.digits(name)
+    if data.source == "folder":
+        if not data.path:
+            raise ValueError("config.data.path is empty: name the folder of pictures of data.source=folder")
+        return sources.folder(data.path)
+    if data.source.startswith("tfds:"):
+        return sources.tfds_source(data.source.removeprefix("tfds:"), name, data.data_dir or None)
+    raise ValueError(f"unknown data source {data.source!r}; known: emoji, digits, folder, tfds:NAME")
+
+
+def transform(config: ConfigDict, size: tuple[int, int], flip: bool = False) -> Transform:
+    """The crop to `size` and the flip of config.data. flip: mirror half of the images even if config.data does not."""
+    data = config.data
+    return crop(*size, random_crop=data.random_crop, flip=data.flip or flip, upscale=data.upscale)
+
+
+def variants(config: ConfigDict, size: tuple[int, int]) -> Transform:
+    """All augmented versions of an image, for a cache: data.crops random crops or the centre crop, each also mirrored
+    if data.flip is set. Time and disk space grow with their number.
+    """
+    data = config.data
+    one = crop(*size, random_crop=data.random_crop, upscale=data.upscale)
+    return transforms.variants(one, data.crops if data.random_crop else 1, data.flip)
+
+
+def batches(source: Source, train: ConfigDict, seed: int, transform: Transform | None = None):
+    """This host's share of the shuffled endless batches of a source."""
+    return loader(
+        source,
+        train.batch_size // jax.process_count(),
+        seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        transform=transform,
+    )

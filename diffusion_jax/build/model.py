@@ -1,0 +1,196 @@
+"""Config -> the model: network, codec, conditioning, schedule, parameterization, adapter."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffusion_jax import codec as codecs
+from diffusion_jax import conditioning as conditionings
+from diffusion_jax.build import shipped
+from diffusion_jax.build.agreement import check_network, check_updated
+from diffusion_jax.build.choice import choose
+from diffusion_jax.codec import Codec, check_size
+from diffusion_jax.conditioning import Conditioning
+from diffusion_jax.core import parameterization, schedules
+from diffusion_jax.core.parameterization import Parameterization
+from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.interop import PublishedPipeline, load_pipeline
+from diffusion_jax.interop.folders import autoencoder_of, read_config
+from diffusion_jax.interop.lora import merge_lora
+from diffusion_jax.interop.text import minilm
+from diffusion_jax.model import DiffusionModel, network_of
+from diffusion_jax.models import adapters
+from diffusion_jax.models.adapters import Adapter
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.pipelines.published import from_published
+
+SCHEDULES = {
+    "linear": lambda section: schedules.linear(section.T),
+    "scaled_linear": lambda section: schedules.scaled_linear(section.T),
+    "cosine": lambda section: schedules.cosine(section.T),
+    "sigmoid": lambda section: schedules.sigmoid(section.T),
+    "flow": lambda section: schedules.flow(section.shift),
+    "edm": lambda section: schedules.edm(section.sigma_min, section.sigma_max),
+}
+PARAMETERIZATIONS = {name: lambda section, value=value: value for name, value in parameterization.NAMED.items()} | {
+    "edm": lambda section: parameterization.edm(section.sigma_data)
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def has_denoiser(config: ConfigDict) -> bool:
+    """Whether the config has more than a first stage."""
+    return "model" in config or "checkpoint" in config
+
+
+def diffusion_model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = False) -> DiffusionModel:
+    """The model that a config describes, or the model of its checkpoint.
+
+    The weights of a config's own model are only shapes yet; `weights.load` and training fill them in.
+
+    sides: height and width of its images, pixels; 0 for data.size, and where that is 0 for the checkpoint's own size.
+    training: make a checkpoint's variables float32, and use config.remat.
+    Raises ValueError and FileNotFoundError for what cannot be built or loaded.
+    """
+    if "checkpoint" in config:
+        return _published_model(config, sides, training)
+    unet, codec, told = network(config), _untrained_codec(config), conditioning(config)
+    size = tuple(side or config.data.size for side in sides)
+    check_size(size, codec.factor)
+    check_network(unet, codec.channels, told.null)
+    if "lora" in config:
+        check_updated(unet, config.teacher)
+    untrained = network_of(unet)
+    return DiffusionModel(
+        network=untrained,
+        params=jax.eval_shape(untrained.init, jax.random.key(0)),
+        schedule=schedule(config),
+        parameterization=_parameterization(config),
+        codec=codec,
+        conditioning=told,
+        size=size,
+        adapter=adapter(config),
+    )
+
+
+def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool) -> DiffusionModel:
+    loaded, dtype = published(config, training), choose(DTYPES, config.dtype, "dtype")
+    unet = loaded.unet.module
+    if training and unet.in_channels > unet.out_channels:
+        raise ValueError(f"{config.checkpoint} is an inpainting model, which cannot be fine-tuned here")
+    if training and config.remat:
+        loaded = loaded._replace(unet=loaded.unet._replace(module=unet.clone(remat=True)))
+    sides = tuple(side or config.data.size for side in sides)
+    return from_published(loaded, sides, dtype, config.sample.tile)._replace(adapter=adapter(config))
+
+
+def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
+    """The checkpoint of a config with the LoRAs it names.
+
+    training: float32 variables, unless only a LoRA is trained.
+    """
+    if not config.checkpoint:
+        raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
+    dtype = choose(DTYPES, config.dtype, "dtype")
+    loaded = load_pipeline(
+        config.checkpoint,
+        jnp.float32 if training and "lora" not in config else dtype,
+        config.prediction or None,
+        config.tokenizers or None,
+        config.allow_pickle,
+        config.safety_checker and not training,
+    )
+    for file in config.loras:
+        loaded = merge_lora(loaded, *_file_and_scale(file))
+    return loaded
+
+
+def _file_and_scale(file: str) -> tuple[str, float]:
+    """FILE or FILE@SCALE."""
+    path, _, scale = file.rpartition("@")
+    if not path:
+        return file, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"config.loras: expected FILE or FILE@SCALE with a finite number, got {file!r}")
+    return path, number
+
+
+def adapter(config: ConfigDict) -> Adapter:
+    """Which variables of a network the config trains."""
+    if "lora" not in config:
+        return adapters.WHOLE
+    return adapters.lora(config.lora.rank, lora_scale(config), config.lora.targets)
+
+
+def lora_scale(config: ConfigDict) -> float:
+    """alpha / rank of config.lora."""
+    return config.lora.alpha / max(config.lora.rank, 1)
+
+
+def network(config: ConfigDict) -> UNet:
+    """The untrained network of config.model."""
+    smoothing = {"time_smoothing": 0.0} if config.objective.prediction == "edm" else {}  # whose times are short
+    return UNet(**(smoothing | _fields(config.model)))
+
+
+def autoencoder(config: ConfigDict) -> AutoencoderKL:
+    """The untrained first stage of config.autoencoder."""
+    return AutoencoderKL(**_fields(config.autoencoder.model))
+
+
+def _fields(section: ConfigDict) -> dict:
+    """The section as arguments of a Flax module, with its dtype from a name."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+    return fields | {"dtype": choose(DTYPES, fields.get("dtype", "float32"), "dtype")}
+
+
+def _untrained_codec(config: ConfigDict) -> Codec:
+    """The codec of config.autoencoder; the weights of an autoencoder are only shapes yet."""
+
+    def untrained() -> Codec:
+        own = config.autoencoder.checkpoint
+        module = autoencoder_of(*read_config(shipped.find(own)))[0] if own else autoencoder(config)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), module.example_image())
+        return codecs.autoencoder_kl(module, shapes, config.sample.tile)
+
+    return choose({"identity": codecs.identity, "kl": untrained}, config.autoencoder.kind, "autoencoder kind")()
+
+
+def conditioning(config: ConfigDict) -> Conditioning:
+    """The condition of the denoiser, from config.condition."""
+    kinds = {
+        "none": conditionings.unconditional,
+        "class": lambda: conditionings.class_labels(config.condition.num_classes),
+        "text": lambda: conditionings.text(minilm(config.condition.length), config.condition.pooled),
+    }
+    return choose(kinds, config.condition.kind, "condition kind")()
+
+
+def _parameterization(config: ConfigDict) -> Parameterization:
+    return choose(PARAMETERIZATIONS, config.objective.prediction, "prediction")(config.objective)
+
+
+def schedule(config: ConfigDict) -> Schedule:
+    """The noise schedule of config.schedule."""
+    section = config.schedule
+    if section.name == "laplace":
+        raise ValueError(
+            "laplace is a distribution of noise levels in training, not a schedule: set "
+            "objective.levels to laplace, and schedule.name to cosine"
+        )
+    chosen = choose(SCHEDULES, section.name, "schedule")(section)
+    if not section.zero_terminal_snr:
+        return chosen
+    if config.objective.prediction == "eps":
+        raise ValueError(
+            "schedule.zero_terminal_snr starts from pure noise, where eps does not determine the image: set "
+            "objective.prediction to v or x0"
+        )
+    return schedules.zero_terminal_snr(chosen)

@@ -1,0 +1,195 @@
+"""Config -> what training minimises, and the optimizer."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import optax
+from jaxtyping import Array, Key, PyTree
+from ml_collections import ConfigDict
+from optax import contrib
+
+from diffusion_jax.build.agreement import check_teacher
+from diffusion_jax.build.choice import choose
+from diffusion_jax.build.sampling import is_edm
+from diffusion_jax.interop.lpips import load_lpips
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.models.adapters import WHOLE
+from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
+from diffusion_jax.models.discriminator import PatchDiscriminator
+from diffusion_jax.models.vision.lpips import lpips
+from diffusion_jax.objectives import flow_map, levels
+from diffusion_jax.objectives.autoencoding import autoencoding
+from diffusion_jax.objectives.denoising import denoising, frozen_parts
+
+LEVELS = {
+    "uniform": levels.uniform,
+    "laplace": levels.laplace,
+    "lognormal": levels.lognormal,
+    "logit_normal": levels.logit_normal,
+}
+WEIGHTS = {
+    "uniform": levels.uniform_weight,
+    "min_snr": levels.min_snr_weight,
+    "truncated": levels.truncated_snr_weight,
+}
+FLOW_MAPS = {
+    "consistency_training": lambda section: flow_map.consistency_training(section.shrinks),
+    "soflow": lambda section: flow_map.soflow(section.shrinks),
+    "shortcut": lambda section: flow_map.shortcut(),
+    "mean_flow": lambda section: flow_map.mean_flow(),
+    "continuous_consistency": lambda section: flow_map.continuous_consistency(section.warm_up),
+    "lagrangian": lambda section: flow_map.lagrangian(),
+}
+TO_CLEAN = (  # an ordinary network learns them
+    "consistency_training",
+    "continuous_consistency",
+    "consistency_distillation",
+    "guidance_distillation",
+)
+WAYS = ("consistency_training", "soflow", "mean_flow", "continuous_consistency")  # they may follow a teacher's
+DISTILLATIONS = {
+    "distillation": lambda section: flow_map.distillation(section.segments),
+    "consistency_distillation": lambda section: flow_map.consistency_distillation(section.segments),
+    "guidance_distillation": lambda section: flow_map.guidance_distillation(),
+}
+
+
+def objective(
+    section: ConfigDict,
+    model: DiffusionModel | AutoencoderKL,
+    key: Key[Array, ""],
+    steps: int = 1,
+    teacher: DiffusionModel | None = None,
+    start: Callable[[Key[Array, ""]], PyTree] | None = None,
+) -> tuple[Callable, PyTree, dict]:
+    """(loss, initial params, frozen inputs) of a training stage.
+
+    section: config.objective for a DiffusionModel, config.autoencoder.loss for a first stage.
+    steps: of the training.
+    teacher: a trained model, from which distillation learns.
+    start: key -> the network's variables before training, random ones if None.
+    Raises ValueError for objectives that do not fit the model or its teacher.
+    """
+    if isinstance(model, AutoencoderKL):
+        return choose({"autoencoding": _autoencoding}, section.name, "objective")(section, model, key)
+    method = choose({"denoising": None} | FLOW_MAPS | DISTILLATIONS, section.name, "objective")
+    if method is None and teacher is not None and model.adapter == WHOLE:
+        raise ValueError("objective.name=denoising has no teacher: leave out config.teacher")
+    if method is None and model.network.flow_map:
+        raise ValueError(
+            "objective.name=denoising trains a network that is not told where a step ends: set "
+            f"model.target_embedding=False, or objective.name to one of {', '.join(FLOW_MAPS | DISTILLATIONS)}"
+        )
+    if method is None and model.network.takes_scale:
+        raise ValueError(
+            "objective.name=denoising trains a network that is not told the guidance scale: set "
+            f"model.time_cond_proj_dim=None, or objective.name to one of {', '.join(DISTILLATIONS)}"
+        )
+    loss = _flow_map(section, model, steps, method(section), teacher) if method else _denoising(section, model)
+    params, rest = model.adapter.split((start or model.network.init)(key), key)
+    frozen = frozen_parts(model, rest)
+    return loss, params, frozen | ({"teacher": teacher.params} if learns_from_teacher(section) else {})
+
+
+def learns_from_teacher(section: ConfigDict) -> bool:
+    """Whether the targets of config.objective are made by a trained model."""
+    return section.name in DISTILLATIONS or section.taught
+
+
+def _denoising(section: ConfigDict, model: DiffusionModel) -> Callable:
+    weight = choose(WEIGHTS, section.weight, "loss weight")
+    name = section.levels or ("lognormal" if is_edm(model) else "uniform")
+    return denoising(model, weight, section.drop, choose(LEVELS, name, "distribution of noise levels"))
+
+
+def _flow_map(
+    section: ConfigDict, model: DiffusionModel, steps: int, method: flow_map.Method, teacher: DiffusionModel | None
+) -> Callable:
+    if not model.network.flow_map and section.name not in TO_CLEAN:
+        raise ValueError(
+            f"objective.name={section.name} trains a network that is told where a step ends: set "
+            f"model.target_embedding=True, or train by {', '.join(TO_CLEAN)}"
+        )
+    if section.taught and section.name not in WAYS:
+        raise ValueError(
+            f"objective.taught is for the methods that follow a way: {', '.join(WAYS)}; got {section.name}"
+        )
+    is_taught = learns_from_teacher(section)
+    if is_taught and model.network.takes_scale and section.scale <= 1:
+        raise ValueError(
+            "a network with model.time_cond_proj_dim learns the guidance scales from 1 to objective.scale: set "
+            f"objective.scale to more than 1, got {section.scale:g}"
+        )
+    if is_taught and teacher is None:
+        raise ValueError(f"objective.name={section.name} learns from a trained model: set config.teacher to its folder")
+    if not is_taught and (section.scale != 1 or model.network.takes_scale):
+        raise ValueError(
+            "objective.scale and model.time_cond_proj_dim are for what is learned from a guided teacher: set "
+            f"objective.taught=True, or objective.name to one of {', '.join(DISTILLATIONS)}; got {section.name}"
+        )
+    if teacher is not None:
+        check_teacher(teacher, model)
+    return flow_map.flow_map(
+        model, method, steps, section.drop, section.plain, section.robust, teacher, section.scale, section.taught
+    )
+
+
+def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:
+    keys = jax.random.split(key)
+    params, frozen = {"autoencoder": jax.jit(model.init)(keys[0], model.example_image())}, {}
+    perceptual = discriminate = None
+    if section.perceptual:
+        perceptual, frozen["perceptual"] = lpips, load_lpips(section.perceptual_net)
+    if section.adversarial:
+        discriminator = PatchDiscriminator()
+        example = discriminator.example_image()
+        discriminate, params["discriminator"] = discriminator.apply, jax.jit(discriminator.init)(keys[1], example)
+    loss = autoencoding(
+        functools.partial(model.apply, method="encode"),
+        sample_moments,
+        functools.partial(model.apply, method="decode"),
+        perceptual,
+        discriminate,
+        section.to_dict(),
+    )
+    return loss, params, frozen
+
+
+def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW or Muon with warm-up, a constant or cosine-decayed rate, and gradients clipped by their global norm."""
+    after = {
+        "constant": lambda: optax.constant_schedule(section.learning_rate),
+        "cosine": lambda: optax.cosine_decay_schedule(section.learning_rate, max(steps - section.warmup, 1)),
+    }
+    rate = optax.join_schedules(
+        [optax.linear_schedule(0.0, section.learning_rate, section.warmup), choose(after, section.decay, "decay")()],
+        [section.warmup],
+    )
+    kind = choose({"adamw": _adamw, "muon": _muon}, section.kind, "optimizer")
+    return optax.chain(optax.clip_by_global_norm(section.clip), kind(section, rate))
+
+
+def _adamw(section: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=section.b1, b2=section.b2, weight_decay=section.weight_decay)
+
+
+def _muon(section: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for the kernels, convolutions as matrices of (height·width·in, out), and AdamW with
+    Nesterov's momentum for the rest. Updates of kernels have the size of AdamW's (Liu et al. 2025, section 2.2), so
+    that one learning rate serves both.
+    """
+
+    def dimensions(path, leaf):
+        is_kernel = path[-1].key == "kernel"
+        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1) if is_kernel else None
+
+    return contrib.muon(
+        rate,
+        weight_decay=section.weight_decay,
+        adam_b1=section.b1,
+        adam_b2=section.b2,
+        adam_weight_decay=section.weight_decay,
+        muon_weight_dimension_numbers=functools.partial(jax.tree_util.tree_map_with_path, dimensions),
+        consistent_rms=0.2,
+    )

@@ -1,0 +1,106 @@
+"""Config -> how images are sampled: plan and guidance."""
+
+import inspect
+from collections.abc import Callable
+
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax.build.choice import choose
+from diffusion_jax.core import schedules, solvers
+from diffusion_jax.core.guidance import Guidance, guided
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines.generate import check_guidance
+
+SOLVERS = {
+    name: getattr(solvers, name)
+    for name in (
+        *("ddpm", "ddim", "euler", "euler_ancestral", "consistency", "heun", "dpm_solver", "dpmpp_1", "dpmpp_2s"),
+        *("dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "unipc", "deis", "plms", "lms"),
+    )
+}
+
+
+def plan_and_guidance(
+    config: ConfigDict, model: DiffusionModel, strength: float = 1.0, negative: PyTree = None
+) -> tuple[Plan, Guidance]:
+    """The solver and the guidance of config.sample. Raises ValueError for numbers out of range, and for settings that
+    cannot be combined.
+
+    strength: how much of a starting image changes.
+    negative: the condition of the negative prompt, or None.
+    """
+    if has_guidance(config, model) and config.sample.guidance != 1:
+        raise ValueError(
+            f"this model has guidance {config.objective.scale:g} built in: set sample.guidance to 1, got "
+            f"{config.sample.guidance:g}"
+        )
+    table, rule = plan(config, model, strength), guidance(config, negative)
+    guided(lambda x, level, cond: None, rule, model.conditioning.null, model.codec.limit)
+    check_guidance(rule, table)
+    return table, rule
+
+
+def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
+    """Whether the model has guidance of one scale built in, as one distilled from a guided teacher."""
+    return "objective" in config and config.objective.scale != 1 and not model.network.takes_scale
+
+
+def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:
+    """The solver of config.sample as a plan. strength: how much of a starting image changes."""
+    section = config.sample
+    own = model.own_plans.get(section.solver)
+    table = _plan(section, model, strength) if own is None else _own_plan(section, own, strength)
+    return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
+
+
+def _own_plan(section: ConfigDict, own: Callable[[int, float], Plan], strength: float) -> Plan:
+    for name in ("order", "eta", "spacing"):
+        if section[name] not in (None, ""):
+            raise ValueError(
+                f"sample.{name}: solver={section.solver} is as the model's authors set it, got {name}={section[name]}; "
+                "leave it out, or choose another solver"
+            )
+    return own(section.steps, strength)
+
+
+def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
+    solver, options = choose(SOLVERS | dict(model.own_plans), section.solver, "solver"), {}
+    for name in ("order", "eta"):
+        if section[name] is not None:
+            able = sorted(known for known, f in SOLVERS.items() if name in inspect.signature(f).parameters)
+            if section.solver not in able:
+                raise ValueError(
+                    f"sample.{name}: the solver {section.solver} has none; those with it: {', '.join(able)}"
+                )
+            options[name] = section[name]
+    schedule = model.useful_schedule
+    spacing = section.spacing or ("karras" if is_edm(model) and not model.network.flow_map else "trailing")
+    if spacing in model.own_times:
+        spacing = model.own_times[spacing](section.steps)
+    left = solvers.strength_times(schedule, section.steps, strength, spacing)
+    return solver(schedule, len(left), spacing=left, **options)
+
+
+def is_consistency(config: ConfigDict) -> bool:
+    """Whether the model goes to clean data at each call, so that no other solver suits it."""
+    return config.sample.solver == "consistency"
+
+
+def is_edm(model: DiffusionModel) -> bool:
+    """Whether the schedule's time is sigma itself, for which steps even in time are a bad choice."""
+    return isinstance(model.schedule, schedules.EDMSchedule)
+
+
+def guidance(config: ConfigDict, negative: PyTree) -> Guidance:
+    """The guidance of config.sample. negative: the condition of its negative prompt, or None."""
+    section = config.sample
+    return Guidance(
+        scale=section.guidance,
+        negative=negative,
+        rescale=section.rescale,
+        interval=tuple(map(float, section.guidance_interval)) if any(section.guidance_interval) else None,
+        cfg_pp=section.cfg_pp,
+        dynamic_threshold=section.dynamic_threshold or None,
+    )

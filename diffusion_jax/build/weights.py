@@ -1,0 +1,142 @@
+"""The weights of a model: those of a run, or those that come with its config."""
+
+import json
+from pathlib import Path
+
+import jax
+from absl import logging
+from jaxtyping import PyTree
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from diffusion_jax import codec as codecs
+from diffusion_jax.build import fields, shipped
+from diffusion_jax.build.model import diffusion_model, has_denoiser
+from diffusion_jax.codec import Codec
+from diffusion_jax.interop import load_autoencoder, load_unet
+from diffusion_jax.interop.lora import load_lora, merge
+from diffusion_jax.interop.tensors import read_json
+from diffusion_jax.model import DiffusionModel, network_of
+from diffusion_jax.training import averages
+from diffusion_jax.training.checkpoints import Checkpoints
+
+LORA = "lora.safetensors"
+MODEL = ("model", "autoencoder", "condition", "schedule", "objective")  # the sections that weights depend on
+
+
+def first_stage_folder(workdir: Path) -> Path:
+    """The folder of a run's first stage."""
+    return workdir / "autoencoder"
+
+
+def trained_codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
+    """The codec of a model. If the config has an autoencoder of its own, with the weights of
+    config.autoencoder.checkpoint or of the work directory.
+    """
+    if "checkpoint" in config or config.autoencoder.kind != "kl":
+        return untrained
+    stage = shipped.find(config.autoencoder.checkpoint or first_stage_folder(workdir))
+    return codecs.autoencoder_kl(*load_autoencoder(stage), config.sample.tile)
+
+
+def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config with the model that `load` finds: without a checkpoint, that of the folder config.weights."""
+    if not config.get("weights") or Checkpoints(workdir / "checkpoints").latest_step() is not None:
+        return config
+    file = shipped.find(config.weights) / "config.json"
+    if not file.exists():
+        return config
+    logging.info("no checkpoint in %s: using the model of %s", workdir, config.weights)
+    theirs, ours = load_config(config.weights), ConfigDict(config)
+    for section in MODEL:
+        ours[section] = theirs[section]
+    ours.data.size = theirs.data.size
+    return FrozenConfigDict(ours)
+
+
+def load_config(folder: str | Path) -> ConfigDict:
+    """The config of a folder as `load_model` takes it. Raises FileNotFoundError without config.json."""
+    folder = shipped.find(folder)
+    config = fields.completed(ConfigDict(read_json(folder / "config.json")))
+    if "checkpoint" not in config:
+        config.weights = str(folder) if any((folder / name).exists() for name in ("unet", LORA)) else ""
+    return config
+
+
+def load_model(
+    folder: str | Path, size: tuple[int, int] = (0, 0), teacher: DiffusionModel | None = None
+) -> DiffusionModel:
+    """The model in a folder, with its weights.
+
+    folder: the work directory of a training, the export that --mode=export wrote, or "weights/emoji", the demo,
+      which is found from any current folder.
+    size: height and width of the images, pixels. 0 for the size in training.
+    teacher: the model of its config.teacher, if that is loaded already.
+    Raises FileNotFoundError for a folder without config.json or weights, and ValueError for a config without a denoiser
+    and for a size that the model cannot make.
+    """
+    folder, config = shipped.find(folder), load_config(folder)
+    if not has_denoiser(config):
+        raise ValueError(f"{folder / 'config.json'} describes no denoiser; load an autoencoder by load_autoencoder")
+    return load(config, folder, diffusion_model(config, size), teacher)[0]
+
+
+def load(
+    config: ConfigDict, workdir: Path, model: DiffusionModel, teacher: DiffusionModel | None = None
+) -> tuple[DiffusionModel, str]:
+    """The model with weights, and where they come from: the newest checkpoint of the work directory, else the weights
+    that come with the config.
+
+    teacher: as in `load_model`.
+    Raises FileNotFoundError without weights, and ValueError for a checkpoint of another config.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step = checkpoints.latest_step()
+    if step is not None:
+        params = model.adapter.join(trained(config, workdir, model), updated(config, model, teacher).params)
+        codec = trained_codec(config, workdir, model.codec)
+        return model._replace(params=params, codec=codec), f"{checkpoints.folder}, step {step}, averaged"
+    if "checkpoint" in config:
+        return model, config.checkpoint
+    folder = shipped.find(config.weights)
+    if config.weights and (folder / LORA).exists():
+        whole, file = updated(config, model, teacher), folder / LORA
+        params = merge(whole.params, load_lora(file)["unet"], 1.0, str(file))
+        return model._replace(params=params, codec=whole.codec), config.weights
+    if config.weights and folder.exists():
+        unet, params = load_unet(folder / "unet")
+        codec = model.codec
+        if (folder / "vae").exists():
+            codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
+        return model._replace(network=network_of(unet), params=params, codec=codec), config.weights
+    raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or give its --workdir")
+
+
+def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel | None = None) -> DiffusionModel:
+    """The model whose weights config.lora updates."""
+    if "lora" not in config or "checkpoint" in config:
+        return model
+    return teacher or load_model(config.teacher, model.size)
+
+
+def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
+    """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that it was not trained with."""
+    if "loras" in config and "lora" not in config:
+        known = json.loads((workdir / "config.json").read_text())["loras"]
+        if list(config.loras) != known:
+            raise ValueError(
+                f"config.loras: the weights in {workdir} were trained with {', '.join(known) or 'none'}; for others "
+                "run --mode=export and name its folder as --config.checkpoint, with another --workdir"
+            )
+    like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
+    return Checkpoints(workdir / "checkpoints").restore_ema(like)
+
+
+def averaged(workdir: Path, model: DiffusionModel, whole: PyTree, step: int, length: float) -> PyTree:
+    """The weights of a model, averaged over a part of the run before a step: see `training.averages`.
+
+    model: as `build.model.diffusion_model` makes it.
+    whole: the weights that the run updates, of `updated`.
+    """
+    like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
+    made = averages.load(workdir / "averages", step, length, like)
+    return model.adapter.join(made, whole)

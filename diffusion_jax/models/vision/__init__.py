@@ -1,0 +1,1 @@
+"""Image encoders, as features for evaluation and losses."""

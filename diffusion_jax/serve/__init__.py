@@ -1,0 +1,75 @@
+"""--mode=serve: a page and an HTTP API that draw with a model."""
+
+import functools
+import ipaddress
+import socket
+from pathlib import Path
+
+import uvicorn
+from absl import logging
+from ml_collections import ConfigDict
+
+from diffusion_jax.build import fields
+from diffusion_jax.serve import worker
+from diffusion_jax.serve.engine import Engine
+from diffusion_jax.serve.server import application
+from diffusion_jax.serve.service import Service
+
+PATIENCE = 5  # seconds that requests have to end when the server is told to
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Serve the model of a config until it is interrupted.
+
+    Raises ValueError and OSError for a model that cannot be loaded, an address that cannot be used, and one that others
+    can reach without a token.
+    """
+    config = ConfigDict(config)
+    if "serve" not in config:
+        config.serve = fields.section(fields.SERVE)
+    section = config.serve
+    token = _token(section.token_file)
+    if not token and not _is_loopback(section.host):
+        raise ValueError(
+            f"config.serve.host={section.host} can be reached by others: set config.serve.token_file to a file with a "
+            "token that they must send, or leave the host out"
+        )
+    family = socket.AF_INET6 if ":" in section.host else socket.AF_INET
+    listening = socket.create_server((section.host, section.port), family=family)
+    engine = Engine(functools.partial(worker.load, config, workdir), section.queue)
+    try:
+        facts = engine.start()
+        logging.info("weights: %s", facts.origin)
+        app = application(Service(engine, facts, config), token, () if token else LOOPBACK)
+        host = f"[{section.host}]" if ":" in section.host else section.host
+        secret = f"/?token={token}" if token else ""
+        logging.info("open http://%s:%d%s", host, listening.getsockname()[1], secret)
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            server_header=False,
+            ws_max_size=section.max_upload,
+            timeout_graceful_shutdown=PATIENCE,
+        )
+        server = uvicorn.Server(settings)
+        server.run(sockets=[listening])
+    finally:
+        engine.stop()
+
+
+def _token(file: str) -> str:
+    """The token in a file, or "" without one. Raises ValueError for an empty file."""
+    if not file:
+        return ""
+    token = Path(file).read_text(encoding="utf-8").strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise ValueError(f"config.serve.token_file: expected one line of ASCII in {file}")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,79 @@
+"""The OpenAPI description of the server."""
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from diffusion_jax.serve.openai import Edit, Generation
+from diffusion_jax.serve.schema import Request
+from diffusion_jax.serve.webui import ImageToImage, TextToImage
+
+TEMPLATE = "#/components/schemas/{model}"
+EVENTS = "Server-sent events: queued, progress, picture, animation, done, error."
+READ = {  # what can be read -> what it is
+    "/api/model": "The model: its size, solvers and noise schedule.",
+    "/health": "Whether the server draws: 200 if so, else 503.",
+    "/metrics": "Figures for Prometheus.",
+    "/v1/models": "The model, as OpenAI's API lists it.",
+    "/sdapi/v1/samplers": "The solvers, by their names in web UIs.",
+    "/sdapi/v1/schedulers": "The spacings of steps.",
+    "/sdapi/v1/sd-models": "The model, as web UIs list it.",
+    "/sdapi/v1/options": "The options of a web UI.",
+    "/sdapi/v1/progress": "How far the request of a web UI is.",
+}
+
+
+def openapi(request: type[Request], live: type[Request]) -> dict[str, Any]:
+    """The description, version 3.1.
+
+    request, live: `schema.of_model`, for pictures and for frames of the live canvas.
+    """
+    kinds = (request, live, Generation, Edit, TextToImage, ImageToImage)
+    _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=TEMPLATE)
+    paths = {path: {"get": {"summary": about, "responses": _responses()}} for path, about in READ.items()}
+    paths |= {
+        "/api/generate": _post("Draw pictures.", request, answer="text/event-stream", about=EVENTS),
+        "/v1/images/generations": _post("Draw pictures, as OpenAI's API does.", Generation),
+        "/v1/images/edits": _edit(),
+        "/sdapi/v1/txt2img": _post("Draw pictures, as web UIs do.", TextToImage),
+        "/sdapi/v1/img2img": _post("Change a picture, as web UIs do.", ImageToImage),
+        "/sdapi/v1/interrupt": {"post": {"summary": "Stop the requests of web UIs.", "responses": _responses()}},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "diffusion_jax", "version": "1", "description": "Pictures from a diffusion model."},
+        "paths": paths,
+        "components": {"schemas": schemas["$defs"]},
+    }
+
+
+def _responses(media: str = "application/json", about: str = "Done.") -> dict[str, Any]:
+    errors = {
+        "400": "The request is wrong; the message says what.",
+        "413": "The request is too long.",
+        "422": "The request is wrong; the message says what.",
+        "429": "The queue is full; Retry-After says when to come back.",
+        "500": "The picture could not be drawn.",
+    }
+    return {"200": {"description": about, "content": {media: {}}}} | {
+        status: {"description": text} for status, text in errors.items()
+    }
+
+
+def _post(
+    summary: str, kind: type[BaseModel], answer: str = "application/json", about: str = "Done."
+) -> dict[str, Any]:
+    schema = {"$ref": TEMPLATE.format(model=kind.__name__)}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"post": {"summary": summary, "requestBody": body, "responses": _responses(answer, about)}}
+
+
+def _edit() -> dict[str, Any]:
+    file = {"type": "string", "format": "binary"}
+    files = {"type": "object", "properties": {"image": file, "mask": file}, "required": ["image"]}
+    schema = {"allOf": [{"$ref": TEMPLATE.format(model="Edit")}, files]}
+    body = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    return {
+        "post": {"summary": "Change a picture, as OpenAI's API does.", "requestBody": body, "responses": _responses()}
+    }

@@ -1,0 +1,254 @@
+"""A batch of requested pictures -> images, by the pipelines, with programs that are compiled once.
+
+The batch size is fixed: a smaller batch is filled up with copies. So every picture comes from the same compiled
+program, and is the same bit for bit whatever it is drawn with.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax import build
+from diffusion_jax.core import solvers
+from diffusion_jax.core.denoiser import check_levels, check_rows
+from diffusion_jax.core.guidance import Guidance
+from diffusion_jax.core.process import add_noise
+from diffusion_jax.core.solvers import Plan
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines import from_noise, image_to_image, inpaint, invert, mix, text_to_image, variations
+from diffusion_jax.pipelines.generate import Callback, decode, encode, lengthened, noise
+
+SIZES = 8  # sizes of images whose programs are kept
+PROMPTS = 256  # prompts whose conditions are kept
+PLANS = 1024
+INVERTIBLE = "ddim"  # the solver that draws a style: it also runs from the image to its noise
+
+
+class Shared(NamedTuple):
+    """What all pictures of a batch have in common: the program and the plan.
+
+    task: generate, style, morph or noise; see `schema.Request`.
+    size: height and width, pixels.
+    strength: how much of the starting image changes, in [0, 1]. 1 without one.
+    guided: whether the guidance scale is not 1.
+    image, mask: whether the pictures have a starting image and a mask.
+    live: whether it is a frame of the live canvas, drawn by itself.
+    """
+
+    task: str
+    size: tuple[int, int]
+    solver: str
+    spacing: str
+    steps: int
+    strength: float = 1.0
+    guided: bool = True
+    image: bool = False
+    mask: bool = False
+    live: bool = False
+
+
+class Picture(NamedTuple):
+    """One picture to draw.
+
+    image: (H, W, 3) uint8 of the size of `shared`, or None.
+    mask: (H, W, 1), True where the image is generated, or None.
+    other_prompt: style: what the image shows, or "". morph: the prompt of the last picture, or "" for the same.
+    other_seed: morph: the seed of the last picture.
+    weight: in [0, 1]. morph: how far between the first and the last picture. noise: how far from image to noise.
+    """
+
+    shared: Shared
+    prompt: str
+    negative_prompt: str
+    guidance: float
+    seed: int
+    image: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    other_prompt: str = ""
+    other_seed: int = 0
+    weight: float = 0.0
+
+
+def filled(pictures: Sequence[Picture], size: int) -> list[Picture]:
+    """The batch filled up to `size` with its last picture."""
+    return [*pictures, *pictures[-1:] * (size - len(pictures))]
+
+
+def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]:
+    """The names of the solvers that this model can be sampled with. A consistency model knows no way but its own."""
+    if build.sampling.is_consistency(config):
+        return (*model.own_plans, config.sample.solver)
+
+    def works(solver: str) -> bool:
+        plan, _ = build.sampling.plan_and_guidance(changed(config, solver=solver), model)
+        check_levels(denoise, plan.level)
+        check_rows(denoise, plan.to, plan.x0, plan.eps, plan.past)
+        return True
+
+    denoise, names = model.denoiser(model.params), [*model.own_plans, *build.sampling.SOLVERS]
+    return tuple(name for name in names if _passes(works, name))
+
+
+def usable_tasks(model: DiffusionModel, solvers: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that this model can do with these solvers. One that only inpaints has no other task."""
+    others = ("morph", "noise", "style") if INVERTIBLE in solvers else ("morph", "noise")
+    return ("generate",) if model.network.known_channels else ("generate", *others)
+
+
+def _passes(check, name: str) -> bool:
+    try:
+        return check(name)
+    except ValueError:
+        return False
+
+
+def changed(config: ConfigDict, **values) -> ConfigDict:
+    """The config with these values of config.sample. Another solver has its own order and eta."""
+    config = ConfigDict(config).copy_and_resolve_references()
+    if values.get("solver", config.sample.solver) != config.sample.solver:
+        values |= {"order": None, "eta": None}
+    config.sample.update(values)
+    return config
+
+
+class Artist:
+    """A model with what it takes to draw with it again and again: weights on the devices, plans and conditions.
+
+    config: the sections `sample` and `objective` are used.
+    """
+
+    def __init__(self, config: ConfigDict, model: DiffusionModel):
+        self.config, self.model = config, model.placed()
+        self.plan = functools.lru_cache(PLANS)(self._plan)
+        self.told = functools.lru_cache(PROMPTS)(self._told)
+        self.sizes: dict[tuple[int, int], DiffusionModel] = {self.model.size: self.model}
+
+    def of_size(self, size: tuple[int, int]) -> DiffusionModel:
+        """The model for images of this size. Keeps the programs of the last few sizes."""
+        if size not in self.sizes:
+            made = self.model.resized(size)
+            if len(self.sizes) == SIZES:
+                self.sizes.clear()
+                jax.clear_caches()
+            self.sizes[size] = made
+        return self.sizes[size]
+
+    def _plan(self, shared: Shared) -> tuple[Plan, Guidance]:
+        """The plan, and the guidance without its scale and negative prompt. Raises ValueError for wrong settings."""
+        config = changed(self.config, solver=shared.solver, spacing=shared.spacing, steps=shared.steps)
+        config.sample.guidance = 1.0  # each picture has its own
+        return build.sampling.plan_and_guidance(config, self.of_size(shared.size), shared.strength)
+
+    def _told(self, size: tuple[int, int], prompts: tuple[str, ...], negative_prompt: str) -> list[PyTree]:
+        """The conditions of the prompts, then that of what they move away from, leaves (1, ...)."""
+        told = self.of_size(size).conditioning
+        # in one call, so that all have the same length
+        both = told.of_prompts([*prompts, negative_prompt] if negative_prompt else prompts)
+        parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], both) for i in range(len(prompts) + 1)]
+        if not negative_prompt:
+            parts[-1] = jax.tree.map(lambda leaf: np.asarray(leaf)[None], lengthened(told.null, parts[0]))
+        return parts
+
+    def conditions(self, picture: Picture) -> list[PyTree]:
+        """The conditions of its prompt, for a morph also of the one it ends with, and of its negative prompt."""
+        if picture.shared.task == "noise":
+            return []
+        ends = (picture.other_prompt,) if picture.shared.task == "morph" and picture.other_prompt else ()
+        return self.told(picture.shared.size, (picture.prompt, *ends), picture.negative_prompt)
+
+    def rows(self, shared: Shared) -> int:
+        """How many steps the callback of `draw` counts."""
+        rows = self.plan(shared)[0].num_rows
+        return {"noise": 0, "style": 2 * rows}.get(shared.task, rows)
+
+    def _shown(self, picture: Picture) -> PyTree:
+        """The condition of what a picture to restyle shows; no condition if nothing is told."""
+        cond, null = self.told(picture.shared.size, (picture.other_prompt or picture.prompt,), "")
+        return cond if picture.other_prompt else null
+
+    def shapes(self, picture: Picture) -> list[tuple[int, ...]]:
+        """The shapes of its conditions: long prompts have longer ones, and are drawn apart."""
+        return [np.shape(leaf) for leaf in jax.tree.leaves(self.conditions(picture))]
+
+    def draw(self, pictures: Sequence[Picture], callback: Callback = None) -> Float[Array, "batch height width 3"]:
+        """The images of a batch, in about [-1, 1].
+
+        pictures: with one `shared`, of one `shapes`.
+        callback: called after each step with (steps done, prediction of x0). Drawing stops if it returns True.
+        Raises ValueError for settings that cannot be drawn.
+        """
+        shared = pictures[0].shared
+        model, (plan, guidance) = self.of_size(shared.size), self.plan(shared)
+        keys = _keys(picture.seed for picture in pictures)
+        images = np.stack([picture.image for picture in pictures]) if shared.image else None
+        if shared.task == "noise":
+            return _noised(model, images, keys, [picture.weight for picture in pictures])
+        cond, *end, negative = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(self.conditions, pictures))
+        scales = np.array([picture.guidance for picture in pictures], np.float32)
+        rest = (cond, keys, plan, guidance._replace(scale=scales, negative=negative), callback)
+        match shared:
+            case Shared(task="style"):
+                told = [self._shown(picture) for picture in pictures]
+                shown = jax.tree.map(lambda *leaves: np.concatenate(leaves), *told)
+                return _restyled(model, images, shown, *rest)
+            case Shared(task="morph"):
+                weights = np.array([picture.weight for picture in pictures], np.float32)
+                others = _keys(picture.other_seed for picture in pictures)
+                x = variations(model, keys, others, plan, weights)
+                cond = mix(cond, *end, weights) if end else cond
+                return from_noise(model, x, cond, *rest[1:], chunk=1)
+            case Shared(mask=True):
+                masks = np.stack([picture.mask for picture in pictures])
+                return inpaint(model, images, masks, *rest, chunk=1)
+            case Shared(image=True):
+                return image_to_image(model, images, *rest, chunk=1)
+        return text_to_image(model, *rest, chunk=1)
+
+
+def _keys(seeds) -> Array:
+    return jax.vmap(jax.random.key)(np.array([*seeds], np.uint32))
+
+
+def _noised(model: DiffusionModel, images: np.ndarray, keys: Array, weights: Sequence[float]) -> Array:
+    """The images under noise, each at its part of the schedule's time."""
+    schedule = model.schedule
+    level = schedule(schedule.at(np.array(weights)))
+    level = jax.tree.map(np.float32, level)
+    return decode(model, add_noise(encode(model, images), noise(model, keys), level))
+
+
+def _restyled(
+    model: DiffusionModel,
+    images: np.ndarray,
+    shown: PyTree,
+    cond: PyTree,
+    keys: Array,
+    plan: Plan,
+    guidance: Guidance,
+    callback: Callback,
+) -> Array:
+    """The noise from which DDIM generates the images when told what they show, sampled with another prompt.
+
+    shown: the condition of what the images show.
+    plan: `ddim`; its times are those of the inversion.
+    """
+    if plan.num_rows == 0:
+        return image_to_image(model, images, cond, keys, plan)
+    upwards = solvers.ddim_inversion(model.useful_schedule, plan.num_rows, plan.level.t)
+    stopped = False
+
+    def up(done: int, x0: Array) -> bool:
+        nonlocal stopped
+        stopped = bool(callback and callback(done, x0))
+        return stopped
+
+    def down(done: int, x0: Array) -> bool | None:
+        return callback and callback(upwards.num_rows + done, x0)
+
+    x = invert(model, images, shown, upwards, callback=up, chunk=1)
+    return decode(model, x) if stopped else from_noise(model, x, cond, keys, plan, guidance, down, chunk=1)

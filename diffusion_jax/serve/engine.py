@@ -1,0 +1,292 @@
+"""The queue of requests, and the process that draws them.
+
+Everything here runs in the server's event loop. The worker is another process, `worker.main`, at the other end of a
+pipe. If it dies, it is started again, and what it was drawing is drawn again, once.
+"""
+
+import asyncio
+import contextlib
+import math
+import multiprocessing
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from diffusion_jax.serve import worker
+from diffusion_jax.serve.drawing import Picture
+from diffusion_jax.serve.worker import Batch, Cancel, Compiled, Drawn, Facts, Failed, Loaded, Refused, Step
+
+TRIES = 2  # a request is drawn again if the worker dies, but not if it dies again
+STARTS = 3  # a worker that dies so often before it has loaded its model is not started again
+PENDING = 32  # events that a slow client has not taken; steps beyond them are not told
+GONE = Failed("the process that draws cannot be started; the server's log has more")
+CANCELLED = Refused("cancelled")
+MEMORY = 0.8  # how much of the mean time of a batch is kept when a new one is measured
+
+
+class Queued(NamedTuple):
+    """The request waits. position: how many are before it."""
+
+    position: int
+
+
+class Progress(NamedTuple):
+    """A step of some of its pictures is done.
+
+    done, total: steps.
+    previews: by the number of the picture, what the network expects it to become.
+    """
+
+    done: int
+    total: int
+    previews: dict[int, np.ndarray]
+
+
+class Made(NamedTuple):
+    """A picture is done. number: its place in the request."""
+
+    number: int
+    image: np.ndarray
+
+
+class Ended(NamedTuple):
+    """The request is done: all of its pictures were Made, or an error says why not."""
+
+    error: Refused | Failed | None = None
+
+
+Event = Queued | Progress | Made | Ended
+
+
+class Full(Exception):
+    """The queue is full. seconds: when to try again."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"the queue is full: try again in {seconds} seconds")
+        self.seconds = seconds
+
+
+class Job:
+    """A request: its pictures, and what happens to them.
+
+    pictures: to draw.
+    previews: none, some or all; see `worker.Batch`.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], previews: str):
+        self.pictures, self.previews = pictures, previews
+        self.waiting = list(range(len(pictures)))  # numbers of the pictures that are in no batch yet
+        self.left = len(pictures)
+        self.tries = 0
+        self.position = -1
+        self.ended = False
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def tell(self, event: Event) -> None:
+        """Add an event for whoever asked."""
+        if isinstance(event, Progress) and self.events.qsize() >= PENDING:
+            return
+        self.ended = self.ended or isinstance(event, Ended)
+        self.events.put_nowait(event)
+
+
+class Engine:
+    """A worker and the requests that wait for it.
+
+    load: gives the worker its model; pickled.
+    size: requests that may wait.
+    """
+
+    def __init__(self, load: Callable[[], Loaded], size: int):
+        self.load, self.size = load, size
+        self.queue: list[Job] = []
+        self.running: list[tuple[Job, int]] = []  # (job, number of its picture) of the batch that is being drawn
+        self.number = 0  # of that batch
+        self.seconds = 1.0  # a batch takes, on average
+        self.compiled = Compiled(0, 1)
+        self.restarts = self.starts = 0
+        self.facts: Facts | None = None  # None while the worker loads its model
+        self.busy, self.started, self.stopped = False, 0.0, False
+
+    def start(self) -> Facts:
+        """Start the worker and wait until it has loaded its model. Raises ValueError if it cannot."""
+        self._spawn()
+        try:
+            facts = self.connection.recv()
+        except EOFError as error:
+            raise ValueError("the process that loads the model ended; is there enough memory for it?") from error
+        if isinstance(facts, Refused):
+            raise ValueError(facts.message)
+        self.facts, self.starts = facts, 0
+        return facts
+
+    def _spawn(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=worker.main, args=(theirs, self.load), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.starts += 1
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Answer requests within this context, in the running event loop."""
+        self.loop = asyncio.get_running_loop()
+        self._listen()
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the worker."""
+        self.stopped = True
+        self.process.terminate()
+        self.process.join()
+
+    def _listen(self) -> None:
+        """Take what the worker sends, in the event loop, and its end."""
+        connection, loop = self.connection, self.loop
+
+        def listen() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                try:
+                    while True:
+                        loop.call_soon_threadsafe(self._take, connection.recv())
+                except (EOFError, OSError):
+                    loop.call_soon_threadsafe(self._restart)
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    @property
+    def state(self) -> str:
+        """starting, warming, ready, or failed: the worker cannot be started."""
+        if self.facts is None:
+            return "failed" if self.starts >= STARTS else "starting"
+        return "warming" if self.compiled.left else "ready"
+
+    @property
+    def pictures_waiting(self) -> int:
+        """Pictures that are not drawn yet."""
+        return sum(job.left for job in {*self.queue, *(job for job, _ in self.running)} if not job.ended)
+
+    def submit(self, pictures: Sequence[Picture], previews: str = "none") -> Job:
+        """Add a request to the queue. Raises Full if as many wait as may."""
+        if len(self.queue) >= self.size:
+            batches = math.ceil(self.pictures_waiting / self.facts.batch_size) if self.facts else 1
+            raise Full(max(1, math.ceil(batches * self.seconds)))
+        job = Job(pictures, previews)
+        if self.state == "failed":
+            job.tell(Ended(GONE))
+            return job
+        self.queue.append(job)
+        self._next()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Forget a request. A batch that nobody waits for any more stops after its current step."""
+        if job.ended:
+            return
+        job.tell(Ended(CANCELLED))
+        if job in self.queue:
+            self.queue.remove(job)
+        if self.busy and all(other.ended for other, _ in self.running):
+            with contextlib.suppress(OSError):  # a dead worker is noticed by `_listen`
+                self.connection.send(Cancel(self.number))
+        self._tell_positions()
+
+    def _next(self) -> None:
+        """Send the worker its next batch, if it waits for one: pictures of the first request, and of others like it."""
+        if self.queue and not self.busy and self.facts:
+            first = self.queue[0]
+            shared = first.pictures[first.waiting[0]].shared
+            room = 1 if shared.live else self.facts.batch_size
+            self.running = []
+            for job in list(self.queue):
+                while job.waiting and job.pictures[job.waiting[0]].shared == shared and len(self.running) < room:
+                    self.running.append((job, job.waiting.pop(0)))
+                if not job.waiting:
+                    self.queue.remove(job)
+            self.number += 1
+            self.busy, self.started = True, monotonic()
+            wished = {job.previews for job, _ in self.running}
+            previews = next(name for name in ("all", "some", "none") if name in wished)
+            with contextlib.suppress(OSError):  # a dead worker is noticed by `_listen`
+                self.connection.send(Batch(self.number, [job.pictures[i] for job, i in self.running], previews))
+        self._tell_positions()
+
+    def _tell_positions(self) -> None:
+        for position, job in enumerate(self.queue):
+            if job.position != position and job.left == len(job.pictures):
+                job.position = position
+                job.tell(Queued(position))
+
+    def _take(self, message: Facts | Compiled | Step | Drawn | Refused) -> None:
+        match message:
+            case Facts():
+                self.facts, self.starts = message, 0
+                self._next()
+            case Compiled():
+                self.compiled = message
+            case Step():
+                self._tell_step(message)
+            case Drawn():
+                self._take_images(message)
+            case Refused():
+                logging.error("the model cannot be loaded again: %s", message.message)
+
+    def _tell_step(self, step: Step) -> None:
+        previews = step.previews or {}
+        for job in dict.fromkeys(job for job, _ in self.running if not job.ended):
+            own = {
+                number: previews[i] for i, (other, number) in enumerate(self.running) if other is job and i in previews
+            }
+            job.tell(Progress(step.done, step.total, own if job.previews != "none" else {}))
+
+    def _take_images(self, drawn: Drawn) -> None:
+        self.seconds = MEMORY * self.seconds + (1 - MEMORY) * (monotonic() - self.started)
+        self.busy = False
+        for (job, number), outcome in zip(self.running, drawn.outcomes, strict=True):
+            if job.ended:
+                continue
+            if not isinstance(outcome, np.ndarray):
+                if job in self.queue:
+                    self.queue.remove(job)
+                job.tell(Ended(outcome))
+                continue
+            job.left -= 1
+            job.tell(Made(number, outcome))
+            if not job.left:
+                job.tell(Ended())
+        self.running = []
+        self._next()
+
+    def _restart(self) -> None:
+        """Start the worker again after its death. What it was drawing comes first."""
+        if self.stopped:
+            return
+        self.process.join()
+        logging.error("the process that draws ended with status %s", self.process.exitcode)
+        self.facts, self.busy = None, False
+        interrupted = dict.fromkeys(job for job, _ in self.running if not job.ended)
+        for job in interrupted:
+            job.waiting = sorted([*job.waiting, *(number for other, number in self.running if other is job)])
+            job.tries, job.position = job.tries + 1, -1
+            if job.tries == TRIES:
+                job.tell(Ended(Failed("the process that draws ended twice while it drew this")))
+        again = [job for job in interrupted if not job.ended]
+        self.queue = again + [job for job in self.queue if job not in interrupted]
+        self.running = []
+        if self.starts >= STARTS:
+            for job in self.queue:
+                job.tell(Ended(GONE))
+            self.queue.clear()
+            return
+        self.restarts += 1
+        self._spawn()
+        self._listen()
+        self._tell_positions()

@@ -1,0 +1,55 @@
+"""The live canvas: the server asks for a frame, the client answers with its newest state, and it is drawn.
+
+The client sends fields of `schema.Request` as JSON when it is asked, and not before. So only its newest state counts,
+and nothing piles up on a slow server. A state that equals the one before is not drawn again.
+"""
+
+import asyncio
+import base64
+from time import monotonic
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from diffusion_jax.serve.bodies import parsed
+from diffusion_jax.serve.schema import Problem
+from diffusion_jax.serve.service import Gone, Service
+
+
+async def live(service: Service, socket: WebSocket) -> None:
+    """Serve one canvas until it is closed. Sends {"type": "next"} to ask, and answers with {"type": "frame"} and then
+    the PNG in bytes, with {"type": "same"}, or with {"type": "error", "message": ...}.
+    """
+    await socket.accept()
+    last, coming = None, asyncio.create_task(socket.receive_text())
+
+    async def gone() -> bool:
+        return coming.done() and coming.exception() is not None
+
+    try:
+        while True:
+            await socket.send_json({"type": "next"})
+            asked = await coming
+            coming = asyncio.create_task(socket.receive_text())
+            if asked == last:
+                await socket.send_json({"type": "same"})
+                continue
+            last, start = asked, monotonic()
+            try:
+                image = await _frame(service, gone, asked)
+            except Problem as wrong:
+                last = None
+                await socket.send_json({"type": "error", "message": wrong.message, "retry": wrong.retry})
+                continue
+            await socket.send_json({"type": "frame", "seconds": monotonic() - start})
+            await socket.send_bytes(image)
+    except (WebSocketDisconnect, RuntimeError, KeyError):  # closed, also while sending; or bytes instead of text
+        return
+    finally:
+        coming.cancel()
+
+
+async def _frame(service: Service, gone: Gone, asked: str) -> bytes:
+    """The picture of a state of the canvas, PNG."""
+    values = parsed(asked, "a frame")
+    _, pictures = await service.draw(gone, {"steps": service.live_steps} | values | {"num_images": 1}, live=True)
+    return base64.b64decode(pictures[0])

@@ -1,0 +1,159 @@
+"""The images API that clients of OpenAI's speak: generations, edits and models.
+
+Fields of `schema.Request` that this API lacks, such as steps or seed, may be sent too.
+"""
+
+import base64
+import io
+import json
+import re
+from collections.abc import AsyncIterator
+from time import time
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request as Http
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from diffusion_jax.serve import uploads
+from diffusion_jax.serve.bodies import event_text, json_object
+from diffusion_jax.serve.engine import Ended, Made, Progress
+from diffusion_jax.serve.schema import Problem, checked, png
+from diffusion_jax.serve.service import Asked, Service, problem
+
+NUMBERS = ("steps", "guidance", "strength", "seed")
+OWN = ("negative_prompt", "solver", "spacing", *NUMBERS)  # fields of ours
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+
+
+class Generation(BaseModel):
+    """POST /v1/images/generations. Other fields of the API are taken and have no effect."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: Annotated[str, Field(description="What to draw.")]
+    model: str | None = Field(None, description="Any name: this server has one model.")
+    n: int | None = Field(1, ge=1, description="How many pictures.")
+    size: str | None = Field("auto", description="WIDTHxHEIGHT in pixels, or auto.")
+    response_format: Literal["b64_json"] | None = Field("b64_json", description="Pictures are never stored for a url.")
+    output_format: Literal["png"] | None = "png"
+    stream: bool | None = Field(False, description="Answer as server-sent events.")
+    partial_images: int | None = Field(0, ge=0, le=3, description="stream: how many previews to send.")
+
+
+class Edit(Generation):
+    """POST /v1/images/edits, as a form. image: what to change. mask: transparent where it is changed."""
+
+
+def routes(service: Service) -> list[Route]:
+    """The routes of this API."""
+    card = {"id": service.facts.name, "object": "model", "created": int(time()), "owned_by": "diffusion_jax"}
+
+    async def generations(http: Http) -> Response:
+        return await _answer(service, http, "image_generation", checked(Generation, await json_object(http)), {})
+
+    async def edits(http: Http) -> Response:
+        async with http.form(max_files=4, max_part_size=service.limits.max_upload) as form:
+            asked = checked(Edit, {name: _number(name, v) for name, v in form.items() if isinstance(v, str)})
+            images = await _images(service, form)
+        return await _answer(service, http, "image_edit", asked, images)
+
+    async def models(http: Http) -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def model(http: Http) -> Response:
+        if http.path_params["name"] != card["id"]:
+            raise Problem(404, f"this server has one model, {card['id']}", "model")
+        return JSONResponse(card)
+
+    return [
+        Route("/v1/images/generations", generations, methods=["POST"]),
+        Route("/v1/images/edits", edits, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+    ]
+
+
+def _number(name: str, value: str) -> Any:
+    """The value of a form's field; that of a number of ours as JSON."""
+    try:
+        return json.loads(value) if name in NUMBERS else value
+    except ValueError:
+        return value
+
+
+async def _images(service: Service, form: FormData) -> dict[str, str]:
+    """The image of a form and its mask, in base64. Without a mask, the transparent part of the image is the mask."""
+    files = {name.removesuffix("[]"): file for name, file in form.multi_items() if isinstance(file, UploadFile)}
+    if "image" not in files:
+        raise Problem(400, "image: a file is needed", "image")
+    image = await files["image"].read()
+    mask = await files["mask"].read() if "mask" in files else image
+    try:
+        mask = uploads.mask_of_transparency(mask, service.limits.max_pixels)
+    except ValueError as error:
+        field = "mask" if "mask" in files else "image"
+        raise Problem(400, f"{field}: {error}", field) from error
+    sent = {"image": base64.b64encode(image).decode()}
+    if "mask" in files or np.any(np.asarray(Image.open(io.BytesIO(mask)))):
+        sent["mask"] = base64.b64encode(mask).decode()
+    return sent
+
+
+def _values(service: Service, asked: Generation, images: dict[str, str]) -> dict[str, Any]:
+    """The request in fields of `schema.Request`."""
+    extra = asked.model_extra or {}
+    values = {
+        "prompt": asked.prompt,
+        "num_images": asked.n or 1,
+        "previews": "some" if asked.partial_images else "none",
+    }
+    values |= {name: extra[name] for name in OWN if name in extra} | images
+    if asked.size and asked.size != "auto":
+        found = SIZE.fullmatch(asked.size)
+        if not found:
+            raise Problem(400, f"size: expected WIDTHxHEIGHT or auto, got {asked.size[:40]!r}", "size")
+        values |= {"width": int(found[1]), "height": int(found[2])}
+    return values
+
+
+async def _answer(service: Service, http: Http, event: str, asked: Generation, images: dict[str, str]) -> Response:
+    values = _values(service, asked, images)
+    if asked.stream:
+        queued = await service.ask(values)
+        return StreamingResponse(_events(service, http, event, asked, queued), media_type="text/event-stream")
+    _, pictures = await service.draw(http.is_disconnected, values)
+    return JSONResponse({"created": int(time()), "data": [{"b64_json": one} for one in pictures]} | _about(asked))
+
+
+def _about(asked: Generation) -> dict[str, Any]:
+    """What the API says of each answer: no part of a picture is counted in tokens here."""
+    usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
+    usage["input_tokens_details"] = {"text_tokens": 0, "image_tokens": 0}
+    about = {"size": asked.size or "auto", "quality": "auto", "background": "opaque", "output_format": "png"}
+    return about | {"usage": usage}
+
+
+async def _events(service: Service, http: Http, event: str, asked: Generation, queued: Asked) -> AsyncIterator[str]:
+    """The answer as server-sent events: up to partial_images previews, then the pictures."""
+    about, sent = {"created_at": int(time())} | _about(asked), 0
+    async for happened in service.follow(http.is_disconnected, queued):
+        match happened:
+            case Progress(previews=previews) if previews and sent < (asked.partial_images or 0):
+                image = png(previews[min(previews)], {})
+                yield _named(f"{event}.partial_image", {"b64_json": image, "partial_image_index": sent} | about)
+                sent += 1
+            case Made():
+                yield _named(f"{event}.completed", {"b64_json": await service.png(queued, happened)} | about)
+            case Ended(error=error) if error:
+                wrong = problem(error)
+                yield _named("error", {"error": {"message": wrong.message, "code": str(wrong.status)}})
+
+
+def _named(name: str, values: dict[str, Any]) -> str:
+    """An event that also has its name inside, as this API's do."""
+    return event_text(name, {"type": name} | values)

@@ -1,0 +1,204 @@
+"""What a client may ask for: one schema, from which come the checks, the description in OpenAPI, the controls of the
+page and the fields of the APIs of other programs.
+"""
+
+import base64
+import io
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from ml_collections import ConfigDict as Config
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from diffusion_jax import pictures
+from diffusion_jax.build.fields import SEEDS
+from diffusion_jax.serve import uploads
+from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared
+from diffusion_jax.serve.worker import Facts
+
+Kind = TypeVar("Kind", bound=BaseModel)
+LETTERS = 2000  # of a prompt
+SCALE = 30.0  # the largest guidance scale
+DRAWN = ("text", "edit", "style", "morph")  # tabs of the page, those that draw from a prompt
+NOT_NOTED = {"image", "mask", "seed", "prompt", "num_images", "previews"}  # fields that a picture's text leaves out
+
+
+class Problem(Exception):
+    """An answer other than the one asked for.
+
+    status: of HTTP.
+    field: that is wrong, or "".
+    retry: seconds after which to try again, or 0.
+    """
+
+    def __init__(self, status: int, message: str, field: str = "", retry: int = 0):
+        super().__init__(message)
+        self.status, self.message, self.field, self.retry = status, message, field, retry
+
+
+class Request(BaseModel):
+    """Pictures to draw. `of_model` adds the limits of a model and of the server."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    task: Literal["generate", "style", "morph", "noise"] = Field(
+        "generate",
+        description="generate: from a prompt, or from an image, or inside a mask. style: an image in the style of the "
+        "prompt. morph: from one prompt and seed to another. noise: an image under more and more noise.",
+    )
+    prompt: str = Field("", max_length=LETTERS, title="Prompt", description="What to draw.")
+    negative_prompt: str = Field("", max_length=LETTERS, title="Negative prompt", description="What to move away from.")
+    other_prompt: str = Field(
+        "", max_length=LETTERS, title="Other prompt", description="style: what the image shows. morph: where it ends."
+    )
+    solver: str = Field("", title="Solver", description="The method that removes the noise.")
+    spacing: str = Field("", title="Spacing", description="Where its steps are; empty for the usual place.")
+    steps: int = Field(20, ge=1, title="Steps", description="More steps take longer and are more exact.")
+    guidance: float = Field(1.0, title="Guidance", description="How closely the picture follows the prompt.")
+    strength: float = Field(0.6, ge=0, le=1, title="Strength", description="How much of the image changes.")
+    width: int = Field(64, title="Width", description="Pixels.")
+    height: int = Field(64, title="Height", description="Pixels.")
+    seed: int | None = Field(
+        None, ge=0, lt=SEEDS, title="Seed", description="The same seed draws the same picture; empty for a new one."
+    )
+    other_seed: int | None = Field(None, ge=0, lt=SEEDS, title="Last seed", description="morph: the seed it ends with.")
+    num_images: int = Field(1, ge=1, title="Pictures", description="How many. Their seeds count up.")
+    image: str | None = Field(None, description="PNG, JPEG, WebP, GIF or BMP in base64, or as a data URL.")
+    mask: str | None = Field(None, description="The same, light where the image is drawn anew.")
+    previews: Literal["none", "some", "all"] = Field("none", description="Whether to show what it will become.")
+
+    @model_validator(mode="after")
+    def _has_its_images(self) -> "Request":
+        if self.mask is not None and self.image is None:
+            raise ValueError("a mask needs an image")
+        if self.task in ("style", "noise") and self.image is None:
+            raise ValueError(f"the task {self.task} needs an image")
+        if self.task in ("style", "noise", "morph") and self.mask is not None:
+            raise ValueError(f"the task {self.task} has no mask")
+        return self
+
+
+def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Request]:
+    """`Request` with the choices, defaults and limits of this model and server.
+
+    limits: config.serve.
+    """
+    own = facts.sampling
+    least = min(4 * facts.multiple, *facts.size)
+    most = max(limits.max_side, *facts.size)
+
+    def side(title: str, usual: int) -> Any:
+        about = f"Pixels; {usual} is the model's own. Any other takes some time to prepare when it is first drawn."
+        return Field(usual, ge=least, le=most, multiple_of=facts.multiple, title=title, description=about)
+
+    def again(name: str, **changes) -> Any:
+        """The field of `Request` with these changes."""
+        old = Request.model_fields[name]
+        return Field(**{"title": old.title, "description": old.description, "default": old.default} | changes)
+
+    scale = {"default": own["guidance"], "ge": 1.0, "le": SCALE}
+    if not facts.guided:
+        scale |= {"ge": own["guidance"], "le": own["guidance"]}
+
+    fields = {
+        "task": (Literal[facts.tasks], again("task")),
+        "solver": (Literal[facts.solvers], again("solver", default=own["solver"])),
+        "spacing": (Literal[facts.spacings], again("spacing", default=own["spacing"])),
+        "steps": (int, again("steps", default=own["steps"], ge=1, le=max(limits.max_steps, own["steps"]))),
+        "guidance": (float, again("guidance", **scale)),
+        "width": (int, side("Width", facts.size[1])),
+        "height": (int, side("Height", facts.size[0])),
+        "num_images": (int, again("num_images", ge=1, le=limits.max_images)),
+    }
+    return create_model(name, __base__=Request, __doc__="Pictures to draw.", **fields)
+
+
+def checked(kind: type[Kind], values: Any, status: int = 400) -> Kind:
+    """The request of this kind with these values. Raises Problem of this status, naming the first field that is
+    wrong.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise Problem(status, f"{field}: {message}" if field else message, field) from error
+
+
+def to_pictures(request: Request, most_pixels: int, live: bool = False) -> list[Picture]:
+    """The pictures of a request, the uploaded ones decoded. Raises Problem for one that cannot be used.
+
+    live: whether it is a frame of the live canvas.
+    """
+    size = request.height, request.width
+    image = _decoded(uploads.picture, "image", request.image, size, most_pixels)
+    mask = _decoded(uploads.mask, "mask", request.mask, size, most_pixels)
+    shared = Shared(
+        task=request.task,
+        size=size,
+        solver=INVERTIBLE if request.task == "style" else request.solver,
+        spacing=request.spacing,
+        steps=request.steps,
+        strength=request.strength if image is not None and request.task != "noise" else 1.0,
+        guided=request.guidance != 1,
+        image=image is not None,
+        mask=mask is not None,
+        live=live,
+    )
+    seed, other_seed = (secrets.randbelow(SEEDS) if s is None else s for s in (request.seed, request.other_seed))
+    count, along = request.num_images, request.task in ("morph", "noise")
+    return [
+        Picture(
+            shared,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            guidance=request.guidance,
+            seed=seed if along else (seed + i) % SEEDS,
+            image=image,
+            mask=mask,
+            other_prompt=request.other_prompt,
+            other_seed=other_seed,
+            weight=i / max(count - 1, 1) if along else 0.0,
+        )
+        for i in range(count)
+    ]
+
+
+def _decoded(read, field: str, text: str | None, size: tuple[int, int], most_pixels: int) -> np.ndarray | None:
+    if text is None:
+        return None
+    try:
+        return read(uploads.from_base64(text), size, most_pixels)
+    except ValueError as error:
+        raise Problem(400, f"{field}: {error}", field) from error
+
+
+def texts(request: Request, picture: Picture, weights: str) -> dict[str, str]:
+    """The settings of a picture, for its PNG text chunk: fields of the request, with the picture's own seed."""
+    noted = request.model_dump(exclude=NOT_NOTED, exclude_none=True)
+    if request.image is None:
+        del noted["strength"]
+    if request.task == "morph":
+        noted["other_seed"] = picture.other_seed
+    return {"prompt": request.prompt, "seed": str(picture.seed), **{k: str(v) for k, v in noted.items()}} | {
+        "weights": weights
+    }
+
+
+def png(image: np.ndarray, about: dict[str, str]) -> str:
+    """The image, (H, W, 3) uint8, as a PNG with its settings, in base64."""
+    return _encoded(pictures.save, image, about)
+
+
+def animation(images: Sequence[np.ndarray], about: dict[str, str]) -> str:
+    """The images as an animated PNG with its settings, in base64."""
+    return _encoded(pictures.save_animation, images, about)
+
+
+def _encoded(save: Callable, *arguments: Any) -> str:
+    file = io.BytesIO()
+    save(file, *arguments)
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,130 @@
+"""The page, the API behind it, and the APIs of other programs: one Starlette application."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request as Http
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket
+
+from diffusion_jax.serve import description, openai, webui
+from diffusion_jax.serve.bodies import event_text, json_object
+from diffusion_jax.serve.engine import Ended, Made, Progress, Queued
+from diffusion_jax.serve.guard import Guard
+from diffusion_jax.serve.live import live
+from diffusion_jax.serve.schema import Problem, animation, png
+from diffusion_jax.serve.service import Asked, Service, problem
+
+PAGE = Path(__file__).parent / "page"
+
+
+def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) -> Starlette:
+    """The application.
+
+    token, hosts: see `guard.Guard`.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with service.engine.serving():
+            yield
+
+    async def page(http: Http) -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    async def generate(http: Http) -> Response:
+        asked = await service.ask(await json_object(http))
+        return StreamingResponse(_events(service, http, asked), media_type="text/event-stream")
+
+    async def model(http: Http) -> Response:
+        facts = service.facts._replace(live=None)._asdict()
+        first, *others = [*service.sample.prompts, "", ""]
+        more = {"prompt": first, "other_prompt": others[0], "live_steps": service.live_steps}
+        return JSONResponse(facts | more)
+
+    async def health(http: Http) -> Response:
+        engine = service.engine
+        told = {"status": engine.state, "queue": len(engine.queue), "restarts": engine.restarts}
+        return JSONResponse(told, 503 if engine.state in ("starting", "failed") else 200)
+
+    async def metrics(http: Http) -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    described = description.openapi(service.model, service.live_model)
+
+    async def openapi(http: Http) -> Response:
+        return JSONResponse(described)
+
+    async def canvas(socket: WebSocket) -> None:
+        await live(service, socket)
+
+    async def refused(http: Http, error: Problem | HTTPException) -> Response:
+        if isinstance(error, HTTPException):
+            error = Problem(error.status_code, error.detail)
+        service.metrics.refused.labels(str(error.status)).inc()
+        return JSONResponse(_error(http, error), error.status, {"retry-after": str(error.retry)} if error.retry else {})
+
+    async def failed(http: Http, error: Exception) -> Response:
+        return await refused(http, Problem(500, "an error in the server; its log has more"))
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Mount("/page", StaticFiles(directory=PAGE)),
+            Route("/api/generate", generate, methods=["POST"]),
+            Route("/api/model", model),
+            WebSocketRoute("/api/live", canvas),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            Route("/openapi.json", openapi),
+            *openai.routes(service),
+            *webui.routes(service),
+        ],
+        middleware=[Middleware(Guard, token=token, hosts=hosts, max_bytes=service.limits.max_upload)],
+        exception_handlers={Problem: refused, HTTPException: refused, Exception: failed},
+        lifespan=lifespan,
+    )
+
+
+async def _events(service: Service, http: Http, asked: Asked) -> AsyncIterator[str]:
+    """A request as server-sent events: queued, progress, picture, animation (of a morph), and done or error."""
+    job, frames = asked.job, {}
+    async for happened in service.follow(http.is_disconnected, asked):
+        match happened:
+            case Queued(position=position):
+                yield event_text("queued", {"position": position})
+            case Progress(done=done, total=total, previews=previews):
+                shown = {number: await asyncio.to_thread(png, image, {}) for number, image in previews.items()}
+                yield event_text("progress", {"done": done, "total": total, "left": job.left, "previews": shown})
+            case Made(number=number, image=image):
+                frames[number] = image
+                seed = job.pictures[number].seed
+                told = {"number": number, "seed": seed, "image": await service.png(asked, happened)}
+                yield event_text("picture", told | {"settings": service.texts(asked, number)})
+            case Ended(error=None):
+                if asked.request.task == "morph":
+                    ordered = [frames[number] for number in sorted(frames)]
+                    whole = await asyncio.to_thread(animation, ordered, service.texts(asked, 0))
+                    yield event_text("animation", {"image": whole})
+                yield event_text("done", {})
+            case Ended(error=error):
+                wrong = problem(error)
+                yield event_text("error", {"message": wrong.message, "status": wrong.status})
+
+
+def _error(http: Http, error: Problem) -> dict[str, Any]:
+    """The body of an error, in the form that clients of the path expect."""
+    if http.url.path.startswith("/sdapi/"):
+        return {"error": HTTPStatus(error.status).phrase, "detail": error.message, "body": "", "errors": error.message}
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.field or None, "code": None}}

@@ -1,0 +1,223 @@
+"""The API that clients of AUTOMATIC1111's web UI speak: /sdapi/v1/txt2img, img2img, and what they ask before."""
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request as Http
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from diffusion_jax.serve import uploads
+from diffusion_jax.serve.bodies import json_object
+from diffusion_jax.serve.engine import CANCELLED, Ended, Job, Made, Progress
+from diffusion_jax.serve.schema import Problem, Request, checked, png
+from diffusion_jax.serve.service import Service, problem
+
+SAMPLERS = {  # its name for a solver
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m": "DPM++ 3M",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "lms": "LMS",
+    "plms": "PLMS",
+    "consistency": "LCM",
+}
+SCHEDULERS = {"": "Automatic", "karras": "Karras", "trailing": "SGM Uniform", "leading": "Normal"}  # for a spacing
+
+
+class TextToImage(BaseModel):
+    """POST /sdapi/v1/txt2img. Other fields of the API are taken and have no effect."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = Field(-1, ge=-1, description="-1 for a new one.")
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    batch_size: int = Field(1, ge=1)
+    n_iter: int = Field(1, ge=1)
+    sampler_name: str | None = Field(None, description="A name of /sdapi/v1/samplers.")
+    sampler_index: str | None = None
+    scheduler: str | None = Field(None, description="A name of /sdapi/v1/schedulers.")
+    send_images: bool = True
+
+
+class ImageToImage(TextToImage):
+    """POST /sdapi/v1/img2img. The image is resized to cover the size, and cropped."""
+
+    init_images: list[str] = Field(min_length=1, description="Pictures in base64; the first is used.")
+    mask: str | None = Field(None, description="Light where the image is drawn anew.")
+    inpainting_mask_invert: Literal[0, 1] = 0
+    denoising_strength: float | None = None
+
+
+def routes(service: Service) -> list[Route]:
+    """The routes of this API."""
+    running: dict[Job, Progress] = {}
+    title = service.facts.name
+    own = service.sample
+
+    async def text_to_image(http: Http) -> Response:
+        asked = checked(TextToImage, await json_object(http), 422)
+        return await _answer(service, http, running, asked, {})
+
+    async def image_to_image(http: Http) -> Response:
+        asked = checked(ImageToImage, await json_object(http), 422)
+        return await _answer(service, http, running, asked, _images(service, asked))
+
+    async def interrupt(http: Http) -> Response:
+        for job in running:
+            service.engine.cancel(job)
+        return JSONResponse({})
+
+    async def progress(http: Http) -> Response:
+        job, step = next(iter(running.items()), (None, Progress(0, 1, {})))
+        drawn = (1 - job.left / len(job.pictures)) if job else 0.0
+        part = min(drawn + step.done / step.total / len(job.pictures), 1.0) if job else 0.0
+        state = {"skipped": False, "interrupted": False, "job": "txt2img" if job else "", "job_count": len(running)}
+        state |= {
+            "job_no": 0,
+            "job_timestamp": "0",
+            "sampling_step": step.done,
+            "sampling_steps": step.total * bool(job),
+        }
+        shown = png(step.previews[min(step.previews)], {}) if step.previews else None
+        return JSONResponse(
+            {"progress": part, "eta_relative": 0.0, "state": state, "current_image": shown, "textinfo": None}
+        )
+
+    async def samplers(http: Http) -> Response:
+        known = [(SAMPLERS.get(name, name), name) for name in service.facts.solvers]
+        return JSONResponse([{"name": theirs, "aliases": [ours], "options": {}} for theirs, ours in known])
+
+    async def schedulers(http: Http) -> Response:
+        known = [(name or "automatic", SCHEDULERS.get(name, name)) for name in service.facts.spacings]
+        about = {"default_rho": -1, "need_inner_model": False}
+        return JSONResponse([{"name": name, "label": label, "aliases": None} | about for name, label in known])
+
+    async def models(http: Http) -> Response:
+        about = {"hash": None, "sha256": None, "filename": title, "config": None}
+        return JSONResponse([{"title": title, "model_name": title} | about])
+
+    async def options(http: Http) -> Response:
+        if http.method == "POST":
+            await json_object(http)  # there is one model, and nothing else to set
+            return JSONResponse({})
+        about = {"sd_model_checkpoint": title, "sd_checkpoint_hash": "", "samples_format": "png"}
+        return JSONResponse(
+            about | {"CLIP_stop_at_last_layers": 1, "sampler_name": SAMPLERS.get(own.solver, own.solver)}
+        )
+
+    async def scripts(http: Http) -> Response:
+        return JSONResponse({"txt2img": [], "img2img": []})
+
+    async def none(http: Http) -> Response:
+        return JSONResponse([])
+
+    return [
+        Route("/sdapi/v1/txt2img", text_to_image, methods=["POST"]),
+        Route("/sdapi/v1/img2img", image_to_image, methods=["POST"]),
+        Route("/sdapi/v1/interrupt", interrupt, methods=["POST"]),
+        Route("/sdapi/v1/skip", interrupt, methods=["POST"]),
+        Route("/sdapi/v1/progress", progress),
+        Route("/sdapi/v1/samplers", samplers),
+        Route("/sdapi/v1/schedulers", schedulers),
+        Route("/sdapi/v1/sd-models", models),
+        Route("/sdapi/v1/options", options, methods=["GET", "POST"]),
+        Route("/sdapi/v1/scripts", scripts),
+        *(Route(f"/sdapi/v1/{name}", none) for name in ("loras", "upscalers", "sd-vae", "hypernetworks")),
+    ]
+
+
+def _images(service: Service, asked: ImageToImage) -> dict[str, Any]:
+    sent = {"image": asked.init_images[0]}
+    if asked.denoising_strength is not None:
+        sent["strength"] = asked.denoising_strength
+    if asked.mask is not None:
+        sent["mask"] = asked.mask
+        if asked.inpainting_mask_invert:
+            try:
+                inverted = uploads.inverted(uploads.from_base64(asked.mask), service.limits.max_pixels)
+            except ValueError as error:
+                raise Problem(422, f"mask: {error}", "mask") from error
+            sent["mask"] = base64.b64encode(inverted).decode()
+    return sent
+
+
+def _ours(name: str, table: Mapping[str, str]) -> str:
+    """Our name for one of theirs, in any case."""
+    known = {theirs.lower(): ours for ours, theirs in table.items()}
+    return known.get(name.lower(), name)
+
+
+def _values(asked: TextToImage, images: dict[str, Any]) -> dict[str, Any]:
+    """The request in fields of `schema.Request`."""
+    values: dict[str, Any] = {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt} | images
+    values |= {"num_images": asked.batch_size * asked.n_iter, "previews": "some"}
+    if asked.seed != -1:
+        values["seed"] = asked.seed
+    sampler = asked.sampler_name or asked.sampler_index
+    chosen = {"steps": asked.steps, "guidance": asked.cfg_scale, "width": asked.width, "height": asked.height}
+    chosen["solver"] = _ours(sampler, SAMPLERS) if sampler else None
+    chosen["spacing"] = _ours(asked.scheduler, SCHEDULERS) if asked.scheduler else None
+    return values | {name: value for name, value in chosen.items() if value is not None}
+
+
+async def _answer(
+    service: Service, http: Http, running: dict[Job, Progress], asked: TextToImage, images: dict[str, Any]
+) -> Response:
+    """The pictures. After an interrupt, those that are done, or else what they were to become."""
+    queued = await service.ask(_values(asked, images))
+    job, made, shown = queued.job, {}, {}
+    running[job] = Progress(0, 1, {})
+    try:
+        async for event in service.follow(http.is_disconnected, queued):
+            match event:
+                case Progress():
+                    shown |= event.previews
+                    running[job] = event._replace(previews=dict(shown))
+                case Made(number=number):
+                    made[number] = await service.png(queued, event)
+                case Ended(error=error) if error and error != CANCELLED:
+                    raise problem(error)
+    finally:
+        del running[job]
+    made = {number: png(image, {}) for number, image in shown.items()} | made
+    pictures = [made[number] for number in sorted(made)]
+    info = _info(queued.request, job, asked)
+    sent = {"images": pictures if asked.send_images else [], "parameters": asked.model_dump(exclude={"mask"})}
+    return JSONResponse(sent | {"info": json.dumps(info)})
+
+
+def _info(request: Request, job: Job, asked: TextToImage) -> dict[str, Any]:
+    seeds = [picture.seed for picture in job.pictures]
+    sampler = SAMPLERS.get(request.solver, request.solver)
+    size = f"{request.width}x{request.height}"
+    about = f"Steps: {request.steps}, Sampler: {sampler}, CFG scale: {request.guidance}"
+    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    return {
+        "prompt": request.prompt,
+        "all_prompts": [request.prompt] * len(seeds),
+        "negative_prompt": request.negative_prompt,
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "width": request.width,
+        "height": request.height,
+        "sampler_name": sampler,
+        "cfg_scale": request.guidance,
+        "steps": request.steps,
+        "batch_size": asked.batch_size,
+        "infotexts": [f"{request.prompt}{negative}\n{about}, Seed: {seed}, Size: {size}" for seed in seeds],
+    }

@@ -1,0 +1,326 @@
+"""The process that owns the devices: it loads a model, compiles its programs, and draws one batch after another.
+
+It is a process of its own, so that whatever ends it, such as a lack of memory, does not end the server.
+"""
+
+import collections
+import contextlib
+import functools
+import signal
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import monotonic
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from diffusion_jax import build, parallel
+from diffusion_jax.build import weights
+from diffusion_jax.compilation import configure
+from diffusion_jax.core.solvers import SPACINGS
+from diffusion_jax.data.transforms import to_uint8
+from diffusion_jax.messages import one_line
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines.generate import Callback, decode
+from diffusion_jax.serve.drawing import (
+    INVERTIBLE,
+    Artist,
+    Picture,
+    Shared,
+    filled,
+    usable_solvers,
+    usable_tasks,
+)
+
+Show = Callable[["Step"], bool]  # shows a step, and tells whether to stop
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX calls the making of one program
+SHARE = 4  # a preview is shown after this many times the time that it takes
+SAMPLING = ("solver", "spacing", "steps", "guidance")
+CURVE = 101  # points of the schedule's curves
+
+
+class Loaded(NamedTuple):
+    """A model to serve.
+
+    origin: where its weights come from.
+    live: the model that draws the frames of the live canvas; None for this one.
+    """
+
+    config: ConfigDict
+    model: DiffusionModel
+    origin: str
+    live: "Loaded | None" = None
+
+
+class Facts(NamedTuple):
+    """What the server needs to know of the model.
+
+    size: height and width of its own images, pixels.
+    multiple: what sizes must be a multiple of, pixels.
+    needs_image: whether it only inpaints.
+    tasks: that it can do; see `schema.Request`.
+    guided: whether the guidance scale can be chosen.
+    sampling: solver, spacing, steps and guidance, unless a request has others.
+    batch_size, live_size: images drawn at once, also for a frame of the live canvas.
+    curves: the noise schedule: t, alpha, sigma.
+    live: the same of the model of the live canvas; None if it is this one.
+    """
+
+    name: str
+    origin: str
+    size: tuple[int, int]
+    multiple: int
+    needs_image: bool
+    tasks: tuple[str, ...]
+    guided: bool
+    solvers: tuple[str, ...]
+    spacings: tuple[str, ...]
+    sampling: dict[str, str | int | float]
+    batch_size: int
+    live_size: int
+    curves: dict[str, list[float]]
+    live: "Facts | None" = None
+
+
+class Batch(NamedTuple):
+    """Pictures to draw, all with the same `shared`.
+
+    previews: none, some or all: whether to show what the network expects after a step.
+    """
+
+    number: int
+    pictures: list[Picture]
+    previews: str
+
+
+class Cancel(NamedTuple):
+    """Nobody waits for this batch any more."""
+
+    number: int
+
+
+class Step(NamedTuple):
+    """A step is done. previews: by the picture's place in the batch, what the network expects it to become; or None."""
+
+    done: int
+    total: int
+    previews: dict[int, np.ndarray] | None
+
+
+class Refused(NamedTuple):
+    """The picture cannot be drawn as it was asked for."""
+
+    message: str
+
+
+class Failed(NamedTuple):
+    """The picture should have been drawn, and was not."""
+
+    message: str
+
+
+Outcome = np.ndarray | Refused | Failed  # of a picture; images are uint8 (H, W, 3)
+NOT_FINITE = Failed("the model's output is not finite: its weights may be damaged, or its type may need more range")
+HELD_BACK = Refused("the model's safety checker holds this picture back: change the prompt or the seed")
+
+
+class Drawn(NamedTuple):
+    """The outcomes of a batch, one for each picture."""
+
+    outcomes: list[Outcome]
+
+
+class Compiled(NamedTuple):
+    """How many programs this process has compiled, and how many are still to be compiled before the first request."""
+
+    programs: int
+    left: int
+
+
+def load(config: ConfigDict, workdir: Path) -> Loaded:
+    """The model of a config with its weights, as --mode=sample finds it.
+
+    Raises ValueError and OSError for what cannot be loaded.
+    """
+    configure()
+    if not build.model.has_denoiser(config):
+        raise ValueError("this config has no denoiser, so there is nothing to draw with; name another --config")
+    config = weights.resolved(config, workdir)
+    model = build.model.diffusion_model(config, (config.sample.height, config.sample.width))
+    loaded = Loaded(config, *weights.load(config, workdir, model))
+    return loaded._replace(live=_student(loaded, workdir))
+
+
+def _student(loaded: Loaded, workdir: Path) -> Loaded | None:
+    """The model of serve.live_weights, if it was distilled from this one."""
+    folder = loaded.config.serve.live_weights
+    config = weights.load_config(folder) if folder else None
+    if config is None or Path(config.get("teacher", "")) not in (Path(loaded.origin), workdir):
+        return None
+    return Loaded(config, weights.load_model(folder, loaded.model.size, teacher=loaded.model), folder)
+
+
+def facts(loaded: Loaded) -> Facts:
+    """What the server needs to know."""
+    config, model = loaded.config, loaded.model
+    schedule, serve = model.schedule, config.serve
+    weights, comma, step = loaded.origin.partition(",")
+    folder = Path(weights).parent if comma else Path(weights)  # RUN/checkpoints, step 20, averaged
+    t = np.linspace(schedule.t_min, schedule.t_max, CURVE)
+    solvers = usable_solvers(config, model)
+    curves = {"t": t, "alpha": schedule(t).alpha, "sigma": schedule(t).sigma}
+    return Facts(
+        name=config.name,
+        origin=f"{folder.name}{comma}{step}",
+        size=model.size,
+        multiple=model.codec.factor,
+        needs_image=bool(model.network.known_channels),
+        tasks=usable_tasks(model, solvers),
+        guided=not build.sampling.has_guidance(config, model) and not config.sample.cfg_pp,
+        solvers=solvers,
+        spacings=("", *model.own_times, *SPACINGS),
+        sampling={name: config.sample[name] for name in SAMPLING},
+        batch_size=parallel.divisible(serve.batch_size),
+        live_size=parallel.divisible(1),
+        curves={name: np.asarray(values).tolist() for name, values in curves.items()},
+        live=loaded.live and facts(loaded.live),
+    )
+
+
+def to_warm(told: Facts, prompt: str) -> list[Picture]:
+    """Pictures whose programs serve every request of the model's own size: from a prompt, an image, an image and a
+    mask; for a batch and for a live frame; with guidance and without; and the other tasks.
+    """
+    image, mask = np.zeros((*told.size, 3), np.uint8), np.ones((*told.size, 1), bool)
+    shared = Shared("generate", told.size, told.sampling["solver"], told.sampling["spacing"], steps=2)
+
+    def warming(negative_prompt: str = "", scale: float = told.sampling["guidance"], **kind) -> Picture:
+        made = Picture(shared._replace(guided=scale != 1, **kind), prompt, negative_prompt, scale, seed=0)
+        return made._replace(
+            image=image if made.shared.image else None,
+            mask=mask if made.shared.mask else None,
+            other_prompt=prompt,
+        )
+
+    inputs = [{"image": True, "mask": True}]
+    if not told.needs_image:
+        inputs = [{}, {"image": True}, *inputs]
+    kinds = []
+    for live, own in {False: told, True: told.live or told}.items():
+        method = {name: own.sampling[name] for name in ("solver", "spacing")}
+        for scale in dict.fromkeys((own.sampling["guidance"], 1.0) if own.guided else (own.sampling["guidance"],)):
+            kinds += [warming(scale=scale, live=live, **method, **given) for given in inputs]
+    kinds.append(warming(prompt, **inputs[0]))
+    others = (
+        warming(task="morph"),
+        warming(task="noise", image=True),
+        warming(solver=INVERTIBLE, task="style", image=True),
+    )
+    return kinds + [other for other in others if other.shared.task in told.tasks]
+
+
+def main(connection: Connection, load: Callable[[], Loaded]) -> None:
+    """Answer batches until the other end is closed. First send Facts, or Refused if there is no model to draw with.
+
+    load: runs in this process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process
+    programs = collections.Counter()
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: programs.update([event]))
+    try:
+        loaded = load()
+        told, artists = facts(loaded), _artists(loaded)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        connection.send(Refused(one_line(error)))
+        return
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # until the server is gone
+        connection.send(told)
+        _answer(connection, artists, told, to_warm(told, next(iter(loaded.config.sample.prompts), "")), programs)
+
+
+def _artists(loaded: Loaded) -> dict[bool, Artist]:
+    """By whether a frame of the live canvas is to be drawn."""
+    artist = Artist(loaded.config, loaded.model)
+    return {False: artist, True: Artist(loaded.live.config, loaded.live.model) if loaded.live else artist}
+
+
+def _answer(
+    connection: Connection,
+    artists: Mapping[bool, Artist],
+    told: Facts,
+    warming: list[Picture],
+    programs: Mapping[str, int],
+) -> None:
+    while True:
+        if warming and not connection.poll():
+            _draw(artists, told, Batch(0, [warming.pop(0)], "all"), lambda step: False)
+        else:
+            batch = connection.recv()
+            if isinstance(batch, Cancel):  # it was done already
+                continue
+
+            def show(step: Step, number: int = batch.number) -> bool:
+                connection.send(step)
+                return connection.poll() and connection.recv().number == number  # a Cancel, all that can come now
+
+            connection.send(Drawn(_draw(artists, told, batch, show)))
+        connection.send(Compiled(programs[COMPILED], len(warming)))
+
+
+def _draw(artists: Mapping[bool, Artist], told: Facts, batch: Batch, show: Show) -> list[Outcome]:
+    """Draw a batch, those of one shape of condition at a time."""
+    live = batch.pictures[0].shared.live
+    artist, size = artists[live], told.live_size if live else told.batch_size
+    made: dict[int, Outcome] = {}
+    groups = collections.defaultdict(list)
+    for i, picture in enumerate(batch.pictures):
+        try:
+            groups[str(artist.shapes(picture))].append(i)
+        except ValueError as error:
+            made[i] = Refused(one_line(error))
+    for places in groups.values():
+        pictures = filled([batch.pictures[i] for i in places], size)
+        images = _images(artist, pictures, functools.partial(_after_step, artist, batch, places, [0.0], show))
+        made |= dict(zip(places, images, strict=False))
+    return [made[i] for i in range(len(batch.pictures))]
+
+
+def _images(artist: Artist, pictures: list[Picture], callback: Callback) -> list[Outcome]:
+    """The image of each picture, or why there is none."""
+    try:
+        images = np.asarray(artist.draw(pictures, callback))
+    except ValueError as error:
+        return [Refused(one_line(error))] * len(pictures)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return [Failed("not enough memory for images of this size")] * len(pictures)
+        logging.exception("a batch failed")
+        return [Failed("the device failed; the server's log has the error")] * len(pictures)
+    except Exception:  # whatever it is, the next batch may be drawn
+        logging.exception("a batch failed")
+        return [Failed("an error in the server; its log has more")] * len(pictures)
+    shown, finite = to_uint8(np.nan_to_num(images)), np.isfinite(images).all(axis=(1, 2, 3))
+    made = zip(shown, artist.model.flagged(shown), finite, strict=True)
+    return [(HELD_BACK if flagged else image) if good else NOT_FINITE for image, flagged, good in made]
+
+
+def _after_step(
+    artist: Artist, batch: Batch, places: list[int], due: list[float], show: Show, done: int, x0: jax.Array
+) -> bool:
+    """Show a step of the pictures at these places of the batch.
+
+    due: when the next preview is, changed here.
+    """
+    jax.block_until_ready(x0)
+    shared, start, previews = batch.pictures[0].shared, monotonic(), None
+    total = artist.rows(shared)
+    if batch.previews == "all" or (batch.previews == "some" and start >= due[0] and done < total):
+        images = to_uint8(np.asarray(decode(artist.of_size(shared.size), x0)))
+        images[artist.model.flagged(images)] = 0
+        previews = dict(zip(places, images, strict=False))
+        due[0] = monotonic() + SHARE * (monotonic() - start)
+    return show(Step(done, total, previews))

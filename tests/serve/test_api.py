@@ -1,0 +1,387 @@
+"""The HTTP interfaces: pictures, clear errors for whatever is wrong, and a server that stays alive."""
+
+import base64
+import concurrent.futures
+import io
+import json
+import struct
+import time
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from tests.serve import tiny
+
+SEEN = (np.arange(8 * 8 * 3).reshape(8, 8, 3) * 5 % 256).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with tiny.served(hosts=("localhost",)) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+        assert client.get("/health").status_code == 200, "the server is alive after all of this"
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, form, **options)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def opened(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def half_mask(invert=False):
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    return 255 - mask if invert else mask
+
+
+def events(client, **values):
+    """[(name, data)] of /api/generate."""
+    answer = client.post("/api/generate", json={"prompt": "3", "seed": 1} | values)
+    assert answer.status_code == 200, answer.text
+    parts = [part.split("\n") for part in answer.text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts]
+
+
+def pictures(client, **values):
+    return [opened(data["image"]) for name, data in events(client, **values) if name == "picture"]
+
+
+def test_pictures_come_with_steps_previews_and_their_settings(client):
+    told = events(client, num_images=2, previews="all", steps=3, solver="ddim")
+    assert [name for name, _ in told if name != "progress"] == ["picture", "picture", "done"]
+    steps = [data for name, data in told if name == "progress"]
+    assert {step["done"] for step in steps} == {1, 2, 3} and all(step["previews"] for step in steps)
+    first, second = (data for name, data in told if name == "picture")
+    image = opened(first["image"])
+    assert image.size == (8, 8) and image.text == first["settings"]
+    assert (image.text["prompt"], image.text["solver"], image.text["steps"]) == ("3", "ddim", "3")
+    assert (first["seed"], second["seed"]) == (1, 2) and opened(second["image"]).text["seed"] == "2"
+
+
+def test_the_settings_of_a_picture_draw_it_again(client):
+    (before,) = pictures(client, seed=None, guidance=2.5, solver="unipc", steps=5)
+    text = before.text
+    (again,) = pictures(
+        client, prompt=text["prompt"], seed=int(text["seed"]), guidance=float(text["guidance"]), solver="unipc", steps=5
+    )
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(before))
+
+
+def test_outside_the_mask_no_pixel_changes(client):
+    (made,) = pictures(client, image=encoded(SEEN), mask=encoded(half_mask()))
+    made = np.asarray(made)
+    np.testing.assert_array_equal(made[:, 4:], SEEN[:, 4:])
+    assert np.any(made[:, :4] != SEEN[:, :4])
+
+
+def test_a_morph_is_an_animation_that_goes_there_and_back(client):
+    told = dict(events(client, task="morph", prompt="3", seed=5, num_images=4, negative_prompt="1", solver="ddim"))
+    animation = opened(told["animation"]["image"])
+    assert animation.n_frames == 6 and animation.text["task"] == "morph" and "other_seed" in animation.text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": 3},
+        {"prompt": "x" * 3000},
+        {"steps": "20"},
+        {"steps": 0},
+        {"steps": 10**9},
+        {"steps": True},
+        {"guidance": None},
+        {"guidance": float("nan")},
+        {"guidance": 1e9},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"seed": 1.5},
+        {"num_images": 9},
+        {"width": 4096},
+        {"height": 0},
+        {"solver": "magic"},
+        {"solver": ["ddim"]},
+        {"spacing": "magic"},
+        {"task": "train"},
+        {"previews": 1},
+        {"strength": 2},
+        {"image": "zz!"},
+        {"image": {"path": "/etc/passwd"}},
+        {"image": "/etc/passwd"},
+        {"mask": encoded(SEEN)},
+        {"unknown": 1},
+    ],
+    ids=repr,
+)
+def test_a_wrong_field_is_one_clear_error_that_names_it(client, values):
+    body = json.dumps({"prompt": "3"} | values)
+    answer = client.post("/api/generate", content=body, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error"
+    (field,) = values
+    assert field in error["message"] and "Traceback" not in answer.text and "/work" not in answer.text
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000], ids=range(6))
+def test_a_body_that_is_no_object_is_an_error(client, body):
+    for path in ("/api/generate", "/v1/images/generations", "/sdapi/v1/txt2img"):
+        answer = client.post(path, content=body)
+        assert answer.status_code == 400 and "the body must be a JSON object" in answer.text
+
+
+def png_of_size(width, height):
+    """A PNG that says it is of this size, with almost no data."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+    return base64.b64encode(data).decode()
+
+
+def test_pictures_that_cannot_be_used_are_refused(client):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    wrong = {
+        "900000000 pixels": png_of_size(30000, 30000),
+        "not a readable picture": encoded(noise)[: 4 * 500],
+        "not a picture of a known format": base64.b64encode(b"P6 1 1 255 abc").decode(),
+        "expected sides of at most": png_of_size(4000, 2),
+    }
+    for expected, image in wrong.items():
+        answer = client.post("/api/generate", json={"prompt": "3", "image": image})
+        assert answer.status_code == 400 and expected in answer.json()["error"]["message"]
+
+
+def test_of_an_animation_the_first_frame_is_used(client):
+    frames = [Image.fromarray(SEEN), Image.fromarray(255 - SEEN)]
+    file = io.BytesIO()
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
+    moving = base64.b64encode(file.getvalue()).decode()
+    (made,) = pictures(client, image=moving, strength=0.0)
+    np.testing.assert_array_equal(np.asarray(made), SEEN)
+
+
+def test_a_long_body_is_refused_and_not_kept(client):
+    for content in (b"x" * 600_000, iter([b"x" * 300_000] * 3)):
+        answer = client.post("/api/generate", content=content)
+        assert answer.status_code == 413 and "500000 bytes" in answer.text
+
+
+def test_pages_of_other_sites_and_other_names_of_the_host_are_refused(client):
+    own = str(client.base_url).rstrip("/")
+    assert client.get("/", headers={"origin": own}).status_code == 200
+    assert client.get("/", headers={"origin": "http://evil.example"}).status_code == 403
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(live(client), origin="http://evil.example")
+
+
+def live(client):
+    """The address of the live canvas."""
+    return f"ws://localhost:{client.base_url.port}/api/live"
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    answer = client.get("/")
+    assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
+    for name in ("style.css", "app.js", "api.js", "controls.js", "paint.js", "png.js"):
+        text = client.get(f"/page/{name}").text
+        assert text and "https://" not in text and "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    for path in ("/page/../server.py", "/page/%2e%2e/server.py", "/page/"):
+        assert client.get(path).status_code == 404
+
+
+def test_a_token_is_asked_for():
+    basic = base64.b64encode(b"user:secret").decode()
+    with tiny.served(token="secret") as (address, _), httpx.Client(base_url=address) as client:
+        assert client.get("/health").status_code == 401 and client.get("/").status_code == 401
+        assert client.get("/?token=wrong").status_code == 401
+        for value in ("Bearer secret", f"Basic {basic}"):
+            assert client.get("/health", headers={"authorization": value}).status_code == 200
+        for value in ("Bearer other", "Basic zz", "Bearer", "secret"):
+            assert client.get("/health", headers={"authorization": value}).status_code == 401
+        assert client.get("/?token=secret").headers["location"] == "/"
+        assert client.get("/health").status_code == 200, "the cookie is set"
+
+
+def test_health_and_metrics(client):
+    before = metric(client, "diffusion_pictures_total")
+    pictures(client, num_images=2)
+    assert metric(client, "diffusion_pictures_total") == before + 2
+    assert metric(client, "diffusion_queue_requests") == 0 and metric(client, "diffusion_programs_compiled") > 0
+    assert metric(client, 'diffusion_request_seconds_count{task="generate"}') > 0
+    assert client.get("/health").json()["status"] in ("warming", "ready")
+
+
+def metric(client, name):
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(name + " ")).rpartition(" ")[2])
+
+
+def test_the_live_canvas_draws_only_what_has_changed(client):
+    state = {"prompt": "3", "image": encoded(SEEN), "strength": 0.75, "seed": 1, "solver": "ddim"}
+    with connect(live(client)) as socket:
+
+        def answer(values):
+            assert json.loads(socket.recv(30)) == {"type": "next"}
+            socket.send(json.dumps(values))
+            return json.loads(socket.recv(30))
+
+        assert answer(state)["type"] == "frame"
+        assert Image.open(io.BytesIO(socket.recv(30))).size == (8, 8)
+        assert answer(state) == {"type": "same"}
+        for wrong, expected in ({"steps": "x"}, "steps"), ({"image": "zz!"}, "image"), ([1], "JSON object"):
+            told = answer(wrong)
+            assert told["type"] == "error" and expected in told["message"]
+        assert answer(state | {"mask": encoded(half_mask())})["type"] == "frame"
+        made = np.asarray(Image.open(io.BytesIO(socket.recv(30))))
+    np.testing.assert_array_equal(made[:, 4:], SEEN[:, 4:])
+
+
+def test_a_student_draws_the_live_canvas_and_nothing_else():
+    with (
+        tiny.served(tiny.load_with_student, hosts=("localhost",)) as (address, _),
+        httpx.Client(base_url=address, timeout=60) as own,
+    ):
+        schemas = own.get("/openapi.json").json()["components"]["schemas"]
+        solvers = [schemas[name]["properties"]["solver"]["default"] for name in ("Request", "LiveRequest")]
+        assert solvers == ["dpmpp_2m", "consistency"] and own.get("/api/model").json()["live_steps"] == 2
+        (picture,) = pictures(own, solver="consistency", steps=2, guidance=1.0)
+        with connect(live(own)) as socket:
+            state = {"prompt": "3", "seed": 1}
+            frame = {}
+            for values in (state, state | {"guidance": 2.0}):
+                socket.recv(30)
+                socket.send(json.dumps(values))
+                frame = json.loads(socket.recv(30))
+                if frame["type"] == "frame":
+                    made = Image.open(io.BytesIO(socket.recv(30)))
+    assert frame["type"] == "error" and "guidance" in frame["message"]
+    assert (made.text["weights"], picture.text["weights"]) == ("student", "random")
+    assert made.text["solver"] == "consistency" and np.any(np.asarray(made) != np.asarray(picture))
+
+
+def test_a_consistency_model_has_its_own_solver_alone_and_is_not_inverted():
+    with (
+        tiny.served(tiny.load_student, hosts=("localhost",)) as (address, _),
+        httpx.Client(base_url=address, timeout=60) as own,
+    ):
+        properties = own.get("/openapi.json").json()["components"]["schemas"]["Request"]["properties"]
+        (picture,) = pictures(own, guidance=1.0)
+        told = own.post("/api/generate", json={"prompt": "3", "task": "style", "image": encoded(SEEN)})
+        other = own.post("/api/generate", json={"prompt": "3", "solver": "ddim"})
+    assert properties["solver"]["const"] == picture.text["solver"] == "consistency"
+    assert "style" not in properties["task"]["enum"]
+    assert told.status_code == 400 and "task: Input should be 'generate', 'morph' or 'noise'" in told.text
+    assert other.status_code == 400 and "solver: Input should be 'consistency'" in other.text
+
+
+def test_a_client_that_leaves_takes_its_request_with_it(client):
+    with client.stream("POST", "/api/generate", json={"prompt": "3", "steps": 1000}) as answer:
+        lines = answer.iter_lines()  # kept, as it closes the answer when it is deleted
+        next(lines)
+        assert metric(client, "diffusion_queue_pictures") == 1
+    with connect(live(client)) as socket:
+        socket.recv(30)
+        socket.send(json.dumps({"prompt": "3", "steps": 1000}))
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/images/generations", json={"prompt": "3", "steps": 1000}, timeout=0.3)
+    for _ in range(100):
+        if metric(client, "diffusion_queue_pictures") == 0:
+            break
+        time.sleep(0.1)
+    assert metric(client, "diffusion_queue_pictures") == 0
+
+
+def test_an_interrupt_ends_the_requests_of_web_uis_with_what_there_is(client):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        ask = {"prompt": "3", "width": 8, "height": 8, "steps": 1000}
+        coming = pool.submit(client.post, "/sdapi/v1/txt2img", json=ask)
+        while not (state := client.get("/sdapi/v1/progress").json())["current_image"]:
+            time.sleep(0.02)
+        assert 0 < state["progress"] < 1 and state["state"]["sampling_steps"] == 1000
+        client.post("/sdapi/v1/interrupt")
+        answer = coming.result()
+    assert answer.status_code == 200 and opened(answer.json()["images"][0]).size == (8, 8)
+    assert client.get("/sdapi/v1/progress").json()["progress"] == 0
+
+
+def test_beyond_the_queue_is_429_with_a_time_to_come_back():
+    with tiny.served(queue=1) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            ask = {"prompt": "3", "seed": 1}
+            answers = [
+                *pool.map(lambda steps: client.post("/api/generate", json=ask | {"steps": steps}), range(90, 100))
+            ]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        assert all("event: done" in answer.text for answer in answers if answer not in refused)
+
+
+def test_generations_as_openai_does_them(client):
+    ask = {"prompt": "3", "n": 2, "size": "8x8", "model": "any", "quality": "high", "steps": 3, "seed": 1}
+    data = client.post("/v1/images/generations", json=ask).json()["data"]
+    (mine,) = pictures(client, steps=3, seed=2)
+    np.testing.assert_array_equal(np.asarray(opened(data[1]["b64_json"])), np.asarray(mine))
+    for wrong, field in [
+        ({"n": "many"}, "n"), ({"n": 99}, "num_images"), ({"size": "big"}, "size"), ({"prompt": None}, "prompt"),
+        ({"response_format": "url"}, "response_format"), ({"stream": 7}, "stream"),
+    ]:  # fmt: skip
+        answer = client.post("/v1/images/generations", json=ask | wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+    assert client.get("/v1/models/none").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_edits_take_the_mask_from_transparency(client):
+    holed = np.dstack([SEEN, half_mask(invert=True)])  # transparent on the left
+    file = io.BytesIO()
+    Image.fromarray(holed).save(file, "PNG")
+    files = {"image": ("../../etc/passwd", file.getvalue(), "image/png")}
+    answer = client.post("/v1/images/edits", files=files, data={"prompt": "3", "size": "8x8", "steps": "3"})
+    made = np.asarray(opened(answer.json()["data"][0]["b64_json"]))
+    np.testing.assert_array_equal(made[:, 4:], SEEN[:, 4:])
+    assert client.post("/v1/images/edits", data={"prompt": "3"}).status_code == 400
+    assert client.post("/v1/images/edits", files={"image": b"none"}, data={"prompt": "3"}).status_code == 400
+
+
+def test_the_web_ui_api_takes_what_its_plugins_send(client):
+    ask = {
+        "prompt": "3",
+        "width": 8,
+        "height": 8,
+        "seed": 1,
+        "sampler_name": "Euler a",
+        "scheduler": "Karras",
+        "steps": 3,
+    }
+    answer = client.post("/sdapi/v1/txt2img", json=ask | {"batch_size": 2, "override_settings": {}}).json()
+    info = json.loads(answer["info"])
+    assert len(answer["images"]) == 2 and info["all_seeds"] == [1, 2] and info["sampler_name"] == "Euler a"
+    (mine,) = pictures(
+        client, solver="euler_ancestral", spacing="karras", steps=3, guidance=tiny.config().sample.guidance
+    )
+    np.testing.assert_array_equal(np.asarray(opened(answer["images"][0])), np.asarray(mine))
+    image = {"init_images": [encoded(SEEN)], "mask": encoded(half_mask()), "denoising_strength": 0.9}
+    for invert, kept in (0, np.s_[:, 4:]), (1, np.s_[:, :4]):
+        made = client.post("/sdapi/v1/img2img", json=ask | image | {"inpainting_mask_invert": invert}).json()
+        np.testing.assert_array_equal(np.asarray(opened(made["images"][0]))[kept], SEEN[kept])
+    for wrong in ({"steps": "many"}, {"seed": -5}, {"batch_size": 0}, {"sampler_name": "magic"}, {"width": 5000}):
+        answer = client.post("/sdapi/v1/txt2img", json=ask | wrong)
+        assert answer.status_code in (400, 422) and answer.json()["detail"]
+
+
+def test_what_is_not_there_is_a_clear_404(client):
+    for path in ("/none", "/sdapi/v1/none", "/v1/none"):
+        assert client.get(path).status_code == 404
+    assert client.get("/api/generate").status_code == 405

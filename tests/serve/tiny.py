@@ -1,0 +1,125 @@
+"""A model of a few thousand random weights for the worker of a server, whose prompts are the digits."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import uvicorn
+
+from configs import digits
+from diffusion_jax import build
+from diffusion_jax.serve.drawing import Picture, Shared
+from diffusion_jax.serve.engine import Ended, Engine, Made
+from diffusion_jax.serve.server import application
+from diffusion_jax.serve.service import Service
+from diffusion_jax.serve.worker import Loaded
+
+SHARED = Shared("generate", (8, 8), "dpmpp_2m", "", steps=4)
+
+
+def config(**serve):
+    made = digits.get_config()
+    made.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+    made.sample.update(prompts=("3", "7"), steps=4)
+    made.serve.update(batch_size=3, queue=6, max_side=16, max_images=8, max_steps=1000, max_upload=500_000)
+    made.serve.update(serve)
+    return made
+
+
+def load() -> Loaded:
+    model = build.model.diffusion_model(config())
+    leaves, tree = jax.tree.flatten(model.network.init(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return Loaded(config(), model._replace(params=jax.tree.unflatten(tree, noise)), "random")
+
+
+def load_not_finite() -> Loaded:
+    loaded = load()
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), loaded.model.params)
+    return loaded._replace(model=loaded.model._replace(params=broken))
+
+
+def load_with_student() -> Loaded:
+    """The model with a student for the live canvas, which has guidance built in and other weights."""
+    loaded, student = load(), config()
+    student.sample.update(solver="consistency", steps=2, guidance=1.0)
+    student.objective.scale = 2.0
+    params = jax.tree.map(lambda leaf: 0.5 * leaf, loaded.model.params)
+    return loaded._replace(live=Loaded(student, loaded.model._replace(params=params), "the/student"))
+
+
+def load_student() -> Loaded:
+    """The student by itself."""
+    return load_with_student().live
+
+
+def load_inpainting() -> Loaded:
+    """The model as one that only inpaints, and pays no attention to the known part."""
+    loaded = load()
+    network = loaded.model.network
+
+    def apply(params, x, t, cond, keys=None):
+        return network.apply(params, x, t, {name: leaf for name, leaf in cond.items() if name != "known"}, keys)
+
+    return loaded._replace(model=loaded.model._replace(network=network._replace(apply=apply, known_channels=4)))
+
+
+def load_checked() -> Loaded:
+    """The model with a safety checker that flags bright images."""
+    loaded = load()
+    return loaded._replace(model=loaded.model._replace(flagged=lambda images: images.mean(axis=(1, 2, 3)) > 127))
+
+
+def load_once(file: Path) -> Loaded:
+    """The model, if the file is not there yet; it is made."""
+    if file.exists():
+        raise OSError("the weights are gone")
+    file.touch()
+    return load()
+
+
+def picture(prompt="3", seed=0, guidance=2.0, **shared) -> Picture:
+    return Picture(SHARED._replace(**shared), prompt, "", guidance, seed)
+
+
+@contextlib.contextmanager
+def running(load, size=6):
+    """(engine, run): an engine that answers, and what runs a coroutine in its event loop."""
+    engine = Engine(load, size)
+    engine.start()
+    with asyncio.Runner() as runner:
+        stack = contextlib.AsyncExitStack()
+        runner.run(stack.enter_async_context(engine.serving()))
+        yield engine, runner.run
+        runner.run(stack.aclose())
+
+
+async def ended(job):
+    """(images by number, error) of a job, once it has ended."""
+    images = {}
+    while True:
+        event = await asyncio.wait_for(job.events.get(), 120)
+        if isinstance(event, Made):
+            images[event.number] = event.image
+        if isinstance(event, Ended):
+            return images, event.error
+
+
+@contextlib.contextmanager
+def served(load=load, token="", hosts=(), **serve):
+    """(address, service): an HTTP server of its own thread on a free port of the loopback."""
+    settings = config(**serve)
+    engine = Engine(load, settings.serve.queue)
+    service = Service(engine, engine.start(), settings)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(application(service, token, hosts), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://localhost:{listening.getsockname()[1]}", service
+        server.should_exit = True
+        thread.join()
