@@ -290,7 +290,7 @@ def ours(model: Model, folder: Path, given: dict[str, np.ndarray]) -> dict[str, 
 def _our_networks(published, given):
     import jax
 
-    (unet, unet_params), (vae, vae_params) = published.unet, published.autoencoder
+    (unet, unet_params), (vae, vae_params) = published.denoiser, published.autoencoder
     added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if unet.addition_embed_type else {}
     encode, decode = (jax.jit(functools.partial(vae.apply, method=method)) for method in ("encode", "decode"))
     return {

@@ -18,7 +18,8 @@ from diffusion_jax.core import schedules
 from diffusion_jax.data import sources
 from diffusion_jax.data.scenes import Scene, paint
 from diffusion_jax.interop import load_autoencoder, load_tokenizer, save_pipeline
-from diffusion_jax.interop.pipeline import STABLE_DIFFUSION, Part, PublishedPipeline
+from diffusion_jax.interop.families import stable_diffusion_1
+from diffusion_jax.interop.pipeline import Part, PublishedPipeline
 from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 
@@ -64,13 +65,16 @@ def write_model(folder: Path, unet: UNet) -> None:
     )
     save_pipeline(
         PublishedPipeline(
-            unet=_random(unet),
-            autoencoder=Part(*load_autoencoder(quick.ROOT / "weights" / "emoji" / "vae")),
-            text_encoders=(_random(text),),
+            family=stable_diffusion_1.FAMILY,
+            parts={
+                "unet": _random(unet),
+                "vae": Part(*load_autoencoder(quick.ROOT / "weights" / "emoji" / "vae")),
+                "text_encoder": _random(text),
+            },
             tokenizers=(tokenizer,),
             schedule=schedules.scaled_linear(),
             prediction="eps",
-            scheduler=STABLE_DIFFUSION,
+            scheduler=stable_diffusion_1.FAMILY.single_file.scheduler,
         ),
         folder,
     )

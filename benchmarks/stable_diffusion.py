@@ -69,7 +69,7 @@ def our_image(folder: Path, laps: Callable[[str], None] = lambda name: None) -> 
 
     laps("import")
     published = load_pipeline(folder)
-    jax.block_until_ready([part.params for part in (published.unet, published.autoencoder)])
+    jax.block_until_ready([part.params for part in (published.denoiser, published.autoencoder)])
     laps("load")
     model = from_published(published)
     keys = jax.random.split(jax.random.key(0), 1)

@@ -94,7 +94,7 @@ def stand_ins(tmp_path_factory):
     subprocess.run(make, cwd=ROOT, env=os.environ | HURRY, check=True)
     shutil.copy(folder / "drawings" / "grinning_cat.png", folder / "face.png")
     Image.fromarray(np.uint8(255) * np.eye(64, dtype=np.uint8)).save(folder / "mask.png")
-    updates = lora.init(load_pipeline(folder / "model").unet.params, 1, jax.random.key(0))
+    updates = lora.init(load_pipeline(folder / "model").denoiser.params, 1, jax.random.key(0))
     save_lora(folder / "style.safetensors", updates, 1.0)
     files = folder / "model", folder / "drawings", *(folder / name for name in STAND_INS[2:])
     return dict(zip(STAND_INS, map(str, files), strict=True))

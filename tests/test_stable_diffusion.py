@@ -116,14 +116,14 @@ def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoin
     run("stable_diffusion", *draw)
     tuned = pictures(tmp_path / "stable_diffusion")
     assert np.any(tuned[0] != before[0])
-    updates = lora.init(load_pipeline(checkpoint).unet.params, 1, jax.random.key(0))
+    updates = lora.init(load_pipeline(checkpoint).denoiser.params, 1, jax.random.key(0))
     save_lora(tmp_path / "style.safetensors", updates, 1.0)
     adding = f"--config.loras=('{tmp_path}/style.safetensors',)"
     assert "were trained with none; for others run --mode=export" in run("stable_diffusion", *draw, adding, status=2)
     run("stable_diffusion", "--mode=export")
     first, exported = load_pipeline(checkpoint), load_pipeline(tmp_path / "stable_diffusion" / "export")
-    assert exported.unet.module == first.unet.module and exported.prediction == first.prediction
-    kernels = [pipeline.unet.params["params"]["conv_in"]["kernel"] for pipeline in (first, exported)]
+    assert exported.denoiser.module == first.denoiser.module and exported.prediction == first.prediction
+    kernels = [pipeline.denoiser.params["params"]["conv_in"]["kernel"] for pipeline in (first, exported)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
     run(
         "stable_diffusion",
@@ -148,7 +148,7 @@ def test_a_lora_is_trained_drawn_with_and_exported(run, checkpoint, photographs,
     query = "down_blocks_0", "attentions_0", "transformer_blocks_0", "attn2", "to_q", "kernel"
     kernels = []
     for pipeline in (plain, updated):
-        leaf = pipeline.unet.params["params"]
+        leaf = pipeline.denoiser.params["params"]
         for part in query:
             leaf = leaf[part]
         kernels.append(leaf)
@@ -177,7 +177,7 @@ def test_a_lora_learns_to_draw_in_few_steps(run, photographs, tmp_path):
 
 def test_an_inpainting_model_needs_its_image_and_mask(run, vocabulary, tmp_path):  # noqa: F811
     unet = UNet(**test_pipeline.UNET | {"in_channels": 9})
-    model = our_pipeline(unet=filled(unet, *unet.example_inputs()), tokenizers=(load_tokenizer(vocabulary),))
+    model = our_pipeline({"unet": filled(unet, *unet.example_inputs())}, tokenizers=(load_tokenizer(vocabulary),))
     save_pipeline(model, tmp_path / "filling")
     flags = [f"--config.checkpoint={tmp_path}/filling", "--mode=sample", "--config.sample.steps=2", "--prompt=a cat"]
     assert "this is an inpainting model" in run("stable_diffusion", *flags, status=2)

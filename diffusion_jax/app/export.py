@@ -12,6 +12,7 @@ from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.build import weights
 from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline, save_unet
 from diffusion_jax.interop.lora import save_lora
+from diffusion_jax.interop.pipeline import family_of
 from diffusion_jax.training.checkpoints import Checkpoints
 
 
@@ -57,8 +58,9 @@ def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:
     trained = weights.trained(config, workdir, model)
     if "lora" in config:
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(folder / weights.LORA, trained, build.model.lora_scale(config))
+        part = family_of(config.checkpoint, config.allow_pickle).denoiser
+        save_lora(folder / weights.LORA, trained, build.model.lora_scale(config), part=part)
         return
     published = build.model.published(config)
-    unet = published.unet._replace(params=trained)
-    save_pipeline(published._replace(unet=unet), folder, build.model.DTYPES[config.dtype])
+    denoiser = published.denoiser._replace(params=trained)
+    save_pipeline(published.with_denoiser(denoiser), folder, build.model.DTYPES[config.dtype])

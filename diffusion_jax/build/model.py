@@ -78,11 +78,11 @@ def diffusion_model(config: ConfigDict, sides: tuple[int, int] = (0, 0), trainin
 
 def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool) -> DiffusionModel:
     loaded, dtype = published(config, training), choose(DTYPES, config.dtype, "dtype")
-    unet = loaded.unet.module
-    if training and unet.in_channels > unet.out_channels:
+    denoiser = loaded.denoiser
+    if training and denoiser.module.known_channels:
         raise ValueError(f"{config.checkpoint} is an inpainting model, which cannot be fine-tuned here")
     if training and config.remat:
-        loaded = loaded._replace(unet=loaded.unet._replace(module=unet.clone(remat=True)))
+        loaded = loaded.with_denoiser(denoiser._replace(module=denoiser.module.clone(remat=True)))
     sides = tuple(side or config.data.size for side in sides)
     return from_published(loaded, sides, dtype, config.sample.tile)._replace(adapter=adapter(config))
 

@@ -73,28 +73,33 @@ def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5En
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if isinstance(encoder, T5Encoder):
         return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
-    heads, others = ("text_model.", "text_projection."), ("vision_model.", "visual_projection.", "logit_scale")
-    return {
-        name if name.startswith(heads) else f"text_model.{name}": tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(others)
-    }
+    others = ("vision_model.", "visual_projection.", "logit_scale")
+    return {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(others)}
+
+
+def qualified(path: str) -> str:
+    """The path of a part of CLIP's text encoder with the prefix that newer versions of transformers leave out."""
+    return path if path.startswith("text_") else f"text_model.{path}"
 
 
 def save_text_encoder(
     encoder: ClipTextEncoder | T5Encoder, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
 ) -> None:
     """Write a folder that `load_text_encoder` and diffusers read. dtype: of the stored tensors."""
-    if isinstance(encoder, T5Encoder):
-        head = {"architectures": ["T5EncoderModel"], "model_type": "t5"}
-    else:
-        projected = "WithProjection" if encoder.projection_dim is not None else ""
-        head = {"architectures": [f"CLIPTextModel{projected}"], "model_type": "clip_text_model"}
+    kind = "t5" if isinstance(encoder, T5Encoder) else "clip_text_model"
+    head = {"architectures": [class_name(encoder)], "model_type": kind}
     names = sorted({field.name for field in dataclasses.fields(encoder)} - {"parent", "name", "dtype"})
     fields = {name: getattr(encoder, name) for name in names if getattr(encoder, name) is not None}
     folder = Path(folder)
     write_json(folder / "config.json", head | fields)
     write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)
+
+
+def class_name(encoder: ClipTextEncoder | T5Encoder) -> str:
+    """The class of such an encoder in transformers."""
+    if isinstance(encoder, T5Encoder):
+        return "T5EncoderModel"
+    return "CLIPTextModel" if encoder.projection_dim is None else "CLIPTextModelWithProjection"
 
 
 def text_encoder(

@@ -113,10 +113,15 @@ def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, 
 
 def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
     """Write a folder that `load_unet` and diffusers read. dtype: of the stored tensors."""
+    _save(unet_class(unet), unet, {}, variables, folder, dtype)
+
+
+def unet_class(unet: UNet) -> str:
+    """The class of such a U-Net in diffusers."""
     cross = any(BLOCK_TYPES[name] == "cross" for name in (*unet.down_block_types, *unet.up_block_types)) or (
         unet.mid_block_type == "UNetMidBlock2DCrossAttn"
     )
-    _save("UNet2DConditionModel" if cross else "UNet2DModel", unet, {}, variables, folder, dtype)
+    return "UNet2DConditionModel" if cross else "UNet2DModel"
 
 
 def save_autoencoder(

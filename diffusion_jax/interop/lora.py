@@ -26,11 +26,10 @@ from jaxtyping import PyTree
 
 from diffusion_jax.interop.names import torch_name
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.interop.single_file import unet_name
 from diffusion_jax.interop.tensors import read_file, read_metadata, write_file
 from diffusion_jax.messages import first_line
 
-KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+OWN = "unet"  # the part that is updated in files of own models
 # All suffixes of the name of a map, and their meaning.
 ROLES = {
     ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora.down.weight": "down", "_lora.down.weight": "down",
@@ -49,11 +48,11 @@ class Update(NamedTuple):
     alpha: float
 
 
-def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str, Update]]:
-    """The updates of a .safetensors file by part ("unet", "text_encoder", "text_encoder_2") and map.
+def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> dict[str, dict[str, Update]]:
+    """The updates of a .safetensors file by part, such as "unet" and "text_encoder", and map.
 
     A map is named by its path joined with underscores, because every file's names can be converted to that.
-    layers_per_block: of the U-Net, to translate the names of the original code.
+    pipeline: whose family knows the names in the file. None for a file of an own model.
     Raises ValueError for tensors that are not part of a LoRA and for incomplete updates.
     """
     found: dict[tuple[str, str], dict] = {}
@@ -65,7 +64,7 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
             raise ValueError(
                 f"{path}: {name} is not a tensor of a LoRA; expected names that end in one of {', '.join(ROLES)}"
             )
-        place = _place(name.removesuffix(suffix), layers_per_block)
+        place = _place(name.removesuffix(suffix), pipeline)
         found.setdefault(place, {})[ROLES[suffix]] = tensor
     parts: dict[str, dict[str, Update]] = {}
     for (part, target), tensors in found.items():
@@ -77,15 +76,16 @@ def load_lora(path: str | Path, layers_per_block: int = 2) -> dict[str, dict[str
     return parts
 
 
-def save_lora(path: str | Path, updates: PyTree, scale: float, dtype: DTypeLike = np.float32) -> None:
-    """Write updates of a U-Net, as `models.lora` trains them, to a .safetensors file in the layout of peft.
+def save_lora(path: str | Path, updates: PyTree, scale: float, dtype: DTypeLike = np.float32, part: str = OWN) -> None:
+    """Write updates of a denoiser, as `models.lora` trains them, to a .safetensors file in the layout of peft.
 
     scale: alpha / rank. `up` is multiplied by it, so that readers see an alpha equal to the rank.
+    part: of a published pipeline, its name for the denoiser.
     """
     tensors = {}
     leaves = {tuple(key.key for key in keys): np.asarray(leaf, np.float32) for keys, leaf in tree_leaves(updates)}
     for (*module, half), leaf in leaves.items():
-        name = "unet." + torch_name((*module, "kernel")).removesuffix(".weight")
+        name = f"{part}." + torch_name((*module, "kernel")).removesuffix(".weight")
         letter, factor = {"down": ("A", 1.0), "up": ("B", scale)}[half]
         tensor = leaf.transpose(leaf.ndim - 1, leaf.ndim - 2, *range(leaf.ndim - 2))
         if half == "up" and leaves[(*module, "down")].ndim > 2:
@@ -99,19 +99,15 @@ def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0
 
     Raises ValueError for updates of unknown maps or of another shape, and the errors of `load_lora`.
     """
-    updates = load_lora(path, int(np.max(pipeline.unet.module.layers_per_block)))
-    names = pipeline.text_names
-    unknown = updates.keys() - {"unet", *names}
+    updates = load_lora(path, pipeline)
+    unknown = updates.keys() - pipeline.parts.keys()
     if unknown:
         raise ValueError(f"{path} updates {', '.join(sorted(unknown))}, which this pipeline does not have")
-
-    def merged(name, part):
-        return part._replace(params=merge(part.params, updates.get(name, {}), scale, f"{path}, {name}"))
-
-    return pipeline._replace(
-        unet=merged("unet", pipeline.unet),
-        text_encoders=tuple(merged(name, part) for name, part in zip(names, pipeline.text_encoders, strict=True)),
-    )
+    parts = {
+        name: part._replace(params=merge(part.params, updates.get(name, {}), scale, f"{path}, {name}"))
+        for name, part in pipeline.parts.items()
+    }
+    return pipeline._replace(parts=parts)
 
 
 def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: str) -> PyTree:
@@ -149,21 +145,23 @@ def _alphas(path):
         raise ValueError(f"{path}: malformed lora_adapter_metadata in its header: {first_line(error)}") from None
 
 
-def _place(name, layers):
+def _place(name, pipeline):
     """(part, path joined with underscores) of the map `name` in a file."""
-    kohya = re.match(r"(lora_unet|lora_te[12]?)_(.*)", name)
-    if kohya:
-        part, path = KOHYA[kohya[1]], kohya[2]
-        path = unet_name(path, layers) if part == "unet" else path
+    if pipeline is None:
+        return OWN, name.removeprefix(f"{OWN}.").replace(".", "_")
+    family, prefixes = pipeline.family, pipeline.family.lora.prefixes
+    joined = next((prefix for prefix in prefixes if name.startswith(f"{prefix}_")), None)
+    if joined:
+        part = prefixes[joined]
+        path = family.lora.path(part, name.removeprefix(f"{joined}_"), pipeline.denoiser.module)
     else:
         head, _, rest = name.partition(".")
-        part, path = (head, rest) if head in KOHYA.values() else ("unet", name)
+        part, path = (head, rest) if head in {*prefixes.values(), *family.parts} else (family.denoiser, name)
         path = re.sub(r"base_model\.model\.|\.processor", "", path)
         path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files omit the index
         path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)
-    if part != "unet" and not path.startswith("text_"):
-        path = f"text_model.{path}"
-    return part, path.replace(".", "_")
+    qualified = family.parts[part].qualified if part in family.parts else str
+    return part, qualified(path).replace(".", "_")
 
 
 def _product(update):

@@ -1,17 +1,18 @@
 """Whole text-to-image models as they are published: a folder of diffusers, or one file of the original code.
 
-A folder has model_index.json and a subfolder for each part:
+A folder has model_index.json and a subfolder for each part. The card of its family (`families`) says which they are,
+for example:
 
     unet/ vae/ text_encoder/ text_encoder_2/      networks, each a config.json and its tensors
     tokenizer/ tokenizer_2/                       vocabularies
-    scheduler/                                    scheduler_config.json: the noise schedule and what the U-Net predicts
-    safety_checker/                               of Stable Diffusion 1: which images must not be shown
+    scheduler/                                    scheduler_config.json: the noise schedule and what is predicted
+    safety_checker/                               which images must not be shown
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,68 +22,48 @@ from tokenizers import Tokenizer
 
 from diffusion_jax.core import schedules
 from diffusion_jax.core.schedules import DiscreteSchedule
-from diffusion_jax.interop import encoders
-from diffusion_jax.interop.encoders import canonical, save_text_encoder, text_encoder_of
-from diffusion_jax.interop.folders import WEIGHTS, autoencoder_of, read_config, save_autoencoder, save_unet, unet_of
-from diffusion_jax.interop.names import from_torch, modern
-from diffusion_jax.interop.safety import SafetyChecker, load_safety_checker
-from diffusion_jax.interop.single_file import Description, read_single_file
+from diffusion_jax.interop import families
+from diffusion_jax.interop.family import Description, Family
+from diffusion_jax.interop.names import from_torch
+from diffusion_jax.interop.safety import SafetyChecker
+from diffusion_jax.interop.single_file import read_single_file
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.messages import first_line
-from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.text.clip import ClipTextEncoder
-from diffusion_jax.models.text.t5 import T5Encoder
-from diffusion_jax.models.unet import UNet
 
-TEXT = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-NETWORKS = {"unet": unet_of, "vae": autoencoder_of} | dict.fromkeys(TEXT, text_encoder_of)
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # names in diffusers and here
-STABLE_DIFFUSION = {  # how all of them were trained
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "prediction_type": "epsilon",
-}
 
 
 class Part(NamedTuple):
     """A network and its variables: `part.module.apply(part.params, …)`."""
 
-    module: UNet | AutoencoderKL | ClipTextEncoder | T5Encoder
+    module: Any
     params: PyTree
 
 
 class Network(NamedTuple):
     """A network of a pipeline before loading: the shapes of its variables, and the tensors to load."""
 
-    module: UNet | AutoencoderKL | ClipTextEncoder | T5Encoder
+    module: Any
     like: PyTree
-    tensors: dict[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray]
     source: str
 
 
 class PublishedPipeline(NamedTuple):
-    """A text-to-image model of the Stable Diffusion family.
+    """A published text-to-image model.
 
-    unet, autoencoder: the denoiser of latents, and the network from images to latents and back.
-    text_encoders, tokenizers: one each (SD 1 and 2, the refiner of SDXL) or two (SDXL); of a single file no tokenizers.
+    family: its card.
+    parts: folder of each network -> the network, as the card names them.
+    tokenizers: one for each text encoder; of a single file none.
     schedule, prediction: of the denoiser; "eps", "v" or "x0".
     scheduler: scheduler_config.json, where timestep_spacing, steps_offset and the like say how its authors sample.
     index: model_index.json without the parts, such as force_zeros_for_empty_prompt.
     safety_checker: None if it has none, or is not to be used. `save_pipeline` does not write it.
     """
 
-    unet: Part
-    autoencoder: Part
-    text_encoders: tuple[Part, ...]
+    family: Family
+    parts: Mapping[str, Part]
     tokenizers: tuple[Tokenizer, ...]
     schedule: DiscreteSchedule
     prediction: str
@@ -91,10 +72,23 @@ class PublishedPipeline(NamedTuple):
     safety_checker: SafetyChecker | None = None
 
     @property
-    def text_names(self) -> tuple[str, ...]:
-        """The folders of the text encoders; the refiner of SDXL has only the second."""
-        refiner = len(self.text_encoders) == 1 and self.unet.module.addition_embed_type is not None
-        return TEXT[1:] if refiner else TEXT[: len(self.text_encoders)]
+    def denoiser(self) -> Part:
+        """The network that denoises latents."""
+        return self.parts[self.family.denoiser]
+
+    @property
+    def autoencoder(self) -> Part:
+        """The network from images to latents and back."""
+        return self.parts[self.family.autoencoder]
+
+    @property
+    def text_encoders(self) -> tuple[Part, ...]:
+        """The text encoders, in the order of their tokenizers; a single file may lack them."""
+        return tuple(self.parts[name] for name in self.family.tokenizers if name in self.parts)
+
+    def with_denoiser(self, denoiser: Part) -> "PublishedPipeline":
+        """The pipeline with another denoiser."""
+        return self._replace(parts={**self.parts, self.family.denoiser: denoiser})
 
 
 def load_pipeline(
@@ -108,7 +102,7 @@ def load_pipeline(
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
 
     dtype: of all variables.
-    prediction: override it with "eps", "v" or "x0". Needed for a single file of SD 2: 512-base is "eps", 768 is "v".
+    prediction: override it with "eps", "v" or "x0". Needed for a single file that does not say it.
     tokenizers: the folder of a pipeline with the tokenizers for a single file.
     allow_pickle: see `read_file`.
     safety_checker: load that of a folder whose model_index.json names one.
@@ -117,88 +111,104 @@ def load_pipeline(
     path = Path(path)
     if prediction not in (None, *PREDICTIONS.values()):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
-    scheduler, index = _settings(path)
+    family, networks = read_networks(path, allow_pickle)
+    scheduler, index = _settings(path, family)
+    if path.is_file() and prediction is None and family.single_file.ask:
+        raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
     schedule, predicted = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
-    networks = read_networks(path, allow_pickle)
-    unet = networks["unet"].module
-    if path.is_file() and prediction is None and unet.use_linear_projection and unet.addition_embed_type is None:
-        raise ValueError(f"{path}: SD 2 in one file does not say what it predicts; give 'eps' (512-base) or 'v' (768)")
-    folders = [Path(tokenizers or path) / kind for kind, name in zip(TOKENIZERS, TEXT, strict=True) if name in networks]
-    read = tuple(load_tokenizer(folder) for folder in folders if tokenizers or folder.is_dir())
-    parts = {
-        name: Part(network.module, from_torch(network.tensors, network.source, network.like, dtype))
-        for name, network in networks.items()
-    }
+    folders = [Path(tokenizers or path) / folder for name, folder in family.tokenizers.items() if name in networks]
     return PublishedPipeline(
-        unet=parts["unet"],
-        autoencoder=parts["vae"],
-        text_encoders=tuple(parts[name] for name in TEXT if name in parts),
-        tokenizers=read,
+        family=family,
+        parts={
+            name: Part(network.module, from_torch(network.tensors, network.source, network.like, dtype))
+            for name, network in networks.items()
+        },
+        tokenizers=tuple(load_tokenizer(folder) for folder in folders if tokenizers or folder.is_dir()),
         schedule=schedule,
         prediction=prediction or predicted,
         scheduler=scheduler,
         index=index,
-        safety_checker=_safety_checker(path, allow_pickle) if safety_checker else None,
+        safety_checker=_safety_checker(path, family, allow_pickle) if safety_checker else None,
     )
 
 
-def _safety_checker(path: Path, allow_pickle: bool) -> SafetyChecker | None:
-    if path.is_file() or not _is_used(read_json(path / "model_index.json").get("safety_checker")):
+def _safety_checker(path: Path, family: Family, allow_pickle: bool) -> SafetyChecker | None:
+    if path.is_file() or not family.safety_checker:
+        return None
+    if not _is_used(read_json(path / "model_index.json").get("safety_checker")):
         return None
     try:
-        return load_safety_checker(path / "safety_checker", allow_pickle)
+        return family.safety_checker(path / "safety_checker", allow_pickle)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; without it, set safety_checker=False") from None
 
 
 def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
     """Write a folder that `load_pipeline` and diffusers read. dtype: of the stored tensors."""
-    folder = Path(folder)
-    unet = pipeline.unet.module
-    save_unet(*pipeline.unet, folder / "unet", dtype)
-    save_autoencoder(*pipeline.autoencoder, folder / "vae", dtype)
-    wide = unet.addition_embed_type is not None
-    kind = f"StableDiffusion{'XL' * wide}{'Inpaint' * (unet.in_channels == 9)}Pipeline"
-    index = {"_class_name": kind, **pipeline.index}
-    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    if not wide:
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    for name, part in zip(pipeline.text_names, pipeline.text_encoders, strict=True):
-        save_text_encoder(*part, folder / name, dtype)
-        index[name] = ["transformers", read_config(folder / name)[0]["architectures"][0]]
-    for name, tokenizer in zip(pipeline.text_names, pipeline.tokenizers, strict=bool(pipeline.tokenizers)):
-        kind = name.replace("text_encoder", "tokenizer")
-        _save_tokenizer(tokenizer, folder / kind)
-        index[kind] = ["transformers", "CLIPTokenizer"]
+    folder, family = Path(folder), pipeline.family
+    fixed = family.index(pipeline.denoiser.module)
+    index = {"_class_name": fixed["_class_name"], **pipeline.index} | {
+        name: value for name, value in fixed.items() if name != "_class_name"
+    }
+    for name, part in pipeline.parts.items():
+        kind = family.parts[name]
+        kind.save(*part, folder / name, dtype)
+        index[name] = [kind.library, kind.class_name(part.module)]
+    tokenizers = zip(family.tokenizers.values(), pipeline.tokenizers, strict=bool(pipeline.tokenizers))
+    for name, tokenizer in tokenizers:
+        _save_tokenizer(tokenizer, folder / name)
+        index[name] = ["transformers", "CLIPTokenizer"]
     scheduler = scheduler_config(pipeline.scheduler, pipeline.schedule, pipeline.prediction)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)
 
 
-def read_networks(path: str | Path, allow_pickle: bool = False) -> dict[str, Network]:
-    """The networks of a folder or file: "unet", "vae", "text_encoder" and "text_encoder_2" as far as it has them."""
+def family_of(path: str | Path, allow_pickle: bool = False) -> Family:
+    """The family of a folder or file. Raises the errors of `load_pipeline`."""
+    path = Path(path)
+    return read_single_file(path, allow_pickle)[0] if path.is_file() else _recognised(path)[0]
+
+
+def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Network]]:
+    """The family of a folder or file, and its networks by part. A single file may lack some of them."""
     path = Path(path)
     if path.is_file():
-        parts = read_single_file(path, allow_pickle)
+        family, parts = read_single_file(path, allow_pickle)
         sources = dict.fromkeys(parts, str(path))
     else:
-        index = read_json(path / "model_index.json")
-        for name in ("unet", "vae"):
-            if name not in index:
-                raise ValueError(f"{path / 'model_index.json'}: expected a pipeline with unet and vae, got no {name}")
+        family, configs = _recognised(path)
         parts, sources = {}, {}
-        for name in NETWORKS:
-            if _is_used(index.get(name)):
-                stem = encoders.WEIGHTS if name in TEXT else WEIGHTS
-                tensors, sources[name] = read_tensors(path / name, stem, allow_pickle)
-                parts[name] = Description(read_config(path / name)[0], tensors)
+        for name, kind in family.parts.items():
+            tensors, sources[name] = read_tensors(path / name, kind.weights, allow_pickle)
+            parts[name] = Description(configs[name], tensors)
     networks = {}
     for name, (config, tensors) in parts.items():
-        module, like = NETWORKS[name](config, sources[name])
-        tensors = canonical(tensors, module) if name in TEXT else modern(tensors)
-        networks[name] = Network(module, like, tensors, sources[name])
-    return networks
+        kind = family.parts[name]
+        module, like = kind.build(config, sources[name])
+        networks[name] = Network(module, like, kind.tensors(tensors, module), sources[name])
+    return family, networks
+
+
+def _recognised(path: Path) -> tuple[Family, dict[str, dict]]:
+    """The family of a folder, and the config.json of each of its parts."""
+    index = read_json(path / "model_index.json")
+    named = [name for name, entry in index.items() if _is_used(entry)]
+    configs = {name: read_json(file) for name in named if (file := path / name / "config.json").is_file()}
+    family = next((family for family in families.FAMILIES if family.recognises(index, configs)), None)
+    if family is None:
+        known = ", ".join(family.name for family in families.FAMILIES)
+        raise ValueError(
+            f"{path / 'model_index.json'}: expected a pipeline of one of {known}; got {index.get('_class_name')} with "
+            f"{', '.join(named) or 'no parts'}"
+        )
+    for name in family.parts:
+        if name not in named:
+            expected = ", ".join(family.parts)
+            raise ValueError(f"{path / 'model_index.json'}: {family.name} has the parts {expected}, got no {name}")
+        if name not in configs:
+            raise FileNotFoundError(f"{path / name / 'config.json'}: no such file")
+    return family, configs
 
 
 def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, str]:
@@ -242,10 +252,10 @@ def scheduler_config(config: Mapping, schedule: DiscreteSchedule, prediction: st
     }
 
 
-def _settings(path):
+def _settings(path, family):
     """(scheduler_config.json, model_index.json without its parts); what is known of a single file."""
     if path.is_file():
-        return STABLE_DIFFUSION, {}
+        return family.single_file.scheduler, {}
     index = read_json(path / "model_index.json")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     return scheduler, {name: value for name, value in index.items() if not isinstance(value, list)}

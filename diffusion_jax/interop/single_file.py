@@ -1,247 +1,27 @@
-"""Whole Stable Diffusion checkpoints in one file, with the tensor names of the original latent diffusion code.
+"""Whole pipelines in one file, such as those of the original code of Stable Diffusion."""
 
-Such a file has no configs. Infer the architecture from tensor shapes, and the rest from the model family:
-
-    SD 1.x   cond_stage_model.transformer.*  CLIP ViT-L                   8 heads
-    SD 2.x   cond_stage_model.model.*        OpenCLIP ViT-H               heads of 64 channels
-    SDXL     conditioner.embedders.{0,1}.*   CLIP ViT-L, OpenCLIP ViT-bigG   heads of 64 channels
-
-Tensors are renamed as in diffusers and transformers, so that the code for folders can build every part.
-"""
-
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
+from diffusion_jax.interop import families
+from diffusion_jax.interop.family import Description, Family
 from diffusion_jax.interop.tensors import read_file
 
-# A dot in these patterns matches any character, so that they also match names joined by underscores.
-UNET = [
-    (r"^time_embed.0", "time_embedding.linear_1"),
-    (r"^time_embed.2", "time_embedding.linear_2"),
-    (r"^label_emb.0.0", "add_embedding.linear_1"),
-    (r"^label_emb.0.2", "add_embedding.linear_2"),
-    (r"^label_emb(?=.weight)", "class_embedding"),
-    (r"^input_blocks.0.0", "conv_in"),
-    (r"^middle_block.0", "mid_block.resnets.0"),
-    (r"^middle_block.1", "mid_block.attentions.0"),
-    (r"^middle_block.2", "mid_block.resnets.1"),
-    (r"^out.0", "conv_norm_out"),
-    (r"^out.2", "conv_out"),
-    (r"in_layers.0", "norm1"),
-    (r"in_layers.2", "conv1"),
-    (r"emb_layers.1", "time_emb_proj"),
-    (r"out_layers.0", "norm2"),
-    (r"out_layers.3", "conv2"),
-    (r"skip_connection", "conv_shortcut"),
-]
-AUTOENCODER = [
-    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
-    (r"\.(down|up)\.(\d+)\.\1sample\.", r".\1_blocks.\2.\1samplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-]
-OPEN_CLIP = [
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^text_projection$", "text_projection.weight"),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"\.attn\.", ".self_attn."),
-]
-INERT = re.compile(r"(^loss|\.?position_ids$|^logit_scale$|^attn_mask$)")  # unused by these networks
 
-Tensors = dict[str, np.ndarray]
+def read_single_file(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Description]]:
+    """The family of a checkpoint, and its parts as far as the file has them.
 
-
-class Description(NamedTuple):
-    """A part of a pipeline as in a folder: the content of its config.json, and its tensors."""
-
-    config: dict
-    tensors: Tensors
-
-
-def read_single_file(path: str | Path, allow_pickle: bool = False) -> dict[str, Description]:
-    """The parts of a checkpoint: "unet", "vae", "text_encoder" and "text_encoder_2", if it has them.
-
-    Other tensors (averaged copies, tables of the schedule) are ignored.
-    Raises ValueError if the file is not a Stable Diffusion checkpoint, and the errors of `read_file`.
+    Raises ValueError if no family knows the file, or if it lacks tensors, and the errors of `read_file`.
     """
     tensors = read_file(path, allow_pickle)
-    unet = _under(tensors, "model.diffusion_model.")
-    if "input_blocks.0.0.weight" not in unet:
-        raise ValueError(
-            f"{path}: expected a Stable Diffusion checkpoint with model.diffusion_model.input_blocks…; "
-            "for a single network name its folder with config.json"
-        )
-    try:
-        unet = _unet(unet)
-        parts = {"unet": unet, "vae": _autoencoder(_under(tensors, "first_stage_model."), unet.config)}
-        encoders = [
-            ("text_encoder", _clip(_under(tensors, "cond_stage_model.transformer."))),
-            ("text_encoder", _open_clip(_under(tensors, "cond_stage_model.model."), skip=1, projection=False)),
-            ("text_encoder", _clip(_under(tensors, "conditioner.embedders.0.transformer."))),
-            ("text_encoder_2", _open_clip(_under(tensors, "conditioner.embedders.0.model."))),
-            ("text_encoder_2", _open_clip(_under(tensors, "conditioner.embedders.1.model."))),
-        ]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} lacks or misshapes tensors of a Stable Diffusion checkpoint: {error}") from None
-    return parts | {name: encoder for name, encoder in encoders if encoder}
-
-
-def unet_name(name: str, layers: int) -> str:
-    """The name in diffusers of a tensor of the U-Net (or of its LoRA, joined by underscores).
-
-        input_blocks.n.0|1   n - 1 = block·(layers + 1) + layer    resnets|attentions of down_blocks, or a downsampler
-        output_blocks.n.0|1  n = block·(layers + 1) + layer        resnets|attentions of up_blocks, or an upsampler
-
-    layers: residual blocks of a level.
-    """
-    name = _rename(name, UNET)
-    match = re.match(r"(input|output)_blocks.(\d+).(\d).(op|conv(?![12_]))?", name)  # not conv1, conv_shortcut
-    if not match:
-        return name
-    side, number, kind, resampling = match.groups()
-    block, layer = divmod(int(number) - (side == "input"), layers + 1)
-    where = f"{'down' if side == 'input' else 'up'}_blocks.{block}"
-    if resampling:
-        return f"{where}.{'down' if side == 'input' else 'up'}samplers.0.conv{name[match.end() :]}"
-    return f"{where}.{('resnets', 'attentions')[int(kind)]}.{layer}.{name[match.end() :]}"
-
-
-def _unet(tensors):
-    downsamplers = [int(name.split(".")[1]) for name in tensors if re.match(r"input_blocks\.\d+\.0\.op\.", name)]
-    layers = min(downsamplers) - 1
-    tensors = {unet_name(name, layers): tensor for name, tensor in tensors.items()}
-    widths = [len(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(_count(tensors, "down_blocks."))]
-    depths = [_count(tensors, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(len(widths))]
-    middle = "mid_block.attentions.0."
-    linear = tensors[middle + "proj_in.weight"].ndim == 2
-    added = tensors.get("add_embedding.linear_1.weight")
-    return Description(
-        {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": 128 if added is not None else 64,
-            "in_channels": tensors["conv_in.weight"].shape[1],
-            "out_channels": len(tensors["conv_out.weight"]),
-            "block_out_channels": widths,
-            "layers_per_block": layers,
-            "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
-            "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-            # the middle has the same value as the last level
-            "transformer_layers_per_block": [
-                *(depth or 1 for depth in depths[:-1]),
-                _count(tensors, middle + "transformer_blocks."),
-            ],
-            "cross_attention_dim": tensors[middle + "transformer_blocks.0.attn2.to_k.weight"].shape[1],
-            "attention_head_dim": [width // 64 for width in widths] if linear else 8,
-            "use_linear_projection": linear,
-            "num_class_embeds": len(tensors["class_embedding.weight"]) if "class_embedding.weight" in tensors else None,
-            "addition_embed_type": None if added is None else "text_time",
-            "addition_time_embed_dim": None if added is None else 256,
-            "projection_class_embeddings_input_dim": None if added is None else added.shape[1],
-            "upcast_attention": linear and added is None,
-        },
-        tensors,
+    readable = [family for family in families.FAMILIES if family.single_file]
+    for family in readable:
+        try:
+            parts = family.single_file.read(tensors)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} lacks or misshapes tensors of {family.name}: {error}") from None
+        if parts is not None:
+            return family, parts
+    names = ", ".join(family.name for family in readable)
+    raise ValueError(
+        f"{path}: expected a whole checkpoint of one of {names}; for a single network name its folder with config.json"
     )
-
-
-def _autoencoder(tensors, unet):
-    tensors = {_rename(name, AUTOENCODER): tensor for name, tensor in tensors.items()}
-    levels = _count(tensors, "decoder.up_blocks.")
-    mirrored = re.compile(r"(decoder\.up_blocks\.)(\d+)")  # the original counts levels from the finest
-    tensors = {
-        mirrored.sub(lambda match: f"{match[1]}{levels - 1 - int(match[2])}", name): _linear(name, tensor)
-        for name, tensor in tensors.items()
-    }
-    return Description(
-        {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [
-                len(tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels)
-            ],
-            "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
-            "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "sample_size": 8 * unet["sample_size"],
-            "scaling_factor": 0.13025 if unet["addition_embed_type"] else 0.18215,
-        },
-        tensors,
-    )
-
-
-def _linear(name, tensor):
-    """Convert the maps of the middle attention, 1x1 convolutions in the original, to linear maps."""
-    return tensor.reshape(tensor.shape[:2]) if ".attentions." in name and tensor.ndim == 4 else tensor
-
-
-def _clip(tensors):
-    return Description(_text_config(tensors, "quick_gelu", "CLIPTextModel"), tensors) if tensors else None
-
-
-def _open_clip(tensors, skip=0, projection=True):
-    """skip: last layers to drop, which the denoiser does not use. projection: keep that of the pooled text."""
-    if not tensors:
-        return None
-    count, named = _count(tensors, "transformer.resblocks."), {}
-    skipped = tuple(f"transformer.resblocks.{count - 1 - i}." for i in range(skip))
-    for name, tensor in tensors.items():
-        if name.startswith(skipped) or (name == "text_projection" and not projection):
-            continue
-        new = _rename(name, OPEN_CLIP)
-        if ".in_proj_" in new:  # q, k and v in one tensor
-            head, leaf = new.split("in_proj_")
-            named |= {
-                f"{head}{which}_proj.{leaf}": third for which, third in zip("qkv", np.split(tensor, 3), strict=True)
-            }
-        else:
-            named[new] = tensor.T if name == "text_projection" else tensor
-    return Description(_text_config(named, "gelu", "CLIPTextModel" + "WithProjection" * projection), named)
-
-
-def _text_config(tensors, activation, name):
-    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
-    projection = tensors.get("text_projection.weight")
-    return {
-        "architectures": [name],
-        "model_type": "clip_text_model",
-        "hidden_act": activation,
-        "hidden_size": width,
-        "intermediate_size": len(tensors["text_model.encoder.layers.0.mlp.fc1.weight"]),
-        "max_position_embeddings": len(tensors["text_model.embeddings.position_embedding.weight"]),
-        "num_attention_heads": max(width // 64, 1),
-        "num_hidden_layers": _count(tensors, "text_model.encoder.layers."),
-        "projection_dim": width if projection is None else len(projection),
-        "vocab_size": vocabulary,
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
-    }
-
-
-def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
-    """The tensors with this prefix, under their names without it."""
-    named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
-    return {name: tensor for name, tensor in named if not INERT.search(name)}
-
-
-def _rename(name, rules):
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
-    return name
-
-
-def _count(tensors, prefix):
-    """The number of different name parts after `prefix`: the length of a list of modules."""
-    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})

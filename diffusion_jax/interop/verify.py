@@ -10,17 +10,17 @@ value. A pipeline in a single file is only compared with its configs.
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.interop.family import Component
 from diffusion_jax.interop.names import differences, from_torch, torch_name
-from diffusion_jax.interop.pipeline import TEXT, Network, read_networks
+from diffusion_jax.interop.pipeline import Network, read_networks
 
-DEPTH = {"unet": 1, "vae": 2} | dict.fromkeys(TEXT, 3)  # depth of the modules that are compared
 PEER = ("torch", "diffusers", "transformers")
 
 
@@ -30,15 +30,15 @@ def tensor_report(name: str, network: Network) -> list[str]:
     return [f"{name}: {kind} {tensor}" for kind, tensors in kinds for tensor in tensors]
 
 
-def block_report(name: str, network: Network, folder: Path) -> Iterator[tuple[str, float]]:
+def block_report(kind: Component, network: Network, folder: Path) -> Iterator[tuple[str, float]]:
     """(block, largest relative difference from diffusers), in the order in which diffusers computes them.
 
     folder: of this network, for diffusers to read.
     """
-    inputs = _inputs(name, network.module)
+    inputs = kind.inputs(network.module)
     variables = from_torch(network.tensors, network.source, network.like)
-    ours = _our_outputs(network.module, variables, inputs, DEPTH[name])
-    for block, theirs in _peer_outputs(name, network, folder, inputs).items():
+    ours = _our_outputs(network.module, variables, inputs, kind.depth)
+    for block, theirs in _peer_outputs(kind, network, folder, inputs).items():
         if block in ours:
             yield block, float(np.abs(ours[block] - theirs).max() / max(np.abs(theirs).max(), 1e-30))
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         return 2
     path, fits = Path(arguments[0]), True
     try:
-        networks = read_networks(path)
+        family, networks = read_networks(path)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -60,37 +60,9 @@ def main(arguments: list[str]) -> int:
         fits = fits and not wrong
         print("\n".join(wrong) or f"{name}: {len(network.tensors)} tensors, all as {network.source} should have them")
         if compare and not wrong:
-            for block, difference in block_report(name, network, path / name):
+            for block, difference in block_report(family.parts[name], network, path / name):
                 print(f"{name}: {block:<40} {difference:.1e}")
     return 0 if fits else 1
-
-
-def _inputs(name, module):
-    """Random inputs of a network by argument name."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    if name in TEXT:
-        ids = rng.integers(module.vocab_size - 1, size=(1, min(module.max_position_embeddings, 16)))
-        return {"ids": jnp.asarray(ids).at[0, -1].set(module.vocab_size - 1)}
-    side = 4 * 2 ** (len(module.block_out_channels) - 1)
-    if name == "vae":
-        return {"x": normal(1, side, side, module.in_channels)}
-    inputs = {"x": normal(1, side, side, module.in_channels - module.known_channels), "t": jnp.array([500.0])}
-    inputs["text"] = normal(1, 16, module.cross_attention_dim)
-    if module.known_channels:
-        inputs["known"] = normal(1, side, side, module.known_channels)
-    if module.class_embed_type:
-        inputs["text_embeds"] = normal(1, module.projection_class_embeddings_input_dim)
-    if module.addition_embed_type:
-        numbers = min(6, module.projection_class_embeddings_input_dim // module.addition_time_embed_dim)
-        width = module.projection_class_embeddings_input_dim - numbers * module.addition_time_embed_dim
-        inputs |= {"text_embeds": normal(1, width), "time_ids": 100 * jnp.arange(1.0, numbers + 1)[None]}
-    if module.num_class_embeds:
-        inputs["label"] = jnp.array([0])
-    return inputs
 
 
 def _our_outputs(module, variables, inputs, depth):
@@ -109,20 +81,14 @@ def _our_outputs(module, variables, inputs, depth):
     return found
 
 
-def _peer_outputs(name, network, folder, inputs):
-    """Outputs of all modules in diffusers by name. CLIP's get the prefix that newer versions leave out."""
-    import diffusers
+def _peer_outputs(kind, network, folder, inputs):
+    """Outputs of all modules in diffusers by name."""
     import torch
-    import transformers
 
     variant = re.search(r"\.(fp16|bf16)\.", Path(network.source).name)
     options = {"variant": variant[1]} if variant else {}
-    if name in TEXT:
-        projected = "WithProjection" if network.module.projection_dim is not None else ""
-        kind = getattr(transformers, f"CLIPTextModel{projected}")
-    else:
-        kind = diffusers.AutoencoderKL if name == "vae" else diffusers.UNet2DConditionModel
-    model = kind.from_pretrained(folder, torch_dtype=torch.float32, **options).eval()
+    of_peer = getattr(import_module(kind.library), kind.class_name(network.module))
+    model = of_peer.from_pretrained(folder, torch_dtype=torch.float32, **options).eval()
     found = {}
 
     def keep(block):
@@ -133,19 +99,9 @@ def _peer_outputs(name, network, folder, inputs):
         return hook
 
     for block, module in model.named_modules():
-        prefix = "text_model." if name in TEXT and not block.startswith("text_") else ""
-        module.register_forward_hook(keep(prefix + block))
-    given = {key: torch.tensor(_channels_first(np.asarray(value))) for key, value in inputs.items()}
+        module.register_forward_hook(keep(kind.qualified(block)))
     with torch.no_grad():
-        if name in TEXT:
-            model(given["ids"].long())
-        elif name == "vae":
-            model(given["x"])
-        else:
-            added = {key: given.pop(key) for key in ("text_embeds", "time_ids") if key in given}
-            x = torch.cat([given[key] for key in ("x", "known") if key in given], dim=1)
-            labels = given.get("label")
-            model(x, given["t"], given["text"], class_labels=labels, added_cond_kwargs=added or None)
+        kind.run(model, {name: torch.tensor(_channels_first(np.asarray(value))) for name, value in inputs.items()})
     return found
 
 

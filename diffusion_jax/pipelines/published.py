@@ -1,4 +1,4 @@
-"""Convert published models of the Stable Diffusion family to models of this library."""
+"""Convert published pipelines to models of this library, as the cards of their families say."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
+from diffusion_jax.interop.prompts import emphasise
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, network_of, nothing_flagged
 from diffusion_jax.models.text.encoder import tokenize
-from diffusion_jax.pipelines import prompts as weighted
 from diffusion_jax.pipelines.generate import noise, told_scale
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
@@ -33,26 +33,24 @@ def from_published(
 ) -> DiffusionModel:
     """The published model as one value.
 
-    Conditions are {"text": (B, L, D)}. SD 1 and 2: the last layer of the text encoder. SDXL (Podell et al. 2023): the
-    penultimate layers of both encoders, concatenated, with {"text_embeds": (B, P), "time_ids": (B, 6)}, the vector of
-    the whole prompt and the sizes of an image that was neither scaled nor cropped. Prompts may have weights and any
-    length (`pipelines.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or zeros
-    if the model's index says so.
+    Conditions are {"text": (B, L, D)} and what else `family.prompt` adds. Prompts may have weights and any length
+    (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or zeros if the
+    family says so.
     size: height and width of the images in pixels, the model's own by default. 0 means the model's own side.
     dtype: compute type of the networks.
     tile: see `codec.autoencoder_kl`.
     Raises ValueError for a size that the autoencoder cannot generate, for a model without tokenizers, and for one that
-    needs an aesthetic score.
+    needs more than a prompt.
     """
-    unet = published.unet.module.clone(dtype=dtype)
     _check(published)
+    denoiser, params = published.denoiser.module.clone(dtype=dtype), published.denoiser.params
     autoencoder = published.autoencoder
     codec = autoencoder_kl(autoencoder.module.clone(dtype=dtype), autoencoder.params, tile)
-    size = tuple(side or unet.sample_size * codec.factor for side in size)
+    size = tuple(side or denoiser.sample_size * codec.factor for side in size)
     check_size(size, codec.factor)
     return DiffusionModel(
-        network=network_of(unet, lambda key: published.unet.params),
-        params=published.unet.params,
+        network=network_of(denoiser, lambda key: params),
+        params=params,
         schedule=published.schedule,
         parameterization=NAMED[published.prediction],
         codec=codec,
@@ -66,10 +64,9 @@ def from_published(
 
 def sampler(published: PublishedPipeline) -> Callable[[int, float], Plan]:
     """(steps, strength) -> the plan of the model's own scheduler, with the corrections that diffusers makes to the
-    scheduler of a Stable Diffusion 1 or 2 pipeline when it loads one.
+    scheduler of such a pipeline when it loads one.
     """
-    wide = published.unet.module.addition_embed_type is not None
-    config = dict(published.scheduler) | ({} if wide else {"clip_sample": False, "steps_offset": 1})
+    config = {**published.scheduler, **published.family.scheduler_changes}
     return functools.partial(published_plan, config, published.schedule)
 
 
@@ -85,16 +82,17 @@ def published_times(published: PublishedPipeline, steps: int) -> np.ndarray:
 
 
 def _check(published: PublishedPipeline) -> None:
+    family = published.family
+    if family.prompt is None:
+        raise ValueError(f"{family.name} needs more than a prompt: it can be loaded and saved, not sampled from")
     if len(published.tokenizers) != len(published.text_encoders) or not published.tokenizers:
         raise ValueError(
             f"expected a tokenizer for each of {len(published.text_encoders)} text encoders, got "
             f"{len(published.tokenizers)}; name a folder that has them as `tokenizers` of load_pipeline"
         )
-    unet, channels = published.unet.module, published.autoencoder.module.latent_channels
-    if unet.in_channels not in (channels, 2 * channels + 1) or published.text_names == ("text_encoder_2",):
-        raise ValueError(
-            "expected a U-Net whose input is the noisy latents, or for inpainting also a mask and the known latents"
-        )
+    wrong = family.fits(published.denoiser.module, published.autoencoder.module)
+    if wrong:
+        raise ValueError(wrong)
 
 
 def generator(
@@ -103,7 +101,7 @@ def generator(
     """Token ids to pixels as one compiled function: (run, weights), for compiling ahead and for throughput.
 
     run(weights, ids, weights_of_tokens, keys, rows, scale) -> images (B, height, width, 3) in about [-1, 1].
-    ids: for each text encoder (2B, chunks, L), the prompts, then as many negative prompts, from `prompts.chunked`.
+    ids: for each text encoder (2B, chunks, L), the prompts, then as many negative prompts, from `family.prompt.tokens`.
     weights_of_tokens: (2B, chunks, L), likewise.
     keys: (B,).
     rows: `sampling.rows(plan, at_least)`. Plans of up to at_least rows, other scales and prompts use the same program.
@@ -114,7 +112,7 @@ def generator(
     embed = _embedder(published, model.size, dtype)
     weights = {
         "texts": [part.params for part in published.text_encoders],
-        "unet": model.params,
+        "denoiser": model.params,
         "codec": model.codec.params,
     }
 
@@ -124,7 +122,7 @@ def generator(
             {name: leaf[half] for name, leaf in both.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
         )
         cond, guidance = told_scale(model, cond, Guidance(scale, negative))
-        denoise = guided(model.denoiser(weights["unet"]), guidance, model.conditioning.null)
+        denoise = guided(model.denoiser(weights["denoiser"]), guidance, model.conditioning.null)
         x = noise(model, keys, rows.plan.initial)
         return model.codec.decode(weights["codec"], sampling.run_rows(denoise, rows, x, keys, cond))
 
@@ -133,39 +131,32 @@ def generator(
 
 def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Callable[..., PyTree]:
     """A pure function (variables, ids (B, chunks, L) of each text encoder, weights (B, chunks, L)) -> cond."""
-    wide = published.unet.module.addition_embed_type is not None
+    prompt = published.family.prompt
     encoders = [part.module.clone(dtype=dtype) for part in published.text_encoders]
-    height, width = size
 
     def embed(params: Sequence[PyTree], ids: Sequence, weights) -> PyTree:
-        layers, pooled = [], None
-        for encoder, own, rows in zip(encoders, params, ids, strict=True):
-            features = encoder.apply(own, jnp.reshape(rows, (-1, rows.shape[-1])))
-            z = features.penultimate if wide else features.last_hidden_state
-            layers.append(weighted.emphasise(z.astype(jnp.float32), weights))
-            pooled = features.pooled
-        if not wide:
-            return {"text": layers[0]}
-        return {
-            "text": jnp.concatenate(layers, axis=-1),
-            "text_embeds": pooled.reshape(*weights.shape[:2], -1)[:, 0].astype(jnp.float32),
-            "time_ids": jnp.tile(jnp.float32([height, width, 0, 0, height, width]), (len(weights), 1)),
-        }
+        outputs = [
+            encoder.apply(variables, jnp.reshape(rows, (-1, rows.shape[-1])))
+            for encoder, variables, rows in zip(encoders, params, ids, strict=True)
+        ]
+        texts = [emphasise(prompt.text(output).astype(jnp.float32), weights) for output in outputs]
+        first = jax.tree.map(lambda leaf: leaf.reshape(*weights.shape[:2], *leaf.shape[1:])[:, 0], outputs)
+        return {"text": jnp.concatenate(texts, axis=-1), **prompt.added(first, size)}
 
     return embed
 
 
 def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Conditioning:
-    embed = jax.jit(_embedder(published, size, dtype))
+    prompt, embed = published.family.prompt, jax.jit(_embedder(published, size, dtype))
     params = [part.params for part in published.text_encoders]
 
     def in_batches(ids: Sequence[np.ndarray], weights: np.ndarray) -> PyTree:
         parts = [np.s_[start : start + PROMPT_BATCH] for start in range(0, len(weights), PROMPT_BATCH)]
-        made = [embed(params, [own[part] for own in ids], weights[part]) for part in parts]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *made)
+        conds = [embed(params, [rows[part] for rows in ids], weights[part]) for part in parts]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *conds)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        ids, weights = zip(*(weighted.chunked(prompts, tokenizer) for tokenizer in published.tokenizers), strict=True)
+        ids, weights = zip(*(prompt.tokens(prompts, tokenizer) for tokenizer in published.tokenizers), strict=True)
         return in_batches(ids, weights[0])
 
     def of_captions(captions: Sequence[str]) -> PyTree:
@@ -173,13 +164,12 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         return in_batches(ids, np.ones(ids[0].shape, np.float32))
 
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))
-    wide = published.unet.module.addition_embed_type is not None
-    if wide and published.index.get("force_zeros_for_empty_prompt", True):
-        null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds")}
+    if prompt.null_is_zeros(published.index):
+        null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds") if name in null}
     return Conditioning(
         cache_key=functools.partial(fingerprint, params),
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,
-        for_size=lambda told, size: _conditioning(published, size, dtype) if wide else told,
+        for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sized else current,
     )

@@ -51,7 +51,7 @@ SPELLINGS = {  # of (a map of the U-Net, a map of the text encoder): name of dow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_the_formula_for_every_spelling(spelling, alpha, pipeline, tmp_path):
     held, changes = {}, {}
-    for part, module, name in (("unet", pipeline.unet, MAP), ("text_encoder", pipeline.text_encoders[0], TEXT_MAP)):
+    for part, module, name in (("unet", pipeline.denoiser, MAP), ("text_encoder", pipeline.text_encoders[0], TEXT_MAP)):
         down, up = halves(weights(module)[f"{name}.weight"].shape)
         names = SPELLINGS[spelling](part, name)
         held |= dict(zip(names, (down, up), strict=True))
@@ -62,7 +62,10 @@ def test_the_formula_for_every_spelling(spelling, alpha, pipeline, tmp_path):
         pytest.skip("these files know no alpha")
     write_file(tmp_path / "lora.safetensors", {name: np.asarray(tensor) for name, tensor in held.items()})
     merged = merge_lora(pipeline, tmp_path / "lora.safetensors", SCALE)
-    pairs = {"unet": (pipeline.unet, merged.unet), "text_encoder": (pipeline.text_encoders[0], merged.text_encoders[0])}
+    pairs = {
+        "unet": (pipeline.denoiser, merged.denoiser),
+        "text_encoder": (pipeline.text_encoders[0], merged.text_encoders[0]),
+    }
     for part, (before, after) in pairs.items():
         after = weights(after)
         for name, tensor in weights(before).items():
@@ -72,24 +75,26 @@ def test_the_formula_for_every_spelling(spelling, alpha, pipeline, tmp_path):
 def test_convolutions_and_maps_stored_as_such(pipeline, tmp_path):
     held, changes = {}, {}
     for name in (CONV, MAP):
-        shape = weights(pipeline.unet)[f"{name}.weight"].shape
+        shape = weights(pipeline.denoiser)[f"{name}.weight"].shape
         down, up = halves(shape if len(shape) == 4 else (*shape, 1, 1))
         head = f"lora_unet_{name.replace('.', '_')}"
         held |= {f"{head}.lora_down.weight": down, f"{head}.lora_up.weight": up}
         changes[f"{name}.weight"] = np.einsum("or,rihw->oihw", up[:, :, 0, 0], down).reshape(shape)
     write_file(tmp_path / "lora.safetensors", held)
-    after = weights(merge_lora(pipeline, tmp_path / "lora.safetensors").unet)
-    for name, tensor in weights(pipeline.unet).items():
+    after = weights(merge_lora(pipeline, tmp_path / "lora.safetensors").denoiser)
+    for name, tensor in weights(pipeline.denoiser).items():
         np.testing.assert_allclose(after[name], tensor + changes.get(name, 0), rtol=1e-6, atol=1e-6)
 
 
-def test_names_of_the_original_code(tmp_path):
+def test_names_of_the_original_code(pipeline, tmp_path):
+    denoiser = pipeline.denoiser
+    pipeline = pipeline.with_denoiser(denoiser._replace(module=denoiser.module.clone(layers_per_block=2)))
     down, up = halves((4, 5))
     names = ("input_blocks_4_1_transformer_blocks_0_attn2_to_k", "output_blocks_2_1_proj_in")
     held = {f"lora_unet_{n}.lora_{h}.weight": t for n in names for h, t in (("down", down), ("up", up))}
     held |= {f"lora_te2_text_projection.lora_{h}.weight": t for h, t in (("down", down), ("up", up))}
     write_file(tmp_path / "lora.safetensors", held)
-    found = {part: list(updates) for part, updates in load_lora(tmp_path / "lora.safetensors").items()}
+    found = {part: list(updates) for part, updates in load_lora(tmp_path / "lora.safetensors", pipeline).items()}
     assert found == {
         "unet": [
             "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
@@ -100,10 +105,12 @@ def test_names_of_the_original_code(tmp_path):
 
 
 def test_what_was_merged_can_be_taken_out(pipeline, tmp_path):
-    down, up = halves(weights(pipeline.unet)[f"{MAP}.weight"].shape)
+    down, up = halves(weights(pipeline.denoiser)[f"{MAP}.weight"].shape)
     write_file(tmp_path / "x.safetensors", dict(zip(SPELLINGS["peft"]("unet", MAP), (down, up), strict=True)))
     back = merge_lora(merge_lora(pipeline, tmp_path / "x.safetensors", 0.5), tmp_path / "x.safetensors", -0.5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back.unet.params, pipeline.unet.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back.denoiser.params, pipeline.denoiser.params
+    )
 
 
 def test_the_alpha_of_metadata(tmp_path):
@@ -145,8 +152,8 @@ def test_is_what_the_peer_fuses(vocabulary, tmp_path):  # noqa: F811
     pipeline = load_pipeline(tmp_path / "pipeline")
     held = {}
     for lora, module, name in (
-        ("lora_unet", pipeline.unet, MAP),
-        ("lora_unet", pipeline.unet, CONV),
+        ("lora_unet", pipeline.denoiser, MAP),
+        ("lora_unet", pipeline.denoiser, CONV),
         ("lora_te", pipeline.text_encoders[0], TEXT_MAP),
         ("lora_te", pipeline.text_encoders[0], TEXT_MAP.replace("q_proj", "out_proj")),  # the peer knows files by it
     ):
@@ -160,7 +167,7 @@ def test_is_what_the_peer_fuses(vocabulary, tmp_path):  # noqa: F811
     whole.unload_lora_weights()
     merged = merge_lora(pipeline, tmp_path / "lora.safetensors", SCALE)
     theirs = {name: tensor.numpy() for name, tensor in whole.unet.state_dict().items()}
-    ours = weights(merged.unet)
+    ours = weights(merged.denoiser)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         np.testing.assert_allclose(ours[name], tensor, rtol=1e-5, atol=1e-6, err_msg=name)

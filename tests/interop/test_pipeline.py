@@ -13,6 +13,8 @@ import pytest
 
 from diffusion_jax.core import sampling, schedules, solvers
 from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
+from diffusion_jax.interop import prompts as weighted
+from diffusion_jax.interop.families import stable_diffusion_1, stable_diffusion_xl
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of, scheduler_config
 from diffusion_jax.interop.tensors import read_file, write_file
@@ -21,7 +23,6 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import from_noise, text_to_image
-from diffusion_jax.pipelines import prompts as weighted
 from diffusion_jax.pipelines.inpaint import seen
 from diffusion_jax.pipelines.published import from_published, generator, published_times, sampler
 from tests.interop import test_single_file
@@ -62,17 +63,16 @@ def filled(module, *inputs, dtype=np.float16):
     return Part(module, jax.tree.map(lambda s: jnp.float32(0.1 * rng.normal(size=s.shape).astype(dtype)), shapes))
 
 
-def our_pipeline(**changes):
+def our_pipeline(parts=(), family=stable_diffusion_1.FAMILY, **changes):
+    """A tiny pipeline. parts: those that differ."""
     unet, autoencoder, text = UNet(**UNET), AutoencoderKL(**AUTOENCODER), ClipTextEncoder(**TEXT)
-    parts = {
+    networks = {
         "unet": filled(unet, *unet.example_inputs()),
-        "autoencoder": filled(autoencoder, autoencoder.example_image()),
-        "text_encoders": (filled(text, *text.example_inputs()),),
-        "tokenizers": (),
-        "schedule": schedules.scaled_linear(),
-        "prediction": "eps",
+        "vae": filled(autoencoder, autoencoder.example_image()),
+        "text_encoder": filled(text, *text.example_inputs()),
     }
-    return PublishedPipeline(**parts | changes)
+    fields = {"tokenizers": (), "schedule": schedules.scaled_linear(), "prediction": "eps"}
+    return PublishedPipeline(family, networks | dict(parts), **fields | changes)
 
 
 def tensors_of(folder):
@@ -90,9 +90,13 @@ def test_load_save_load_keeps_every_byte(dtype, tmp_path):
     save_pipeline(first, tmp_path / "b", dtype)
     assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
     second = load_pipeline(tmp_path / "b")
-    assert (first.unet.module, first.scheduler, first.index) == (second.unet.module, second.scheduler, second.index)
-    jax.tree.map(np.testing.assert_array_equal, first.unet.params, second.unet.params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(load_pipeline(tmp_path / "a", jnp.bfloat16).unet.params)} == {
+    assert (first.denoiser.module, first.scheduler, first.index) == (
+        second.denoiser.module,
+        second.scheduler,
+        second.index,
+    )
+    jax.tree.map(np.testing.assert_array_equal, first.denoiser.params, second.denoiser.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(load_pipeline(tmp_path / "a", jnp.bfloat16).denoiser.params)} == {
         jnp.dtype(jnp.bfloat16)
     }
 
@@ -167,9 +171,9 @@ def test_one_file_becomes_a_folder(family, tmp_path):
     save_pipeline(pipeline, tmp_path / "folder", np.float16)
     back = load_pipeline(tmp_path / "folder")
     assert pipeline.prediction == back.prediction == ("v" if family == "sd2" else "eps")
-    assert pipeline.unet.module == back.unet.module
+    assert pipeline.denoiser.module == back.denoiser.module
     assert len(back.text_encoders) == (2 if family == "sdxl" else 1)
-    for part in ("unet", "autoencoder", "text_encoders"):
+    for part in ("denoiser", "autoencoder", "text_encoders"):
         jax.tree.map(np.testing.assert_array_equal, *(_params(getattr(p, part)) for p in (pipeline, back)))
 
 
@@ -259,7 +263,7 @@ def our_outputs(pipeline, kind):
         text, added = features[0].last_hidden_state, {}
     x = jnp.linspace(-1, 1, 3 * 4 * 4 * 4).reshape(3, 4, 4, 4).transpose(0, 2, 3, 1)
     t = jnp.array([1, 500, 999])
-    out = jax.jit(pipeline.unet.module.apply)(pipeline.unet.params, x, t, {"text": text, **added})
+    out = jax.jit(pipeline.denoiser.module.apply)(pipeline.denoiser.params, x, t, {"text": text, **added})
     decode = jax.jit(functools.partial(pipeline.autoencoder.module.apply, method="decode"))
     return text, out, decode(pipeline.autoencoder.params, x)
 
@@ -449,7 +453,7 @@ def test_a_trained_lora_is_what_the_peer_loads(targets, vocabulary, tmp_path):
 
     whole = published("sd", vocabulary, tmp_path / "theirs")
     pipeline = load_pipeline(tmp_path / "theirs")
-    made = lora.init(pipeline.unet.params, 3, jax.random.key(0), targets)
+    made = lora.init(pipeline.denoiser.params, 3, jax.random.key(0), targets)
     made = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), made)
     save_lora(tmp_path / "lora.safetensors", made, 0.2)
     whole.load_lora_weights(tmp_path, weight_name="lora.safetensors")
@@ -457,8 +461,8 @@ def test_a_trained_lora_is_what_the_peer_loads(targets, vocabulary, tmp_path):
         theirs = whole.unet(torch.ones(1, 4, 4, 4), torch.tensor([500]), torch.ones(1, 9, 8)).sample
     theirs = theirs.numpy().transpose(0, 2, 3, 1)
     x, t, text = jnp.ones((1, 4, 4, 4)), jnp.array([500]), jnp.ones((1, 9, 8))
-    ours = pipeline.unet.module.apply(lora.added(pipeline.unet.params, made, 0.2), x, t, {"text": text})
-    plain = pipeline.unet.module.apply(pipeline.unet.params, x, t, {"text": text})
+    ours = pipeline.denoiser.module.apply(lora.added(pipeline.denoiser.params, made, 0.2), x, t, {"text": text})
+    plain = pipeline.denoiser.module.apply(pipeline.denoiser.params, x, t, {"text": text})
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
     assert np.abs(ours - plain).max() > 0.01 * np.abs(theirs).max()
 
@@ -494,17 +498,16 @@ def test_the_times_are_those_of_the_peer(vocabulary, tmp_path):
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_one_program_makes_the_images_of_the_parts(kind, vocabulary, tmp_path):
     """Token ids to pixels in one call; other steps, solvers, seeds, prompts and scales compile nothing."""
-    parts = {"tokenizers": (load_tokenizer(vocabulary),)}
+    tokenizer = load_tokenizer(vocabulary)
+    model = our_pipeline(tokenizers=(tokenizer,))
     if kind == "sdxl":
-        unet = UNet(**UNET | ADDED)
-        texts = [ClipTextEncoder(**fields) for fields in (TEXT, TEXT_2)]
+        unet, second = UNet(**UNET | ADDED), ClipTextEncoder(**TEXT_2)
         parts = {
             "unet": filled(unet, *unet.example_inputs()),
-            "text_encoders": tuple(filled(text, *text.example_inputs()) for text in texts),
-            "tokenizers": 2 * parts["tokenizers"],
-            "index": {"force_zeros_for_empty_prompt": False},
+            "text_encoder_2": filled(second, *second.example_inputs()),
         }
-    model = our_pipeline(**parts)
+        index = {"force_zeros_for_empty_prompt": False}
+        model = our_pipeline(parts, stable_diffusion_xl.FAMILY, tokenizers=(tokenizer, tokenizer), index=index)
     pipeline = from_published(model)
     run, weights = generator(model)
     for i, plan in enumerate([solvers.dpmpp_2m(model.schedule, 5), solvers.ddpm(model.schedule, 3)]):

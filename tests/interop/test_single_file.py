@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from diffusion_jax.interop import single_file
+from diffusion_jax.interop.families import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
+from diffusion_jax.interop.families.latent_diffusion import unet_name
 from diffusion_jax.interop.folders import autoencoder_of, unet_of
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.single_file import read_single_file, unet_name
+from diffusion_jax.interop.single_file import read_single_file
 from diffusion_jax.interop.tensors import write_file
 
 UNET = {"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "block_out_channels": [32, 64]}
@@ -36,6 +38,12 @@ UNETS = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 16 + 6 * 256,
     },
+}
+OF_FAMILY = {
+    "sd1": stable_diffusion_1.FAMILY,
+    "sd1 inpainting": stable_diffusion_1.FAMILY,
+    "sd2": stable_diffusion_2.FAMILY,
+    "sdxl": stable_diffusion_xl.FAMILY,
 }
 AUTOENCODER = {
     "_class_name": "AutoencoderKL",
@@ -205,7 +213,8 @@ def assert_equal(one, other):
 def test_parts_come_back(family, tmp_path):
     held, originals = checkpoint(family)
     write_file(tmp_path / "model.safetensors", held)
-    parts = read_single_file(tmp_path / "model.safetensors")
+    found, parts = read_single_file(tmp_path / "model.safetensors")
+    assert found == OF_FAMILY[family]
     assert list(parts) == ["unet", "vae", "text_encoder", "text_encoder_2"][: len(originals)]
     for part, original in zip(parts.values(), originals, strict=True):
         assert_equal(part.tensors, original)
@@ -310,7 +319,7 @@ def test_published_networks_in_full_size(family, monkeypatch):
     held = {"model.diffusion_model." + ldm_unet_name(name, config): tensor for name, tensor in tensors.items()}
     held |= ldm_autoencoder(random_tensors(autoencoder_of, AUTOENCODER))
     monkeypatch.setattr(single_file, "read_file", lambda path, allow_pickle: held)
-    found = read_single_file("x.safetensors")["unet"].config
+    found = read_single_file("x.safetensors")[1]["unet"].config
     for field, value in config.items():
         every = [value] * len(found[field]) if isinstance(found[field], list) and isinstance(value, int) else value
         if field == "transformer_layers_per_block":  # entries of levels without transformers mean nothing
@@ -341,7 +350,7 @@ def test_names_joined_by_underscores():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda held: {"other.weight": np.zeros(1)}, "expected a Stable Diffusion checkpoint with"),
+        (lambda held: {"other.weight": np.zeros(1)}, "expected a whole checkpoint of one of"),
         (lambda held: {n: t for n, t in held.items() if "op" not in n}, "lacks or misshapes tensors"),
         (lambda held: {n: t for n, t in held.items() if "first_stage" not in n}, "lacks or misshapes tensors"),
         (lambda held: {n: t for n, t in held.items() if "middle_block.1" not in n}, "lacks or misshapes tensors"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diffusion_jax.pipelines.prompts import chunk, chunked, emphasise, parse
+from diffusion_jax.interop.prompts import chunk, chunked, emphasise, parse
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", *"abcdefghij", ","]
 LENGTH = 7  # room for 5

@@ -1,0 +1,284 @@
+"""What the families of Stable Diffusion share: checkpoints in one file, with the tensor names of the original code.
+
+Such a file has no configs. Infer the architecture from tensor shapes, and the rest from the family's `Layout`. Tensors
+are renamed as in diffusers and transformers, so that the code for folders can build every part.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax.interop.family import Config, Description, LoraNames, Tensors
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.unet import UNet
+
+# A dot in these patterns matches any character, so that they also match names joined by underscores.
+UNET = [
+    (r"^time_embed.0", "time_embedding.linear_1"),
+    (r"^time_embed.2", "time_embedding.linear_2"),
+    (r"^label_emb.0.0", "add_embedding.linear_1"),
+    (r"^label_emb.0.2", "add_embedding.linear_2"),
+    (r"^label_emb(?=.weight)", "class_embedding"),
+    (r"^input_blocks.0.0", "conv_in"),
+    (r"^middle_block.0", "mid_block.resnets.0"),
+    (r"^middle_block.1", "mid_block.attentions.0"),
+    (r"^middle_block.2", "mid_block.resnets.1"),
+    (r"^out.0", "conv_norm_out"),
+    (r"^out.2", "conv_out"),
+    (r"in_layers.0", "norm1"),
+    (r"in_layers.2", "conv1"),
+    (r"emb_layers.1", "time_emb_proj"),
+    (r"out_layers.0", "norm2"),
+    (r"out_layers.3", "conv2"),
+    (r"skip_connection", "conv_shortcut"),
+]
+AUTOENCODER = [
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.\1sample\.", r".\1_blocks.\2.\1samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+]
+OPEN_CLIP = [
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.", ".self_attn."),
+]
+INERT = re.compile(r"(^loss|\.?position_ids$|^logit_scale$|^attn_mask$)")  # unused by these networks
+
+SCHEDULER = {  # how all of them were trained
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+
+
+class Layout(NamedTuple):
+    """What differs between the families in a single file.
+
+    matches: config.json of the U-Net -> whether it is of this family.
+    sample_size: of the U-Net, latents on a side.
+    scaling_factor: of the autoencoder.
+    encoders: part -> prefix of its tensors, and how they are read.
+    whole: whether a file without one of the encoders is of another family.
+    """
+
+    matches: Callable[[Config], bool]
+    sample_size: int
+    scaling_factor: float
+    encoders: Mapping[str, tuple[str, Callable[[Tensors], Description]]]
+    whole: bool = False
+
+    def read(self, tensors: Tensors) -> dict[str, Description] | None:
+        """The parts of a file, None if it is of another family. Tensors that no part has (averaged copies, tables of
+        the schedule) are ignored.
+        """
+        unet = _under(tensors, "model.diffusion_model.")
+        if "input_blocks.0.0.weight" not in unet:
+            return None
+        texts = {part: (_under(tensors, prefix), read) for part, (prefix, read) in self.encoders.items()}
+        parts = {"unet": _unet(unet, self.sample_size)}
+        if not self.matches(parts["unet"].config) or (self.whole and not all(texts[part][0] for part in texts)):
+            return None
+        parts["vae"] = _autoencoder(_under(tensors, "first_stage_model."), 8 * self.sample_size, self.scaling_factor)
+        return parts | {part: read(own) for part, (own, read) in texts.items() if own}
+
+
+def fits(unet: UNet, autoencoder: AutoencoderKL) -> str:
+    """What is wrong with a U-Net and an autoencoder together."""
+    channels = autoencoder.latent_channels
+    if unet.in_channels in (channels, 2 * channels + 1):
+        return ""
+    return "expected a U-Net whose input is the noisy latents, or for inpainting also a mask and the known latents"
+
+
+def index_of(name: str, checked: bool) -> Callable[[UNet], dict]:
+    """module of the U-Net -> model_index.json without its parts.
+
+    name: of the pipeline's class in diffusers, without its end.
+    checked: whether the pipeline may have a safety checker.
+    """
+    without = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+
+    def index(unet: UNet) -> dict:
+        kind = "Inpaint" if unet.known_channels else ""
+        return {"_class_name": f"{name}{kind}Pipeline"} | (without if checked else {})
+
+    return index
+
+
+def unet_name(name: str, layers: int) -> str:
+    """The name in diffusers of a tensor of the U-Net (or of its LoRA, joined by underscores).
+
+        input_blocks.n.0|1   n - 1 = block·(layers + 1) + layer    resnets|attentions of down_blocks, or a downsampler
+        output_blocks.n.0|1  n = block·(layers + 1) + layer        resnets|attentions of up_blocks, or an upsampler
+
+    layers: residual blocks of a level.
+    """
+    name = _rename(name, UNET)
+    match = re.match(r"(input|output)_blocks.(\d+).(\d).(op|conv(?![12_]))?", name)  # not conv1, conv_shortcut
+    if not match:
+        return name
+    side, number, kind, resampling = match.groups()
+    block, layer = divmod(int(number) - (side == "input"), layers + 1)
+    where = f"{'down' if side == 'input' else 'up'}_blocks.{block}"
+    if resampling:
+        return f"{where}.{'down' if side == 'input' else 'up'}samplers.0.conv{name[match.end() :]}"
+    return f"{where}.{('resnets', 'attentions')[int(kind)]}.{layer}.{name[match.end() :]}"
+
+
+def _unet(tensors, sample_size):
+    downsamplers = [int(name.split(".")[1]) for name in tensors if re.match(r"input_blocks\.\d+\.0\.op\.", name)]
+    layers = min(downsamplers) - 1
+    tensors = {unet_name(name, layers): tensor for name, tensor in tensors.items()}
+    widths = [len(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(_count(tensors, "down_blocks."))]
+    depths = [_count(tensors, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(len(widths))]
+    middle = "mid_block.attentions.0."
+    linear = tensors[middle + "proj_in.weight"].ndim == 2
+    added = tensors.get("add_embedding.linear_1.weight")
+    return Description(
+        {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": sample_size,
+            "in_channels": tensors["conv_in.weight"].shape[1],
+            "out_channels": len(tensors["conv_out.weight"]),
+            "block_out_channels": widths,
+            "layers_per_block": layers,
+            "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
+            "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
+            # the middle has the same value as the last level
+            "transformer_layers_per_block": [
+                *(depth or 1 for depth in depths[:-1]),
+                _count(tensors, middle + "transformer_blocks."),
+            ],
+            "cross_attention_dim": tensors[middle + "transformer_blocks.0.attn2.to_k.weight"].shape[1],
+            "attention_head_dim": [width // 64 for width in widths] if linear else 8,
+            "use_linear_projection": linear,
+            "num_class_embeds": len(tensors["class_embedding.weight"]) if "class_embedding.weight" in tensors else None,
+            "addition_embed_type": None if added is None else "text_time",
+            "addition_time_embed_dim": None if added is None else 256,
+            "projection_class_embeddings_input_dim": None if added is None else added.shape[1],
+            "upcast_attention": linear and added is None,
+        },
+        tensors,
+    )
+
+
+def _autoencoder(tensors, sample_size, scaling_factor):
+    tensors = {_rename(name, AUTOENCODER): tensor for name, tensor in tensors.items()}
+    levels = _count(tensors, "decoder.up_blocks.")
+    mirrored = re.compile(r"(decoder\.up_blocks\.)(\d+)")  # the original counts levels from the finest
+    tensors = {
+        mirrored.sub(lambda match: f"{match[1]}{levels - 1 - int(match[2])}", name): _linear(name, tensor)
+        for name, tensor in tensors.items()
+    }
+    return Description(
+        {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [
+                len(tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels)
+            ],
+            "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
+            "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "sample_size": sample_size,
+            "scaling_factor": scaling_factor,
+        },
+        tensors,
+    )
+
+
+def _linear(name, tensor):
+    """Convert the maps of the middle attention, 1x1 convolutions in the original, to linear maps."""
+    return tensor.reshape(tensor.shape[:2]) if ".attentions." in name and tensor.ndim == 4 else tensor
+
+
+def clip(tensors: Tensors) -> Description:
+    """The text encoder of OpenAI's CLIP, in the layout of transformers."""
+    return Description(_text_config(tensors, "quick_gelu", "CLIPTextModel"), tensors)
+
+
+def open_clip(tensors: Tensors, skip: int = 0, projection: bool = True) -> Description:
+    """The text encoder of OpenCLIP.
+
+    skip: last layers to drop, which the denoiser does not use.
+    projection: keep that of the pooled text.
+    """
+    count, named = _count(tensors, "transformer.resblocks."), {}
+    skipped = tuple(f"transformer.resblocks.{count - 1 - i}." for i in range(skip))
+    for name, tensor in tensors.items():
+        if name.startswith(skipped) or (name == "text_projection" and not projection):
+            continue
+        new = _rename(name, OPEN_CLIP)
+        if ".in_proj_" in new:  # q, k and v in one tensor
+            head, leaf = new.split("in_proj_")
+            named |= {
+                f"{head}{which}_proj.{leaf}": third for which, third in zip("qkv", np.split(tensor, 3), strict=True)
+            }
+        else:
+            named[new] = tensor.T if name == "text_projection" else tensor
+    return Description(_text_config(named, "gelu", "CLIPTextModel" + "WithProjection" * projection), named)
+
+
+def _text_config(tensors, activation, name):
+    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
+    projection = tensors.get("text_projection.weight")
+    return {
+        "architectures": [name],
+        "model_type": "clip_text_model",
+        "hidden_act": activation,
+        "hidden_size": width,
+        "intermediate_size": len(tensors["text_model.encoder.layers.0.mlp.fc1.weight"]),
+        "max_position_embeddings": len(tensors["text_model.embeddings.position_embedding.weight"]),
+        "num_attention_heads": max(width // 64, 1),
+        "num_hidden_layers": _count(tensors, "text_model.encoder.layers."),
+        "projection_dim": width if projection is None else len(projection),
+        "vocab_size": vocabulary,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }
+
+
+def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
+    """The tensors with this prefix, under their names without it."""
+    named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
+    return {name: tensor for name, tensor in named if not INERT.search(name)}
+
+
+def _rename(name, rules):
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _count(tensors, prefix):
+    """The number of different name parts after `prefix`: the length of a list of modules."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def _lora_path(part, path, unet):
+    """Files for SDXL use the names of the original code."""
+    return unet_name(path, int(np.max(unet.layers_per_block))) if part == "unet" else path
+
+
+LORA = LoraNames(prefixes=KOHYA, path=_lora_path)

@@ -1,0 +1,31 @@
+"""Stable Diffusion 1.1 to 1.5 and its relatives."""
+
+from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
+from diffusion_jax.interop.families import latent_diffusion
+from diffusion_jax.interop.families.latent_diffusion import Layout, clip
+from diffusion_jax.interop.family import Family, Prompt, SingleFile
+from diffusion_jax.interop.safety import load_safety_checker
+
+LAYOUT = Layout(
+    matches=lambda unet: not unet["addition_embed_type"] and not unet["use_linear_projection"],
+    sample_size=64,
+    scaling_factor=0.18215,
+    encoders={"text_encoder": ("cond_stage_model.transformer.", clip)},
+)
+FAMILY = Family(
+    name="Stable Diffusion 1",
+    licence="CreativeML Open RAIL-M",
+    source="Rombach et al. 2022, arXiv 2112.10752",
+    recognises=lambda index, configs: "unet" in index,
+    parts={"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER},
+    denoiser="unet",
+    autoencoder="vae",
+    tokenizers={"text_encoder": "tokenizer"},
+    prompt=Prompt(text=lambda output: output.last_hidden_state),
+    index=latent_diffusion.index_of("StableDiffusion", checked=True),
+    fits=latent_diffusion.fits,
+    scheduler_changes={"clip_sample": False, "steps_offset": 1},
+    safety_checker=load_safety_checker,
+    single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}),
+    lora=latent_diffusion.LORA,
+)

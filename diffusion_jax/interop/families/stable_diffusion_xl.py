@@ -1,0 +1,65 @@
+"""Stable Diffusion XL, and its refiner."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
+from diffusion_jax.interop.families import latent_diffusion
+from diffusion_jax.interop.families.latent_diffusion import Layout, clip, open_clip
+from diffusion_jax.interop.family import Config, Family, Prompt, SingleFile
+
+
+def _added(outputs: Sequence, size: tuple[int, int]) -> dict[str, Array]:
+    """The vector of the whole prompt, and the sizes of an image that was neither scaled nor cropped: before scaling,
+    left top corner of the crop, and wanted (Podell et al. 2023, section 2.2).
+    """
+    pooled = outputs[-1].pooled.astype(jnp.float32)
+    return {"text_embeds": pooled, "time_ids": jnp.tile(jnp.float32([*size, 0, 0, *size]), (len(pooled), 1))}
+
+
+def _is_wide(configs: dict[str, Config]) -> bool:
+    return configs.get("unet", {}).get("addition_embed_type") == "text_time"
+
+
+LAYOUT = Layout(
+    matches=lambda unet: unet["addition_embed_type"] is not None,
+    sample_size=128,
+    scaling_factor=0.13025,
+    encoders={
+        "text_encoder": ("conditioner.embedders.0.transformer.", clip),
+        "text_encoder_2": ("conditioner.embedders.1.model.", open_clip),
+    },
+)
+FAMILY = Family(
+    name="Stable Diffusion XL",
+    licence="CreativeML Open RAIL++-M",
+    source="Podell et al. 2023, arXiv 2307.01952",
+    recognises=lambda index, configs: _is_wide(configs),
+    parts={"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER, "text_encoder_2": TEXT_ENCODER},
+    denoiser="unet",
+    autoencoder="vae",
+    tokenizers={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    prompt=Prompt(
+        text=lambda output: output.penultimate,
+        added=_added,
+        sized=True,
+        null_is_zeros=lambda index: index.get("force_zeros_for_empty_prompt", True),
+    ),
+    index=latent_diffusion.index_of("StableDiffusionXL", checked=False),
+    fits=latent_diffusion.fits,
+    single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}),
+    lora=latent_diffusion.LORA,
+)
+REFINER = FAMILY._replace(
+    name="the refiner of Stable Diffusion XL",
+    recognises=lambda index, configs: _is_wide(configs) and "text_encoder" not in configs,
+    parts={"unet": UNET, "vae": AUTOENCODER, "text_encoder_2": TEXT_ENCODER},
+    tokenizers={"text_encoder_2": "tokenizer_2"},
+    prompt=None,  # its denoiser also wants an aesthetic score
+    single_file=SingleFile(
+        LAYOUT._replace(encoders={"text_encoder_2": ("conditioner.embedders.0.model.", open_clip)}, whole=True).read,
+        latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"},
+    ),
+)

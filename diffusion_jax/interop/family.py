@@ -1,0 +1,126 @@
+"""What there is to know about a family of published models, as values: see `Family`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from diffusion_jax.interop.prompts import chunked
+
+Tensors = Mapping[str, np.ndarray]
+Config = Mapping[str, Any]  # content of a JSON file
+
+
+class Description(NamedTuple):
+    """A part of a pipeline as in a folder: the content of its config.json, and its tensors."""
+
+    config: Config
+    tensors: Tensors
+
+
+class Component(NamedTuple):
+    """A kind of network: how the folder of a part becomes a module, and back.
+
+    library: "diffusers" or "transformers", where the network comes from.
+    class_name: module -> its class there.
+    weights: name of the file of weights, without its ending.
+    build: (config.json, its path) -> (module, shapes of its variables). Raises ValueError for an unsupported config.
+    tensors: (tensors, module) -> the tensors under the names of the module's own variables (`names.torch_name`).
+    save: (module, variables, folder, dtype), writes config.json and weights.
+    depth: how deep inside the network `verify` compares submodules.
+    inputs: module -> random inputs of it by name, for `verify`. "x", "t" and "ids" are arguments of its `apply`, the
+      others its condition.
+    run: (module of torch, the same inputs as tensors, channels first), calls it.
+    qualified: path of a submodule there -> its path here.
+    """
+
+    library: str
+    class_name: Callable[[Any], str]
+    weights: str
+    build: Callable[[Config, str | Path], tuple[Any, PyTree]]
+    tensors: Callable[[Tensors, Any], Tensors]
+    save: Callable[..., None]
+    depth: int
+    inputs: Callable[[Any], dict[str, Array]]
+    run: Callable[[Any, Mapping[str, Any]], Any]
+    qualified: Callable[[str], str] = lambda path: path
+
+
+class Prompt(NamedTuple):
+    """How prompts become the condition of the denoiser.
+
+    tokens: (prompts, tokenizer) -> ids and weights, each (B, chunks, L).
+    text: output of a text encoder -> (B * chunks, L, D). The embeddings of several encoders are concatenated on D.
+    added: (outputs of the text encoders for the first chunk, (height, width)) -> further leaves (B, ...) of the
+      condition.
+    sized: whether the condition depends on the height and width of the image.
+    null_is_zeros: model_index.json -> whether "no condition" is zeros instead of the empty prompt.
+    """
+
+    text: Callable[[Any], Array]
+    tokens: Callable[..., tuple[np.ndarray, np.ndarray]] = chunked
+    added: Callable[[Sequence[Any], tuple[int, int]], dict[str, Array]] = lambda outputs, size: {}
+    sized: bool = False
+    null_is_zeros: Callable[[Config], bool] = lambda index: False
+
+
+class SingleFile(NamedTuple):
+    """A checkpoint in one file.
+
+    read: tensors -> the parts, or None for a file of another family. Raises KeyError, IndexError or ValueError for a
+      file of the family with missing or misshapen tensors.
+    scheduler: scheduler_config.json of the family.
+    ask: what to tell the user if such a file does not say what its network predicts; "" if `scheduler` does.
+    """
+
+    read: Callable[[Tensors], dict[str, Description] | None]
+    scheduler: Config
+    ask: str = ""
+
+
+class LoraNames(NamedTuple):
+    """Names of the updated maps in files of LoRA.
+
+    prefixes: how names begin that join the path with underscores -> the part.
+    path: (part, path joined with underscores, module of the denoiser) -> the path in the layout of the folder.
+    """
+
+    prefixes: Mapping[str, str] = MappingProxyType({})
+    path: Callable[[str, str, Any], str] = lambda part, path, denoiser: path
+
+
+class Family(NamedTuple):
+    """A card: all that the code for published models asks about a family.
+
+    name, licence, source: for people. source: paper or repository.
+    recognises: (model_index.json, {part: config.json}) -> whether a folder is of this family.
+    parts: folder of each network -> its kind. All of them are needed.
+    denoiser, autoencoder: which part is which.
+    tokenizers: folder of each text encoder -> folder of its tokenizer, in the order of the denoiser's condition.
+    prompt: None for models that need more than a prompt; they can be loaded and saved, not sampled.
+    index: module of the denoiser -> model_index.json without the parts.
+    fits: (denoiser, autoencoder) -> what is wrong with them together, "" if nothing.
+    scheduler_changes: what diffusers sets in the scheduler_config.json of such a pipeline when it loads one.
+    safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
+    single_file: None if there is no such layout.
+    lora: names in files of low-rank updates.
+    """
+
+    name: str
+    licence: str
+    source: str
+    recognises: Callable[[Config, Mapping[str, Config]], bool]
+    parts: Mapping[str, Component]
+    denoiser: str
+    autoencoder: str
+    tokenizers: Mapping[str, str]
+    prompt: Prompt | None
+    index: Callable[[Any], dict]
+    fits: Callable[[Any, Any], str] = lambda denoiser, autoencoder: ""
+    scheduler_changes: Config = MappingProxyType({})
+    safety_checker: Callable[[Path, bool], Any] | None = None
+    single_file: SingleFile | None = None
+    lora: LoraNames = LoraNames()
