@@ -6,17 +6,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from diffusion_jax.interop.families import stable_diffusion_1
+from diffusion_jax.interop.families.latent_diffusion import SCHEDULER
+from diffusion_jax.interop.pipeline import schedule_of
 from diffusion_jax.interop.schedulers import SCHEDULERS, published_plan
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
 peer = pytest.importorskip("tests.core.peer")
 
-SD = {
-    name: stable_diffusion_1.FAMILY.single_file.scheduler[name]
-    for name in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-}
+SD = {name: SCHEDULER[name] for name in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
 V = {"prediction_type": "v_prediction"}
 LAST = {"final_sigmas_type": "sigma_min"}
 SPACINGS = ({"timestep_spacing": "leading", "steps_offset": 1}, {"timestep_spacing": "trailing"}, {})
@@ -136,12 +134,12 @@ def test_what_is_not_supported_is_refused(changes, message):
 
 
 def test_steps_and_strength_in_range():
-    schedule, _ = schedule_of(stable_diffusion_1.FAMILY.single_file.scheduler, "test")
+    schedule, _ = schedule_of(SCHEDULER, "test")
     for steps, strength, message in [(0, 1.0, "steps must be in 1..1000"), (1001, 1.0, "steps must"), (5, 1.5, "stre")]:
         with pytest.raises(ValueError, match=message):
-            published_plan(stable_diffusion_1.FAMILY.single_file.scheduler, schedule, steps, strength)
+            published_plan(SCHEDULER, schedule, steps, strength)
     with pytest.raises(ValueError, match="at most 50"):
-        published_plan(stable_diffusion_1.FAMILY.single_file.scheduler | {"_class_name": "LCMScheduler"}, schedule, 51)
+        published_plan(SCHEDULER | {"_class_name": "LCMScheduler"}, schedule, 51)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
