@@ -20,7 +20,7 @@ from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation import report as report_page
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.evaluation.retrieval import classifier_features
-from diffusion_jax.evaluation.scenes import Known, Trial, evaluate_scenes, known, trials
+from diffusion_jax.evaluation.scenes import KnownDrawings, Trial, evaluate_scenes, known_drawings, trials
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.model import DiffusionModel
@@ -129,7 +129,7 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
     scales = config.eval.scales or (config.sample.guidance,)
 
     def prepare(model: DiffusionModel, cache: Path) -> Measure:
-        compared = known(drawings, features, model.size[0])
+        compared = known_drawings(drawings, features, model.size[0])
         asked = trials(model, compared, chosen, config.eval)
 
         def measure(model: DiffusionModel, folder: Path) -> dict:
@@ -137,7 +137,9 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
 
         return measure
 
-    def at_scale(scale: float, model: DiffusionModel, asked: Sequence[Trial], compared: Known, folder: Path) -> dict:
+    def at_scale(
+        scale: float, model: DiffusionModel, asked: Sequence[Trial], compared: KnownDrawings, folder: Path
+    ) -> dict:
         folder = folder / f"guidance_{scale:g}"
         folder.mkdir(parents=True, exist_ok=True)
 

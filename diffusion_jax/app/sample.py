@@ -158,7 +158,7 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
             cond = jax.tree.map(lambda leaf: leaf[which], request.cond)  # noqa: B023
             keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
             images = np.asarray(to_uint8(_images(request, model, cond, keys, show if progress else None)))
-            for (prompt, seed), image, held_back in zip(batch[:count], images, model.flagged(images), strict=False):
+            for (prompt, seed), image, held_back in zip(batch[:count], images, model.held_back(images), strict=False):
                 if held_back:
                     logging.warning(HELD_BACK, request.prompts[prompt], seed)
                 yield Generated(request.prompts[prompt], seed, np.zeros_like(image) if held_back else image)

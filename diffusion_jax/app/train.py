@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build
 from diffusion_jax.app import first_stage, sample
-from diffusion_jax.app.workdir import held
+from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, weights
-from diffusion_jax.build.initial import initial, taught
+from diffusion_jax.build.initial import from_teacher, initial
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import stack
-from diffusion_jax.data.sources import Source, any_of, described
+from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.interop import load_unet
 from diffusion_jax.model import DiffusionModel
@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         _train_denoiser(config, workdir)
         return
     task = first_stage.task(config, workdir)
-    with held(workdir):
+    with locked(workdir):
         _note_config(config, workdir)
         first_stage.train(task, config, workdir)
 
@@ -49,13 +49,15 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
 
     def start(key: Key[Array, ""]) -> PyTree:
         made = model.network.init(key)
-        return taught(teacher, made) if config.get("teacher") else initial(config.get("init", ""), load_unet, made)
+        return (
+            from_teacher(teacher, made) if config.get("teacher") else initial(config.get("init", ""), load_unet, made)
+        )
 
     loss, params, frozen = build.objective.objective(config.objective, model, key, config.train.steps, teacher, start)
     check_resumed(workdir, params)
     of_first_stage = weights.first_stage_folder(workdir)
     earlier = first_stage.task(config, of_first_stage) if first_stage.is_missing(config, workdir) else None
-    with held(workdir):
+    with locked(workdir):
         _note_config(config, workdir)
         if earlier is not None:
             first_stage.train(earlier, config, of_first_stage)
@@ -115,7 +117,7 @@ def _training_records(
         latents = record["latent"] if is_cached else [crop(record, rng)["image"]]
         cond = record.get("cond")
         if cond is None:
-            told = stack([record | {"caption": any_of(record.get("caption"), rng)}])
+            told = stack([record | {"caption": choose_caption(record.get("caption"), rng)}])
             cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(told))
         return {"latent": latents[rng.integers(len(latents))], "cond": cond}
 
@@ -124,4 +126,4 @@ def _training_records(
         fields = {"latent": of_variants} | ({} if retold else {"cond": of_captions})
         key = {"data": config.data.to_dict(), "size": model.size, **keys}
         records = cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.data.variants(config, model.size))
-    return described(records) if retold else records, to_training
+    return with_captions(records) if retold else records, to_training

@@ -55,7 +55,7 @@ RUN = {
     "seed": Field(0, seed, "Seed of initial weights, the order of the data and all noise in training."),
 }
 
-OWN = {
+TRAINED = {
     "weights": Field(
         "", text, "The model to use while the work directory has no checkpoint: a folder of --mode=export, or empty."
     ),
@@ -300,7 +300,12 @@ WHOLE = {  # sections that have all of their fields where they are there
     "serve": SERVE,
     "lora": LORA,
 }
-TABLES = {"": RUN | OWN | PUBLISHED, "condition": CONDITION, "autoencoder": AUTOENCODER, "objective": OBJECTIVE} | WHOLE
+TABLES = {
+    "": RUN | TRAINED | PUBLISHED,
+    "condition": CONDITION,
+    "autoencoder": AUTOENCODER,
+    "objective": OBJECTIVE,
+} | WHOLE
 CHECKS = {path: {name: field.check for name, field in table.items()} for path, table in TABLES.items()} | {
     "model": NETWORK,
     "autoencoder.model": NETWORK,
@@ -319,7 +324,7 @@ def section(table: dict[str, Field], **values: Any) -> ConfigDict:
 
 def completed(config: ConfigDict) -> ConfigDict:
     """The config with defaults for missing fields. A config.json of an earlier version lacks the newer fields."""
-    top = RUN | (PUBLISHED if "checkpoint" in config else OWN)
+    top = RUN | (PUBLISHED if "checkpoint" in config else TRAINED)
     sections = {name: section(table, **config[name]) for name, table in TABLES.items() if name in config}
     return section(top, **dict(config) | sections)
 

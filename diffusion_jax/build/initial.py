@@ -36,7 +36,7 @@ def _checked(folder: str, found: PyTree, params: PyTree) -> PyTree:
     return found
 
 
-def taught(teacher: DiffusionModel, params: PyTree) -> PyTree:
+def from_teacher(teacher: DiffusionModel, params: PyTree) -> PyTree:
     """The weights of a teacher for its student, which may have more embeddings: of the target and of the guidance
     scale. Those begin at zero.
 

@@ -50,7 +50,7 @@ def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
 def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:
     """The solver of config.sample as a plan. strength: how much of a starting image changes."""
     section = config.sample
-    own = model.own_plans.get(section.solver)
+    own = model.published_solvers.get(section.solver)
     table = _plan(section, model, strength) if own is None else _own_plan(section, own, strength)
     return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
 
@@ -66,7 +66,7 @@ def _own_plan(section: ConfigDict, own: Callable[[int, float], Plan], strength: 
 
 
 def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
-    solver, options = choose(SOLVERS | dict(model.own_plans), section.solver, "solver"), {}
+    solver, options = choose(SOLVERS | dict(model.published_solvers), section.solver, "solver"), {}
     for name in ("order", "eta"):
         if section[name] is not None:
             able = sorted(known for known, f in SOLVERS.items() if name in inspect.signature(f).parameters)
@@ -77,8 +77,8 @@ def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
             options[name] = section[name]
     schedule = model.useful_schedule
     spacing = section.spacing or ("karras" if is_edm(model) and not model.network.flow_map else "trailing")
-    if spacing in model.own_times:
-        spacing = model.own_times[spacing](section.steps)
+    if spacing in model.published_times:
+        spacing = model.published_times[spacing](section.steps)
     left = solvers.strength_times(schedule, section.steps, strength, spacing)
     return solver(schedule, len(left), spacing=left, **options)
 

@@ -59,7 +59,7 @@ def to_rgb(lab: Float[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape 3"]:
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def named(colour: str) -> Float[np.ndarray, "3"]:
+def rgb_of(colour: str) -> Float[np.ndarray, "3"]:
     """A colour of COLOURS as sRGB in [0, 1]."""
     return np.array(COLOURS[colour]) / 255
 
@@ -84,7 +84,7 @@ def recoloured(
 
     A pixel moves by as much of the way as it holds of the hue, so that the edges to other colours stay smooth.
     """
-    lab, target = to_lab(image[..., :3]), to_lab(named(colour))
+    lab, target = to_lab(image[..., :3]), to_lab(rgb_of(colour))
     chroma = np.hypot(lab[..., 1], lab[..., 2])
     full = np.hypot(*hue.lab[1:])
     along = lab[..., 1:] @ (hue.lab[1:] / full)
@@ -98,4 +98,4 @@ def recoloured(
 
 def inked(image: Float[np.ndarray, "height width 4"], colour: str) -> Float[np.ndarray, "height width 4"]:
     """All ink in one colour, for drawings of lines."""
-    return np.concatenate([np.broadcast_to(named(colour), image[..., :3].shape), image[..., 3:]], axis=-1)
+    return np.concatenate([np.broadcast_to(rgb_of(colour), image[..., :3].shape), image[..., 3:]], axis=-1)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion_jax.data.colours import COLOURS, MainHue, inked, named, recoloured, to_lab
+from diffusion_jax.data.colours import COLOURS, MainHue, inked, recoloured, rgb_of, to_lab
 from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable
 
@@ -47,9 +47,9 @@ RELATIONS = {  # places of the first and of the second of two drawings
     "below": ((0.5, 1.0), (0.5, 0.0)),
 }
 IN_PAIR = 0.44  # as in SIZES, of one of two drawings
-COUNTED, PAIRED, PLACED = 0.2, 0.2, 0.15  # probability of several copies, of two drawings, of a small one at a place
+COUNTED, P_PAIR, P_PLACE = 0.2, 0.2, 0.15  # probability of several copies, of two drawings, of a small one at a place
 PAPER = 1.0  # sRGB of a scene without a ground
-_LABS = {"": to_lab(np.full(3, PAPER))} | {name: to_lab(named(name)) for name in COLOURS}  # of grounds and colours
+_LABS = {"": to_lab(np.full(3, PAPER))} | {name: to_lab(rgb_of(name)) for name in COLOURS}  # of grounds and colours
 MARGIN = 0.04
 APART = 0.12  # least distance in OKLab between the colour of a drawing and its ground
 
@@ -132,9 +132,9 @@ def scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
     if kind < COUNTED:
         count = int(rng.integers(2, 1 + max(LAYOUTS))) if drawing.is_countable else 1
         size = "small" if count > 1 and rng.random() < 0.2 else ""
-    elif kind < COUNTED + PAIRED:
+    elif kind < COUNTED + P_PAIR:
         other = _other(drawings, drawing, rng)
-    elif kind < COUNTED + PAIRED + PLACED:
+    elif kind < COUNTED + P_PAIR + P_PLACE:
         size, place = "small", str(rng.choice([name for name in PLACES if name]))
     elif rng.random() < 0.25:
         size = str(rng.choice(["small", "large"]))
@@ -154,9 +154,9 @@ def _ground(drawing: Drawing, colour: str, other: Other | None, rng: np.random.G
     fitting = [name for name in ("", *COLOURS) if _stands_out(drawing, colour, name)]
     if other:
         fitting = [name for name in fitting if _stands_out(other.drawing, other.colour, name)]
-    named = [name for name in fitting if name]
+    coloured = [name for name in fitting if name]
     on_paper = "" in fitting and rng.random() >= 0.25
-    return "" if on_paper or not named else str(rng.choice(named))
+    return "" if on_paper or not coloured else str(rng.choice(coloured))
 
 
 def trained_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
@@ -212,7 +212,7 @@ def _stands_out(drawing: Drawing, colour: str, ground: str) -> bool:
 
 def paint(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The picture of a scene, size x size pixels."""
-    canvas = np.ones((size, size, 3)) * (named(scene.ground) if scene.ground else PAPER)
+    canvas = np.ones((size, size, 3)) * (rgb_of(scene.ground) if scene.ground else PAPER)
     if scene.other:
         first, second = RELATIONS[scene.other.relation]
         _put(canvas, scene.drawing, scene.colour, IN_PAIR, first)

@@ -58,12 +58,12 @@ class Source:
         return self.files[index] if self.files else f"record {index} of {self.name}"
 
 
-def any_of(captions: str | tuple[str, ...] | None, rng: np.random.Generator) -> str | None:
+def choose_caption(captions: str | tuple[str, ...] | None, rng: np.random.Generator) -> str | None:
     """One of several captions."""
     return captions[rng.integers(len(captions))] if isinstance(captions, tuple) else captions
 
 
-def described(source: Source) -> Source:
+def with_captions(source: Source) -> Source:
     """The source with "caption" in its records, if it has captions."""
     if not source.captions:
         return source

@@ -8,7 +8,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from diffusion_jax.data.colours import COLOURS, named, to_lab
+from diffusion_jax.data.colours import COLOURS, rgb_of, to_lab
 from diffusion_jax.data.scenes import PLACES
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -18,7 +18,7 @@ SPECK = 0.1  # of the largest part's pixels, below which a part is not counted
 CLOSED = 0.06  # gaps inside one drawing, as a part of the picture's side
 LOW, HIGH = 0.38, 0.62  # where the middle begins and ends, as a part of the picture's side
 _NAMES = list(COLOURS)
-_LABS = np.stack([to_lab(named(name)) for name in _NAMES])
+_LABS = np.stack([to_lab(rgb_of(name)) for name in _NAMES])
 
 
 def ground(picture: Picture) -> str:

@@ -95,7 +95,7 @@ KINDS = {
 }
 
 
-class Known(NamedTuple):
+class KnownDrawings(NamedTuple):
     """What pictures are compared with: every drawing alone, as it is painted at the size of the pictures."""
 
     drawings: Sequence[Drawing]
@@ -103,15 +103,15 @@ class Known(NamedTuple):
     gallery: Gallery
 
 
-def known(drawings: Sequence[Drawing], features: Features, size: int) -> Known:
+def known_drawings(drawings: Sequence[Drawing], features: Features, size: int) -> KnownDrawings:
     """All drawings in the features of a classifier. size: of the pictures to be compared, pixels on a side."""
     alone = (checks.largest(paint(Scene(drawing), size), SIDE) for drawing in drawings)
     bar = tqdm(alone, desc="known drawings", total=len(drawings), unit="pictures")
-    return Known(drawings, features, gallery(features(list(bar))))
+    return KnownDrawings(drawings, features, gallery(features(list(bar))))
 
 
 def parts(
-    pictures: Sequence[Picture], scenes: Sequence[Scene], known: Known
+    pictures: Sequence[Picture], scenes: Sequence[Scene], reference: KnownDrawings
 ) -> dict[str, Bool[np.ndarray, " pictures"]]:
     """What is right in each picture of a scene.
 
@@ -120,10 +120,10 @@ def parts(
     style: the nearest of all drawings is in the style of the scene.
     colour, ground, place, count: as `evaluation.checks` sees them. A colour that the scene does not name is right.
     """
-    queries = known.gallery.project(known.features([checks.largest(picture, SIDE) for picture in pictures]))
-    similar = queries @ known.gallery.vectors.T
-    number = {(drawing.style, drawing.name): i for i, drawing in enumerate(known.drawings)}
-    styles = np.array([drawing.style for drawing in known.drawings])
+    queries = reference.gallery.project(reference.features([checks.largest(picture, SIDE) for picture in pictures]))
+    similar = queries @ reference.gallery.vectors.T
+    number = {(drawing.style, drawing.name): i for i, drawing in enumerate(reference.drawings)}
+    styles = np.array([drawing.style for drawing in reference.drawings])
     asked = np.array([scene.drawing.style for scene in scenes])
     own = np.array([number[scene.drawing.style, scene.drawing.name] for scene in scenes])
 
@@ -164,7 +164,7 @@ class Trial(NamedTuple):
     bounds: dict[str, dict]
 
 
-def trials(model: DiffusionModel, known: Known, drawings: Sequence[Drawing], section) -> list[Trial]:
+def trials(model: DiffusionModel, reference: KnownDrawings, drawings: Sequence[Drawing], section) -> list[Trial]:
     """A trial of each kind that some of these drawings make.
 
     drawings: those that are asked for.
@@ -179,13 +179,15 @@ def trials(model: DiffusionModel, known: Known, drawings: Sequence[Drawing], sec
         captions = [caption(scene, rng, styled=True) for scene in scenes]
         painted = [paint(scene, model.size[0]) for scene in scenes]
         sets = {"painted": painted, "first stage": through(painted)}
-        bounds = {name: _shares(parts(pictures, scenes, known), KINDS[kind].part) for name, pictures in sets.items()}
+        bounds = {
+            name: _shares(parts(pictures, scenes, reference), KINDS[kind].part) for name, pictures in sets.items()
+        }
         made.append(Trial(kind, scenes, captions, bounds))
     return made
 
 
 def evaluate_scenes(
-    trials: Sequence[Trial], known: Known, generate: Generate, distances: dict, seed: int, show: Show
+    trials: Sequence[Trial], reference: KnownDrawings, generate: Generate, distances: dict, seed: int, show: Show
 ) -> dict:
     """For each kind of case, the part of the pictures in which the object, the other part and both are right: of
     generated pictures, of painted ones, and of painted ones after the first stage.
@@ -204,7 +206,7 @@ def evaluate_scenes(
         made = list(generate(captions * repeats, seeds.tolist()))
         show(kind, captions * repeats, made)
         part = KINDS[kind].part
-        generated = _shares(parts(made, scenes * repeats, known), part)
+        generated = _shares(parts(made, scenes * repeats, reference), part)
         report[kind] = {"cases": len(scenes), "part": part, "generated": generated} | bounds
         if repeats == SEEDS:
             report[kind]["diversity"] = summary(_distances(distances, made[: len(scenes)], made[len(scenes) :]))

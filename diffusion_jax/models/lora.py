@@ -43,7 +43,7 @@ def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTEN
     return made
 
 
-def added(variables: PyTree, updates: PyTree, scale: float) -> PyTree:
+def with_updates(variables: PyTree, updates: PyTree, scale: float) -> PyTree:
     """The variables of the network with its updates.
 
     scale: alpha / rank.

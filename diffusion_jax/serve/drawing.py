@@ -82,7 +82,7 @@ def filled(pictures: Sequence[Picture], size: int) -> list[Picture]:
 def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]:
     """The names of the solvers that this model can be sampled with. A consistency model knows no way but its own."""
     if build.sampling.is_consistency(config):
-        return (*model.own_plans, config.sample.solver)
+        return (*model.published_solvers, config.sample.solver)
 
     def works(solver: str) -> bool:
         plan, _ = build.sampling.plan_and_guidance(changed(config, solver=solver), model)
@@ -90,7 +90,7 @@ def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]
         check_rows(denoise, plan.to, plan.x0, plan.eps, plan.past)
         return True
 
-    denoise, names = model.denoiser(model.params), [*model.own_plans, *build.sampling.SOLVERS]
+    denoise, names = model.denoiser(model.params), [*model.published_solvers, *build.sampling.SOLVERS]
     return tuple(name for name in names if _passes(works, name))
 
 

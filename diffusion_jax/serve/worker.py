@@ -182,7 +182,7 @@ def facts(loaded: Loaded) -> Facts:
         tasks=usable_tasks(model, solvers),
         guided=not build.sampling.has_guidance(config, model) and not config.sample.cfg_pp,
         solvers=solvers,
-        spacings=("", *model.own_times, *SPACINGS),
+        spacings=("", *model.published_times, *SPACINGS),
         sampling={name: config.sample[name] for name in SAMPLING},
         batch_size=parallel.divisible(serve.batch_size),
         live_size=parallel.divisible(1),
@@ -304,7 +304,7 @@ def _images(artist: Artist, pictures: list[Picture], callback: Callback) -> list
         logging.exception("a batch failed")
         return [Failed("an error in the server; its log has more")] * len(pictures)
     shown, finite = to_uint8(np.nan_to_num(images)), np.isfinite(images).all(axis=(1, 2, 3))
-    made = zip(shown, artist.model.flagged(shown), finite, strict=True)
+    made = zip(shown, artist.model.held_back(shown), finite, strict=True)
     return [(HELD_BACK if flagged else image) if good else NOT_FINITE for image, flagged, good in made]
 
 
@@ -320,7 +320,7 @@ def _after_step(
     total = artist.rows(shared)
     if batch.previews == "all" or (batch.previews == "some" and start >= due[0] and done < total):
         images = to_uint8(np.asarray(decode(artist.of_size(shared.size), x0)))
-        images[artist.model.flagged(images)] = 0
+        images[artist.model.held_back(images)] = 0
         previews = dict(zip(places, images, strict=False))
         due[0] = monotonic() + SHARE * (monotonic() - start)
     return show(Step(done, total, previews))

@@ -114,5 +114,5 @@ def test_the_lists_of_concepts_are_names(known):
 
 def test_one_of_several_captions_is_taken():
     rng = np.random.default_rng(0)
-    assert {sources.any_of(("a", "b"), rng) for _ in range(50)} == {"a", "b"}
-    assert sources.any_of("a cat", rng) == "a cat" and sources.any_of(None, rng) is None
+    assert {sources.choose_caption(("a", "b"), rng) for _ in range(50)} == {"a", "b"}
+    assert sources.choose_caption("a cat", rng) == "a cat" and sources.choose_caption(None, rng) is None

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from diffusion_jax.data import scenes
 from diffusion_jax.data.captions import ARTICLES, caption, everyday_words, paraphrases, words_for
-from diffusion_jax.data.colours import COLOURS, MainHue, named, to_lab
+from diffusion_jax.data.colours import COLOURS, MainHue, rgb_of, to_lab
 from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable, plural
 from diffusion_jax.data.scenes import Drawing, Other, Scene, is_held_out, is_trained_on, paint
@@ -69,7 +69,7 @@ def test_two_drawings(relation, first, second):
     picture = paint(scene, 64)
     middles = {}
     for which, colour in (("first", first or "blue"), ("second", second or "blue")):
-        close = np.linalg.norm(to_lab(picture / 255) - to_lab(named(colour)), axis=-1) < 0.1
+        close = np.linalg.norm(to_lab(picture / 255) - to_lab(rgb_of(colour)), axis=-1) < 0.1
         middles[which] = np.argwhere(close).mean(axis=0)[0 if relation in ("above", "below") else 1]
     assert (middles["first"] < middles["second"]) == (relation in ("and", "next to", "to the left of", "above"))
 
@@ -106,9 +106,9 @@ def test_every_kind_of_scene_is_made():
     assert {other.relation for other in others} == set(scenes.RELATIONS)
     assert all(scene.drawing.name != scene.other.drawing.name for scene in made if scene.other)
     assert all(not scene.place for scene in made if scene.other or scene.count > 1)
-    assert len(others) / len(made) == pytest.approx(scenes.PAIRED, abs=0.05)
+    assert len(others) / len(made) == pytest.approx(scenes.P_PAIR, abs=0.05)
     assert all(scene.size == "small" for scene in made if scene.place)
-    assert np.mean([bool(scene.place) for scene in made]) == pytest.approx(scenes.PLACED, abs=0.05)
+    assert np.mean([bool(scene.place) for scene in made]) == pytest.approx(scenes.P_PLACE, abs=0.05)
 
 
 def test_nothing_is_hidden_on_its_ground():

