@@ -1,4 +1,4 @@
-"""Named colours, and drawings moved from one to another in OKLab (Ottosson 2020)."""
+"""Named colours, and recolouring of drawings in OKLab (Ottosson 2020)."""
 
 from typing import NamedTuple
 
@@ -73,8 +73,8 @@ def main_hue(image: Float[np.ndarray, "height width 4"]) -> MainHue | None:
         return None
     counts = np.histogram(hue[coloured], bins=72, range=(0, 360))[0]
     peak = 5 * np.argmax(sum(np.roll(counts, shift) for shift in range(-5, 6))) + 2.5
-    members = coloured & (np.abs((hue - peak + 180) % 360 - 180) < NEAR)
-    return MainHue(np.median(lab[members], axis=0), float(members.sum() / len(lab)))
+    in_main_hue = coloured & (np.abs((hue - peak + 180) % 360 - 180) < NEAR)
+    return MainHue(np.median(lab[in_main_hue], axis=0), float(in_main_hue.sum() / len(lab)))
 
 
 def recoloured(
@@ -82,17 +82,17 @@ def recoloured(
 ) -> Float[np.ndarray, "height width 4"]:
     """The drawing with its main hue moved to a named colour. Shades keep their differences, other hues stay.
 
-    A pixel moves by as much of the way as it holds of the hue, so that the edges to other colours stay smooth.
+    A pixel moves in proportion to how much of the hue it has, so that the edges to other colours stay smooth.
     """
     lab, target = to_lab(image[..., :3]), to_lab(rgb_of(colour))
     chroma = np.hypot(lab[..., 1], lab[..., 2])
-    full = np.hypot(*hue.lab[1:])
-    along = lab[..., 1:] @ (hue.lab[1:] / full)
-    angle = np.degrees(np.arccos(np.clip(along / np.maximum(chroma, 1e-6), -1, 1)))
-    member = np.clip(along / full, 0, 1) * np.clip((FAR - angle) / (FAR - NEAR), 0, 1)
-    moved = lab + member[..., None] * (target - hue.lab)
-    if np.hypot(*target[1:]) < GREY:  # no tint is left of the shades
-        moved[..., 1:] *= 1 - member[..., None] ** 0.5
+    full_chroma = np.hypot(*hue.lab[1:])
+    along_hue = lab[..., 1:] @ (hue.lab[1:] / full_chroma)
+    angle = np.degrees(np.arccos(np.clip(along_hue / np.maximum(chroma, 1e-6), -1, 1)))
+    membership = np.clip(along_hue / full_chroma, 0, 1) * np.clip((FAR - angle) / (FAR - NEAR), 0, 1)
+    moved = lab + membership[..., None] * (target - hue.lab)
+    if np.hypot(*target[1:]) < GREY:  # a grey target: remove the tint of the shades
+        moved[..., 1:] *= 1 - membership[..., None] ** 0.5
     return np.concatenate([to_rgb(moved), image[..., 3:]], axis=-1)
 
 
