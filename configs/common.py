@@ -9,7 +9,7 @@ from diffusion_jax.build import fields
 
 
 def trained(name: str) -> ConfigDict:
-    """Top-level fields of a config with a model of its own."""
+    """Top-level fields of a config that trains a model of its own."""
     return fields.section(fields.RUN | fields.TRAINED, name=name, serve=fields.section(fields.SERVE))
 
 
@@ -85,7 +85,10 @@ def data(source: str, size: int, flip: bool = False) -> ConfigDict:
 
 
 def latent(name: str, data: ConfigDict) -> ConfigDict:
-    """What latent models of one's own share. Each adds condition, autoencoder, model, optimizer, train and sample."""
+    """The fields that latent models trained here share.
+
+    Each config adds condition, autoencoder, model, optimizer, train and sample.
+    """
     config = trained(name)
     config.data = data
     config.schedule = schedule("cosine")
