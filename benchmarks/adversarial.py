@@ -94,7 +94,7 @@ def trained(config: ConfigDict, model: DiffusionModel, seconds: float) -> Diffus
 
     @jax.jit
     def step(state: PyTree, images: Array, label: Array, key: Array) -> PyTree:
-        (generator, judge), average, (own, others) = state
+        (generator, judge), average, (generator_state, critic_state) = state
         real, (first, second) = to_float(images), jax.random.split(key)
 
         def judged(judge: PyTree) -> Array:
@@ -107,11 +107,11 @@ def trained(config: ConfigDict, model: DiffusionModel, seconds: float) -> Diffus
             fake = generated(generator, label, second)
             return nn.softplus(critic.apply(judge, real, label) - critic.apply(judge, fake, label)).mean()
 
-        updates, others = optimizer.update(jax.grad(judged)(judge), others)
+        updates, critic_state = optimizer.update(jax.grad(judged)(judge), critic_state)
         judge = optax.apply_updates(judge, updates)
-        updates, own = optimizer.update(jax.grad(fooled)(generator), own)
+        updates, generator_state = optimizer.update(jax.grad(fooled)(generator), generator_state)
         generator = optax.apply_updates(generator, updates)
-        return (generator, judge), optax.incremental_update(generator, average, 0.02), (own, others)
+        return (generator, judge), optax.incremental_update(generator, average, 0.02), (generator_state, critic_state)
 
     state = params, params[0], tuple(map(optimizer.init, params))
     number, end = 0, None

@@ -49,9 +49,9 @@ METHODS = {  # -> method, options, solver, whether it needs the teacher
 
 
 def data(key: jax.Array, count: int) -> jax.Array:
-    which, noise = jax.random.split(key)
-    chosen = jax.random.choice(which, len(WEIGHTS), (count,), p=jnp.asarray(WEIGHTS))
-    x = jnp.asarray(MEANS)[chosen] + jnp.asarray(STDS)[chosen][:, None] * jax.random.normal(noise, (count, 2))
+    component_key, noise = jax.random.split(key)
+    component = jax.random.choice(component_key, len(WEIGHTS), (count,), p=jnp.asarray(WEIGHTS))
+    x = jnp.asarray(MEANS)[component] + jnp.asarray(STDS)[component][:, None] * jax.random.normal(noise, (count, 2))
     return x.reshape(count, *SHAPE).astype(jnp.float32)
 
 
@@ -79,10 +79,10 @@ def initial(key: jax.Array) -> dict:
 
 
 def model(is_map: bool) -> DiffusionModel:
-    own = Network(network, initial, flow_map=is_map)
+    net = Network(network, initial, flow_map=is_map)
     data_codec = codec.identity()._replace(limit=None)
-    says = parameterization.flow
-    return DiffusionModel(own, None, schedules.flow(), says, data_codec, unconditional(), (1, 1))
+    prediction = parameterization.flow
+    return DiffusionModel(net, None, schedules.flow(), prediction, data_codec, unconditional(), (1, 1))
 
 
 def trained(loss, params: dict, frozen: dict, steps: int, key: jax.Array, rate: float = 2e-3) -> dict:
@@ -125,11 +125,11 @@ def main() -> None:
         params = trained(denoising(teacher, uniform_weight, 0.0), params, frozen, steps, keys[3])
         teacher = teacher._replace(params=params)
 
-        def measured(own: DiffusionModel, params: dict, solver, calls: int) -> float:
-            plan = solver(own.useful_schedule, calls)
+        def measured(sampled_model: DiffusionModel, params: dict, solver, calls: int) -> float:
+            plan = solver(sampled_model.useful_schedule, calls)
             noise_keys = jax.random.split(keys[4], samples)  # noqa: B023
             x = sampling.initial_noise(noise_keys, SHAPE, plan.start)
-            return distance(np.asarray(sampling.sample(own.denoiser(params), plan, x, noise_keys, {})), real)  # noqa: B023
+            return distance(np.asarray(sampling.sample(sampled_model.denoiser(params), plan, x, noise_keys, {})), real)  # noqa: B023
 
         rows.setdefault("fresh data", []).append([distance(fresh, real)] * len(CALLS))
         rows.setdefault("DDIM", []).append([measured(teacher, params, solvers.ddim, n) for n in CALLS])
@@ -138,16 +138,16 @@ def main() -> None:
         for segments in STAGES:
             student = model(is_map=True)
             loss = flow_map.flow_map(student, flow_map.distillation(segments), steps, drop=0.0, teacher=stage)
-            known = frozen | {"teacher": stage.params}
-            learned = trained(loss, stage.params, known, max(steps // len(STAGES), 1), keys[3], rate=1e-3)
+            frozen_parts = frozen | {"teacher": stage.params}
+            learned = trained(loss, stage.params, frozen_parts, max(steps // len(STAGES), 1), keys[3], rate=1e-3)
             stage = student._replace(params=learned)
             by_calls[segments] = measured(student, learned, solvers.ddim, segments)
         rows.setdefault("distillation, in stages", []).append([by_calls[n] for n in CALLS])
         for name, (method, options, solver, needs) in METHODS.items():
             student = model(is_map=True)
             loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=teacher if needs else None, **options)
-            known = frozen | ({"teacher": params} if needs else {})
-            learned = trained(loss, params, known, steps, keys[3], rate=1e-3)
+            frozen_parts = frozen | ({"teacher": params} if needs else {})
+            learned = trained(loss, params, frozen_parts, steps, keys[3], rate=1e-3)
             rows.setdefault(name, []).append([measured(student, learned, solver, n) for n in CALLS])
     print(f"| method | {' | '.join(f'{n} calls' for n in CALLS)} |\n|{'---|' * (1 + len(CALLS))}")
     for name, values in rows.items():

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks import quick
 
-SHOWN = {  # kind and part -> label
+CURVES = {  # kind and part -> label
     ("names", "object"): "object, by name",
     ("held-out colours", "object"): "object, in a colour never seen on it",
     ("held-out colours", "colour"): "colour never seen on the object",
@@ -33,18 +33,18 @@ def main() -> None:
     quick.note(flags.quick)
     scenes = json.loads(flags.report.read_text())["scenes"]
     of_scale = {float(name.removeprefix("guidance ")): kinds for name, kinds in scenes.items()}
-    figure, (found, diverse) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
-    for (kind, part), label in SHOWN.items():
-        _plot(found, {scale: kinds[kind]["generated"][part] for scale, kinds in of_scale.items()}, label)
-    _plot(diverse, {scale: kinds["names"]["diversity"] for scale, kinds in of_scale.items()}, "between two pictures")
-    found.set(xlabel="guidance scale", ylabel="part of the pictures", ylim=(0, 1.02))
-    diverse.set(xlabel="guidance scale", ylabel="LPIPS (AlexNet)", ylim=(0, None))
-    found.legend(fontsize="small")
+    figure, (correctness, diversity) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
+    for (kind, part), label in CURVES.items():
+        _plot(correctness, {scale: kinds[kind]["generated"][part] for scale, kinds in of_scale.items()}, label)
+    _plot(diversity, {scale: kinds["names"]["diversity"] for scale, kinds in of_scale.items()}, "between two pictures")
+    correctness.set(xlabel="guidance scale", ylabel="part of the pictures", ylim=(0, 1.02))
+    diversity.set(xlabel="guidance scale", ylabel="LPIPS (AlexNet)", ylim=(0, None))
+    correctness.legend(fontsize="small")
     figure.savefig(quick.picture("guidance.png", flags.quick), dpi=100)
 
 
 def _plot(axes: plt.Axes, summaries: dict[float, dict], label: str) -> None:
-    means, errors = ([one[name] for one in summaries.values()] for name in ("mean", "standard_error"))
+    means, errors = ([summary[name] for summary in summaries.values()] for name in ("mean", "standard_error"))
     axes.errorbar(list(summaries), means, errors, marker="o", capsize=3, label=label)
 
 

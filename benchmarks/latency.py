@@ -20,7 +20,7 @@ CALLS, GUIDED, SCALE = (1, 2, 4, 20), 20, 3.0
 PROMPT = "a red apple, flat"
 
 
-def ours(folder: str, size: int, calls: int) -> Callable[[], object]:
+def our_picture(folder: str, size: int, calls: int) -> Callable[[], object]:
     """A function that makes the picture."""
     import jax
 
@@ -36,7 +36,7 @@ def ours(folder: str, size: int, calls: int) -> Callable[[], object]:
     return lambda: np.asarray(to_uint8(text_to_image(model, cond, keys, plan, SCALE if guided else 1.0)))
 
 
-def theirs(folder: str, size: int, calls: int) -> Callable[[], object]:
+def diffusers_picture(folder: str, size: int, calls: int) -> Callable[[], object]:
     """The same with diffusers' networks and schedulers."""
     import diffusers
     import torch
@@ -78,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         side, _, calls = options.serve.partition(":")
-        make = ours if side == "ours" else theirs
+        make = our_picture if side == "ours" else diffusers_picture
         turns.serve(make(options.model, options.size, int(calls)), warmups=1)
         return
     quick.note(options.quick)
@@ -91,8 +91,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for number in calls:
         sides = [f"ours:{number}", f"diffusers:{number}"]
-        own_flags = ["--model", options.model, "--size", str(size)]
-        measured = turns.measure(turns.commands("benchmarks.latency", sides, own_flags), count)
+        side_flags = ["--model", options.model, "--size", str(size)]
+        measured = turns.measure(turns.commands("benchmarks.latency", sides, side_flags), count)
         milliseconds = [1000 * np.percentile(measured[side].seconds, (50, 95)) for side in sides]
         cells = [f"{value:.0f}" for pair in milliseconds for value in pair]
         ratio = milliseconds[1][0] / milliseconds[0][0]

@@ -140,22 +140,28 @@ def _compare(name: str, folder: Path, sizes: list[str]) -> bool:
     for side in SIDES:
         subprocess.run([*command, "--side", side], check=True)
     shutil.rmtree(folder / "model")
-    theirs, ours = (np.load(folder / f"{side}.npz") for side in SIDES)
-    return all([_row(name, output, ours[output], theirs[output]) for output in theirs.files])
+    peer_outputs, our_outputs = (np.load(folder / f"{side}.npz") for side in SIDES)
+    return all([_row(name, output, our_outputs[output], peer_outputs[output]) for output in peer_outputs.files])
 
 
-def _row(name: str, output: str, ours: np.ndarray, theirs: np.ndarray) -> bool:
+def _row(name: str, output: str, our_output: np.ndarray, peer_output: np.ndarray) -> bool:
     """Print the difference of the outputs. False if they differ or if an output is constant."""
-    difference = np.abs(ours - theirs)
+    difference = np.abs(our_output - peer_output)
     if output == "image":
         share = np.mean(difference.max(axis=-1) <= PIXEL)
-        ok, shown = share >= SHARE, f"{255 * difference.max():.4f} / 255; {share:.2%} of pixels within 1 / 255"
+        ok, text = (
+            share >= SHARE,
+            f"{255 * difference.max():.4f} / 255; {share:.2%} of pixels within 1 / 255",
+        )
     else:
-        error = difference.max() / np.abs(theirs).max()
-        ok, shown = error <= BOUND, f"{error:.1e}"
-    ok = bool(ok and np.std(theirs) > FLAT and np.all(np.isfinite(ours)))
-    shape = " x ".join(map(str, theirs.shape))
-    print(f"| {name} | {output} | {shape} | {np.std(theirs):.2g} | {shown} | {'ok' if ok else 'DIFFERS'} |", flush=True)
+        error = difference.max() / np.abs(peer_output).max()
+        ok, text = error <= BOUND, f"{error:.1e}"
+    ok = bool(ok and np.std(peer_output) > FLAT and np.all(np.isfinite(our_output)))
+    shape = " x ".join(map(str, peer_output.shape))
+    print(
+        f"| {name} | {output} | {shape} | {np.std(peer_output):.2g} | {text} | {'ok' if ok else 'DIFFERS'} |",
+        flush=True,
+    )
     return ok
 
 
@@ -190,7 +196,7 @@ def inputs(model: Model, side: int, latent: int) -> dict[str, np.ndarray]:
     }
 
 
-def peer(model: Model, folder: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def peer(model: Model, folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Create and write the model with diffusers, and return its outputs."""
     import torch
 
@@ -200,7 +206,7 @@ def peer(model: Model, folder: Path, given: dict[str, np.ndarray]) -> dict[str, 
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "model")
     pipeline.to(dtype=torch.float32)
     with torch.no_grad():
-        return _peer_features(pipeline, given) | _peer_networks(pipeline, given) | _peer_image(pipeline, given)
+        return _peer_features(pipeline, arrays) | _peer_networks(pipeline, arrays) | _peer_image(pipeline, arrays)
 
 
 def _peer_pipeline(model, vocabulary):
@@ -226,7 +232,7 @@ def _peer_pipeline(model, vocabulary):
     return pipeline
 
 
-def _peer_features(pipeline, given):
+def _peer_features(pipeline, arrays):
     """The outputs of the text encoders."""
     import torch
 
@@ -234,7 +240,7 @@ def _peer_features(pipeline, given):
     for i, name in enumerate(("text_encoder", "text_encoder_2"), 1):
         encoder = getattr(pipeline, name, None)
         if encoder is not None:
-            out = encoder(torch.tensor(given["ids"]).long(), output_hidden_states=True)
+            out = encoder(torch.tensor(arrays["ids"]).long(), output_hidden_states=True)
             pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
             features |= _named(i, (out.last_hidden_state, out.hidden_states[-2], pooled))
     return features
@@ -245,18 +251,18 @@ def _named(i, features):
     return {f"text encoder {i}, {kind}": np.asarray(each) for kind, each in zip(kinds, features, strict=True)}
 
 
-def _peer_networks(pipeline, given):
+def _peer_networks(pipeline, arrays):
     """The outputs of the U-Net and of the autoencoder, channels last."""
     import torch
 
     unet, vae = pipeline.unet, pipeline.vae
-    added = {"text_embeds": torch.tensor(given["pooled"]), "time_ids": torch.tensor(given["sizes"])}
+    added = {"text_embeds": torch.tensor(arrays["pooled"]), "time_ids": torch.tensor(arrays["sizes"])}
     added = added if unet.config.addition_embed_type else None
-    t, text = torch.tensor(given["t"]), torch.tensor(given["text"])
+    t, text = torch.tensor(arrays["t"]), torch.tensor(arrays["text"])
     outputs = {
-        "U-Net": unet(_channels_first(given["x"]), t, text, added_cond_kwargs=added).sample,
-        "encoder, mean and log variance": vae.encode(_channels_first(given["pixels"])).latent_dist.parameters,
-        "decoder": vae.decode(_channels_first(given["z"])).sample,
+        "U-Net": unet(_channels_first(arrays["x"]), t, text, added_cond_kwargs=added).sample,
+        "encoder, mean and log variance": vae.encode(_channels_first(arrays["pixels"])).latent_dist.parameters,
+        "decoder": vae.decode(_channels_first(arrays["z"])).sample,
     }
     return {name: output.numpy().transpose(0, 2, 3, 1) for name, output in outputs.items()}
 
@@ -267,14 +273,14 @@ def _channels_first(images):
     return torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def _peer_image(pipeline, given):
-    side = 8 * given["noise"].shape[1]
+def _peer_image(pipeline, arrays):
+    side = 8 * arrays["noise"].shape[1]
     options = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np", height=side, width=side)
-    out = pipeline(PROMPT, negative_prompt=NEGATIVE, latents=_channels_first(given["noise"]), **options)
+    out = pipeline(PROMPT, negative_prompt=NEGATIVE, latents=_channels_first(arrays["noise"]), **options)
     return {"image": out.images}
 
 
-def ours(model: Model, folder: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def ours(model: Model, folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Load the model and return its outputs."""
     import jax
 
@@ -283,20 +289,20 @@ def ours(model: Model, folder: Path, given: dict[str, np.ndarray]) -> dict[str, 
     published = load_pipeline(folder / "model")
     features = {}
     for i, (module, params) in enumerate(published.text_encoders, 1):
-        features |= _named(i, jax.jit(module.apply)(params, given["ids"]))
-    return features | _our_networks(published, given) | {"image": _our_image(published, given["noise"])}
+        features |= _named(i, jax.jit(module.apply)(params, arrays["ids"]))
+    return features | _our_networks(published, arrays) | {"image": _our_image(published, arrays["noise"])}
 
 
-def _our_networks(published, given):
+def _our_networks(published, arrays):
     import jax
 
     (unet, unet_params), (vae, vae_params) = published.denoiser, published.autoencoder
-    added = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if unet.addition_embed_type else {}
+    added = {"text_embeds": arrays["pooled"], "time_ids": arrays["sizes"]} if unet.addition_embed_type else {}
     encode, decode = (jax.jit(functools.partial(vae.apply, method=method)) for method in ("encode", "decode"))
     return {
-        "U-Net": jax.jit(unet.apply)(unet_params, given["x"], given["t"], {"text": given["text"], **added}),
-        "encoder, mean and log variance": encode(vae_params, given["pixels"]),
-        "decoder": decode(vae_params, given["z"]),
+        "U-Net": jax.jit(unet.apply)(unet_params, arrays["x"], arrays["t"], {"text": arrays["text"], **added}),
+        "encoder, mean and log variance": encode(vae_params, arrays["pixels"]),
+        "decoder": decode(vae_params, arrays["z"]),
     }
 
 

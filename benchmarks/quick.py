@@ -19,9 +19,9 @@ LEVELS = "block_out_channels", "down_block_types", "up_block_types"
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser for a benchmark with this docstring, with --quick."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help=HELP)
-    return made
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--quick", action="store_true", help=HELP)
+    return result
 
 
 def note(quick: bool) -> None:

@@ -28,44 +28,52 @@ SEEDS = 3
 MIB = 2**20
 
 
-async def client(number: int, session: httpx.AsyncClient, end: float, steps: int, seen: dict, told: dict) -> None:
-    """One client, until the end. seen: (prompt, seed) -> digest. told: what happened, to add to."""
+async def client(number: int, session: httpx.AsyncClient, end: float, steps: int, digests: dict, counts: dict) -> None:
+    """One client, until the end. digests: of (prompt, seed), to compare with. counts: of events, to add to."""
     prompt = f"a {THINGS[number % len(THINGS)]} {number}"
     while time.monotonic() < end:
-        seed, start = told["pictures"][number] % SEEDS, time.monotonic()
+        seed, start = counts["pictures"][number] % SEEDS, time.monotonic()
         ask = {"prompt": prompt, "seed": seed, "steps": steps}
         answer = await session.post("/v1/images/generations", json=ask)
         if answer.status_code == 429:
-            told["refused"][number] += 1
+            counts["refused"][number] += 1
             await asyncio.sleep(int(answer.headers["retry-after"]))
             continue
         if answer.status_code != 200:
-            told["errors"][number] += 1
+            counts["errors"][number] += 1
             continue
         picture = base64.b64decode(answer.json()["data"][0]["b64_json"])
         text = Image.open(io.BytesIO(picture)).text
         digest = hashlib.sha256(picture).hexdigest()
-        if (text["prompt"], text["seed"]) != (prompt, str(seed)) or seen.setdefault((prompt, seed), digest) != digest:
-            told["wrong"][number] += 1
-        told["pictures"][number] += 1
-        told["seconds"].append(time.monotonic() - start)
+        if (text["prompt"], text["seed"]) != (prompt, str(seed)) or digests.setdefault(
+            (prompt, seed), digest
+        ) != digest:
+            counts["wrong"][number] += 1
+        counts["pictures"][number] += 1
+        counts["seconds"].append(time.monotonic() - start)
 
 
 async def load(server: Served, clients: int, seconds: float, steps: int) -> str:
     """Run the clients -> a line of the table."""
-    told = {name: collections.Counter() for name in ("pictures", "refused", "errors", "wrong")} | {"seconds": []}
-    end, seen, limits = time.monotonic() + seconds, {}, httpx.Limits(max_connections=None)
+    records = {name: collections.Counter() for name in ("pictures", "refused", "errors", "wrong")} | {"seconds": []}
+    end, digests, limits = time.monotonic() + seconds, {}, httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.address, timeout=600, limits=limits) as session:
-        running = [asyncio.create_task(client(i, session, end, steps, seen, told)) for i in range(clients)]
+        running = [asyncio.create_task(client(i, session, end, steps, digests, records)) for i in range(clients)]
         await asyncio.sleep(seconds / 4)
         early = server.memory
         await asyncio.gather(*running)
-    counts = [told["pictures"][i] for i in range(clients)]
-    times = [f"{value:.2f}" for value in np.percentile(told["seconds"], (50, 95))]
-    totals = [str(told[name].total()) for name in ("refused", "errors", "wrong")]
+    per_client = [records["pictures"][i] for i in range(clients)]
+    times = [f"{value:.2f}" for value in np.percentile(records["seconds"], (50, 95))]
+    totals = [str(records[name].total()) for name in ("refused", "errors", "wrong")]
     memory = [f"{size / MIB:.0f}" for size in (early, server.memory)]
     return " | ".join(
-        [f"{sum(counts) / seconds:.1f}", *times, f"{min(counts)}-{max(counts)}", *totals, " -> ".join(memory)]
+        [
+            f"{sum(per_client) / seconds:.1f}",
+            *times,
+            f"{min(per_client)}-{max(per_client)}",
+            *totals,
+            " -> ".join(memory),
+        ]
     )
 
 

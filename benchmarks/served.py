@@ -25,7 +25,7 @@ class Served(NamedTuple):
     def memory(self) -> int:
         """Bytes in memory of the server and its worker."""
         children = Path(f"/proc/{self.process}/task/{self.process}/children").read_text().split()
-        pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in (self.process, *children)]
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (self.process, *children)]
         return 4096 * sum(pages)
 
 
@@ -43,7 +43,7 @@ def served(*flags: str, preset: str = "", warm: bool = True) -> Iterator[Served]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(process.stderr.readline, "")
-        address = next((found[0] for line in lines if (found := re.search(r"http://\S+", line))), None)
+        address = next((match[0] for line in lines if (match := re.search(r"http://\S+", line))), None)
         if address is None:
             sys.exit(f"the server did not start: {' '.join(process.args)}")
         while warm and httpx.get(f"{address}/health").json()["status"] != "ready":

@@ -71,13 +71,13 @@ def sliced_wasserstein(a: np.ndarray, b: np.ndarray) -> float:
 
 def mixture_samples(rng: np.random.Generator, count: int) -> np.ndarray:
     """(count, 2) samples of the mixture itself."""
-    which = rng.choice(len(PLANE.weights), count, p=PLANE.weights)
-    return PLANE.means[which] + PLANE.stds[which, None] * rng.normal(size=(count, 2))
+    component = rng.choice(len(PLANE.weights), count, p=PLANE.weights)
+    return PLANE.means[component] + PLANE.stds[component, None] * rng.normal(size=(count, 2))
 
 
-def plot(axes: plt.Axes, chosen: dict[str, Callable], steps: tuple[int, ...], error: Callable) -> None:
+def plot(axes: plt.Axes, solvers_by_name: dict[str, Callable], steps: tuple[int, ...], error: Callable) -> None:
     """Plot and print the error of each solver against its network calls. error: Plan -> float."""
-    for (name, solver), (color, marker) in zip(chosen.items(), STYLES, strict=False):
+    for (name, solver), (color, marker) in zip(solvers_by_name.items(), STYLES, strict=False):
         plans = [solver(SCHEDULE, n, spacing="logsnr") for n in steps]
         calls, errors = [plan.num_rows for plan in plans], [error(plan) for plan in plans]
         axes.loglog(calls, errors, color=color, marker=marker, markersize=4, label=name)

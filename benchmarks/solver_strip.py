@@ -32,15 +32,15 @@ GUIDANCE, SEED = 3.0, 1
 def main() -> None:
     small = quick.parser(__doc__).parse_args().quick
     quick.note(small)
-    chosen, steps = (["ddim", "heun"], STEPS[:1]) if small else (SOLVERS, STEPS)
+    names, steps = (["ddim", "heun"], STEPS[:1]) if small else (SOLVERS, STEPS)
     model = load_model(WEIGHTS)
     cond = model.conditioning.of_prompts(PROMPTS)
     keys = jax.vmap(jax.random.key)(np.full(len(PROMPTS), SEED, np.uint32))
     images, captions = [], []
-    for name in chosen:
+    for name in names:
         plans = [SOLVERS[name](model.schedule, n) for n in steps]
-        made = [to_uint8(text_to_image(model, cond, keys, plan, GUIDANCE)) for plan in plans]
-        images += [np.asarray(each[i]) for i in range(len(PROMPTS)) for each in made]
+        by_plan = [to_uint8(text_to_image(model, cond, keys, plan, GUIDANCE)) for plan in plans]
+        images += [np.asarray(pictures_of_plan[i]) for i in range(len(PROMPTS)) for pictures_of_plan in by_plan]
         captions += [f"{name}, {n} steps" for _ in PROMPTS for n in steps]
     columns = len(PROMPTS) * len(steps)
     sheet = pictures.grid(images, columns, captions)

@@ -158,8 +158,8 @@ def start(arguments: list[str], count: int) -> None:
             env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
         )
         laps = json.loads(done.stdout.splitlines()[-1])
-        whole = time.perf_counter() - begin - laps["step"]  # the second step is reported separately
-        seconds = whole, laps["load"], laps["step"], whole - laps["load"] - laps["step"]
+        elapsed = time.perf_counter() - begin - laps["step"]  # the second step is reported separately
+        seconds = elapsed, laps["load"], laps["step"], elapsed - laps["load"] - laps["step"]
         print(f"| {name} | {' | '.join(f'{s:.1f} s' for s in seconds)} | {laps['peak'] / GIB:.2f} GiB |", flush=True)
     shutil.rmtree(cache)
 
@@ -171,9 +171,12 @@ def compare(part: str, sides: Sequence[str], arguments: list[str], count: int) -
         pair = "ours-bf16" if side == "torch-bf16" else "ours", side
         commands = turns.commands("benchmarks.stable_diffusion", pair, [part, *arguments])
         measured = turns.measure(commands, count, unmeasured=0)
-        mine, theirs = (statistics.median(measured[name].seconds) for name in pair)
+        our_seconds, peer_seconds = (statistics.median(measured[name].seconds) for name in pair)
         peaks = " | ".join(f"{measured[name].peak / GIB:.2f} GiB" for name in pair)
-        print(f"| {side} | {mine:.2f} s | {theirs:.2f} s | {mine / theirs:.2f} | {peaks} |", flush=True)
+        print(
+            f"| {side} | {our_seconds:.2f} s | {peer_seconds:.2f} s | {our_seconds / peer_seconds:.2f} | {peaks} |",
+            flush=True,
+        )
 
 
 def main() -> None:

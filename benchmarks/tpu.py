@@ -58,8 +58,8 @@ class Cost(NamedTuple):
 
 def devices(topology: str) -> list:
     """The chips of a slice such as "v5e:2x4"."""
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # hosts have four by default
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # hosts have four by default
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
 
 
 def chip(topology: str) -> Chip:
@@ -91,24 +91,24 @@ def cycles(program: str) -> int:
         elif name:
             computations[name].append(line)
 
-    def of(name: str) -> int:
-        return sum(of_line(line) for line in computations.get(name, ()))
+    def cycles_of(name: str) -> int:
+        return sum(cycles_of_line(line) for line in computations.get(name, ()))
 
     def trips(condition: str) -> int:
         # a scan counts from 0 to the one number that its condition compares with
         (count,) = re.findall(r"constant\((\d+)\)", "".join(computations[condition])) or [1]
         return int(count)
 
-    def of_line(line: str) -> int:
+    def cycles_of_line(line: str) -> int:
         if loop := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
-            return trips(loop[1]) * of(loop[2])
+            return trips(loop[1]) * cycles_of(loop[2])
         if " conditional(" in line:
             listed = re.search(r"branch_computations={([^}]*)}", line)
             branches = listed[1] if listed else " ".join(re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", line))
-            return max(of(branch) for branch in re.findall(r"%([\w.\-]+)", branches))
+            return max(cycles_of(branch) for branch in re.findall(r"%([\w.\-]+)", branches))
         if called := re.search(r" call\(.*to_apply=%([\w.\-]+)", line):
-            return of(called[1])
+            return cycles_of(called[1])
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
         return int(estimate[1]) if estimate else 0
 
-    return of("ENTRY")
+    return cycles_of("ENTRY")

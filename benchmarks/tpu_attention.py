@@ -82,14 +82,14 @@ def report(name: str, tokens: int, width: int, topology: str) -> None:
     """Compile one case for a chip and print a row."""
     cost, chip = tpu.cost(compiled(name, tokens, width, topology)), tpu.chip(topology)
     seconds = cost.cycles / chip.clock
-    shown = f"{1e6 * seconds:.0f} us"
+    time_text = f"{1e6 * seconds:.0f} us"
     if name == "flash":
         kernel = 4 * BATCH * HEADS * tokens**2 * (width + -width % LANES) / chip.flops
-        shown = f"at least {1e6 * (seconds + kernel):.0f} us, {1e6 * kernel:.0f} of them the kernel"
+        time_text = f"at least {1e6 * (seconds + kernel):.0f} us, {1e6 * kernel:.0f} of them the kernel"
     once = " *" if name == "blocks" else ""
     print(
         f"| {tokens} | {width} | {name} | {cost.temporary / 1e6:.0f} MB | {cost.accessed / 1e6:.0f} MB{once} | "
-        f"{cost.flops / 1e9:.1f} G{once} | {shown} |",
+        f"{cost.flops / 1e9:.1f} G{once} | {time_text} |",
         flush=True,
     )
 

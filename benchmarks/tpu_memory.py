@@ -40,9 +40,9 @@ def main(_) -> None:
     model, losses = build.model.diffusion_model(config, training=True), []
 
     def arrays() -> tuple:
-        loss, *made = build.objective.objective(config.objective, model, jax.random.key(0))
+        loss, *params_and_frozen = build.objective.objective(config.objective, model, jax.random.key(0))
         losses.append(loss)
-        return tuple(made)
+        return tuple(params_and_frozen)
 
     params, frozen = jax.eval_shape(arrays)
     (loss,) = losses

@@ -127,8 +127,8 @@ def variables(modules: Networks) -> Networks:
     """The shapes of all variables, in bfloat16."""
 
     def shapes(module, *inputs):
-        made = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), made)
+        initial = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), initial)
 
     return Networks(
         tuple(shapes(text, *text.example_inputs()) for text in modules.texts),
@@ -171,11 +171,11 @@ def compiled(model: Model, params: Networks, modules: Networks, topology: str, b
     """`text_to_image` for every chip of a slice, `batch` images on each."""
     devices = np.array(tpu.devices(topology))
     mesh = Mesh(devices, ("data",))
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    split, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     total = batch * len(devices)
     run = jax.jit(
         lambda params, ids, seeds: text_to_image(model, modules, params, ids, seeds),
-        in_shardings=(whole, split, split),
+        in_shardings=(replicated, split, split),
         out_shardings=split,
     )
     ids = jax.ShapeDtypeStruct((total, 2, TOKENS), jnp.int32)

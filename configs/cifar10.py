@@ -14,7 +14,7 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = common.own("cifar10")
+    config = common.trained("cifar10")
     config.data = common.data("tfds:cifar10", size=32, flip=True)
     config.data.splits.validation = "test"
     config.condition = common.unconditional()

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from diffusion_jax.build import fields
 
 
-def own(name: str) -> ConfigDict:
-    """Top-level fields of a config with a model of its own."""
-    return fields.section(fields.RUN | fields.OWN, name=name, serve=fields.section(fields.SERVE))
+def trained(name: str) -> ConfigDict:
+    """Top-level fields of a config that trains a model of its own."""
+    return fields.section(fields.RUN | fields.TRAINED, name=name, serve=fields.section(fields.SERVE))
 
 
 def published(name: str) -> ConfigDict:
@@ -85,8 +85,11 @@ def data(source: str, size: int, flip: bool = False) -> ConfigDict:
 
 
 def latent(name: str, data: ConfigDict) -> ConfigDict:
-    """What latent models of one's own share. Each adds condition, autoencoder, model, optimizer, train and sample."""
-    config = own(name)
+    """The fields that latent models trained here share.
+
+    Each config adds condition, autoencoder, model, optimizer, train and sample.
+    """
+    config = trained(name)
     config.data = data
     config.schedule = schedule("cosine")
     config.objective = objective()

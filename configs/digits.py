@@ -10,7 +10,7 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = common.own("digits")
+    config = common.trained("digits")
     config.data = common.data("digits", size=8)
     config.condition = common.by_class(10)
     config.autoencoder = ConfigDict({"kind": "identity"})

@@ -123,18 +123,18 @@ def in_tiles(
     tops, lefts = (_starts(side, tile) for side in sides)
     corners = [(top, left) for top in tops for left in lefts]
 
-    def one(corner: Array) -> Array:
+    def decode_tile(corner: Array) -> Array:
         sizes = (len(z), height, width, z.shape[-1])
         return decode(jax.lax.dynamic_slice(z, (0, corner[0], corner[1], 0), sizes))
 
-    made = jax.lax.map(one, jnp.array(corners))
-    factor = made.shape[2] // height
+    tiles = jax.lax.map(decode_tile, jnp.array(corners))
+    factor = tiles.shape[2] // height
     down, across = _fades(tops, height, sides[0], factor), _fades(lefts, width, sides[1], factor)
-    whole = jnp.zeros((len(z), sides[0] * factor, sides[1] * factor, made.shape[-1]), made.dtype)
-    for (top, left), image in zip(corners, made, strict=True):
+    whole = jnp.zeros((len(z), sides[0] * factor, sides[1] * factor, tiles.shape[-1]), tiles.dtype)
+    for (top, left), tile_image in zip(corners, tiles, strict=True):
         weight = down[top][:, None, None] * across[left][:, None]
         region = np.s_[:, top * factor : (top + height) * factor, left * factor : (left + width) * factor]
-        whole = whole.at[region].add(image * weight.astype(made.dtype))
+        whole = whole.at[region].add(tile_image * weight.astype(tiles.dtype))
     return whole
 
 

@@ -16,10 +16,10 @@ class Conditioning(NamedTuple):
     """Records and prompts -> the condition of the denoiser.
 
     cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
-    of_records: stacked records -> what `embed` makes cond of, leaves (B, ...).
+    of_records: stacked records -> inputs of `embed`, such as tokens, leaves (B, ...).
     of_prompts: prompts -> cond, leaves (B, ...).
     null: "no condition"; leaves without the batch axis.
-    embed: (params, what `of_records` made) -> cond; a cond stays what it is. A pure function.
+    embed: (params, inputs from `of_records`) -> cond. A cond is returned unchanged. A pure function.
     params: weights of `embed`.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
     """
@@ -28,9 +28,9 @@ class Conditioning(NamedTuple):
     of_records: Callable[[Record], PyTree]
     of_prompts: Callable[[Sequence[str]], PyTree]
     null: PyTree
-    embed: Callable[[PyTree, PyTree], PyTree] = lambda params, told: told
+    embed: Callable[[PyTree, PyTree], PyTree] = lambda params, inputs: inputs
     params: PyTree = None
-    for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda told, size: told
+    for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda conditioning, size: conditioning
 
 
 def unconditional() -> Conditioning:
@@ -42,9 +42,9 @@ def class_labels(num_classes: int) -> Conditioning:
     """Class numbers 0..num_classes-1, also as prompts. The null class is num_classes."""
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        wrong = [p for p in prompts if not (p.isascii() and p.strip().isdecimal() and int(p) < num_classes)]
-        if wrong:
-            raise ValueError(f"this model knows classes: expected a number in 0..{num_classes - 1}, got {wrong[0]!r}")
+        invalid = [p for p in prompts if not (p.isascii() and p.strip().isdecimal() and int(p) < num_classes)]
+        if invalid:
+            raise ValueError(f"this model knows classes: expected a number in 0..{num_classes - 1}, got {invalid[0]!r}")
         return {"label": np.array([int(p) for p in prompts], np.int32)}
 
     return Conditioning(
@@ -65,10 +65,10 @@ def text(encoder: TextEncoder, pooled: bool = False) -> Conditioning:
         return {"ids": ids, "mask": mask}
 
     @jax.jit
-    def embed(params: PyTree, told: PyTree) -> PyTree:
-        if "text" in told:
-            return told
-        cond = {"text": encoder.apply(params, told["ids"], told["mask"]), "mask": told["mask"]}
+    def embed(params: PyTree, inputs: PyTree) -> PyTree:
+        if "text" in inputs:
+            return inputs
+        cond = {"text": encoder.apply(params, inputs["ids"], inputs["mask"]), "mask": inputs["mask"]}
         return cond | ({"text_embeds": _pooled(**cond)} if pooled else {})
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:

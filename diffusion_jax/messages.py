@@ -16,7 +16,7 @@ def first_line(error: Exception) -> str:
 
 
 def as_json(report: Any, indent: int | None = None) -> str:
-    """A report as JSON, which has no word for numbers that are not finite: they become null."""
+    """A report as JSON. Numbers that are not finite become null, because JSON cannot write them."""
     return json.dumps(_finite(report), indent=indent, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""A diffusion model as one value: own or published, of latents or of pixels."""
+"""A diffusion model as one value: trained here or published, of latents or of pixels."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -23,8 +23,8 @@ def _no_variables(key: Key[Array, ""]) -> PyTree:
     raise ValueError("this network has no initial variables: give Network an `init`")
 
 
-def nothing_flagged(images: UInt8[np.ndarray, "batch height width 3"]) -> Bool[np.ndarray, "batch"]:
-    """What a model without a safety checker says of images."""
+def none_held_back(images: UInt8[np.ndarray, "batch height width 3"]) -> Bool[np.ndarray, "batch"]:
+    """No image is held back: the default for a model without a safety checker."""
     return np.zeros(len(images), bool)
 
 
@@ -34,8 +34,8 @@ class Network(NamedTuple):
     apply: (params, x (B, h, w, c), t (B,), cond, keys=None) -> output (B, h, w, c). Keys (B,) turn dropout on.
     init: key -> initial params.
     known_channels: channels of cond["known"], the known part of the image, for an inpainting network; see `inpaint`.
-    flow_map: whether cond["to"] tells it where a step ends; see `core.denoiser`.
-    takes_scale: whether cond["guidance"] tells it the guidance scale, which is built in.
+    flow_map: whether it takes the end of a step as cond["to"]; see `core.denoiser`.
+    takes_scale: whether it takes the guidance scale as cond["guidance"], because guidance is built in.
     """
 
     apply: Callable[..., Array]
@@ -50,9 +50,9 @@ def network_of(unet: UNet, init: Callable[[Key[Array, ""]], PyTree] | None = Non
 
     init: key -> its variables, by default random ones.
     """
-    random = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
+    random_init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
     takes_scale = unet.time_cond_proj_dim is not None
-    return Network(Applied(unet), init or random, unet.known_channels, unet.target_embedding, takes_scale)
+    return Network(Applied(unet), init or random_init, unet.known_channels, unet.target_embedding, takes_scale)
 
 
 class DiffusionModel(NamedTuple):
@@ -63,12 +63,12 @@ class DiffusionModel(NamedTuple):
     schedule: time -> noise level.
     parameterization: the network's input and the meaning of its output.
     codec: images <-> x0.
-    conditioning: prompts and records -> cond, and "no condition".
+    conditioning: prompts and records -> cond, with "no condition".
     size: height and width of an image, pixels.
     adapter: which of the variables are trained.
-    own_plans: name -> (steps, strength) -> Plan, samplers that belong to the model.
-    own_times: name -> steps -> times, the times that the model's authors use for a solver.
-    flagged: images -> which of them the model's safety checker says must not be shown.
+    published_solvers: name -> (steps, strength) -> Plan, the solvers published with the model.
+    published_times: name -> steps -> times, the spacings published with the model, for any solver.
+    held_back: images -> whether the model's safety checker holds each of them back.
     """
 
     network: Network
@@ -79,9 +79,9 @@ class DiffusionModel(NamedTuple):
     conditioning: Conditioning
     size: tuple[int, int]
     adapter: Adapter = WHOLE
-    own_plans: Mapping[str, Callable] = MappingProxyType({})
-    own_times: Mapping[str, Callable] = MappingProxyType({})
-    flagged: Callable[[UInt8[np.ndarray, "batch height width 3"]], Bool[np.ndarray, "batch"]] = nothing_flagged
+    published_solvers: Mapping[str, Callable] = MappingProxyType({})
+    published_times: Mapping[str, Callable] = MappingProxyType({})
+    held_back: Callable[[UInt8[np.ndarray, "batch height width 3"]], Bool[np.ndarray, "batch"]] = none_held_back
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -75,11 +75,11 @@ def copier() -> Callable[[np.ndarray], Array]:
     """A function that copies an array to the default device of the thread that calls this, from any thread."""
     device = jax.config.jax_default_device
 
-    def copied(array: np.ndarray) -> Array:
+    def copy(array: np.ndarray) -> Array:
         with jax.default_device(device):
             return jax.device_put(array, may_alias=False).block_until_ready()
 
-    return copied
+    return copy
 
 
 def divisible(batch: int) -> int:
@@ -104,7 +104,7 @@ def _placements(batch: int) -> tuple[Sharding, Sharding]:
     """The placement of arrays with a batch axis, and of arrays that every device needs whole."""
     devices = jax.local_devices()
     if len(devices) == 1 or batch % len(devices):
-        alone = SingleDeviceSharding(devices[0])
-        return alone, alone
+        single_device = SingleDeviceSharding(devices[0])
+        return single_device, single_device
     mesh = Mesh(np.array(devices), (AXIS,))
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())

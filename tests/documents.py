@@ -40,7 +40,7 @@ def example(document, word, **replaced):
 
 def commands(document):
     """Every command of the document's shell lines as its words, with the variables put in."""
-    found, variables = [], {}
+    result, variables = [], {}
     for block in blocks(document):
         if is_python(block):
             continue
@@ -51,8 +51,8 @@ def commands(document):
             if defined:
                 variables[defined[1]] = defined[2]
             elif "python" in command or "diffusion_jax --" in command:
-                found.append(shlex.split(command, comments=True))
-    return found
+                result.append(shlex.split(command, comments=True))
+    return result
 
 
 def flags_of(words):

@@ -19,10 +19,10 @@ from tests.command_line import ROOT
 from tests.documents import DOCUMENTS, commands, flags_of
 
 
-def understand(monkeypatch, given):
+def understand(monkeypatch, arguments):
     """Parse and check flags as the program does before it starts anything."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["main.py", *given])
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
     with flagsaver.flagsaver():
         parse_flags(sys.argv)
         assert flags.FLAGS.mode in (None, *command.MODES)
@@ -55,18 +55,18 @@ def test_assets_are_those_of_the_requirements():
 
 
 DRAWN = [
-    given
-    for given in map(flags_of, commands("README.md"))
-    if "--mode=sample" in given and any("latent_cfg" in word for word in given)
+    arguments
+    for arguments in map(flags_of, commands("README.md"))
+    if "--mode=sample" in arguments and any("latent_cfg" in word for word in arguments)
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", DRAWN, ids=lambda given: " ".join(given[2:]))
-def test_pictures_of_the_readme_are_drawn(given, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arguments", DRAWN, ids=lambda arguments: " ".join(arguments[2:]))
+def test_pictures_of_the_readme_are_drawn(arguments, tmp_path, monkeypatch):
     face = np.full((64, 64, 3), 255, np.uint8)
     face[16:48, 16:48] = 255, 200, 0
     Image.fromarray(face).save(tmp_path / "face.png")
     Image.fromarray(np.repeat(np.uint8([0, 255]), 32)[:, None].repeat(64, axis=1)).save(tmp_path / "mask.png")
-    assert not command_line.run(monkeypatch, *given, cwd=tmp_path)
+    assert not command_line.run(monkeypatch, *arguments, cwd=tmp_path)
     assert list(tmp_path.glob("runs/*/samples/0000.png"))

@@ -37,15 +37,15 @@ HURRY = {  # two cores are shared by two commands
 
 def shell_blocks():
     """{"docs/results.md:8": commands}, for each block of commands."""
-    found = {}
+    blocks = {}
     for document in DOCUMENTS:
         text = document.read_text()
         for block in BLOCK.finditer(text):
             commands = textwrap.dedent(block[1] or block[2])
             if not commands.startswith(NO_COMMANDS) and not is_python(commands):
                 line = text.count("\n", 0, block.start()) + 1
-                found[f"{document.relative_to(ROOT)}:{line}"] = commands
-    return found
+                blocks[f"{document.relative_to(ROOT)}:{line}"] = commands
+    return blocks
 
 
 def is_python(text):

@@ -56,8 +56,8 @@ def trained(loss, params, frozen, records, workdir):
 def test_contributing_objective(tmp_path):
     loss = example("CONTRIBUTING.md", "def regression")["regression"](lambda params, x: params["a"] * x + params["b"])
     records = [{"x": np.float32(x), "y": np.float32(3 * x - 1)} for x in np.linspace(-1, 1, 32)]
-    made = trained(loss, {"a": jnp.zeros(()), "b": jnp.zeros(())}, {}, records, tmp_path)
-    np.testing.assert_allclose([made["a"], made["b"]], [3, -1], atol=0.05)
+    weights = trained(loss, {"a": jnp.zeros(()), "b": jnp.zeros(())}, {}, records, tmp_path)
+    np.testing.assert_allclose([weights["a"], weights["b"]], [3, -1], atol=0.05)
 
 
 def test_contributing_model_and_data_source(tmp_path):

@@ -45,24 +45,26 @@ def imported(tree: ast.AST) -> list[str]:
     return names
 
 
-def may_import(own: str, name: str) -> bool:
-    """Whether a file of folder `own` may import the name. Modules beside each other are in one folder."""
+def may_import(importer: str, name: str) -> bool:
+    """Whether a file of folder `importer` may import the name. Modules beside each other are in one folder."""
     top, _, rest = name.partition(".")
     if top != "diffusion_jax":
-        return own in ONLY_IN.get(top, [own]) and (own != "core" or top in IN_CORE)
+        return importer in ONLY_IN.get(top, [importer]) and (importer != "core" or top in IN_CORE)
     other = rest.partition(".")[0]
-    beside = f"{own}.py" in FILES and f"{other}.py" in FILES
-    return other == own or LAYER_OF[other] < LAYER_OF[own] or (beside and LAYER_OF[other] == LAYER_OF[own])
+    beside = f"{importer}.py" in FILES and f"{other}.py" in FILES
+    return (
+        other == importer or LAYER_OF[other] < LAYER_OF[importer] or (beside and LAYER_OF[other] == LAYER_OF[importer])
+    )
 
 
 def offences(file: str, source: str) -> list[str]:
     """What a file imports or names and should not."""
-    own, tree = place(file), ast.parse(source)
+    importer, tree = place(file), ast.parse(source)
     names = imported(tree)
     uses = [name.rpartition(".")[2] for name in names]
     uses += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    of_devices = [use for use in uses if use in OF_DEVICES and own != "parallel"]
-    return [name for name in names if not may_import(own, name)] + of_devices
+    of_devices = [use for use in uses if use in OF_DEVICES and importer != "parallel"]
+    return [name for name in names if not may_import(importer, name)] + of_devices
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])

@@ -20,9 +20,9 @@ def test_every_cell_of_the_quickstart_runs(tmp_path, monkeypatch):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), f"cell {number} of the notebook", "exec"), names)
 
-    asked, model = np.repeat(np.arange(10), 10), names["small"]
-    cond = model.conditioning.of_prompts([str(digit) for digit in asked])
-    keys = jax.random.split(jax.random.key(2), len(asked))
-    drawn = text_to_image(model, cond, keys, solvers.dpmpp_2m(model.useful_schedule, 20), guidance=2.0)
+    labels, model = np.repeat(np.arange(10), 10), names["small"]
+    cond = model.conditioning.of_prompts([str(digit) for digit in labels])
+    keys = jax.random.split(jax.random.key(2), len(labels))
+    images = text_to_image(model, cond, keys, solvers.dpmpp_2m(model.useful_schedule, 20), guidance=2.0)
     neighbours = KNeighborsClassifier(3).fit(names["images"].reshape(-1, 8 * 8 * 3) / 127.5 - 1, names["labels"])
-    assert np.mean(neighbours.predict(np.asarray(drawn).reshape(len(asked), -1)) == asked) > 0.7
+    assert np.mean(neighbours.predict(np.asarray(images).reshape(len(labels), -1)) == labels) > 0.7

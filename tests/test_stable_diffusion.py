@@ -52,8 +52,8 @@ def run(checkpoint, tmp_path, monkeypatch, capsys):
     """python main.py --config=configs/NAME.py --config.checkpoint=… with flags -> its stderr."""
 
     def call(name, *flags, status=0):
-        own = [f"--config=configs/{name}.py", f"--config.checkpoint={checkpoint}", f"--workdir={tmp_path}/{name}"]
-        ended = command_line.run(monkeypatch, *own, *flags)
+        required = [f"--config=configs/{name}.py", f"--config.checkpoint={checkpoint}", f"--workdir={tmp_path}/{name}"]
+        ended = command_line.run(monkeypatch, *required, *flags)
         stderr = capsys.readouterr().err
         assert ended == status, stderr
         return stderr
@@ -192,9 +192,9 @@ def test_an_inpainting_model_needs_its_image_and_mask(run, vocabulary, tmp_path)
         f"--config.sample.image={tmp_path}/image.png",
         f"--config.sample.mask={tmp_path}/mask.png",
     )
-    (made,) = pictures(tmp_path / "stable_diffusion")
-    np.testing.assert_array_equal(made[4:], image[4:])
-    assert np.any(made[:4] != image[:4])
+    (result,) = pictures(tmp_path / "stable_diffusion")
+    np.testing.assert_array_equal(result[4:], image[4:])
+    assert np.any(result[:4] != image[:4])
     train = [*TRAIN, f"--config.checkpoint={tmp_path}/filling", f"--config.data.path={tmp_path}"]
     assert "cannot be fine-tuned here" in run("stable_diffusion", *train, status=2)
 

@@ -57,8 +57,8 @@ def _config(small: bool, seed: int = 0, networks: tuple[str, ...] = NETWORKS) ->
 def objectives(runs: Runs, axes: plt.Axes) -> None:
     """Schedule, prediction and weight of the loss."""
     rows, seeds = [], range(1 if runs.small else SEEDS)
-    chosen = dict(list(OBJECTIVES.items())[-1:]) if runs.small else OBJECTIVES
-    for label, (schedule, prediction) in chosen.items():
+    settings = dict(list(OBJECTIVES.items())[-1:]) if runs.small else OBJECTIVES
+    for label, (schedule, prediction) in settings.items():
         for weight in ("uniform", "min_snr"):
             reports = []
             for seed in seeds:
@@ -69,11 +69,11 @@ def objectives(runs: Runs, axes: plt.Axes) -> None:
                     config.objective.levels = "lognormal"
                 reports.append(runs.measured(f"objectives/{schedule}_{prediction}_{weight}_{seed}", config))
             networks = config.eval.networks
-            found = {network: [ratio(one, network)[0] for one in reports] for network in networks}
-            coverage = [figures(one, networks[0])["coverage"]["generated"]["mean"] for one in reports]
-            rows.append((label, weight, *(spread(values) for values in found.values()), spread(coverage)))
+            ratios = {network: [ratio(report, network)[0] for report in reports] for network in networks}
+            coverage = [figures(report, networks[0])["coverage"]["generated"]["mean"] for report in reports]
+            rows.append((label, weight, *(spread(values) for values in ratios.values()), spread(coverage)))
             axes.errorbar(
-                f"{label}\n{weight}", np.mean(found[networks[0]]), np.std(found[networks[0]]), fmt="o", color="C0"
+                f"{label}\n{weight}", np.mean(ratios[networks[0]]), np.std(ratios[networks[0]]), fmt="o", color="C0"
             )
     axes.set_ylabel(f"Frechet ratio, {networks[0]}")
     axes.tick_params(axis="x", labelrotation=60, labelsize=7)
@@ -90,7 +90,7 @@ def seeds(runs: Runs, axes: plt.Axes) -> None:
         config = _config(runs.small, seed)
         reports.append(runs.measured(f"seeds/{seed}", config))
     for network in config.eval.networks:
-        values = [ratio(one, network)[0] for one in reports]
+        values = [ratio(report, network)[0] for report in reports]
         rows.append((network, str(count), spread(values), f"{min(values):.3g}", f"{max(values):.3g}"))
         axes.plot(values, "o", label=network)
     axes.set(xlabel="seed", ylabel="Frechet ratio", ylim=(0, None))
@@ -120,20 +120,22 @@ def solvers(runs: Runs, axes: plt.Axes) -> None:
 
 def gan(runs: Runs, axes: plt.Axes) -> None:
     """Diffusion and a GAN of as many weights, trained as many seconds and more."""
-    found: dict[str, list[Report]] = {}
+    reports_of: dict[str, list[Report]] = {}
     for seed in range(1 if runs.small else SEEDS):
         config = _config(runs.small, seed)
-        found.setdefault("diffusion", []).append(runs.measured(f"seeds/{seed}", config))
+        reports_of.setdefault("diffusion", []).append(runs.measured(f"seeds/{seed}", config))
         seconds = runs.seconds_per_step(f"gan/timed_{seed}", config, 2 if runs.small else 100) * config.train.steps
         for times in LONGER[:1] if runs.small else LONGER:
             report = runs.folder / f"gan/{times}_{seed}.json"
             if not report.exists():
                 report.write_text(as_json(_of_gan(config, seconds * times, report.with_suffix(""))))
-            found.setdefault(f"GAN, {times} times as long", []).append(json.loads(report.read_text()))
+            reports_of.setdefault(f"GAN, {times} times as long", []).append(json.loads(report.read_text()))
     rows, network = [], config.eval.networks[0]
-    for label, reports in found.items():
-        measures = np.array([overlap(figures(one, network)) for one in reports]).T
-        rows.append((label, spread([ratio(one, network)[0] for one in reports]), *map(spread, measures)))
+    for label, reports in reports_of.items():
+        measures = np.array([overlap(figures(each_report, network)) for each_report in reports]).T
+        rows.append(
+            (label, spread([ratio(each_report, network)[0] for each_report in reports]), *map(spread, measures))
+        )
         axes.errorbar(OVERLAP, measures.mean(axis=1), measures.std(axis=1), fmt="o", label=label)
     axes.set_ylim(0, None)
     axes.legend()
@@ -150,7 +152,7 @@ def _of_gan(config: ConfigDict, seconds: float, workdir: Path) -> Report:
 
 def ladder(runs: Runs, axes: plt.Axes) -> None:
     """Each method of few steps at 1 to 8 network calls, its teacher, the models of `seeds`, at more."""
-    found: dict[str, dict[int, list[Report]]] = {}
+    reports_of: dict[str, dict[int, list[Report]]] = {}
     methods = [name for name in few_step.METHODS if name not in ("guidance", few_step.FREE_SCALE)]
     for seed in range(1 if runs.small else SEEDS):
         teacher = f"seeds/{seed}"
@@ -160,7 +162,7 @@ def ladder(runs: Runs, axes: plt.Axes) -> None:
                 config = _config(runs.small, seed, networks=NETWORKS[:1])
                 config.sample.update(solver=solver, steps=steps)
                 report = runs.measured(f"ladder/{solver}_{steps}_{seed}", config, of=teacher)
-                found.setdefault(f"teacher, {solver}", {}).setdefault(steps, []).append(report)
+                reports_of.setdefault(f"teacher, {solver}", {}).setdefault(steps, []).append(report)
         for method in methods[-1:] if runs.small else methods:
             stages = LADDER[::-1] if method == "distillation" else (None,)
             learned_from = teacher
@@ -174,12 +176,12 @@ def ladder(runs: Runs, axes: plt.Axes) -> None:
                     report = runs.measured(
                         student if first else f"{student}_{steps}", config, None if first else student
                     )
-                    found.setdefault(method, {}).setdefault(steps, []).append(report)
+                    reports_of.setdefault(method, {}).setdefault(steps, []).append(report)
                 learned_from = student
     rows, network = [], config.eval.networks[0]
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, points in found.items():
-        values = {n: [ratio(one, network)[0] for one in points[n]] for n in sorted(points)}
+    for name, points in reports_of.items():
+        values = {n: [ratio(each_report, network)[0] for each_report in points[n]] for n in sorted(points)}
         more = (f"{n} calls: {spread(of_calls)}" for n, of_calls in values.items() if n not in LADDER)
         rows.append((name, *(spread(values[n]) if n in values else "" for n in LADDER), ", ".join(more)))
         axes.plot(values.keys(), [np.mean(of_calls) for of_calls in values.values()], "o-", label=name)

@@ -35,12 +35,12 @@ def _config(small: bool, preset: str = "full") -> ConfigDict:
 def guidance(runs: Runs, axes: plt.Axes) -> None:
     """Guidance against precision, diversity and distance, of the demo weights."""
     plain = [(f"{scale:g}", {"guidance": scale}) for scale in (SCALES[1:2] if runs.small else SCALES)]
-    others = [
+    special = [
         ("5, sigma / alpha in (0.3, 5]", {"guidance": 5.0, "guidance_interval": (0.3, 5.0)}),
         ("8, rescaled 0.7", {"guidance": 8.0, "rescale": 0.7}),
     ]
     configs = {}
-    for label, changed in plain if runs.small else plain + others:
+    for label, changed in plain if runs.small else plain + special:
         configs[label] = _config(runs.small)
         configs[label].eval.measures = ("distances",)
         configs[label].sample.update(changed)
@@ -78,10 +78,10 @@ def _of_demo(name: str, head: str, configs: dict[str, ConfigDict], runs: Runs) -
         report = reports[label] = runs.measured(f"{name}/{label.translate(dict.fromkeys(map(ord, ' /,')))}", config, "")
         network = config.eval.networks[0]
         value, error = ratio(report, network)
-        found = (*overlap(figures(report, network)), *_right(report["scenes"]))
-        rows.append((label, f"{value:.3g} ± {error:.2g}", *(f"{one:.2f}" for one in found)))
-    asked = ("names right", "held-out colour and object right")[: len(rows[0]) - 2 - len(OVERLAP)]
-    table((head, f"ratio, {network}", *OVERLAP, *asked), rows)
+        measures = (*overlap(figures(report, network)), *_right(report["scenes"]))
+        rows.append((label, f"{value:.3g} ± {error:.2g}", *(f"{measure:.2f}" for measure in measures)))
+    scene_columns = ("names right", "held-out colour and object right")[: len(rows[0]) - 2 - len(OVERLAP)]
+    table((head, f"ratio, {network}", *OVERLAP, *scene_columns), rows)
     return reports
 
 

@@ -31,14 +31,14 @@ class Runs(NamedTuple):
         if not report.exists():
             fields.check(config)
             frozen = FrozenConfigDict(config)
-            _shared(workdir / "cache", self.folder / "cache")
+            _link(workdir / "cache", self.folder / "cache")
             if of is None:
                 train.run(frozen, workdir)
             elif of:
-                _shared(workdir / "checkpoints", self.folder / of / "checkpoints")
+                _link(workdir / "checkpoints", self.folder / of / "checkpoints")
             evaluate.run(frozen, workdir)
-        found = json.loads(report.read_text())
-        return found["distances"] | {"scenes": found.get("scenes")}
+        measures = json.loads(report.read_text())
+        return measures["distances"] | {"scenes": measures.get("scenes")}
 
     def seconds_per_step(self, name: str, config: ConfigDict, steps: int) -> float:
         """Of steps after the first ones, by a short training."""
@@ -53,7 +53,7 @@ class Runs(NamedTuple):
         return config.train.batch_size / json.loads(lines[-1])["images_per_second"]
 
 
-def _shared(folder: Path, target: Path) -> None:
+def _link(folder: Path, target: Path) -> None:
     """A folder of a run that is that of others."""
     if not folder.exists():
         target.mkdir(parents=True, exist_ok=True)
@@ -68,8 +68,8 @@ def figures(report: Report, network: str) -> dict[str, dict]:
 
 
 def ratio(report: Report, network: str) -> tuple[float, float]:
-    found = figures(report, network)["frechet"]
-    return found["ratio"]["value"], found["ratio"]["standard_error"]
+    frechet = figures(report, network)["frechet"]
+    return frechet["ratio"]["value"], frechet["ratio"]["standard_error"]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -82,5 +82,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def overlap(found: dict[str, dict]) -> list[float]:
-    return [found[name]["generated"]["mean"] for name in OVERLAP]
+def overlap(measures: dict[str, dict]) -> list[float]:
+    return [measures[name]["generated"]["mean"] for name in OVERLAP]

@@ -1,1 +1,1 @@
-"""The program: one file for each mode of the command line, and `build` to turn a config into objects."""
+"""The program: one file for each mode of the command line."""

@@ -34,7 +34,7 @@ def main(_: list[str]) -> int:
     config = _CONFIG.value
     if config is None:
         raise ValueError("--config is missing: name a file, e.g. --config=configs/latent_cfg.py")
-    own_folder = Path("runs") / config.name  # raises if the config file cannot be read
+    default_workdir = Path("runs") / config.name  # raises if the config file cannot be read
     if _MODE.value not in MODES:
         raise ValueError(f"unknown mode {_MODE.value!r}; known: {', '.join(MODES)}")
     if _PROMPT.value is not None:
@@ -44,7 +44,7 @@ def main(_: list[str]) -> int:
     configure(low_memory=_MODE.value != "train")
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
-    MODES[_MODE.value](FrozenConfigDict(config), Path(_WORKDIR.value or own_folder))
+    MODES[_MODE.value](FrozenConfigDict(config), Path(_WORKDIR.value or default_workdir))
     return 0
 
 
@@ -52,8 +52,8 @@ def _show_flags_in_help() -> None:
     """Show this module's flags and examples in --help, which shows only those of the main file by itself."""
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    started = sys.modules["__main__"]
-    started.__doc__ = started.__doc__ or __doc__
+    main_module = sys.modules["__main__"]
+    main_module.__doc__ = main_module.__doc__ or __doc__
 
 
 def _quiet_libraries() -> None:

@@ -20,7 +20,7 @@ from diffusion_jax.data.transforms import crop
 from diffusion_jax.evaluation import report as report_page
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.evaluation.retrieval import classifier_features
-from diffusion_jax.evaluation.scenes import Known, Trial, evaluate_scenes, known, trials
+from diffusion_jax.evaluation.scenes import KnownDrawings, Trial, evaluate_scenes, known_drawings, trials
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.model import DiffusionModel
@@ -29,7 +29,7 @@ from diffusion_jax.training import averages
 SHOWN, COLUMNS = 48, 8  # pictures on the sheet of a kind of scenes
 
 Measure = Callable[[DiffusionModel, Path], dict]  # a model, a folder for its pictures -> its report
-Prepare = Callable[[DiffusionModel, Path], Measure]  # a model with weights, a folder for caches -> the same for others
+Prepare = Callable[[DiffusionModel, Path], Measure]  # a model with weights, a folder for caches -> its measure
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -38,17 +38,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
     workdir/eval gets report.json, sheets of pictures, and report.html with all of these, beside those of
     config.eval.beside.
     """
-    others = [Path(other) / "eval" for other in config.eval.beside]
-    report_page.page(others)  # raises for a work directory without a report
+    other_reports = [Path(other) / "eval" for other in config.eval.beside]
+    report_page.page(other_reports)  # raises for a work directory without a report
     measure = _of_model if build.model.has_denoiser(config) else _of_first_stage
-    with tempfile.TemporaryDirectory() as made:
-        report = measure(config, workdir, Path(made))
+    with tempfile.TemporaryDirectory() as temporary:
+        report = measure(config, workdir, Path(temporary))
         if parallel.is_main():
             folder = workdir / "eval"
-            (Path(made) / "report.json").write_text(as_json(report, indent=2) + "\n")
-            (Path(made) / "report.html").write_text(report_page.page([Path(made), *others]), encoding="utf-8")
+            (Path(temporary) / "report.json").write_text(as_json(report, indent=2) + "\n")
+            (Path(temporary) / "report.html").write_text(
+                report_page.page([Path(temporary), *other_reports]), encoding="utf-8"
+            )
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(made, folder)
+            shutil.copytree(temporary, folder)
             logging.info("wrote %s", folder / "report.html")
 
 
@@ -65,19 +67,19 @@ def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
         raise ValueError(f"eval.measures must be some of {', '.join(MEASURES)}; {got}")
     config = weights.resolved(config, workdir)
     untrained = build.model.diffusion_model(config)
-    ready = {name: MEASURES[name](config, untrained) for name in config.eval.measures}
+    preparations = {name: MEASURES[name](config, untrained) for name in config.eval.measures}
     points = _points(config.eval, workdir)
     model, origin = weights.load(config, workdir, untrained)
-    whole = weights.updated(config, untrained).params if points else None
+    base_params = weights.updated(config, untrained).params if points else None
     make_writable(workdir)
     logging.info("weights: %s", origin)
     report: dict = {"weights": origin}
-    for name, prepare in ready.items():
+    for name, prepare in preparations.items():
         measure = prepare(model, workdir / "cache")
         report[name] = {} if points else measure(model, folder)
         for label, (step, length) in points.items():
             logging.info("%s", label)
-            at_point = model._replace(params=weights.averaged(workdir, untrained, whole, step, length))
+            at_point = model._replace(params=weights.averaged(workdir, untrained, base_params, step, length))
             report[name][label] = measure(at_point, folder / label.replace(" ", "_"))
     return report
 
@@ -124,20 +126,22 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
     lpips, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
     drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
-    chosen = sources.emoji_drawings(config.data.data_dir or None, config.data.styles, config.data.concepts)
+    target_drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles, config.data.concepts)
     sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
     scales = config.eval.scales or (config.sample.guidance,)
 
     def prepare(model: DiffusionModel, cache: Path) -> Measure:
-        compared = known(drawings, features, model.size[0])
-        asked = trials(model, compared, chosen, config.eval)
+        reference = known_drawings(drawings, features, model.size[0])
+        scene_trials = trials(model, reference, target_drawings, config.eval)
 
         def measure(model: DiffusionModel, folder: Path) -> dict:
-            return {f"guidance {scale:g}": at_scale(scale, model, asked, compared, folder) for scale in scales}
+            return {f"guidance {scale:g}": at_scale(scale, model, scene_trials, reference, folder) for scale in scales}
 
         return measure
 
-    def at_scale(scale: float, model: DiffusionModel, asked: Sequence[Trial], compared: Known, folder: Path) -> dict:
+    def at_scale(
+        scale: float, model: DiffusionModel, scene_trials: Sequence[Trial], reference: KnownDrawings, folder: Path
+    ) -> dict:
         folder = folder / f"guidance_{scale:g}"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -148,15 +152,17 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
             sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
             pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
 
-        report = evaluate_scenes(asked, compared, generate, lpips, config.eval.seed, show)
+        report = evaluate_scenes(scene_trials, reference, generate, lpips, config.eval.seed, show)
         for kind, of_kind in report.items():
-            made, painted = (of_kind[which]["both"]["mean"] for which in ("generated", "painted"))
+            generated, painted = (of_kind[source]["both"]["mean"] for source in ("generated", "painted"))
             part = f"object and {of_kind['part']} right"
-            logging.info("guidance %g, %s: %s in %.3f of the pictures, painted %.3f", scale, kind, part, made, painted)
+            logging.info(
+                "guidance %g, %s: %s in %.3f of the pictures, painted %.3f", scale, kind, part, generated, painted
+            )
         return report
 
     return prepare
 
 
-# each checks the config, and returns what prepares a measurement
+# each checks the config and returns a function that prepares the measurement
 MEASURES = {"likelihood": _likelihood, "distances": distances, "scenes": _scenes}

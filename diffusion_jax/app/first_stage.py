@@ -54,7 +54,7 @@ def task(config: ConfigDict, folder: Path) -> Task:
     params["autoencoder"] = initial(section.init, load_autoencoder, params["autoencoder"])
     check_resumed(folder, params)
     augment = _images_only(build.data.transform(config, (size, size), section.flip))
-    shown = _shown(config)
+    snapshot_images = _snapshot_images(config)
     logging.info("autoencoder: %.2fM parameters, %d images", millions(params["autoencoder"]), len(source))
     return Task(
         name="autoencoder",
@@ -63,7 +63,7 @@ def task(config: ConfigDict, folder: Path) -> Task:
         frozen=frozen,
         batches=build.data.batches(source, section.train, config.seed, augment),
         optimizer=build.objective.optimizer(section.optimizer, section.train.steps),
-        snapshot=lambda params: reconstructions(model, params["autoencoder"], shown),
+        snapshot=lambda params: reconstructions(model, params["autoencoder"], snapshot_images),
     )
 
 
@@ -85,7 +85,7 @@ def train(task: Task, config: ConfigDict, folder: Path) -> None:
 
 def reconstruct_held_out(config: ConfigDict, folder: Path) -> np.ndarray:
     """A sheet of held-out images and their reconstructions by the first stage in `folder`."""
-    return reconstructions(*_trained(folder), _shown(config))
+    return reconstructions(*_trained(folder), _snapshot_images(config))
 
 
 def evaluate(config: ConfigDict, folder: Path) -> dict:
@@ -102,7 +102,7 @@ def _trained(folder: Path) -> tuple[AutoencoderKL, PyTree]:
     return load_autoencoder(folder)
 
 
-def _shown(config: ConfigDict) -> np.ndarray:
+def _snapshot_images(config: ConfigDict) -> np.ndarray:
     """The held-out images, uint8, in a snapshot of a first stage."""
     return next(_held_out(config))["image"][:SHOWN]
 
@@ -119,8 +119,8 @@ def _resize(config: ConfigDict) -> Transform:
 
 def reconstructions(model: AutoencoderKL, variables: PyTree, images: np.ndarray) -> np.ndarray:
     """A sheet of uint8 images (B, H, W, 3), each above its reconstruction from the mean of its latent."""
-    back = to_uint8(jax.jit(model.apply)(variables, to_float(images)))
-    return pictures.grid([*images, *np.asarray(back)], columns=len(images))
+    reconstructed = to_uint8(jax.jit(model.apply)(variables, to_float(images)))
+    return pictures.grid([*images, *np.asarray(reconstructed)], columns=len(images))
 
 
 def _images_only(transform: Transform) -> Transform:

@@ -28,11 +28,11 @@ CHUNK = 256  # prompts whose conditions are in memory at once
 HELD_BACK = (
     "the safety checker holds back the picture of %r, seed %d: it is black (config.safety_checker=False shows it)"
 )
-NOT_NOTED = ("prompts", "num_images", "batch_size", "seed")  # fields that do not describe a single picture
+NOT_IN_METADATA = ("prompts", "num_images", "batch_size", "seed")  # fields that do not describe a single picture
 
 
 class Request(NamedTuple):
-    """The work of config.sample.
+    """The images to generate for config.sample.
 
     prompts, cond: the prompts and their conditions, leaves (prompts, ...).
     jobs: (index of the prompt, seed) of every image.
@@ -67,33 +67,33 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise ValueError("sampling runs on one host: leave out --distributed")
     folder = workdir / "samples"
     if not build.model.has_denoiser(config):
-        shown = first_stage.reconstruct_held_out(config, workdir)
+        reconstructions = first_stage.reconstruct_held_out(config, workdir)
         make_writable(folder)
-        pictures.save(folder / "grid.png", shown, {"weights": str(workdir)})
+        pictures.save(folder / "grid.png", reconstructions, {"weights": str(workdir)})
         logging.info("wrote %s", folder / "grid.png")
         return
     config = weights.resolved(config, workdir)
     model = build.model.diffusion_model(config, (config.sample.height, config.sample.width))
-    asked = request(config, model, config.sample.prompts)
+    sample_request = request(config, model, config.sample.prompts)
     model, origin = weights.load(config, workdir, model)
     logging.info("weights: %s", origin)
     make_writable(folder)
-    made = []
-    for one in generate(asked, model, config.sample.batch_size, progress=True):
-        if not made:
+    generated = []
+    for result in generate(sample_request, model, config.sample.batch_size, progress=True):
+        if not generated:
             _clear(folder)
-        texts = _texts(config, one.prompt, one.seed, origin)
-        pictures.save(folder / f"{len(made):04d}.png", one.image, texts)
-        made.append(one)
+        texts = _texts(config, result.prompt, result.seed, origin)
+        pictures.save(folder / f"{len(generated):04d}.png", result.image, texts)
+        generated.append(result)
     texts = _texts(config, "; ".join(config.sample.prompts), config.sample.seed, origin)
-    pictures.save(folder / "grid.png", sheet(config, made), texts)
-    logging.info("wrote %d images and %s", len(made), folder / "grid.png")
+    pictures.save(folder / "grid.png", sheet(config, generated), texts)
+    logging.info("wrote %d images and %s", len(generated), folder / "grid.png")
 
 
 def _clear(folder: Path) -> None:
     """Remove the pictures of an earlier run."""
-    for old in folder.glob("[0-9]*.png"):
-        old.unlink()
+    for path in folder.glob("[0-9]*.png"):
+        path.unlink()
 
 
 def request(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -> Request:
@@ -154,11 +154,11 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
                 jax.block_until_ready(x0)
                 bar.update(before + done - bar.n)
 
-            which, seeds = np.array(batch).T
-            cond = jax.tree.map(lambda leaf: leaf[which], request.cond)  # noqa: B023
+            prompt_indices, seeds = np.array(batch).T
+            cond = jax.tree.map(lambda leaf: leaf[prompt_indices], request.cond)  # noqa: B023
             keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
             images = np.asarray(to_uint8(_images(request, model, cond, keys, show if progress else None)))
-            for (prompt, seed), image, held_back in zip(batch[:count], images, model.flagged(images), strict=False):
+            for (prompt, seed), image, held_back in zip(batch[:count], images, model.held_back(images), strict=False):
                 if held_back:
                     logging.warning(HELD_BACK, request.prompts[prompt], seed)
                 yield Generated(request.prompts[prompt], seed, np.zeros_like(image) if held_back else image)
@@ -175,13 +175,15 @@ def drawn(
     model, size = model.placed(), parallel.divisible(min(config.sample.batch_size, len(prompts)))
 
     def share(jobs: list[tuple[str, int]]) -> Iterator[np.ndarray]:
-        asked = request(config, model, [prompt for prompt, _ in jobs])
-        guidance = asked.guidance._replace(scale=scale)
-        asked = asked._replace(jobs=[(i, seed) for i, (_, seed) in enumerate(jobs)], guidance=guidance)
-        return (one.image for one in generate(asked, model, size))
+        sample_request = request(config, model, [prompt for prompt, _ in jobs])
+        guidance = sample_request.guidance._replace(scale=scale)
+        sample_request = sample_request._replace(
+            jobs=[(i, seed) for i, (_, seed) in enumerate(jobs)], guidance=guidance
+        )
+        return (result.image for result in generate(sample_request, model, size))
 
-    made = shared(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
-    return iter(tqdm(made, desc="sampling", total=len(prompts), unit="picture"))
+    images = shared(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
+    return iter(tqdm(images, desc="sampling", total=len(prompts), unit="picture"))
 
 
 def _images(
@@ -197,12 +199,16 @@ def _images(
     return inpaint(model, image, request.mask[None], *rest)
 
 
-def sheet(config: ConfigDict, made: Sequence[Generated]) -> np.ndarray:
+def sheet(config: ConfigDict, generated: Sequence[Generated]) -> np.ndarray:
     """All images on one sheet, one row for each prompt."""
-    return pictures.grid([one.image for one in made], config.sample.num_images, [one.prompt for one in made])
+    return pictures.grid(
+        [result.image for result in generated], config.sample.num_images, [result.prompt for result in generated]
+    )
 
 
 def _texts(config: ConfigDict, prompt: str, seed: int, origin: str) -> dict[str, str]:
     """The settings of a picture, for its PNG text chunk."""
-    fields = {name: str(value) for name, value in config.sample.items() if name not in NOT_NOTED and value is not None}
+    fields = {
+        name: str(value) for name, value in config.sample.items() if name not in NOT_IN_METADATA and value is not None
+    }
     return {"prompt": prompt, "seed": str(seed), **fields, "weights": origin, "config": config.to_json_best_effort()}

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build
 from diffusion_jax.app import first_stage, sample
-from diffusion_jax.app.workdir import held
+from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, weights
-from diffusion_jax.build.initial import initial, taught
+from diffusion_jax.build.initial import from_teacher, initial
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import stack
-from diffusion_jax.data.sources import Source, any_of, described
+from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.interop import load_unet
 from diffusion_jax.model import DiffusionModel
@@ -30,8 +30,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         _train_denoiser(config, workdir)
         return
     task = first_stage.task(config, workdir)
-    with held(workdir):
-        _note_config(config, workdir)
+    with locked(workdir):
+        _save_config(config, workdir)
         first_stage.train(task, config, workdir)
 
 
@@ -39,7 +39,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     # build everything in the config now, so that errors come before hours of training
     check_batch_size(config.train.batch_size, config.train.accumulate)
     model = build.model.diffusion_model(config, training=True)
-    asked = sample.request(config, model, config.sample.prompts)
+    snapshot_request = sample.request(config, model, config.sample.prompts)
     optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
     source = build.data.source(config, "train", model.size[0])
     agreement.check_condition(config, source)
@@ -48,22 +48,26 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     key = jax.random.key(config.seed)
 
     def start(key: Key[Array, ""]) -> PyTree:
-        made = model.network.init(key)
-        return taught(teacher, made) if config.get("teacher") else initial(config.get("init", ""), load_unet, made)
+        random_params = model.network.init(key)
+        return (
+            from_teacher(teacher, random_params)
+            if config.get("teacher")
+            else initial(config.get("init", ""), load_unet, random_params)
+        )
 
     loss, params, frozen = build.objective.objective(config.objective, model, key, config.train.steps, teacher, start)
     check_resumed(workdir, params)
-    of_first_stage = weights.first_stage_folder(workdir)
-    earlier = first_stage.task(config, of_first_stage) if first_stage.is_missing(config, workdir) else None
-    with held(workdir):
-        _note_config(config, workdir)
-        if earlier is not None:
-            first_stage.train(earlier, config, of_first_stage)
+    first_stage_folder = weights.first_stage_folder(workdir)
+    first_stage_task = first_stage.task(config, first_stage_folder) if first_stage.is_missing(config, workdir) else None
+    with locked(workdir):
+        _save_config(config, workdir)
+        if first_stage_task is not None:
+            first_stage.train(first_stage_task, config, first_stage_folder)
         model = model._replace(codec=weights.trained_codec(config, workdir, model.codec))
 
         def snapshot(trained: PyTree) -> np.ndarray:
             current = model._replace(params=model.adapter.join(trained, frozen["rest"]))
-            return sample.sheet(config, list(sample.generate(asked, current, config.sample.batch_size)))
+            return sample.sheet(config, list(sample.generate(snapshot_request, current, config.sample.batch_size)))
 
         records, transform = _training_records(config, workdir, source, model)
         logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), len(records))
@@ -86,22 +90,22 @@ def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None
     return weights.load_model(config.teacher, model.size) if config.teacher else None
 
 
-def _note_config(config: ConfigDict, workdir: Path) -> None:
+def _save_config(config: ConfigDict, workdir: Path) -> None:
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
 def _training_records(
     config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel
 ) -> tuple[Source, Transform]:
-    """The records to train on, and the transform that makes {"latent", "cond"} of each.
+    """The records to train on, and the transform from each of them to {"latent", "cond"}.
 
-    What frozen networks make of a record is computed once for each of its augmented versions, if that pays. A record
-    with several captions is told by another one each time.
+    The outputs of frozen networks are computed once for each augmented version of a record, if that pays. For a record
+    with several captions, one of them is drawn each time.
     """
     codec, conditioning = model.codec, model.conditioning
     keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}
     is_cached, crop = any(keys.values()), build.data.transform(config, model.size)
-    retold = bool(source.captions) and isinstance(source.captions[0], tuple)
+    has_several_captions = bool(source.captions) and isinstance(source.captions[0], tuple)
 
     def of_variants(batch: dict) -> np.ndarray:
         images = batch["image"]
@@ -115,13 +119,13 @@ def _training_records(
         latents = record["latent"] if is_cached else [crop(record, rng)["image"]]
         cond = record.get("cond")
         if cond is None:
-            told = stack([record | {"caption": any_of(record.get("caption"), rng)}])
-            cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(told))
+            records_of_one = stack([record | {"caption": choose_caption(record.get("caption"), rng)}])
+            cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))
         return {"latent": latents[rng.integers(len(latents))], "cond": cond}
 
     records = source
     if is_cached:
-        fields = {"latent": of_variants} | ({} if retold else {"cond": of_captions})
+        fields = {"latent": of_variants} | ({} if has_several_captions else {"cond": of_captions})
         key = {"data": config.data.to_dict(), "size": model.size, **keys}
         records = cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.data.variants(config, model.size))
-    return described(records) if retold else records, to_training
+    return with_captions(records) if has_several_captions else records, to_training

@@ -19,7 +19,7 @@ def make_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[None]:
     """Lock the work directory within this context. The system releases the lock if the process dies.
 
     Of several hosts the first locks it for all. Raises OSError if it is not writable or another training has locked it.

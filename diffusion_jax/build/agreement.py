@@ -41,13 +41,13 @@ def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
 
 
 def check_updated(unet: UNet, teacher: str) -> None:
-    """Raise ValueError for a network that a LoRA of another one cannot make. teacher: the folder of that one."""
+    """Raise ValueError for a network that a LoRA of the teacher cannot be. teacher: the folder of the trained model."""
     if not teacher:
         raise ValueError("config.lora updates a trained model: set config.teacher to its folder")
-    for field, none in (("target_embedding", False), ("time_cond_proj_dim", None)):
-        if getattr(unet, field) != none:
+    for field, disabled in (("target_embedding", False), ("time_cond_proj_dim", None)):
+        if getattr(unet, field) != disabled:
             raise ValueError(
-                f"config.lora updates maps that the trained model has: set config.model.{field}={none}, got "
+                f"config.lora updates maps that the trained model has: set config.model.{field}={disabled}, got "
                 f"{getattr(unet, field)}"
             )
 
@@ -83,17 +83,17 @@ def check_records(train: ConfigDict, source: Source) -> None:
 
 
 def check_teacher(teacher: DiffusionModel, student: DiffusionModel) -> None:
-    """Raise ValueError for a teacher whose outputs mean something else than the student's."""
-    for what, of in {
+    """Raise ValueError for a teacher whose outputs have another meaning than the student's."""
+    for aspect, get in {
         "prediction": lambda model: model.parameterization,
         "shape of x0": lambda model: model.shape,
         "levels of its schedule": lambda model: _levels(model.useful_schedule),
         "condition": lambda model: _shapes(model.conditioning.null),
     }.items():
-        theirs, ours = of(teacher), of(student)
-        if theirs != ours:
-            got = f": {theirs} there, {ours} here" if what == "shape of x0" else ""
-            raise ValueError(f"config.teacher differs from the model in its {what}{got}; give both the same config")
+        teacher_value, student_value = get(teacher), get(student)
+        if teacher_value != student_value:
+            got = f": {teacher_value} there, {student_value} here" if aspect == "shape of x0" else ""
+            raise ValueError(f"config.teacher differs from the model in its {aspect}{got}; give both the same config")
 
 
 def _levels(schedule: Schedule) -> tuple:

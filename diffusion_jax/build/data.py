@@ -41,8 +41,8 @@ def variants(config: ConfigDict, size: tuple[int, int]) -> Transform:
     if data.flip is set. Time and disk space grow with their number.
     """
     data = config.data
-    one = crop(*size, random_crop=data.random_crop, upscale=data.upscale)
-    return transforms.variants(one, data.crops if data.random_crop else 1, data.flip)
+    single_crop = crop(*size, random_crop=data.random_crop, upscale=data.upscale)
+    return transforms.variants(single_crop, data.crops if data.random_crop else 1, data.flip)
 
 
 def batches(source: Source, train: ConfigDict, seed: int, transform: Transform | None = None):

@@ -30,7 +30,7 @@ SEEDS = 2**32  # seeds must be smaller: JAX and numpy keep them in 32 bits
 UPDATES = 2**31 - 1  # the training step is counted in 32 bits
 STEPS = 100_000  # more rows of a plan, or steps of a schedule, only fill the memory
 IMAGES = 1_000_000  # images of a prompt
-SHOWN = 120  # characters of a wrong value in a message
+MAX_SHOWN = 120  # characters of a wrong value in a message
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ RUN = {
     "seed": Field(0, seed, "Seed of initial weights, the order of the data and all noise in training."),
 }
 
-OWN = {
+TRAINED = {
     "weights": Field(
         "", text, "The model to use while the work directory has no checkpoint: a folder of --mode=export, or empty."
     ),
@@ -286,7 +286,7 @@ NETWORK: dict[str, Check] = {
 }
 
 
-WHOLE = {  # sections that have all of their fields where they are there
+COMPLETE_SECTIONS = {  # sections that must have all of their fields if they exist
     "data": DATA,
     "data.splits": SPLITS,
     "autoencoder.loss": LOSS,
@@ -300,12 +300,17 @@ WHOLE = {  # sections that have all of their fields where they are there
     "serve": SERVE,
     "lora": LORA,
 }
-TABLES = {"": RUN | OWN | PUBLISHED, "condition": CONDITION, "autoencoder": AUTOENCODER, "objective": OBJECTIVE} | WHOLE
+TABLES = {
+    "": RUN | TRAINED | PUBLISHED,
+    "condition": CONDITION,
+    "autoencoder": AUTOENCODER,
+    "objective": OBJECTIVE,
+} | COMPLETE_SECTIONS
 CHECKS = {path: {name: field.check for name, field in table.items()} for path, table in TABLES.items()} | {
     "model": NETWORK,
     "autoencoder.model": NETWORK,
 }
-NEEDED = {  # by the kind of a section
+REQUIRED_BY_KIND = {  # section -> kind -> fields that it must have
     "condition": {"class": ("num_classes",), "text": ("length",)},
     "autoencoder": {"kl": ("checkpoint", "flip", "model", "loss", "optimizer", "train")},
 }
@@ -313,13 +318,13 @@ NEEDED = {  # by the kind of a section
 
 def section(table: dict[str, Field], **values: Any) -> ConfigDict:
     """The section that a table describes, with these values instead of its defaults."""
-    made = {name: field.default() if callable(field.default) else field.default for name, field in table.items()}
-    return ConfigDict(made | values)
+    defaults = {name: field.default() if callable(field.default) else field.default for name, field in table.items()}
+    return ConfigDict(defaults | values)
 
 
 def completed(config: ConfigDict) -> ConfigDict:
     """The config with defaults for missing fields. A config.json of an earlier version lacks the newer fields."""
-    top = RUN | (PUBLISHED if "checkpoint" in config else OWN)
+    top = RUN | (PUBLISHED if "checkpoint" in config else TRAINED)
     sections = {name: section(table, **config[name]) for name, table in TABLES.items() if name in config}
     return section(top, **dict(config) | sections)
 
@@ -327,16 +332,16 @@ def completed(config: ConfigDict) -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """Raise ValueError for the first field that is missing or out of range, and for fields that exclude each other.
 
-    config: as `configs/` make it. Fields and sections that are in no table here pass.
+    config: as the files in `configs/` return it. Fields and sections that are in no table here pass.
     """
     _check_complete(config)
     for path, checks in CHECKS.items():
-        own = _find(config, path)
-        for name, of_field in checks.items():
-            must_be = of_field(own[name]) if name in own else ""
+        values = _find(config, path)
+        for name, check_field in checks.items():
+            must_be = check_field(values[name]) if name in values else ""
             if must_be:
                 where = ".".join(filter(None, ("config", path, name)))
-                raise ValueError(f"{where} must be {must_be}, got {repr(own[name])[:SHOWN]}")
+                raise ValueError(f"{where} must be {must_be}, got {repr(values[name])[:MAX_SHOWN]}")
     _check_seeds(_find(config, "sample"))
     _check_condition(_find(config, "condition"), _find(config, "model"))
     if "checkpoint" not in config and _find(config, "data").get("size") == 0:
@@ -345,24 +350,24 @@ def check(config: ConfigDict) -> None:
 
 def _find(config: ConfigDict, path: str) -> ConfigDict:
     """The section at a dotted path; an empty one if the config has none."""
-    found = config
+    current = config
     for name in filter(None, path.split(".")):
-        found = found.get(name, ConfigDict())
-        if not isinstance(found, ConfigDict):
-            raise ValueError(f"config.{path} must be a section with fields, got {repr(found)[:SHOWN]}")
-    return found
+        current = current.get(name, ConfigDict())
+        if not isinstance(current, ConfigDict):
+            raise ValueError(f"config.{path} must be a section with fields, got {repr(current)[:MAX_SHOWN]}")
+    return current
 
 
 def _check_complete(config: ConfigDict) -> None:
-    for path in [*WHOLE, *NEEDED]:
-        own = _find(config, path)
-        kind = own.get("kind")
-        needed = WHOLE[path] if path in WHOLE else NEEDED[path].get(kind, ())
-        missing = [name for name in needed if name not in own]
-        if own and missing:
+    for path in [*COMPLETE_SECTIONS, *REQUIRED_BY_KIND]:
+        values = _find(config, path)
+        kind = values.get("kind")
+        needed = COMPLETE_SECTIONS[path] if path in COMPLETE_SECTIONS else REQUIRED_BY_KIND[path].get(kind, ())
+        missing = [name for name in needed if name not in values]
+        if values and missing:
             of_kind = f" for kind={kind}" if kind else ""
             raise ValueError(
-                f"config.{path} must have the field {missing[0]}{of_kind}, got only {', '.join(own)}; add it in the "
+                f"config.{path} must have the field {missing[0]}{of_kind}, got only {', '.join(values)}; add it in the "
                 "config file"
             )
 

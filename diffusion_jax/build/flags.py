@@ -44,18 +44,18 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _with_found_config(argv: list[str]) -> list[str]:
     """`argv` with the file of `--config=FILE` or `--config FILE` replaced by the path that `shipped.find` finds."""
 
-    def found(value: str) -> str:
+    def with_found_file(value: str) -> str:
         file, colon, preset = value.partition(":")
         return f"{shipped.find(file)}{colon}{preset}"
 
-    made = argv[:1]
+    arguments = argv[:1]
     for word in argv[1:]:
         flag, _, value = word.partition("=")
-        if made[-1] in CONFIG:
-            made.append(found(word))
+        if arguments[-1] in CONFIG:
+            arguments.append(with_found_file(word))
         else:
-            made.append(f"{flag}={found(value)}" if flag in CONFIG and value else word)
-    return made
+            arguments.append(f"{flag}={with_found_file(value)}" if flag in CONFIG and value else word)
+    return arguments
 
 
 def _message(trace: str) -> str:

@@ -10,7 +10,7 @@ from diffusion_jax.build import shipped
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.models.growing import grown
 
-NEW = ("to_embedding", "cond_proj")  # what a student may have and its teacher not
+NEW_EMBEDDINGS = ("to_embedding", "cond_proj")  # modules that a student may have and its teacher may lack
 
 
 def initial(folder: str, load: Callable[[Any], tuple[Any, PyTree]], params: PyTree) -> PyTree:
@@ -23,32 +23,32 @@ def initial(folder: str, load: Callable[[Any], tuple[Any, PyTree]], params: PyTr
     """
     if not folder:
         return params
-    return _checked(folder, grown(load(shipped.find(folder))[1], params), params)
+    return _check_shapes(folder, grown(load(shipped.find(folder))[1], params), params)
 
 
-def _checked(folder: str, found: PyTree, params: PyTree) -> PyTree:
-    """`found`, or a ValueError if its shapes are not those of params. folder: in the error."""
-    shapes = [{keystr(path): leaf.shape for path, leaf in tree_leaves_with_path(tree)} for tree in (found, params)]
+def _check_shapes(folder: str, weights: PyTree, params: PyTree) -> PyTree:
+    """Return `weights`. Raises ValueError if their shapes differ from those of params. folder: named in the error."""
+    shapes = [{keystr(path): leaf.shape for path, leaf in tree_leaves_with_path(tree)} for tree in (weights, params)]
     for path in sorted(shapes[0].keys() | shapes[1].keys()):
-        got, expected = (of_all.get(path, "none") for of_all in shapes)
+        got, expected = (leaf_shapes.get(path, "none") for leaf_shapes in shapes)
         if got != expected:
             raise ValueError(f"{folder} has the weights of another network: {path} is {got}, expected {expected}")
-    return found
+    return weights
 
 
-def taught(teacher: DiffusionModel, params: PyTree) -> PyTree:
-    """The weights of a teacher for its student, which may have more embeddings: of the target and of the guidance
-    scale. Those begin at zero.
+def from_teacher(teacher: DiffusionModel, params: PyTree) -> PyTree:
+    """The weights of a teacher for its student. A student may have more embeddings, of the target and of the guidance
+    scale, which start at zero.
 
     params: the random weights of the student.
     Raises ValueError for a teacher of another network.
     """
-    return _checked("config.teacher", _with_new(teacher.params, params), params)
+    return _check_shapes("config.teacher", _with_new_embeddings(teacher.params, params), params)
 
 
-def _with_new(found: PyTree, params: PyTree) -> PyTree:
-    """`found`, and the embeddings in NEW of params that it lacks."""
+def _with_new_embeddings(weights: PyTree, params: PyTree) -> PyTree:
+    """`weights`, and those NEW_EMBEDDINGS of params that they lack."""
     if not isinstance(params, dict):
-        return found
-    added = {name: params[name] for name in NEW if name in params and name not in found}
-    return {name: _with_new(part, params.get(name)) for name, part in found.items()} | added
+        return weights
+    added = {name: params[name] for name in NEW_EMBEDDINGS if name in params and name not in weights}
+    return {name: _with_new_embeddings(part, params.get(name)) for name, part in weights.items()} | added

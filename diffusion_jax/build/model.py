@@ -49,7 +49,7 @@ def has_denoiser(config: ConfigDict) -> bool:
 def diffusion_model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = False) -> DiffusionModel:
     """The model that a config describes, or the model of its checkpoint.
 
-    The weights of a config's own model are only shapes yet; `weights.load` and training fill them in.
+    The weights of a model that is no checkpoint are only shapes yet; `weights.load` and training fill them in.
 
     sides: height and width of its images, pixels; 0 for data.size, and where that is 0 for the checkpoint's own size.
     training: make a checkpoint's variables float32, and use config.remat.
@@ -57,10 +57,10 @@ def diffusion_model(config: ConfigDict, sides: tuple[int, int] = (0, 0), trainin
     """
     if "checkpoint" in config:
         return _published_model(config, sides, training)
-    unet, codec, told = network(config), _untrained_codec(config), conditioning(config)
+    unet, codec, condition = network(config), _untrained_codec(config), conditioning(config)
     size = tuple(side or config.data.size for side in sides)
     check_size(size, codec.factor)
-    check_network(unet, codec.channels, told.null)
+    check_network(unet, codec.channels, condition.null)
     if "lora" in config:
         check_updated(unet, config.teacher)
     untrained = network_of(unet)
@@ -70,21 +70,21 @@ def diffusion_model(config: ConfigDict, sides: tuple[int, int] = (0, 0), trainin
         schedule=schedule(config),
         parameterization=_parameterization(config),
         codec=codec,
-        conditioning=told,
+        conditioning=condition,
         size=size,
         adapter=adapter(config),
     )
 
 
 def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool) -> DiffusionModel:
-    loaded, dtype = published(config, training), choose(DTYPES, config.dtype, "dtype")
-    denoiser = loaded.denoiser
+    pipeline, dtype = published(config, training), choose(DTYPES, config.dtype, "dtype")
+    denoiser = pipeline.denoiser
     if training and denoiser.module.known_channels:
         raise ValueError(f"{config.checkpoint} is an inpainting model, which cannot be fine-tuned here")
     if training and config.remat:
-        loaded = loaded.with_denoiser(denoiser._replace(module=denoiser.module.clone(remat=True)))
+        pipeline = pipeline.with_denoiser(denoiser._replace(module=denoiser.module.clone(remat=True)))
     sides = tuple(side or config.data.size for side in sides)
-    return from_published(loaded, sides, dtype, config.sample.tile)._replace(adapter=adapter(config))
+    return from_published(pipeline, sides, dtype, config.sample.tile)._replace(adapter=adapter(config))
 
 
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
@@ -95,7 +95,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
     if not config.checkpoint:
         raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
     dtype = choose(DTYPES, config.dtype, "dtype")
-    loaded = load_pipeline(
+    pipeline = load_pipeline(
         config.checkpoint,
         jnp.float32 if training and "lora" not in config else dtype,
         config.prediction or None,
@@ -104,8 +104,8 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
         config.safety_checker and not training,
     )
     for file in config.loras:
-        loaded = merge_lora(loaded, *_file_and_scale(file))
-    return loaded
+        pipeline = merge_lora(pipeline, *_file_and_scale(file))
+    return pipeline
 
 
 def _file_and_scale(file: str) -> tuple[str, float]:
@@ -155,8 +155,8 @@ def _untrained_codec(config: ConfigDict) -> Codec:
     """The codec of config.autoencoder; the weights of an autoencoder are only shapes yet."""
 
     def untrained() -> Codec:
-        own = config.autoencoder.checkpoint
-        module = autoencoder_of(*read_config(shipped.find(own)))[0] if own else autoencoder(config)
+        folder = config.autoencoder.checkpoint
+        module = autoencoder_of(*read_config(shipped.find(folder)))[0] if folder else autoencoder(config)
         shapes = jax.eval_shape(module.init, jax.random.key(0), module.example_image())
         return codecs.autoencoder_kl(module, shapes, config.sample.tile)
 
@@ -185,12 +185,12 @@ def schedule(config: ConfigDict) -> Schedule:
             "laplace is a distribution of noise levels in training, not a schedule: set "
             "objective.levels to laplace, and schedule.name to cosine"
         )
-    chosen = choose(SCHEDULES, section.name, "schedule")(section)
+    base = choose(SCHEDULES, section.name, "schedule")(section)
     if not section.zero_terminal_snr:
-        return chosen
+        return base
     if config.objective.prediction == "eps":
         raise ValueError(
             "schedule.zero_terminal_snr starts from pure noise, where eps does not determine the image: set "
             "objective.prediction to v or x0"
         )
-    return schedules.zero_terminal_snr(chosen)
+    return schedules.zero_terminal_snr(base)

@@ -50,41 +50,43 @@ def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
 def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:
     """The solver of config.sample as a plan. strength: how much of a starting image changes."""
     section = config.sample
-    own = model.own_plans.get(section.solver)
-    table = _plan(section, model, strength) if own is None else _own_plan(section, own, strength)
+    published = model.published_solvers.get(section.solver)
+    table = _plan(section, model, strength) if published is None else _published_plan(section, published, strength)
     return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
 
 
-def _own_plan(section: ConfigDict, own: Callable[[int, float], Plan], strength: float) -> Plan:
+def _published_plan(section: ConfigDict, solver: Callable[[int, float], Plan], strength: float) -> Plan:
     for name in ("order", "eta", "spacing"):
         if section[name] not in (None, ""):
             raise ValueError(
                 f"sample.{name}: solver={section.solver} is as the model's authors set it, got {name}={section[name]}; "
                 "leave it out, or choose another solver"
             )
-    return own(section.steps, strength)
+    return solver(section.steps, strength)
 
 
 def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
-    solver, options = choose(SOLVERS | dict(model.own_plans), section.solver, "solver"), {}
+    solver, options = choose(SOLVERS | dict(model.published_solvers), section.solver, "solver"), {}
     for name in ("order", "eta"):
         if section[name] is not None:
-            able = sorted(known for known, f in SOLVERS.items() if name in inspect.signature(f).parameters)
-            if section.solver not in able:
+            supporting = sorted(
+                solver_name for solver_name, f in SOLVERS.items() if name in inspect.signature(f).parameters
+            )
+            if section.solver not in supporting:
                 raise ValueError(
-                    f"sample.{name}: the solver {section.solver} has none; those with it: {', '.join(able)}"
+                    f"sample.{name}: the solver {section.solver} has none; those with it: {', '.join(supporting)}"
                 )
             options[name] = section[name]
     schedule = model.useful_schedule
     spacing = section.spacing or ("karras" if is_edm(model) and not model.network.flow_map else "trailing")
-    if spacing in model.own_times:
-        spacing = model.own_times[spacing](section.steps)
-    left = solvers.strength_times(schedule, section.steps, strength, spacing)
-    return solver(schedule, len(left), spacing=left, **options)
+    if spacing in model.published_times:
+        spacing = model.published_times[spacing](section.steps)
+    times = solvers.strength_times(schedule, section.steps, strength, spacing)
+    return solver(schedule, len(times), spacing=times, **options)
 
 
 def is_consistency(config: ConfigDict) -> bool:
-    """Whether the model goes to clean data at each call, so that no other solver suits it."""
+    """Whether each network call goes to clean data. Such a model works with no other solver."""
     return config.sample.solver == "consistency"
 
 

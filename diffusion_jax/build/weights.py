@@ -46,11 +46,11 @@ def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
     if not file.exists():
         return config
     logging.info("no checkpoint in %s: using the model of %s", workdir, config.weights)
-    theirs, ours = load_config(config.weights), ConfigDict(config)
+    saved_config, new_config = load_config(config.weights), ConfigDict(config)
     for section in MODEL:
-        ours[section] = theirs[section]
-    ours.data.size = theirs.data.size
-    return FrozenConfigDict(ours)
+        new_config[section] = saved_config[section]
+    new_config.data.size = saved_config.data.size
+    return FrozenConfigDict(new_config)
 
 
 def load_config(folder: str | Path) -> ConfigDict:
@@ -99,9 +99,9 @@ def load(
         return model, config.checkpoint
     folder = shipped.find(config.weights)
     if config.weights and (folder / LORA).exists():
-        whole, file = updated(config, model, teacher), folder / LORA
-        params = merge(whole.params, load_lora(file)["unet"], 1.0, str(file))
-        return model._replace(params=params, codec=whole.codec), config.weights
+        base, file = updated(config, model, teacher), folder / LORA
+        params = merge(base.params, load_lora(file)["unet"], 1.0, str(file))
+        return model._replace(params=params, codec=base.codec), config.weights
     if config.weights and folder.exists():
         unet, params = load_unet(folder / "unet")
         codec = model.codec
@@ -121,22 +121,22 @@ def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel |
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
     """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that it was not trained with."""
     if "loras" in config and "lora" not in config:
-        known = json.loads((workdir / "config.json").read_text())["loras"]
-        if list(config.loras) != known:
+        trained_loras = json.loads((workdir / "config.json").read_text())["loras"]
+        if list(config.loras) != trained_loras:
             raise ValueError(
-                f"config.loras: the weights in {workdir} were trained with {', '.join(known) or 'none'}; for others "
-                "run --mode=export and name its folder as --config.checkpoint, with another --workdir"
+                f"config.loras: the weights in {workdir} were trained with {', '.join(trained_loras) or 'none'}; "
+                "for others run --mode=export and name its folder as --config.checkpoint, with another --workdir"
             )
     like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
     return Checkpoints(workdir / "checkpoints").restore_ema(like)
 
 
-def averaged(workdir: Path, model: DiffusionModel, whole: PyTree, step: int, length: float) -> PyTree:
+def averaged(workdir: Path, model: DiffusionModel, base_params: PyTree, step: int, length: float) -> PyTree:
     """The weights of a model, averaged over a part of the run before a step: see `training.averages`.
 
     model: as `build.model.diffusion_model` makes it.
-    whole: the weights that the run updates, of `updated`.
+    base_params: the weights that the run updates, of `updated`.
     """
     like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
-    made = averages.load(workdir / "averages", step, length, like)
-    return model.adapter.join(made, whole)
+    average = averages.load(workdir / "averages", step, length, like)
+    return model.adapter.join(average, base_params)

@@ -65,7 +65,7 @@ def guided(denoise: Denoise, guidance: Guidance, null_cond: PyTree, limit: float
     return denoise if limit is None else clip_x0(denoise, limit)
 
 
-def _number(value: ArrayLike, name: str, low: float = 0.0, high: float = np.inf) -> Array:
+def _checked_number(value: ArrayLike, name: str, low: float = 0.0, high: float = np.inf) -> Array:
     """Convert value, () or (B,), to float32. Raise ValueError outside [low, high], unless it is traced."""
     if not isinstance(value, jax.core.Tracer) and not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
         bounds = f"at least {low:g}" if high == np.inf else f"in [{low:g}, {high:g}]"
@@ -83,12 +83,12 @@ def classifier_free(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> De
     null_cond: the model's "no condition", or a negative prompt. Leaves as those of cond, with or without the batch
       axis. Both branches share the leaves of cond that null_cond lacks, such as the known part of an image.
     """
-    number = _number(scale, "guidance")
+    scale_array = _checked_number(scale, "guidance")
     if _is_all(scale, 1.0):
         return as_pytree(denoise)
     if _is_all(scale, 0.0):
         return Partial(_unconditional, as_pytree(denoise), null_cond)
-    return Partial(_classifier_free, as_pytree(denoise), number, null_cond)
+    return Partial(_classifier_free, as_pytree(denoise), scale_array, null_cond)
 
 
 def _is_all(value: ArrayLike, number: float) -> bool:
@@ -99,28 +99,28 @@ def _is_all(value: ArrayLike, number: float) -> bool:
 def _unconditional(
     denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    return denoise(x, level, _without(cond, null_cond), to)
+    return denoise(x, level, _without_condition(cond, null_cond), to)
 
 
 def _classifier_free(
     denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    conditional, null = _both(denoise, null_cond, x, level, cond, to)
+    conditional, null = _predict_both(denoise, null_cond, x, level, cond, to)
     return _extrapolate(null, conditional, scale, x)
 
 
-def _without(cond: PyTree, null_cond: PyTree) -> PyTree:
-    """cond with the leaves of null_cond in place of its own, broadcast to the shapes of cond."""
+def _without_condition(cond: PyTree, null_cond: PyTree) -> PyTree:
+    """cond with its leaves replaced by those of null_cond, broadcast to the shapes of cond."""
     null_cond = completed(null_cond, cond)
     return jax.tree.map(lambda leaf, null: jnp.broadcast_to(null, leaf.shape).astype(leaf.dtype), cond, null_cond)
 
 
 def completed(null_cond: PyTree, cond: PyTree) -> PyTree:
-    """null_cond with the leaves of cond that it lacks, which stay as they are without the condition."""
+    """null_cond, completed by the leaves of cond that it lacks. Dropping the condition leaves these unchanged."""
     return cond | null_cond if isinstance(cond, dict) else null_cond
 
 
-def _both(
+def _predict_both(
     denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To
 ) -> tuple[Prediction, Prediction]:
     """The predictions with the condition and without it, from one call of the network."""
@@ -129,7 +129,7 @@ def _both(
         return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
     level, to = jax.tree.map(lambda value: jnp.repeat(value, 2) if jnp.ndim(value) else value, (level, to))
-    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, _without(cond, null_cond)), to)
+    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, _without_condition(cond, null_cond)), to)
     pairs = jax.tree.map(lambda out: out.reshape(-1, 2, *out.shape[1:]), both)
     return jax.tree.map(lambda out: out[:, 0], pairs), jax.tree.map(lambda out: out[:, 1], pairs)
 
@@ -139,7 +139,7 @@ def _extrapolate(start: Prediction, end: Prediction, scale: Array, x: Array) -> 
     return jax.tree.map(lambda a, b: a + expand(scale, x) * (b - a), start, end)
 
 
-def _with_x0(prediction: Prediction, x0: Array, level: NoiseLevel) -> Prediction:
+def _replace_x0(prediction: Prediction, x0: Array, level: NoiseLevel) -> Prediction:
     """Replace x0, and adjust eps so that alpha x0 + sigma eps does not change."""
     alpha, sigma = expand(level.alpha, x0), expand(level.sigma, x0)
     return Prediction(x0=x0, eps=prediction.eps + alpha / sigma * (prediction.x0 - x0))
@@ -152,10 +152,10 @@ def rescale(denoise: Denoise, scale: ArrayLike, null_cond: PyTree, phi: float = 
     scale, null_cond: as in `classifier_free`.
     phi: in [0, 1]. 0 is plain guidance.
     """
-    number, share = _number(scale, "guidance"), _number(phi, "rescale's phi", high=1.0)
+    scale_array, phi_array = _checked_number(scale, "guidance"), _checked_number(phi, "rescale's phi", high=1.0)
     if _is_all(scale, 1.0):
         return as_pytree(denoise)
-    return Partial(_rescale, as_pytree(denoise), number, null_cond, share)
+    return Partial(_rescale, as_pytree(denoise), scale_array, null_cond, phi_array)
 
 
 def _rescale(
@@ -168,11 +168,11 @@ def _rescale(
     cond: PyTree,
     to: To = None,
 ) -> Prediction:
-    conditional, null = _both(denoise, null_cond, x, level, cond, to)
+    conditional, null = _predict_both(denoise, null_cond, x, level, cond, to)
     guided = _extrapolate(null, conditional, scale, x)
     axes = tuple(range(1, x.ndim))
     ratio = jnp.std(conditional.x0, axes, keepdims=True) / jnp.maximum(jnp.std(guided.x0, axes, keepdims=True), 1e-8)
-    return _with_x0(guided, guided.x0 * (phi * ratio + 1 - phi), level)
+    return _replace_x0(guided, guided.x0 * (phi * ratio + 1 - phi), level)
 
 
 def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
@@ -182,16 +182,16 @@ def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     with ddim and euler, whose steps are alpha' x0 + sigma' eps.
     scale: in [0, 1].
     """
-    number = _number(scale, "the scale of CFG++", high=1.0)
+    scale_array = _checked_number(scale, "the scale of CFG++", high=1.0)
     if _is_all(scale, 0.0):
         return Partial(_unconditional, as_pytree(denoise), null_cond)
-    return Partial(_cfg_pp, as_pytree(denoise), number, null_cond)
+    return Partial(_cfg_pp, as_pytree(denoise), scale_array, null_cond)
 
 
 def _cfg_pp(
     denoise: Denoise, scale: Array, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    conditional, null = _both(denoise, null_cond, x, level, cond, to)
+    conditional, null = _predict_both(denoise, null_cond, x, level, cond, to)
     return null._replace(x0=_extrapolate(null, conditional, scale, x).x0)
 
 
@@ -201,7 +201,7 @@ def autoguidance(denoise: Denoise, weaker: Denoise, scale: ArrayLike) -> Denoise
     weaker: a smaller or less trained denoiser, given the same condition.
     scale: 1 is no guidance.
     """
-    return Partial(_autoguidance, as_pytree(denoise), as_pytree(weaker), _number(scale, "guidance"))
+    return Partial(_autoguidance, as_pytree(denoise), as_pytree(weaker), _checked_number(scale, "guidance"))
 
 
 def _autoguidance(
@@ -233,12 +233,12 @@ def _interval(
 
 def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
     """Clip the predicted x0 to [-limit, limit] and adjust eps to match (the sampler of Ho et al. 2020, for pixels)."""
-    return Partial(_clip_x0, as_pytree(denoise), _number(limit, "the limit of x0"))
+    return Partial(_clip_x0, as_pytree(denoise), _checked_number(limit, "the limit of x0"))
 
 
 def _clip_x0(denoise: Denoise, limit: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None) -> Prediction:
     prediction = denoise(x, level, cond, to)
-    return _with_x0(prediction, jnp.clip(prediction.x0, -limit, limit), level)
+    return _replace_x0(prediction, jnp.clip(prediction.x0, -limit, limit), level)
 
 
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, limit: float = 1.0) -> Denoise:
@@ -247,14 +247,14 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, limit: float 
     percentile: in [0, 1]. s is this quantile of |x0| over each image, and at least limit.
     limit: pixels are in [-limit, limit].
     """
-    fraction = _number(percentile, "the percentile of dynamic thresholding", high=1.0)
-    return Partial(_dynamic_threshold, as_pytree(denoise), fraction, _number(limit, "the limit of x0"))
+    quantile = _checked_number(percentile, "the percentile of dynamic thresholding", high=1.0)
+    return Partial(_dynamic_threshold, as_pytree(denoise), quantile, _checked_number(limit, "the limit of x0"))
 
 
 def _dynamic_threshold(
     denoise: Denoise, percentile: Array, limit: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
     prediction = denoise(x, level, cond, to)
-    size = jnp.quantile(jnp.abs(prediction.x0).reshape(len(x), -1), percentile, axis=1)
-    s = expand(jnp.maximum(size, limit), x)
-    return _with_x0(prediction, jnp.clip(prediction.x0, -s, s) * limit / s, level)
+    quantile = jnp.quantile(jnp.abs(prediction.x0).reshape(len(x), -1), percentile, axis=1)
+    s = expand(jnp.maximum(quantile, limit), x)
+    return _replace_x0(prediction, jnp.clip(prediction.x0, -s, s) * limit / s, level)

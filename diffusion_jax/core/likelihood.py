@@ -134,8 +134,8 @@ def _integrate(denoise: Denoise, flow: Flow, x: Array, probes: Array, cond: PyTr
 
     def stage(state, row: Flow):
         y, end, slope, integral = state  # start of the step, its end so far, the previous velocity
-        slope, pull = jax.vjp(functools.partial(v, row.level), y + row.reach * slope)
-        divergence = jnp.mean(jax.vmap(lambda z: jnp.sum(z * pull(z)[0], axes))(probes), axis=0)
+        slope, vjp = jax.vjp(functools.partial(v, row.level), y + row.reach * slope)
+        divergence = jnp.mean(jax.vmap(lambda z: jnp.sum(z * vjp(z)[0], axes))(probes), axis=0)
         end = end + row.weight * slope
         return (jnp.where(row.last, end, y), end, slope, integral + row.weight * divergence), None
 
@@ -152,8 +152,8 @@ def pixel_decoder(x0: Array, mean: Array, std: Array) -> Array:
     """
     below = jnp.where(x0 < -1 + PIXEL / 2, -jnp.inf, (x0 - PIXEL / 2 - mean) / std)
     above = jnp.where(x0 > 1 - PIXEL / 2, jnp.inf, (x0 + PIXEL / 2 - mean) / std)
-    right = below + above > 0  # mirror to the left tail, where the difference of logarithms keeps its digits
-    low, high = log_ndtr(jnp.where(right, -above, below)), log_ndtr(jnp.where(right, -below, above))
+    mirrored = below + above > 0  # mirror to the left tail, where the difference of logarithms keeps its digits
+    low, high = log_ndtr(jnp.where(mirrored, -above, below)), log_ndtr(jnp.where(mirrored, -below, above))
     return high + jnp.log1p(-jnp.exp(low - high))
 
 
@@ -210,26 +210,26 @@ def _chain_terms(
     """The sum of L_1..L_{T-1}, and L_0, (B,) each."""
     count, batch, axes = len(chain.weight), len(x0), tuple(range(1, x0.ndim))
 
-    def guess(level: NoiseLevel, keys: Array) -> Array:
+    def predict_x0(level: NoiseLevel, keys: Array) -> Array:
         eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys)
         return denoise(add_noise(x0, eps, level), level, cond).x0
 
-    def at(index: Array) -> NoiseLevel:
+    def level_at(index: Array) -> NoiseLevel:
         return jax.tree.map(lambda c: c[index], chain.level)
 
     def term(total: Array, i: Array) -> tuple[Array, None]:
         t_keys, eps_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1 + i)))(keys).T
-        index, drawn = jnp.full(batch, i), 1.0  # `drawn`: expected number of times that this t is drawn
+        index, expected_draws = jnp.full(batch, i), 1.0  # expected number of draws of this t
         if terms is not None:
             u = (i + jax.vmap(jax.random.uniform)(t_keys)) / terms
             index = jnp.searchsorted(jnp.cumsum(chain.share), u).clip(0, count - 1)
-            drawn = terms * chain.share[index]
-        error = jnp.sum((guess(at(1 + index), eps_keys) - x0) ** 2, axes)
-        return total + chain.weight[index] / drawn * error, None
+            expected_draws = terms * chain.share[index]
+        error = jnp.sum((predict_x0(level_at(1 + index), eps_keys) - x0) ** 2, axes)
+        return total + chain.weight[index] / expected_draws * error, None
 
     total, _ = jax.lax.scan(term, jnp.zeros(batch), jnp.arange(terms or count))
-    first = at(jnp.zeros(batch, int))
-    mean = guess(first, jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys))
+    first = level_at(jnp.zeros(batch, int))
+    mean = predict_x0(first, jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys))
     return total, -jnp.sum(decoder(x0, mean, expand(first.sigma, x0)), axes)
 
 

@@ -27,7 +27,7 @@ from diffusion_jax.core.process import NoiseLevel, Prediction, expand
 from diffusion_jax.core.schedules import NOISE_ALONE
 
 
-def _as_it_is(x_t: Array, level: NoiseLevel) -> tuple[Array, ArrayLike]:
+def _unchanged(x_t: Array, level: NoiseLevel) -> tuple[Array, ArrayLike]:
     return x_t, level.t
 
 
@@ -40,7 +40,7 @@ class Parameterization:
     """
 
     coefficients: Callable[[NoiseLevel], tuple[ArrayLike, ArrayLike]]
-    inputs: Callable[[Array, NoiseLevel], tuple[Array, ArrayLike]] = _as_it_is
+    inputs: Callable[[Array, NoiseLevel], tuple[Array, ArrayLike]] = _unchanged
 
     def target(
         self, x0: Float[Array, "batch *shape"], eps: Float[Array, "batch *shape"], level: NoiseLevel

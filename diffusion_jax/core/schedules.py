@@ -42,8 +42,8 @@ class Schedule(Protocol):
     def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
         """The time at which the log-SNR is `logsnr`, any shape; clipped to [t_min, t_max]."""
 
-    def at(self, part: ArrayLike) -> ArrayLike:
-        """The time after this part, in (0, 1], of the way to t_max, of which even steps are good ones."""
+    def at(self, fraction: ArrayLike) -> ArrayLike:
+        """The time at a fraction, in (0, 1], of the way to t_max. Even steps of the fraction are good solver steps."""
 
     def until(self, t: float) -> "Schedule":
         """The same schedule without the times above t, which must be one of its times."""
@@ -115,9 +115,9 @@ class DiscreteSchedule:
         # sigmoid(l) = alpha^2 and sigmoid(-l) = sigma^2; computed separately, so neither loses digits near 0 or 1
         alpha, sigma = (1 + xp.exp(-logsnr)) ** -0.5, (1 + xp.exp(logsnr)) ** -0.5
         if self._ends_in_noise:
-            left = xp.clip(self.t_max - t, 0, 1)
-            alpha = alpha * left
-            sigma = xp.where(left < 1, xp.sqrt(1 - alpha**2), sigma)[()]
+            remaining = xp.clip(self.t_max - t, 0, 1)
+            alpha = alpha * remaining
+            sigma = xp.where(remaining < 1, xp.sqrt(1 - alpha**2), sigma)[()]
         return NoiseLevel(t, alpha, sigma)
 
     def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
@@ -128,12 +128,12 @@ class DiscreteSchedule:
         if not self._ends_in_noise:
             return xp.interp(logsnr, table[::-1], steps[::-1])
         t = xp.interp(logsnr, table[-2::-1], steps[-2::-1])
-        left = (1 + xp.exp(-table[-2])) ** 0.5 * (1 + xp.exp(-logsnr)) ** -0.5
-        return xp.where(logsnr < table[-2], self.t_max - left, t)[()]
+        remaining = (1 + xp.exp(-table[-2])) ** 0.5 * (1 + xp.exp(-logsnr)) ** -0.5
+        return xp.where(logsnr < table[-2], self.t_max - remaining, t)[()]
 
-    def at(self, part: ArrayLike) -> ArrayLike:
-        """part (T - 1)."""
-        return part * self.t_max
+    def at(self, fraction: ArrayLike) -> ArrayLike:
+        """fraction (T - 1)."""
+        return fraction * self.t_max
 
     def until(self, t: float) -> "DiscreteSchedule":
         """The same schedule without the steps above t, in [0, T-1]."""
@@ -163,10 +163,10 @@ class EDMSchedule:
         xp = _xp(logsnr)
         return xp.clip(xp.exp(-0.5 * logsnr), self.t_min, self.t_max)
 
-    def at(self, part: ArrayLike) -> ArrayLike:
+    def at(self, fraction: ArrayLike) -> ArrayLike:
         """Even in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
-        least, most = self.t_min ** (1 / RHO), self.t_max ** (1 / RHO)
-        return _xp(part).clip((least + part * (most - least)) ** RHO, self.t_min, self.t_max)
+        low, high = self.t_min ** (1 / RHO), self.t_max ** (1 / RHO)
+        return _xp(fraction).clip((low + fraction * (high - low)) ** RHO, self.t_min, self.t_max)
 
     def until(self, t: float) -> "EDMSchedule":
         """The same schedule with sigma_max = t."""
@@ -197,9 +197,9 @@ class FlowSchedule:
         xp = _xp(logsnr)
         return xp.clip(1 / (1 + self.shift * xp.exp(0.5 * logsnr)), self.t_min, self.t_max)
 
-    def at(self, part: ArrayLike) -> ArrayLike:
-        """part t_max, and not below t_min."""
-        return _xp(part).maximum(part * self.t_max, self.t_min)
+    def at(self, fraction: ArrayLike) -> ArrayLike:
+        """fraction t_max, and not below t_min."""
+        return _xp(fraction).maximum(fraction * self.t_max, self.t_min)
 
     def until(self, t: float) -> "FlowSchedule":
         """The same schedule with t_max = t."""
@@ -243,8 +243,8 @@ def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 
 def _in_steps(T: int, betas: np.ndarray) -> DiscreteSchedule:
     """The chain with variances `betas` in T equal steps; log alpha_bar is interpolated linearly."""
     _check_steps(T)
-    done = np.arange(1, T + 1) * len(betas) / T
-    return _from_log_alpha_bar(np.interp(done, np.arange(len(betas) + 1), np.append(0.0, _log_alpha_bar(betas))))
+    positions = np.arange(1, T + 1) * len(betas) / T
+    return _from_log_alpha_bar(np.interp(positions, np.arange(len(betas) + 1), np.append(0.0, _log_alpha_bar(betas))))
 
 
 def _check_steps(T: int) -> None:
@@ -302,8 +302,10 @@ def below(schedule: Schedule, ratio: float = NOISE_ALONE) -> Schedule:
         return schedule
     least_noisy = schedule(schedule.t_min)
     if not least_noisy.logsnr >= limit:
-        least = least_noisy.sigma / least_noisy.alpha
-        raise ValueError(f"the ratio must be at least {least:g}, that of the schedule's least noisy time, got {ratio}")
+        least_ratio = least_noisy.sigma / least_noisy.alpha
+        raise ValueError(
+            f"the ratio must be at least {least_ratio:g}, that of the schedule's least noisy time, got {ratio}"
+        )
     return schedule.until(schedule.t_of_logsnr(limit))
 
 

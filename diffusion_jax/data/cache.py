@@ -63,28 +63,28 @@ def _build(
     """Write folder/field.npy or folder/field/part.npy for each array, and folder/index.npy, the indices of good
     records.
     """
-    kept: list[int] = []
+    good_indices: list[int] = []
     files: dict[str, np.memmap] = {}
     for indices, batch in _batches(source, batch_size, transform):
-        rows = slice(len(kept), len(kept) + len(indices))
+        rows = slice(len(good_indices), len(good_indices) + len(indices))
         for name, field in fields.items():
             for file, values in _flatten(name, field(batch)):
                 if file not in files:
                     (folder / file).parent.mkdir(exist_ok=True)
                     files[file] = open_memmap(folder / file, "w+", values.dtype, (len(source), *values.shape[1:]))
                 files[file][rows] = values[: len(indices)]
-        kept += indices
+        good_indices += indices
     for array in files.values():
         array.flush()
-    np.save(folder / "index.npy", np.array(kept, np.int64))
+    np.save(folder / "index.npy", np.array(good_indices, np.int64))
 
 
 def _batches(source: Source, batch_size: int, transform: Transform | None) -> Iterator[tuple[list[int], Record]]:
     """Yield (indices of good records, their batch padded to batch_size), with a progress bar."""
     reader = Reader(source, transform)
     reads = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
-    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
-    bar = tqdm(reads.to_iter_dataset(ahead), desc=f"caching {source.name}", total=len(source), unit="records")
+    read_options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
+    bar = tqdm(reads.to_iter_dataset(read_options), desc=f"caching {source.name}", total=len(source), unit="records")
     good = ((index, record) for index, record in bar if record is not None)
     for count, batch in filled_batches(good, batch_size):
         indices, records = zip(*batch, strict=True)

@@ -1,4 +1,4 @@
-"""What people call a scene: names and paraphrases of its concept, and words for its colour, style, ground and place."""
+"""Captions of scenes: names and paraphrases of the concept, and words for its colour, style, ground and place."""
 
 import functools
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from diffusion_jax.data.colours import COLOURS
 from diffusion_jax.data.plurals import is_countable, plural
 from diffusion_jax.data.scenes import Drawing, Scene
 
-BEFORE = {  # a style's words before the noun phrase
+STYLE_PREFIXES = {  # words for a style before the noun phrase
     "outlined": ("an outlined drawing of", "a coloured drawing with outlines of"),
     "flat": ("a flat drawing of", "a flat picture of"),
     "line": ("a line drawing of", "line art of"),
     "shaded": ("a shaded drawing of", "a glossy picture of"),
 }
-AFTER = {  # and after it
+STYLE_SUFFIXES = {  # words for a style after the noun phrase
     "outlined": ("outlined", "with outlines"),
     "flat": ("flat", "in flat style"),
     "line": ("line drawing", "in lines"),
     "shaded": ("shaded", "glossy"),
 }
-UNNAMED = "outlined"  # the style of a caption that names none
+DEFAULT_STYLE = "outlined"  # the style of a caption that names none
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 ARTICLES = ("a ", "an ", "the ")
 
@@ -48,10 +48,10 @@ def _phrases(file: str) -> dict[str, tuple[str, ...]]:
 def words_for(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
     """All noun phrases for a concept, without their articles: everyday words, its name, aliases and paraphrases."""
     phrases = (*everyday_words().get(name, ()), name, *aliases, *paraphrases().get(name, ()))
-    return tuple(dict.fromkeys(bare(phrase) for phrase in phrases))
+    return tuple(dict.fromkeys(without_article(phrase) for phrase in phrases))
 
 
-def bare(phrase: str) -> str:
+def without_article(phrase: str) -> str:
     """The phrase without its article."""
     return next((phrase[len(article) :] for article in ARTICLES if phrase.startswith(article)), phrase)
 
@@ -63,49 +63,49 @@ def caption(scene: Scene, rng: np.random.Generator, styled: bool = False) -> str
     drawings, so that a prompt without a style means one style; the article in half of those of one drawing.
 
     styled: always name the style.
-    Raises ValueError for a colour if all noun phrases of its drawing name one too, and for several copies of what has
-    no plural here.
+    Raises ValueError for a colour if all noun phrases of its drawing name one too, and for several copies of a drawing
+    without a plural here.
     """
     drawing, other = scene.drawing, scene.other
     if scene.count > 1:
-        fitting = [word for word in _fitting(drawing, scene.colour) if is_countable(word)]
-        if not fitting:
+        countable = [word for word in _fitting_phrases(drawing, scene.colour) if is_countable(word)]
+        if not countable:
             raise ValueError(f"expected one drawing of {drawing.name}, which has no plural here; got {scene.count}")
-        phrase = _joined(NUMBERS[scene.count], scene.size, scene.colour, plural(_one_of(fitting, rng)))
+        phrase = _join_words(NUMBERS[scene.count], scene.size, scene.colour, plural(_choose_phrase(countable, rng)))
     else:
-        phrase = _joined(scene.size, scene.colour, _one_of(_fitting(drawing, scene.colour), rng))
+        phrase = _join_words(scene.size, scene.colour, _choose_phrase(_fitting_phrases(drawing, scene.colour), rng))
         phrase = with_article(phrase) if other or rng.random() < 0.5 else phrase
-    where = [scene.place] if scene.place else []
+    details = [scene.place] if scene.place else []
     if other:
-        second = _joined(other.colour, _one_of(_fitting(other.drawing, other.colour), rng))
-        where.append(f"{other.relation} {with_article(second)}")
-    where += [f"on {with_article(scene.ground)} background"] if scene.ground else []
-    described = " ".join([phrase, *where])
-    if drawing.style == UNNAMED and not styled and rng.random() < 0.5:
-        return described
+        second = _join_words(other.colour, _choose_phrase(_fitting_phrases(other.drawing, other.colour), rng))
+        details.append(f"{other.relation} {with_article(second)}")
+    details += [f"on {with_article(scene.ground)} background"] if scene.ground else []
+    description = " ".join([phrase, *details])
+    if drawing.style == DEFAULT_STYLE and not styled and rng.random() < 0.5:
+        return description
     if rng.random() < 0.5:
-        noun = phrase if scene.count > 1 else with_article(bare(phrase))
-        return f"{rng.choice(BEFORE[drawing.style])} {' '.join([noun, *where])}"
-    return f"{described}, {rng.choice(AFTER[drawing.style])}"
+        noun = phrase if scene.count > 1 else with_article(without_article(phrase))
+        return f"{rng.choice(STYLE_PREFIXES[drawing.style])} {' '.join([noun, *details])}"
+    return f"{description}, {rng.choice(STYLE_SUFFIXES[drawing.style])}"
 
 
-def _fitting(drawing: Drawing, colour: str) -> list[str]:
+def _fitting_phrases(drawing: Drawing, colour: str) -> list[str]:
     """The noun phrases of a drawing that do not contradict its colour."""
-    fitting = [phrase for phrase in drawing.words if not (colour and colours_in(phrase))]
-    if not fitting:
-        named = ", ".join(colours_in(drawing.words[0]))
-        raise ValueError(f"expected one colour in a caption, got {colour} and {named}")
-    return fitting
+    phrases = [phrase for phrase in drawing.words if not (colour and colours_in(phrase))]
+    if not phrases:
+        colour_names = ", ".join(colours_in(drawing.words[0]))
+        raise ValueError(f"expected one colour in a caption, got {colour} and {colour_names}")
+    return phrases
 
 
-def _one_of(phrases: Sequence[str], rng: np.random.Generator) -> str:
+def _choose_phrase(phrases: Sequence[str], rng: np.random.Generator) -> str:
     """The first phrase in half of the cases, else another one."""
     if len(phrases) == 1 or rng.random() < 0.5:
         return phrases[0]
     return phrases[1 + rng.integers(len(phrases) - 1)]
 
 
-def _joined(*words: str) -> str:
+def _join_words(*words: str) -> str:
     return " ".join(filter(None, words))
 
 

@@ -1,4 +1,4 @@
-"""Named colours, and drawings moved from one to another in OKLab (Ottosson 2020)."""
+"""Named colours, and recolouring of drawings in OKLab (Ottosson 2020)."""
 
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ def to_rgb(lab: Float[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape 3"]:
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def named(colour: str) -> Float[np.ndarray, "3"]:
+def rgb_of(colour: str) -> Float[np.ndarray, "3"]:
     """A colour of COLOURS as sRGB in [0, 1]."""
     return np.array(COLOURS[colour]) / 255
 
@@ -73,8 +73,8 @@ def main_hue(image: Float[np.ndarray, "height width 4"]) -> MainHue | None:
         return None
     counts = np.histogram(hue[coloured], bins=72, range=(0, 360))[0]
     peak = 5 * np.argmax(sum(np.roll(counts, shift) for shift in range(-5, 6))) + 2.5
-    members = coloured & (np.abs((hue - peak + 180) % 360 - 180) < NEAR)
-    return MainHue(np.median(lab[members], axis=0), float(members.sum() / len(lab)))
+    in_main_hue = coloured & (np.abs((hue - peak + 180) % 360 - 180) < NEAR)
+    return MainHue(np.median(lab[in_main_hue], axis=0), float(in_main_hue.sum() / len(lab)))
 
 
 def recoloured(
@@ -82,20 +82,20 @@ def recoloured(
 ) -> Float[np.ndarray, "height width 4"]:
     """The drawing with its main hue moved to a named colour. Shades keep their differences, other hues stay.
 
-    A pixel moves by as much of the way as it holds of the hue, so that the edges to other colours stay smooth.
+    A pixel moves in proportion to how much of the hue it has, so that the edges to other colours stay smooth.
     """
-    lab, target = to_lab(image[..., :3]), to_lab(named(colour))
+    lab, target = to_lab(image[..., :3]), to_lab(rgb_of(colour))
     chroma = np.hypot(lab[..., 1], lab[..., 2])
-    full = np.hypot(*hue.lab[1:])
-    along = lab[..., 1:] @ (hue.lab[1:] / full)
-    angle = np.degrees(np.arccos(np.clip(along / np.maximum(chroma, 1e-6), -1, 1)))
-    member = np.clip(along / full, 0, 1) * np.clip((FAR - angle) / (FAR - NEAR), 0, 1)
-    moved = lab + member[..., None] * (target - hue.lab)
-    if np.hypot(*target[1:]) < GREY:  # no tint is left of the shades
-        moved[..., 1:] *= 1 - member[..., None] ** 0.5
+    full_chroma = np.hypot(*hue.lab[1:])
+    along_hue = lab[..., 1:] @ (hue.lab[1:] / full_chroma)
+    angle = np.degrees(np.arccos(np.clip(along_hue / np.maximum(chroma, 1e-6), -1, 1)))
+    membership = np.clip(along_hue / full_chroma, 0, 1) * np.clip((FAR - angle) / (FAR - NEAR), 0, 1)
+    moved = lab + membership[..., None] * (target - hue.lab)
+    if np.hypot(*target[1:]) < GREY:  # a grey target: remove the tint of the shades
+        moved[..., 1:] *= 1 - membership[..., None] ** 0.5
     return np.concatenate([to_rgb(moved), image[..., 3:]], axis=-1)
 
 
 def inked(image: Float[np.ndarray, "height width 4"], colour: str) -> Float[np.ndarray, "height width 4"]:
     """All ink in one colour, for drawings of lines."""
-    return np.concatenate([np.broadcast_to(named(colour), image[..., :3].shape), image[..., 3:]], axis=-1)
+    return np.concatenate([np.broadcast_to(rgb_of(colour), image[..., :3].shape), image[..., 3:]], axis=-1)

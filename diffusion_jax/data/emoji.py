@@ -30,8 +30,8 @@ from diffusion_jax.data.openmoji import Drawing, drawings, is_flag
 PIXELS = 192  # on a side of a drawing in the data set, more than a scene shows of it
 STYLES = ("outlined", "flat", "line", "shaded")
 LAYERS = {"outlined": ".*", "flat": "(?!line)", "line": "line"}  # ids of OpenMoji's groups that a style keeps
-FLAGLESS = ("line", "shaded")  # lines show a frame alone, and resvg puts Noto's flags on a grey ground
-VISIBLE = 0.4  # of the outlined drawing's area must a flat one cover, which shows no white parts
+FLAGLESS = ("line", "shaded")  # line drawings show only a frame, and resvg puts Noto's flags on a grey ground
+VISIBLE = 0.4  # least part of the outlined drawing's area that a flat one, which shows no white parts, must cover
 SVG = "http://www.w3.org/2000/svg"
 
 
@@ -60,28 +60,28 @@ def draw(concept: Drawing, style: str, size: int) -> UInt8[np.ndarray, "size siz
     image = _render(_layers(concept.svg, LAYERS[style]), size)
     visible = (image[..., 3] > 127) & (image[..., :3].min(axis=-1) < 240)
     if style == "flat":
-        whole = _filled(_render(_layers(concept.svg, ".*"), size)[..., 3] > 127)
-        return image if visible.sum() > VISIBLE * whole else None
+        whole_area = _filled(_render(_layers(concept.svg, ".*"), size)[..., 3] > 127)
+        return image if visible.sum() > VISIBLE * whole_area else None
     return image if visible.any() else None
 
 
-def _layers(svg: Path, kept: str) -> str:
-    """The SVG with the groups whose id starts with the pattern."""
+def _layers(svg: Path, pattern: str) -> str:
+    """The SVG with only the groups whose id starts with the pattern."""
     ET.register_namespace("", SVG)
     root = ET.fromstring(svg.read_text(encoding="utf-8"))
     for group in list(root):
-        if not re.match(kept, group.get("id", "")):
+        if not re.match(pattern, group.get("id", "")):
             root.remove(group)
     return ET.tostring(root, encoding="unicode")
 
 
 def _shaded(symbol: str, size: int) -> UInt8[np.ndarray, "size size 4"] | None:
     text = f'<text x="64" y="100" font-size="100" text-anchor="middle" font-family="Noto Color Emoji">{symbol}</text>'
-    # twice as wide as one character, to see whether the font makes one of all
+    # twice as wide as one character, to see whether the font draws the whole symbol as a single one
     wide = _render(f'<svg xmlns="{SVG}" viewBox="-64 0 256 128">{text}</svg>', size, aspect=2)
     columns = np.flatnonzero(wide[..., 3].any(axis=0))
-    one = len(columns) and columns[0] >= size // 2 and columns[-1] < 3 * size // 2
-    return wide[:, size // 2 : 3 * size // 2] if one else None
+    is_single = len(columns) and columns[0] >= size // 2 and columns[-1] < 3 * size // 2
+    return wide[:, size // 2 : 3 * size // 2] if is_single else None
 
 
 def _render(svg: str, size: int, aspect: int = 1) -> UInt8[np.ndarray, "size width 4"]:

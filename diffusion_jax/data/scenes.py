@@ -1,4 +1,4 @@
-"""Scenes of emoji: one drawing in a style, a colour, a size and a place, on a ground, and what people call it.
+"""Scenes of emoji: one drawing in a style, a colour, a size and a place, on a ground.
 
 Every part is drawn by the number of the scene, so that a scene is the same in every run. Some pairs are never drawn for
 training: by the hash of their names, one in ten pairs of colour and concept, one in ten of style and concept, and one
@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion_jax.data.colours import COLOURS, MainHue, inked, named, recoloured, to_lab
+from diffusion_jax.data.colours import COLOURS, MainHue, inked, recoloured, rgb_of, to_lab
 from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable
 
-ENOUGH = 0.45  # of a drawing's ink must have its main hue if it is to come in other colours
+MIN_HUE_SHARE = 0.45  # least part of a drawing's ink with its main hue, for drawings that can be recoloured
 SIZES = {"": 0.8, "small": 0.4, "large": 0.95}  # longer side of the ink, as a part of the picture's
 PLACES = {  # centre of the ink, as far from the picture's edge as it goes: across, down
     "": (0.5, 0.5),
@@ -30,13 +30,13 @@ PLACES = {  # centre of the ink, as far from the picture's edge as it goes: acro
     "in the bottom left corner": (0.0, 1.0),
     "in the bottom right corner": (1.0, 1.0),
 }
-LAYOUTS = {  # places of so many copies
+LAYOUTS = {  # number of copies -> their places
     2: ((0.0, 0.5), (1.0, 0.5)),
     3: ((0.5, 0.0), (0.0, 1.0), (1.0, 1.0)),
     4: ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)),
     5: ((0.0, 0.0), (1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (1.0, 1.0)),
 }
-IN_GROUP = {2: 0.42, 3: 0.42, 4: 0.42, 5: 0.3}  # as in SIZES, of one of so many copies
+IN_GROUP = {2: 0.42, 3: 0.42, 4: 0.42, 5: 0.3}  # number of copies -> size of each, as in SIZES
 SMALL_IN_GROUP = 0.28
 RELATIONS = {  # places of the first and of the second of two drawings
     "and": ((0.0, 0.5), (1.0, 0.5)),
@@ -47,11 +47,11 @@ RELATIONS = {  # places of the first and of the second of two drawings
     "below": ((0.5, 1.0), (0.5, 0.0)),
 }
 IN_PAIR = 0.44  # as in SIZES, of one of two drawings
-COUNTED, PAIRED, PLACED = 0.2, 0.2, 0.15  # probability of several copies, of two drawings, of a small one at a place
+P_COPIES, P_PAIR, P_PLACE = 0.2, 0.2, 0.15  # probability of several copies, of two drawings, of a small one at a place
 PAPER = 1.0  # sRGB of a scene without a ground
-_LABS = {"": to_lab(np.full(3, PAPER))} | {name: to_lab(named(name)) for name in COLOURS}  # of grounds and colours
+_LABS = {"": to_lab(np.full(3, PAPER))} | {name: to_lab(rgb_of(name)) for name in COLOURS}  # of grounds and colours
 MARGIN = 0.04
-APART = 0.12  # least distance in OKLab between the colour of a drawing and its ground
+MIN_CONTRAST = 0.12  # least distance in OKLab between the colour of a drawing and its ground
 
 
 class Drawing(NamedTuple):
@@ -72,10 +72,10 @@ class Drawing(NamedTuple):
 
     @property
     def takes_colours(self) -> bool:
-        """Whether it comes in other colours: lines, and what is mostly of one hue and not named after it."""
+        """Whether it can be recoloured: line drawings, and drawings of mostly one hue that are not named after it."""
         if set(self.name.lower().split()) & COLOURS.keys() or self.name.startswith("flag of"):
             return False
-        return self.style == "line" or (self.hue is not None and self.hue.share > ENOUGH)
+        return self.style == "line" or (self.hue is not None and self.hue.share > MIN_HUE_SHARE)
 
     @property
     def is_countable(self) -> bool:
@@ -92,8 +92,8 @@ class Other(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What is seen: a drawing, several copies of it, or two drawings. colour, ground, size and place are empty for a
-    drawing's own colour, white, and the usual ones. Only a single drawing has a place.
+    """The content of a picture: a drawing, several copies of it, or two drawings. colour, ground, size and place are
+    empty for the drawing's own colour, white, and the usual size and place. Only a single drawing has a place.
     """
 
     drawing: Drawing
@@ -129,12 +129,12 @@ def scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
     drawing = drawings[rng.integers(len(drawings))]
     colour, kind = _colour(drawing, rng), rng.random()
     size, place, count, other = "", "", 1, None
-    if kind < COUNTED:
+    if kind < P_COPIES:
         count = int(rng.integers(2, 1 + max(LAYOUTS))) if drawing.is_countable else 1
         size = "small" if count > 1 and rng.random() < 0.2 else ""
-    elif kind < COUNTED + PAIRED:
+    elif kind < P_COPIES + P_PAIR:
         other = _other(drawings, drawing, rng)
-    elif kind < COUNTED + PAIRED + PLACED:
+    elif kind < P_COPIES + P_PAIR + P_PLACE:
         size, place = "small", str(rng.choice([name for name in PLACES if name]))
     elif rng.random() < 0.25:
         size = str(rng.choice(["small", "large"]))
@@ -143,25 +143,27 @@ def scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
 
 def _other(drawings: Sequence[Drawing], first: Drawing, rng: np.random.Generator) -> Other | None:
     """A second drawing in the style of the first; None if a few tries find none. Half of them stand beside it."""
-    tried = (drawings[i] for i in rng.integers(len(drawings), size=20))
-    second = next((drawing for drawing in tried if drawing.style == first.style and drawing.name != first.name), None)
+    candidates = (drawings[i] for i in rng.integers(len(drawings), size=20))
+    second = next(
+        (drawing for drawing in candidates if drawing.style == first.style and drawing.name != first.name), None
+    )
     relation = "and" if rng.random() < 0.5 else str(rng.choice([name for name in RELATIONS if name != "and"]))
     return second and Other(relation, second, _colour(second, rng))
 
 
 def _ground(drawing: Drawing, colour: str, other: Other | None, rng: np.random.Generator) -> str:
-    """A ground on which all of the scene can be seen. It is paper in most scenes where that shows them."""
-    fitting = [name for name in ("", *COLOURS) if _stands_out(drawing, colour, name)]
+    """A ground on which the whole scene can be seen: white in most scenes that can be seen on white."""
+    visible = [name for name in ("", *COLOURS) if _stands_out(drawing, colour, name)]
     if other:
-        fitting = [name for name in fitting if _stands_out(other.drawing, other.colour, name)]
-    named = [name for name in fitting if name]
-    on_paper = "" in fitting and rng.random() >= 0.25
-    return "" if on_paper or not named else str(rng.choice(named))
+        visible = [name for name in visible if _stands_out(other.drawing, other.colour, name)]
+    coloured = [name for name in visible if name]
+    on_white = "" in visible and rng.random() >= 0.25
+    return "" if on_white or not coloured else str(rng.choice(coloured))
 
 
 def trained_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
     """A scene of some of the drawings, no part of it held out."""
-    return next(made for made in iter(lambda: scene(drawings, rng), None) if is_trained_on(made))
+    return next(candidate for candidate in iter(lambda: scene(drawings, rng), None) if is_trained_on(candidate))
 
 
 def held_out_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
@@ -176,15 +178,15 @@ def _colour(drawing: Drawing, rng: np.random.Generator) -> str:
 
 
 def colours_of(drawing: Drawing) -> list[str]:
-    """The named colours in which a drawing comes beside its own."""
+    """The named colours in which a drawing can be painted, besides its own."""
     if not drawing.takes_colours:
         return []
     return [name for name in COLOURS if name != "white" or drawing.style != "line"]
 
 
 def scenes_alone(drawing: Drawing) -> list[Scene]:
-    """The drawing alone, in its own colours and in each other one; on white, or where that would not show it, on the
-    first ground that does.
+    """The drawing alone, in its own colours and in each named one. The ground is white, or the first one on which the
+    drawing can be seen.
     """
     return [Scene(drawing, colour, _plain_ground(drawing, colour)) for colour in ("", *colours_of(drawing))]
 
@@ -206,13 +208,13 @@ def _stands_out(drawing: Drawing, colour: str, ground: str) -> bool:
         return False
     if drawing.style == "outlined" and not ground:
         return True
-    own = _LABS[colour] if colour else drawing.hue and drawing.hue.lab
-    return own is None or bool(np.linalg.norm(_LABS[ground] - own) > APART)
+    lab = _LABS[colour] if colour else drawing.hue and drawing.hue.lab
+    return lab is None or bool(np.linalg.norm(_LABS[ground] - lab) > MIN_CONTRAST)
 
 
 def paint(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The picture of a scene, size x size pixels."""
-    canvas = np.ones((size, size, 3)) * (named(scene.ground) if scene.ground else PAPER)
+    canvas = np.ones((size, size, 3)) * (rgb_of(scene.ground) if scene.ground else PAPER)
     if scene.other:
         first, second = RELATIONS[scene.other.relation]
         _put(canvas, scene.drawing, scene.colour, IN_PAIR, first)
@@ -247,7 +249,7 @@ def _cropped(image: np.ndarray) -> np.ndarray:
 
 
 def _scaled(image: np.ndarray, side: float) -> np.ndarray:
-    """The image with its longer side of so many pixels, its colours multiplied by alpha."""
+    """The image resized so that its longer side has `side` pixels, its colours multiplied by alpha."""
     scale = side / max(image.shape[:2])
     height, width = (max(round(scale * length), 1) for length in image.shape[:2])
     image = np.concatenate([image[..., :3] * image[..., 3:], image[..., 3:]], axis=-1).astype(np.float32)

@@ -58,12 +58,12 @@ class Source:
         return self.files[index] if self.files else f"record {index} of {self.name}"
 
 
-def any_of(captions: str | tuple[str, ...] | None, rng: np.random.Generator) -> str | None:
+def choose_caption(captions: str | tuple[str, ...] | None, rng: np.random.Generator) -> str | None:
     """One of several captions."""
     return captions[rng.integers(len(captions))] if isinstance(captions, tuple) else captions
 
 
-def described(source: Source) -> Source:
+def with_captions(source: Source) -> Source:
     """The source with "caption" in its records, if it has captions."""
     if not source.captions:
         return source
@@ -81,14 +81,14 @@ class Captions(Sequence):
         return self.size
 
     def __getitem__(self, index: int | slice) -> str | tuple[str, ...] | list:
-        chosen = range(self.size)[index]
-        return self.read(chosen) if isinstance(chosen, int) else [self.read(i) for i in chosen]
+        indices = range(self.size)[index]
+        return self.read(indices) if isinstance(indices, int) else [self.read(i) for i in indices]
 
 
 SCENES = {"train": 40_000, "validation": 1000, "mixed": 40_000}
 ALONE = "drawings"  # the split of drawings alone
 SPLITS = (*SCENES, ALONE)
-SAID = 8  # captions of a scene
+CAPTIONS_PER_SCENE = 8  # captions of a scene
 
 
 def emoji(
@@ -98,7 +98,7 @@ def emoji(
     styles: Sequence[str] = (),
     concepts: Sequence[str] = (),
 ) -> Source:
-    """Scenes of emoji: see `data.scenes`. The drawings are made on first use (a minute), the scenes when they are read.
+    """Scenes of emoji: see `data.scenes`. The first use makes the drawings (a minute). Scenes are painted when read.
 
     size: height and width in pixels, a multiple of 8 up to 192.
     split: "train"; "validation", whose concepts are never trained on; "drawings", every drawing that is trained on
@@ -111,52 +111,56 @@ def emoji(
     """
     if size % 8 or not 8 <= size <= PIXELS:
         raise ValueError(f"the size of emoji must be a multiple of 8 pixels, from 8 to {PIXELS}; got {size}")
-    part = re.fullmatch(rf"({'|'.join(SPLITS)})(?:\[:(\d+)\])?", split)
-    if not part:
+    match = re.fullmatch(rf"({'|'.join(SPLITS)})(?:\[:(\d+)\])?", split)
+    if not match:
         raise ValueError(f"emoji has the splits {', '.join(SPLITS)}, and parts such as train[:100]; got {split!r}")
-    whole, held_out = part[1], part[1] == "validation"
+    subset, held_out = match[1], match[1] == "validation"
     drawings = emoji_drawings(data_dir, styles, () if held_out else concepts)
     trained = [drawing for drawing in drawings if is_trained_on(Scene(drawing))]
     if not trained:
         raise ValueError(f"nothing to train on: {', '.join(concepts)} are held out in {', '.join(styles or STYLES)}")
-    alone = (
-        [one for drawing in trained for one in scenes_alone(drawing) if is_trained_on(one)] if whole == ALONE else []
+    single_scenes = (
+        [single for drawing in trained for single in scenes_alone(drawing) if is_trained_on(single)]
+        if subset == ALONE
+        else []
     )
-    total = SCENES.get(whole, len(alone))
-    count = min(int(part[2] or total), total)
-    make = held_out_scene if held_out else trained_scene
+    total = SCENES.get(subset, len(single_scenes))
+    count = min(int(match[2] or total), total)
+    draw_scene = held_out_scene if held_out else trained_scene
 
-    def made(index: int) -> tuple[Scene, np.random.Generator]:
+    def scene_and_rng(index: int) -> tuple[Scene, np.random.Generator]:
         rng = np.random.default_rng([int(held_out), index])
-        return alone[index] if whole == ALONE else make(drawings, rng), rng
+        return single_scenes[index] if subset == ALONE else draw_scene(drawings, rng), rng
 
     def read(index: int) -> Record:
-        scene, rng = made(index)
+        scene, rng = scene_and_rng(index)
         return {"image": paint(scene, size), "caption": caption(scene, rng), "style": scene.drawing.style}
 
     def read_mixed(index: int) -> Record:
         if index % 2:
-            return {"image": paint(made(index)[0], size)}
-        rows = [[paint(made(4 * index + 2 * row + column)[0], size // 2) for column in (0, 1)] for row in (0, 1)]
+            return {"image": paint(scene_and_rng(index)[0], size)}
+        rows = [
+            [paint(scene_and_rng(4 * index + 2 * row + column)[0], size // 2) for column in (0, 1)] for row in (0, 1)
+        ]
         return {"image": np.concatenate([np.concatenate(row, axis=1) for row in rows])}
 
     def captions(index: int) -> tuple[str, ...]:
-        scene, rng = made(index)
-        return tuple(caption(scene, rng) for _ in range(SAID))
+        scene, rng = scene_and_rng(index)
+        return tuple(caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE))
 
-    chosen = f"{'+'.join(sorted(styles or STYLES))}/{len({drawing.name for drawing in drawings})} concepts"
+    description = f"{'+'.join(sorted(styles or STYLES))}/{len({drawing.name for drawing in drawings})} concepts"
     return Source(
-        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes3/{chosen}/{split}",
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes3/{description}/{split}",
         size=count,
-        read=read_mixed if whole == "mixed" else read,
-        captions=() if whole == "mixed" else Captions(count, captions),
+        read=read_mixed if subset == "mixed" else read,
+        captions=() if subset == "mixed" else Captions(count, captions),
     )
 
 
 def emoji_drawings(
     data_dir: str | PathLike | None = None, styles: Sequence[str] = (), concepts: Sequence[str] = ()
 ) -> list[Drawing]:
-    """The drawings of the emoji data set. They are made on first use (a minute).
+    """The drawings of the emoji data set. The first use draws them, which takes a minute.
 
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
     styles: some of `emoji.STYLES`, empty for all.
@@ -167,13 +171,13 @@ def emoji_drawings(
     if unknown:
         raise ValueError(f"emoji has the styles {', '.join(STYLES)}, got {', '.join(sorted(unknown))}")
     drawings = _all_drawings(data_dir)
-    known = {drawing.name for drawing in drawings}
-    chosen = dict.fromkeys(name for given in concepts for name in concept_lists().get(given, (given,))) or known
-    for name in chosen:
-        if name not in known:
-            close = " or ".join(difflib.get_close_matches(name, known)) or "another of Unicode's names"
+    names = {drawing.name for drawing in drawings}
+    selected = dict.fromkeys(name for concept in concepts for name in concept_lists().get(concept, (concept,))) or names
+    for name in selected:
+        if name not in names:
+            close = " or ".join(difflib.get_close_matches(name, names)) or "another of Unicode's names"
             raise ValueError(f"there is no emoji named {name!r}; did you mean {close}?")
-    return [drawing for drawing in drawings if drawing.style in (styles or STYLES) and drawing.name in chosen]
+    return [drawing for drawing in drawings if drawing.style in (styles or STYLES) and drawing.name in selected]
 
 
 @functools.cache
@@ -205,10 +209,10 @@ def digits(split: str = "train") -> Source:
         raise ValueError(f'digits has the splits "train" and "validation", got "{split}"')
     data = load_digits()
     held_out = np.arange(len(data.target)) % 10 == 9
-    chosen = held_out if split == "validation" else ~held_out
-    images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
+    in_split = held_out if split == "validation" else ~held_out
+    images = np.round(data.images[in_split] * (255 / 16)).astype(np.uint8)
     images = np.repeat(images[..., None], 3, axis=-1)
-    labels = data.target[chosen]
+    labels = data.target[in_split]
     return Source(
         name=f"digits-{split}",
         size=len(labels),
@@ -254,8 +258,8 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         _prepare(builder)
     except tfds.core.DatasetNotFoundError as error:
-        known = tfds.list_builders(with_community_datasets=False)
-        close = difflib.get_close_matches(name.split("/")[0].split(":")[0], known)
+        builders = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name.split("/")[0].split(":")[0], builders)
         hint = f"did you mean {' or '.join(close)}?" if close else "see tensorflow.org/datasets/catalog"
         raise ValueError(
             f'TFDS has no data set "{name}" and {data_dir or "its data_dir"} holds none; {hint}'
@@ -269,7 +273,7 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Make the files of a data set if there are none. If another process finished first, its files are taken."""
+    """Make the files of a data set if there are none. If another process finished first, use its files."""
     try:
         builder.download_and_prepare()
     except FileExistsError:

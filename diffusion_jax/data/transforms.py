@@ -12,8 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from diffusion_jax.messages import first_line
 
 Record = dict
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million, above which PIL suspects an attack on memory
-MOST_RATIO = 32  # of the sides of a picture: a longer one takes minutes to resize, and its crop shows almost nothing
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million, above which PIL suspects an attack on memory
+MAX_RATIO = 32  # of the sides of a picture: longer ones take minutes to resize, and a crop shows almost nothing
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` checks the size itself
 Transform = Callable[[Record, np.random.Generator], Record]
 
@@ -31,17 +31,17 @@ def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]
 
 
 def upright(
-    image: str | PathLike | bytes, most_pixels: int = MOST_PIXELS, formats: Sequence[str] | None = None
+    image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
 ) -> Image.Image:
     """Read a picture from its file or its encoded bytes, upright by its EXIF tag. Of an animation, the first frame.
 
-    most_pixels: larger pictures are not decoded.
+    max_pixels: larger pictures are not decoded.
     formats: that PIL may try, None for all.
     Raises BadRecord if it is truncated, not a picture, too large or too elongated.
     """
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
-            _check_size(*opened.size, most_pixels)
+            _check_size(*opened.size, max_pixels)
             opened.load()
             return ImageOps.exif_transpose(opened)
     except UnidentifiedImageError as error:
@@ -52,11 +52,11 @@ def upright(
         raise BadRecord(f"not a readable picture ({first_line(error)})") from error
 
 
-def _check_size(width: int, height: int, most_pixels: int) -> None:
-    if width * height > most_pixels:
-        raise BadRecord(f"{width}x{height} pixels, expected at most {most_pixels} in all")
-    if max(width, height) > MOST_RATIO * min(width, height):
-        raise BadRecord(f"{width}x{height} pixels, expected sides of at most {MOST_RATIO} to 1")
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadRecord(f"{width}x{height} pixels, expected at most {max_pixels} in all")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadRecord(f"{width}x{height} pixels, expected sides of at most {MAX_RATIO} to 1")
 
 
 def rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
@@ -85,15 +85,15 @@ def crop(height: int, width: int, random_crop: bool = False, flip: bool = False,
 
     def transform(record: Record, rng: np.random.Generator) -> Record:
         image = record["image"]
-        before = np.array(image.shape[:2])
-        scale = np.max(size / before)
+        original = np.array(image.shape[:2])
+        scale = np.max(size / original)
         if scale > 1 and not upscale:
-            raise BadRecord(f"{before[1]}x{before[0]} pixels, smaller than the {width}x{height} crop")
+            raise BadRecord(f"{original[1]}x{original[0]} pixels, smaller than the {width}x{height} crop")
         if scale != 1:
-            resized = np.maximum(size, np.round(before * scale).astype(int))
+            resized = np.maximum(size, np.round(original * scale).astype(int))
             image = np.asarray(Image.fromarray(image).resize(resized[::-1].tolist(), Image.Resampling.LANCZOS))
-        spare = image.shape[:2] - size
-        top, left = rng.integers(0, spare + 1) if random_crop else spare // 2
+        margin = image.shape[:2] - size
+        top, left = rng.integers(0, margin + 1) if random_crop else margin // 2
         image = image[top : top + height, left : left + width]
         if flip and rng.random() < 0.5:
             image = image[:, ::-1]

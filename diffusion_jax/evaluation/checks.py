@@ -1,4 +1,4 @@
-"""What a program can see in a picture of a scene: its ground, and the colour, place and number of what is drawn.
+"""Checks of a picture of a scene by a program: its ground, and the colour, place and number of its drawings.
 
 Pictures are uint8 (H, W, 3). The answers are words of `data.scenes` and `data.colours`.
 """
@@ -8,17 +8,17 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from diffusion_jax.data.colours import COLOURS, named, to_lab
+from diffusion_jax.data.colours import COLOURS, rgb_of, to_lab
 from diffusion_jax.data.scenes import PLACES
 
 Picture = UInt8[np.ndarray, "height width 3"]
 INK = 0.1  # least distance in OKLab from the colour of the ground
-HUED, ENOUGH_HUE = 0.05, 0.2  # least chroma of a pixel with a hue, and the part of the ink above which only those count
-SPECK = 0.1  # of the largest part's pixels, below which a part is not counted
+HUED, ENOUGH_HUE = 0.05, 0.2  # least chroma of a pixel with a hue; part of the ink above which only those count
+SPECK = 0.1  # smaller parts, relative to the largest one, are not counted
 CLOSED = 0.06  # gaps inside one drawing, as a part of the picture's side
 LOW, HIGH = 0.38, 0.62  # where the middle begins and ends, as a part of the picture's side
 _NAMES = list(COLOURS)
-_LABS = np.stack([to_lab(named(name)) for name in _NAMES])
+_LABS = np.stack([to_lab(rgb_of(name)) for name in _NAMES])
 
 
 def ground(picture: Picture) -> str:
@@ -47,12 +47,12 @@ def colour(picture: Picture) -> str | None:
 
 def place(picture: Picture) -> str | None:
     """One of `PLACES`, by the middle of the ink, or None without ink."""
-    drawn = ink(picture)
-    if not drawn.any():
+    ink_mask = ink(picture)
+    if not ink_mask.any():
         return None
-    middles = [_middle(drawn.any(axis=axis)) for axis in (0, 1)]
+    middles = [_middle(ink_mask.any(axis=axis)) for axis in (0, 1)]
     across, down = (0.0 if middle < LOW else 1.0 if middle > HIGH else 0.5 for middle in middles)
-    return next(word for word, where in PLACES.items() if where == (across, down))
+    return next(word for word, position in PLACES.items() if position == (across, down))
 
 
 def count(picture: Picture) -> int:
@@ -67,11 +67,11 @@ def largest(picture: Picture, size: int) -> UInt8[np.ndarray, "size size"]:
         return np.full((size, size), 255, np.uint8)
     grey = np.where(ink(picture), to_lab(picture / 255)[..., 0], 1.0)
     rows, columns = max(parts, key=lambda part: np.prod([side.stop - side.start for side in part]))
-    cut = Image.fromarray(np.uint8(255 * np.clip(grey[rows, columns], 0, 1)))
-    scale = size / max(cut.size)
-    cut = cut.resize([max(round(scale * side), 1) for side in cut.size], Image.Resampling.BILINEAR)
+    cropped = Image.fromarray(np.uint8(255 * np.clip(grey[rows, columns], 0, 1)))
+    scale = size / max(cropped.size)
+    cropped = cropped.resize([max(round(scale * side), 1) for side in cropped.size], Image.Resampling.BILINEAR)
     canvas = Image.new("L", (size, size), 255)
-    canvas.paste(cut, ((size - cut.width) // 2, (size - cut.height) // 2))
+    canvas.paste(cropped, ((size - cropped.width) // 2, (size - cropped.height) // 2))
     return np.asarray(canvas)
 
 
@@ -83,15 +83,15 @@ def _edge(picture: Picture) -> np.ndarray:
 
 def _middle(line: Bool[np.ndarray, " length"]) -> float:
     """The middle between the first and the last True, in [0, 1]."""
-    where = np.flatnonzero(line)
-    return (where[0] + where[-1] + 1) / 2 / len(line)
+    positions = np.flatnonzero(line)
+    return (positions[0] + positions[-1] + 1) / 2 / len(line)
 
 
 def _parts(picture: Picture) -> list[tuple[slice, slice]]:
     """The boxes of the separate drawings."""
-    drawn = ink(picture)
+    ink_mask = ink(picture)
     reach = max(int(CLOSED * len(picture) / 2), 1)
-    labels, found = ndimage.label(ndimage.binary_dilation(drawn, iterations=reach))
-    sizes = np.bincount(labels[drawn], minlength=found + 1)[1:]
-    boxes = ndimage.find_objects(np.where(drawn, labels, 0))
+    labels, num_parts = ndimage.label(ndimage.binary_dilation(ink_mask, iterations=reach))
+    sizes = np.bincount(labels[ink_mask], minlength=num_parts + 1)[1:]
+    boxes = ndimage.find_objects(np.where(ink_mask, labels, 0))
     return [box for box, size in zip(boxes, sizes, strict=False) if box and size >= SPECK * sizes.max()]

@@ -37,11 +37,11 @@ LEAST = 2 * GROUPS  # pictures in a set
 STATISTICS = ("mu", "sigma", "network", "count", "features", "indices")  # arrays of a file
 KEPT = 10_000  # pictures whose features are kept
 CHOICES = 100  # prompts of which one fits a picture
-NEAR = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}  # neighbours that give a ball its radius
+NUM_NEIGHBOURS = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}  # neighbours that give a ball its radius
 
 
 class Collected:
-    """What a comparison needs of a set of pictures, collected batch by batch; its size has a limit.
+    """The statistics of a set of pictures that a comparison needs, collected batch by batch, of bounded size.
 
     moments: of each of ten groups of pictures.
     guesses: the same, of a classifier; empty without.
@@ -52,29 +52,31 @@ class Collected:
         self.count = 0
         self.moments: list[Moments] = []
         self.guesses: list[Guesses] = []
-        self._kept: list[np.ndarray] = []
+        self._features: list[np.ndarray] = []
 
     @property
     def features(self) -> Float[np.ndarray, "pictures features"]:
-        return np.concatenate(self._kept)
+        return np.concatenate(self._features)
 
-    def add(self, made: dict[str, Float[np.ndarray, "pictures _"]]) -> None:
-        """Add a batch of pictures. made: as `FeatureNetwork.of` returns. Raises ValueError for features
+    def add(self, outputs: dict[str, Float[np.ndarray, "pictures _"]]) -> None:
+        """Add a batch of pictures. outputs: as `FeatureNetwork.of` returns. Raises ValueError for features
         that are not finite."""
-        check_finite(made["features"])
-        groups = (self.count + np.arange(len(made["features"]))) % GROUPS
-        _add(self.moments, moments, made["features"], groups)
-        if "logits" in made:
-            _add(self.guesses, guesses, made["logits"], groups)
+        check_finite(outputs["features"])
+        groups = (self.count + np.arange(len(outputs["features"]))) % GROUPS
+        _add(self.moments, moments, outputs["features"], groups)
+        if "logits" in outputs:
+            _add(self.guesses, guesses, outputs["logits"], groups)
         if self.count < KEPT:
-            self._kept.append(np.array(made["features"][: KEPT - self.count], np.float32))
+            self._features.append(np.array(outputs["features"][: KEPT - self.count], np.float32))
         self.count += len(groups)
 
 
-def _add(sums: list, of: Callable[[np.ndarray], Moments | Guesses], rows: np.ndarray, groups: np.ndarray) -> None:
-    """Add to the sum of each group those of its rows. New groups come in the order of their numbers."""
+def _add(
+    sums: list, statistic: Callable[[np.ndarray], Moments | Guesses], rows: np.ndarray, groups: np.ndarray
+) -> None:
+    """Add the statistic of each group's rows to the group's sum. New groups come in the order of their numbers."""
     for group in np.unique(groups):
-        part = of(rows[groups == group])
+        part = statistic(rows[groups == group])
         if group < len(sums):
             sums[group] += part
         else:
@@ -84,7 +86,7 @@ def _add(sums: list, of: Callable[[np.ndarray], Moments | Guesses], rows: np.nda
 class Reference(NamedTuple):
     """The real pictures that others are compared with.
 
-    network: in whose features.
+    network: name of the feature network.
     count: number of pictures, 0 if unknown.
     gaussian: fitted to the features.
     features: (K, D), those of the first pictures; empty if only the Gaussian is known.
@@ -103,34 +105,34 @@ def save_reference(file: str | PathLike, network: str, real: Collected, indices:
 
     indices: numbers of the pictures in their source.
     """
-    whole = total(real.moments)
-    parts = {"mu": whole.mean, "sigma": whole.covariance, "features": real.features}
-    about = {"network": network, "count": real.count, "indices": indices[: len(real.features)]}
+    all_moments = total(real.moments)
+    parts = {"mu": all_moments.mean, "sigma": all_moments.covariance, "features": real.features}
+    details = {"network": network, "count": real.count, "indices": indices[: len(real.features)]}
     partial = Path(f"{file}.partial")  # renamed when whole, so that an interruption leaves no broken file
     with partial.open("wb") as out:
-        np.savez(out, **parts, **{name: np.array(value) for name, value in about.items()})
+        np.savez(out, **parts, **{name: np.array(value) for name, value in details.items()})
     partial.replace(file)
 
 
 def load_reference(file: str | PathLike, network: str, width: int | None = None) -> Reference:
     """Statistics as `save_reference`, ADM's evaluator or clean-fid write them.
 
-    network: in whose features pictures are compared. A file that names no network must have the right width.
+    network: name of the feature network. A file that names no network must have the right width.
     width: number of its features; None if the file is known to fit.
     Raises ValueError for a file of another layout or another network, and FileNotFoundError.
     """
     try:
-        with np.load(file, allow_pickle=False) as found:
-            parts = {name: found[name] for name in STATISTICS if name in found}
+        with np.load(file, allow_pickle=False) as archive:
+            parts = {name: archive[name] for name in STATISTICS if name in archive}
     except FileNotFoundError:
         raise
     except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{file} is no .npz file of statistics: {error}") from error
     if "mu" not in parts or "sigma" not in parts:
         raise ValueError(f"{file} has no mu and sigma, as the statistics of ADM's evaluator and clean-fid have")
-    of = str(parts.get("network", network))
-    if of != network:
-        raise ValueError(f"{file} has statistics in the features of {of}, and these are of {network}")
+    file_network = str(parts.get("network", network))
+    if file_network != network:
+        raise ValueError(f"{file} has statistics in the features of {file_network}, and these are of {network}")
     mean, covariance = (np.asarray(parts[name], np.float64) for name in ("mu", "sigma"))
     width = width or len(mean)
     if mean.shape != (width,) or covariance.shape != (width, width):
@@ -145,7 +147,7 @@ def load_reference(file: str | PathLike, network: str, width: int | None = None)
 
 
 def warn_of_rank(network: str, pictures: Collected) -> None:
-    """Log what to know of Frechet distances of fewer pictures than features."""
+    """Warn that Frechet distances are too large if there are fewer pictures than features."""
     width = len(pictures.moments[0].mean)
     if pictures.count <= width:
         logging.warning(
@@ -165,31 +167,31 @@ def compare(sets: dict[str, Collected], real: Reference) -> dict:
     sets: "generated" and "held_out", real pictures that are not in the reference, and others. As large as each other.
     Raises ValueError for fewer than 20 pictures.
     """
-    for name, one in sets.items():
-        if one.count < LEAST:
-            raise ValueError(f"distances need at least {LEAST} pictures in each set, got {one.count} of {name}")
-    report = {"frechet": {name: _frechet(one, real) for name, one in sets.items()}}
+    for name, pictures in sets.items():
+        if pictures.count < LEAST:
+            raise ValueError(f"distances need at least {LEAST} pictures in each set, got {pictures.count} of {name}")
+    report = {"frechet": {name: _frechet(pictures, real) for name, pictures in sets.items()}}
     if len(real.features):
-        report["kernel"] = {name: kernel(one.features, real.features) for name, one in sets.items()}
-    for measure, found in report.items():
-        report[measure] = _reported(found | _ratio(**found))
+        report["kernel"] = {name: kernel(pictures.features, real.features) for name, pictures in sets.items()}
+    for measure, estimates in report.items():
+        report[measure] = _reported(estimates | _ratio(**estimates))
     if len(real.features):
         report |= _overlaps(sets, real)
     if sets["generated"].guesses:
-        report["inception_score"] = _reported({name: _inception_score(one) for name, one in sets.items()})
+        report["inception_score"] = _reported({name: _inception_score(pictures) for name, pictures in sets.items()})
     return report
 
 
-def _reported(found: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
-    return {name: estimate._asdict() for name, estimate in found.items()}
+def _reported(estimates: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
+    return {name: estimate._asdict() for name, estimate in estimates.items()}
 
 
 def _frechet(pictures: Collected, real: Reference) -> Estimate:
-    return jackknife(lambda some: frechet(total(some), real.gaussian), pictures.moments)
+    return jackknife(lambda groups: frechet(total(groups), real.gaussian), pictures.moments)
 
 
 def _inception_score(pictures: Collected) -> Estimate:
-    return jackknife(lambda some: inception_score(total(some)), pictures.guesses)
+    return jackknife(lambda groups: inception_score(total(groups)), pictures.guesses)
 
 
 def _ratio(generated: Estimate, held_out: Estimate, **others: Estimate) -> dict[str, Estimate]:
@@ -203,11 +205,11 @@ def _ratio(generated: Estimate, held_out: Estimate, **others: Estimate) -> dict[
 
 def _overlaps(sets: dict[str, Collected], real: Reference) -> dict:
     """Precision, recall, density and coverage of sets of one size."""
-    size = min(len(one.features) for one in (*sets.values(), real))
-    report: dict = {measure: {} for measure in NEAR}
-    for name, one in sets.items():
-        by_k = {k: neighbours(real.features[:size], one.features[:size], k) for k in set(NEAR.values())}
-        for measure, k in NEAR.items():
+    size = min(len(pictures.features) for pictures in (*sets.values(), real))
+    report: dict = {measure: {} for measure in NUM_NEIGHBOURS}
+    for name, pictures in sets.items():
+        by_k = {k: neighbours(real.features[:size], pictures.features[:size], k) for k in set(NUM_NEIGHBOURS.values())}
+        for measure, k in NUM_NEIGHBOURS.items():
             report[measure][name] = summary(getattr(by_k[k], measure))
     return report
 
@@ -223,6 +225,6 @@ def alignment(
     """
     pictures, texts = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (pictures, texts))
     choices = min(CHOICES, len(texts))
-    similar = np.stack([(pictures * np.roll(texts, -k, axis=0)).sum(axis=1) for k in range(choices)], axis=1)
-    found = similar[:, 0] >= similar.max(axis=1) - 1e-6
-    return {"clip_score": summary(100 * np.maximum(similar[:, 0], 0)), "retrieval": summary(found)}
+    similarities = np.stack([(pictures * np.roll(texts, -k, axis=0)).sum(axis=1) for k in range(choices)], axis=1)
+    retrieved = similarities[:, 0] >= similarities.max(axis=1) - 1e-6
+    return {"clip_score": summary(100 * np.maximum(similarities[:, 0], 0)), "retrieval": summary(retrieved)}

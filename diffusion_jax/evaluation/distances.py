@@ -43,11 +43,11 @@ class Moments(NamedTuple):
         return self.scatter / (self.count - 1)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Those of both sets (Chan, Golub & LeVeque 1979, eq. 2.1)."""
+        """The moments of both sets together (Chan, Golub & LeVeque 1979, eq. 2.1)."""
         count = self.count + other.count
-        apart = other.mean - self.mean
-        mean = self.mean + apart * (other.count / count)
-        between = np.outer(apart, apart) * (self.count * other.count / count)
+        mean_difference = other.mean - self.mean
+        mean = self.mean + mean_difference * (other.count / count)
+        between = np.outer(mean_difference, mean_difference) * (self.count * other.count / count)
         return Moments(count, mean, self.scatter + other.scatter + between)
 
 
@@ -84,8 +84,8 @@ class Gaussian(NamedTuple):
 def gaussian(mean: Float[np.ndarray, " features"], covariance: Float[np.ndarray, "features features"]) -> Gaussian:
     """The Gaussian of a mean and a covariance, with a factor that leaves out directions of rounding errors."""
     variances, directions = np.linalg.eigh(covariance)
-    kept = variances > variances[-1] * len(variances) * np.finfo(np.float64).eps
-    return Gaussian(mean, float(np.trace(covariance)), directions[:, kept] * np.sqrt(variances[kept]))
+    significant = variances > variances[-1] * len(variances) * np.finfo(np.float64).eps
+    return Gaussian(mean, float(np.trace(covariance)), directions[:, significant] * np.sqrt(variances[significant]))
 
 
 def frechet(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
@@ -97,10 +97,10 @@ def frechet(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of two networks: {len(a.mean)} and {len(b.mean)} of them")
-    a, b = (gaussian(one.mean, one.covariance) if isinstance(one, Moments) else one for one in (a, b))
+    a, b = (gaussian(each.mean, each.covariance) if isinstance(each, Moments) else each for each in (a, b))
     root = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
-    apart = a.mean - b.mean
-    return float(apart @ apart + a.trace + b.trace - 2 * root)
+    mean_difference = a.mean - b.mean
+    return float(mean_difference @ mean_difference + a.trace + b.trace - 2 * root)
 
 
 def kernel(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> Estimate:
@@ -109,13 +109,13 @@ def kernel(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
-    def to_others(one: np.ndarray) -> Float[np.ndarray, " n"]:
-        similar = _polynomial(one, one)
-        return (similar.sum(axis=1) - np.diag(similar)) / (len(one) - 1)
+    def mean_to_others(features: np.ndarray) -> Float[np.ndarray, " n"]:
+        similarities = _polynomial(features, features)
+        return (similarities.sum(axis=1) - np.diag(similarities)) / (len(features) - 1)
 
-    own, across = to_others(x), _polynomial(x, y).mean(axis=1)
-    value = own.mean() + to_others(y).mean() - 2 * across.mean()
-    return Estimate(float(value), float(2 * np.std(own - across, ddof=1) / len(x) ** 0.5))
+    within, across = mean_to_others(x), _polynomial(x, y).mean(axis=1)
+    value = within.mean() + mean_to_others(y).mean() - 2 * across.mean()
+    return Estimate(float(value), float(2 * np.std(within - across, ddof=1) / len(x) ** 0.5))
 
 
 def _polynomial(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -129,12 +129,12 @@ def kernel_of_subsets(
     if size > min(len(x), len(y)):
         raise ValueError(f"subsets of {size} pictures need as many in both sets, got {len(x)} and {len(y)}")
     rng = np.random.RandomState(seed)  # the generator, and order, of the implementations that papers use
-    chosen = ([one[rng.choice(len(one), size, replace=False)] for one in (x, y)] for _ in range(subsets))
-    return np.array([kernel(*pair).value for pair in chosen])
+    pairs = ([features[rng.choice(len(features), size, replace=False)] for features in (x, y)] for _ in range(subsets))
+    return np.array([kernel(*pair).value for pair in pairs])
 
 
 class Guesses(NamedTuple):
-    """What a classifier says of a set of pictures, as sums that can be added.
+    """The class probabilities of a set of pictures, as sums that can be added.
 
     count: number of pictures.
     p: (classes,), sum of the pictures' probabilities.
@@ -156,15 +156,15 @@ def guesses(logits: Float[np.ndarray, "pictures classes"]) -> Guesses:
     return Guesses(len(p), p.sum(axis=0), float((p * log_p).sum()))
 
 
-def inception_score(of: Guesses) -> float:
+def inception_score(sums: Guesses) -> float:
     """exp of the mean divergence of a picture's classes from those of all pictures (Salimans et al. 2016)."""
-    p = of.p / of.count
-    return float(np.exp(of.p_log_p / of.count + entr(p).sum()))
+    p = sums.p / sums.count
+    return float(np.exp(sums.p_log_p / sums.count + entr(p).sum()))
 
 
 class Neighbours(NamedTuple):
-    """How two sets overlap, by balls that reach from each picture to its k-th neighbour in its own set. Each measure is
-    the mean of one of these.
+    """How two sets overlap. Each picture has a ball that reaches to its k-th neighbour in its own set. A measure is the
+    mean of one of these fields.
 
     precision: whether a generated picture is in a ball of a real one (Kynkaanniemi et al. 2019).
     recall: whether a real picture is in a ball of a generated one.
@@ -183,15 +183,15 @@ def neighbours(real: Float[np.ndarray, "n features"], generated: Float[np.ndarra
     if k >= min(len(real), len(generated)):
         raise ValueError(f"the {k}-th neighbour needs more than {k} pictures, got {len(real)} and {len(generated)}")
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
-    around_real, around_generated = (_reach(one, k) for one in (real, generated))
+    real_radii, generated_radii = (_radii(features, k) for features in (real, generated))
     recalled, covered = np.zeros((2, len(real)), bool)
-    inside = np.zeros(len(generated), int)
+    num_balls = np.zeros(len(generated), int)
     for rows, distances in _blocks(real, generated):
-        recalled[rows] = (distances <= around_generated).any(axis=1)
-        near = distances <= around_real[rows, None]
-        covered[rows] = near.any(axis=1)
-        inside += near.sum(axis=0)
-    return Neighbours(inside > 0, recalled, inside / k, covered)
+        recalled[rows] = (distances <= generated_radii).any(axis=1)
+        in_real_ball = distances <= real_radii[rows, None]
+        covered[rows] = in_real_ball.any(axis=1)
+        num_balls += in_real_ball.sum(axis=0)
+    return Neighbours(num_balls > 0, recalled, num_balls / k, covered)
 
 
 def nearest(real: Float[np.ndarray, "n features"], pictures: Float[np.ndarray, "m features"], count: int) -> np.ndarray:
@@ -200,7 +200,7 @@ def nearest(real: Float[np.ndarray, "n features"], pictures: Float[np.ndarray, "
     return np.concatenate(closest)
 
 
-def _reach(x: np.ndarray, k: int) -> np.ndarray:
+def _radii(x: np.ndarray, k: int) -> np.ndarray:
     """Distance of each row to its k-th neighbour among the others."""
     return np.concatenate([np.partition(distances, k, axis=1)[:, k] for _, distances in _blocks(x, x)])
 
@@ -219,10 +219,10 @@ def jackknife(statistic: Callable[[Sequence], float], groups: Sequence) -> Estim
 
     statistic: of some groups of a set of pictures, each as large as the others.
     """
-    without = np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups))])
-    return Estimate(statistic(groups), float(np.sqrt((len(groups) - 1) * without.var())))
+    leave_one_out = np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(len(groups))])
+    return Estimate(statistic(groups), float(np.sqrt((len(groups) - 1) * leave_one_out.var())))
 
 
 def total(parts: Sequence[Moments] | Sequence[Guesses]) -> Moments | Guesses:
-    """Those of all parts."""
+    """The sum over all parts."""
     return functools.reduce(operator.add, parts)

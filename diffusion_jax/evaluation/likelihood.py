@@ -48,7 +48,7 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
     total = min(section.images, len(source))
     size = parallel.divisible(min(section.batch_size, total))
     model, names = model.placed(), []
-    good = (record for _, record in itertools.islice(good_records(source, transform, section.seed), total))
+    readable = (record for _, record in itertools.islice(good_records(source, transform, section.seed), total))
 
     def figures_of(numbered: list[tuple[int, Record]]) -> Float[np.ndarray, "images figures"]:
         numbers, records = zip(*numbered, strict=True)
@@ -59,14 +59,14 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
         names[:] = figures
         return np.stack([np.asarray(values) for values in figures.values()], axis=1)
 
-    found, numbered = [], enumerate(good)
+    results, numbered = [], enumerate(readable)
     with tqdm(desc="likelihood", total=total, unit="images") as bar:
         while part := list(itertools.islice(numbered, size * jax.process_count())):
-            found += shared(figures_of, part, size, size)
+            results += shared(figures_of, part, size, size)
             bar.update(len(part))
-    figures = {name: summary(values) for name, values in zip(names, np.stack(found, axis=1), strict=True)}
-    space = {"of": "pixels", "unit": "bits/dim"} if _of_pixels(model) else {"of": "latents", "unit": "nats/dim"}
-    return {name: section[name] for name in REPORTED} | {"data": source.name, "images": len(found)} | space | figures
+    figures = {name: summary(values) for name, values in zip(names, np.stack(results, axis=1), strict=True)}
+    units = {"of": "pixels", "unit": "bits/dim"} if _is_pixel_model(model) else {"of": "latents", "unit": "nats/dim"}
+    return {name: section[name] for name in REPORTED} | {"data": source.name, "images": len(results)} | units | figures
 
 
 def _figures(
@@ -77,7 +77,7 @@ def _figures(
     section,
 ) -> dict[str, Float[Array, "batch"]]:
     """The results of each image by name, computed on this host's devices."""
-    codec, pixels, schedule = model.codec, _of_pixels(model), model.schedule
+    codec, pixels, schedule = model.codec, _is_pixel_model(model), model.schedule
     x0_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
     x0 = jnp.asarray(codec.sample(codec.stats, codec.encode(images), x0_keys))
     x = likelihood.dequantize(x0, spread_keys) if pixels else x0
@@ -102,5 +102,5 @@ def _figures(
     return {"flow": per_dim(nats, likelihood.PIXEL), "bound": per_dim(bound.total)} | terms
 
 
-def _of_pixels(model: DiffusionModel) -> bool:
+def _is_pixel_model(model: DiffusionModel) -> bool:
     return model.codec.limit is not None

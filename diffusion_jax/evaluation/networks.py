@@ -29,18 +29,18 @@ CLASSIFIERS = {"alexnet": ("alex", 224), "vgg16": ("vgg", 112)}  # weights, and 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 FILES = ("inception", "encoder")
 PIXELS = 8  # on a side, of pictures compared by their pixels
-KNOWN = f"{', '.join(CLASSIFIERS)}, pixels, inception:FILE of FID's weights, encoder:FOLDER of CLIP or DINOv2"
+KNOWN_NETWORKS = f"{', '.join(CLASSIFIERS)}, pixels, inception:FILE of FID's weights, encoder:FOLDER of CLIP or DINOv2"
 
 
 class FeatureNetwork(NamedTuple):
     """A network for features of pictures.
 
     name: as in reports.
-    resized: how pictures are brought to its size, as in reports.
+    resized: how pictures are resized for it, as in reports.
     of: uint8 pictures (H, W, 3) of one size -> {"features": (N, D)}, of a classifier for the Inception Score also
       "logits" (N, classes).
     weights: () -> a hash of its weights.
-    texts: prompts -> (N, D) in the same space, of a whole CLIP model with its tokenizer. None for others.
+    texts: prompts -> (N, D) in the same space, for a whole CLIP model with its tokenizer. None for others.
     """
 
     name: str
@@ -63,14 +63,14 @@ def feature_network(name: str, allow_pickle: bool = False) -> FeatureNetwork:
     if name == "pixels":
         return _pixels()
     if kind not in FILES or not path:
-        raise ValueError(f"unknown feature network {name!r}; known: {KNOWN}")
+        raise ValueError(f"unknown feature network {name!r}; known: {KNOWN_NETWORKS}")
     return _inception(path, allow_pickle) if kind == "inception" else _encoder(path, allow_pickle)
 
 
 def _network(name: str, resized: str, params: PyTree, apply: Callable) -> FeatureNetwork:
     """apply: params, uint8 (B, H, W, 3) -> dict of features."""
-    of = functools.partial(mapped, functools.partial(jax.jit(apply), params))
-    return FeatureNetwork(name, resized, of, functools.partial(fingerprint, params))
+    extract = functools.partial(mapped, functools.partial(jax.jit(apply), params))
+    return FeatureNetwork(name, resized, extract, functools.partial(fingerprint, params))
 
 
 def _classifier(name: str) -> FeatureNetwork:
@@ -92,8 +92,8 @@ def _pixels() -> FeatureNetwork:
 
 def _inception(path: str, allow_pickle: bool) -> FeatureNetwork:
     def apply(params: PyTree, images: UInt8[Array, "batch height width 3"]) -> dict[str, Array]:
-        made = inception.inception(params, images)
-        return {"features": made.pooled, "logits": made.logits}
+        outputs = inception.inception(params, images)
+        return {"features": outputs.pooled, "logits": outputs.logits}
 
     resized = f"bilinear as in TensorFlow 1, to {inception.SIDE} x {inception.SIDE}"
     return _network("inception-v3", resized, load_inception(path, allow_pickle), apply)
@@ -108,8 +108,8 @@ def _encoder(folder: str, allow_pickle: bool) -> FeatureNetwork:
         return {"features": encoder.apply(params, (pixels - jnp.array(loaded.mean)) / jnp.array(loaded.deviation))}
 
     network = _network(loaded.name, f"bicubic, antialiased, to {side} x {side}", loaded.params, apply)
-    has_words = loaded.reads_text and any((Path(folder) / file).exists() for file in VOCABULARIES)
-    return network._replace(texts=_texts(folder, allow_pickle)) if has_words else network
+    reads_prompts = loaded.reads_text and any((Path(folder) / file).exists() for file in VOCABULARIES)
+    return network._replace(texts=_texts(folder, allow_pickle)) if reads_prompts else network
 
 
 def _texts(folder: str, allow_pickle: bool) -> Callable[[Sequence[str]], Float[np.ndarray, "prompts features"]]:

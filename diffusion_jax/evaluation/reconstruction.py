@@ -31,23 +31,23 @@ def evaluate_reconstruction(
     @jax.jit
     def measure(images: UInt8[Array, "batch height width 3"]) -> dict[str, Float[Array, "batch"]]:
         images = to_float(images)
-        back = jnp.clip(reconstruct(images), -1, 1)
-        psnr = 10 * jnp.log10(4 / jnp.mean(jnp.square(back - images), axis=(1, 2, 3)))
-        return {"psnr": psnr} | ({"lpips": lpips(distances, images, back)} if distances else {})
+        reconstructed = jnp.clip(reconstruct(images), -1, 1)
+        psnr = 10 * jnp.log10(4 / jnp.mean(jnp.square(reconstructed - images), axis=(1, 2, 3)))
+        return {"psnr": psnr} | ({"lpips": lpips(distances, images, reconstructed)} if distances else {})
 
-    found, styles = [], []
+    results, styles = [], []
     for batch in batches:
-        found.append(jax.device_get(measure(batch["image"])))
+        results.append(jax.device_get(measure(batch["image"])))
         styles += [*batch.get("style", [])]
-    figures = jax.tree.map(lambda *values: np.concatenate(values), *found)
-    named = np.array(styles)
-    by_style = {str(style): _summaries(figures, named == style) for style in np.unique(named)}
+    figures = jax.tree.map(lambda *values: np.concatenate(values), *results)
+    style_names = np.array(styles)
+    by_style = {str(style): _summaries(figures, style_names == style) for style in np.unique(style_names)}
     return _summaries(figures, np.s_[:]) | ({"styles": by_style} if styles else {})
 
 
-def _summaries(figures: dict[str, np.ndarray], chosen: slice | np.ndarray) -> dict:
-    values = {name: values[chosen] for name, values in figures.items()}
-    return {"images": len(values["psnr"])} | {name: summary(each) for name, each in values.items()}
+def _summaries(figures: dict[str, np.ndarray], selection: slice | np.ndarray) -> dict:
+    values = {name: values[selection] for name, values in figures.items()}
+    return {"images": len(values["psnr"])} | {name: summary(measured) for name, measured in values.items()}
 
 
 def first_stage(model: DiffusionModel) -> Callable[[Sequence[Picture]], list[Picture]]:
@@ -55,10 +55,10 @@ def first_stage(model: DiffusionModel) -> Callable[[Sequence[Picture]], list[Pic
     codec = model.codec
 
     @jax.jit
-    def decoded(params: PyTree, stats: PyTree, records: PyTree) -> UInt8[Array, "batch height width 3"]:
+    def decode_records(params: PyTree, stats: PyTree, records: PyTree) -> UInt8[Array, "batch height width 3"]:
         return to_uint8(codec.decode(params, codec.sample(stats, records, None)))
 
-    def through(images: UInt8[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
-        return decoded(codec.params, codec.stats, codec.encode(images))
+    def reconstruct(images: UInt8[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
+        return decode_records(codec.params, codec.stats, codec.encode(images))
 
-    return lambda pictures: list(mapped(through, pictures))
+    return lambda pictures: list(mapped(reconstruct, pictures))

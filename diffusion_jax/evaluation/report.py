@@ -96,7 +96,7 @@ def _short(number: float | None) -> str:
 
 def _plots(measure: dict) -> Iterator[str]:
     """A plot of each figure over keys that differ in a number alone, such as "guidance 1" and "guidance 3"."""
-    points = [(float(found[2]), found[1], key) for key in measure if (found := POINT.fullmatch(key))]
+    points = [(float(match[2]), match[1], key) for key in measure if (match := POINT.fullmatch(key))]
     if len(points) < 3:
         return
     series: dict[tuple[str, ...], dict[str, list[tuple[float, float]]]] = {}
@@ -108,7 +108,7 @@ def _plots(measure: dict) -> Iterator[str]:
         yield _plot(", ".join(path).replace("_", " "), points[0][1], lines)
 
 
-def _plot(title: str, across: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+def _plot(title: str, x_label: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     x, y = zip(*(point for line in lines.values() for point in line), strict=True)
     low, high = min(*y, 0), max(*y, 1e-12)
     step = (WIDTH - 2 * EDGE) / (max(x) - min(x) or 1), (HEIGHT - 2 * EDGE) / (high - low)
@@ -116,7 +116,7 @@ def _plot(title: str, across: str, lines: dict[str, list[tuple[float, float]]]) 
     def place(point: tuple[float, float]) -> str:
         return f"{EDGE + (point[0] - min(x)) * step[0]:.1f},{HEIGHT - EDGE - (point[1] - low) * step[1]:.1f}"
 
-    drawn = "".join(
+    curves = "".join(
         f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(map(place, line))}"/>'
         f'<text x="{WIDTH - EDGE + 4}" y="{place(line[-1]).split(",")[1]}" font-size="11" fill="{colour}">'
         f"{html.escape(name.replace('_', ' '))}</text>"
@@ -127,12 +127,12 @@ def _plot(title: str, across: str, lines: dict[str, list[tuple[float, float]]]) 
         f'<path d="M{EDGE} {EDGE}V{bottom}H{right}" fill="none" stroke="#999"/>'
         f'<g font-size="11" fill="#555"><text x="{EDGE}" y="{bottom + 16}">{_short(min(x))}</text>'
         f'<text x="{right}" y="{bottom + 16}" text-anchor="end">{_short(max(x))}</text>'
-        f'<text x="{WIDTH / 2}" y="{bottom + 32}" text-anchor="middle">{html.escape(across)}</text>'
+        f'<text x="{WIDTH / 2}" y="{bottom + 32}" text-anchor="middle">{html.escape(x_label)}</text>'
         f'<text x="{EDGE - 4}" y="{bottom}" text-anchor="end">{_short(low)}</text>'
         f'<text x="{EDGE - 4}" y="{EDGE + 4}" text-anchor="end">{_short(high)}</text></g>'
     )
     size = f'width="{WIDTH + 2 * EDGE}" height="{HEIGHT}" viewBox="0 0 {WIDTH + 2 * EDGE} {HEIGHT}"'
-    return f"<figure><figcaption>{html.escape(title)}</figcaption><svg {size}>{axes}{drawn}</svg></figure>"
+    return f"<figure><figcaption>{html.escape(title)}</figcaption><svg {size}>{axes}{curves}</svg></figure>"
 
 
 def _picture(file: Path, folder: Path) -> str:

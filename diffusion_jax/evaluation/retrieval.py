@@ -1,4 +1,4 @@
-"""Retrieval: whether the nearest of many known pictures, in the features of a classifier, is of what was asked for."""
+"""Retrieval: whether the nearest of many known pictures, in the features of a classifier, is the right one."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from diffusion_jax.models.vision.lpips import features
 
 STAGES = (2, 4)  # of AlexNet and VGG16: the third and the last
 CELLS = 2  # cells on a side over which features are averaged
-KEPT = 256  # directions after whitening
+MAX_DIRECTIONS = 256  # directions after whitening
 
 Features = Callable[[Sequence[np.ndarray]], Float[np.ndarray, "pictures features"]]
 
@@ -41,40 +41,40 @@ def _cells(x: Float[Array, "batch height width channels"]) -> Float[Array, "batc
 
 
 class Gallery(NamedTuple):
-    """Known pictures as unit vectors, whitened: in every kept direction they have the same variance.
+    """Known pictures as unit vectors, whitened: they have the same variance in each of `rank` directions.
 
-    vectors: (N, kept).
-    project: features (M, F) -> unit vectors (M, kept).
+    vectors: (N, rank).
+    project: features (M, F) -> unit vectors (M, rank).
     """
 
-    vectors: Float[np.ndarray, "pictures kept"]
+    vectors: Float[np.ndarray, "pictures rank"]
     project: Callable[[np.ndarray], np.ndarray]
 
 
-def gallery(known: Float[np.ndarray, "pictures features"]) -> Gallery:
+def gallery(known_features: Float[np.ndarray, "pictures features"]) -> Gallery:
     """A gallery of the features of known pictures."""
-    mean = known.mean(axis=0)
-    variances, directions = np.linalg.eigh(np.cov(known - mean, rowvar=False))
-    kept = min(KEPT, len(known) - 1, known.shape[1])
-    whitening = directions[:, -kept:] / np.sqrt(np.maximum(variances[-kept:], 1e-12))
+    mean = known_features.mean(axis=0)
+    variances, directions = np.linalg.eigh(np.cov(known_features - mean, rowvar=False))
+    rank = min(MAX_DIRECTIONS, len(known_features) - 1, known_features.shape[1])
+    whitening = directions[:, -rank:] / np.sqrt(np.maximum(variances[-rank:], 1e-12))
 
     def project(queries: np.ndarray) -> np.ndarray:
         vectors = (queries - mean) @ whitening
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-12)
 
-    return Gallery(project(known), project)
+    return Gallery(project(known_features), project)
 
 
 def ranks(
-    similar: Float[np.ndarray, "queries pictures"],
-    own: Int[np.ndarray, " queries"],
-    among: Bool[np.ndarray, "queries pictures"],
+    similarities: Float[np.ndarray, "queries pictures"],
+    targets: Int[np.ndarray, " queries"],
+    candidates: Bool[np.ndarray, "queries pictures"],
 ) -> Int[np.ndarray, " queries"]:
-    """How many of the known pictures that count are more similar to each query than its own.
+    """How many candidates are more similar to each query than its target.
 
-    similar: of each query and each known picture.
-    own: the known picture that a query should be nearest to.
-    among: which of the known pictures count.
+    similarities: of each query and each known picture.
+    targets: the known picture that a query should be nearest to.
+    candidates: which of the known pictures count.
     """
-    threshold = similar[np.arange(len(similar)), own][:, None]
-    return (among & (similar > threshold)).sum(axis=-1)
+    threshold = similarities[np.arange(len(similarities)), targets][:, None]
+    return (candidates & (similarities > threshold)).sum(axis=-1)

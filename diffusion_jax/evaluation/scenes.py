@@ -34,7 +34,7 @@ from diffusion_jax.model import DiffusionModel
 from diffusion_jax.models.vision.lpips import lpips
 
 SIDE = 96  # pixels on a side of what is compared with the known drawings
-NEAREST = 5  # a drawing is found if it is among so many
+NEAREST = 5  # a drawing counts as found among this many nearest ones
 SEEDS = 2  # pictures for each name, whose distance is the diversity
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -49,7 +49,7 @@ def _name(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
 
 
 def _held_out_colour(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
-    # on a white ground white cannot be told from holes
+    # white cannot be distinguished from holes on a white ground
     colours = [name for name in colours_of(drawing) if name != "white" and is_held_out(name, drawing.name)]
     return Scene(drawing, str(rng.choice(colours))) if colours and is_trained_on(Scene(drawing)) else None
 
@@ -95,67 +95,67 @@ KINDS = {
 }
 
 
-class Known(NamedTuple):
-    """What pictures are compared with: every drawing alone, as it is painted at the size of the pictures."""
+class KnownDrawings(NamedTuple):
+    """The drawings that pictures are compared with, each painted alone at the size of the pictures."""
 
     drawings: Sequence[Drawing]
     features: Features
     gallery: Gallery
 
 
-def known(drawings: Sequence[Drawing], features: Features, size: int) -> Known:
+def known_drawings(drawings: Sequence[Drawing], features: Features, size: int) -> KnownDrawings:
     """All drawings in the features of a classifier. size: of the pictures to be compared, pixels on a side."""
-    alone = (checks.largest(paint(Scene(drawing), size), SIDE) for drawing in drawings)
-    bar = tqdm(alone, desc="known drawings", total=len(drawings), unit="pictures")
-    return Known(drawings, features, gallery(features(list(bar))))
+    single_drawings = (checks.largest(paint(Scene(drawing), size), SIDE) for drawing in drawings)
+    bar = tqdm(single_drawings, desc="known drawings", total=len(drawings), unit="pictures")
+    return KnownDrawings(drawings, features, gallery(features(list(bar))))
 
 
 def parts(
-    pictures: Sequence[Picture], scenes: Sequence[Scene], known: Known
+    pictures: Sequence[Picture], scenes: Sequence[Scene], reference: KnownDrawings
 ) -> dict[str, Bool[np.ndarray, " pictures"]]:
-    """What is right in each picture of a scene.
+    """Which parts of the scene are right in each picture.
 
     object: among all drawings in the style of the scene, its own is one of the five nearest to the largest drawing of
       the picture. Its colour does not count.
     style: the nearest of all drawings is in the style of the scene.
     colour, ground, place, count: as `evaluation.checks` sees them. A colour that the scene does not name is right.
     """
-    queries = known.gallery.project(known.features([checks.largest(picture, SIDE) for picture in pictures]))
-    similar = queries @ known.gallery.vectors.T
-    number = {(drawing.style, drawing.name): i for i, drawing in enumerate(known.drawings)}
-    styles = np.array([drawing.style for drawing in known.drawings])
-    asked = np.array([scene.drawing.style for scene in scenes])
-    own = np.array([number[scene.drawing.style, scene.drawing.name] for scene in scenes])
+    queries = reference.gallery.project(reference.features([checks.largest(picture, SIDE) for picture in pictures]))
+    similarities = queries @ reference.gallery.vectors.T
+    index_of = {(drawing.style, drawing.name): i for i, drawing in enumerate(reference.drawings)}
+    styles = np.array([drawing.style for drawing in reference.drawings])
+    target_styles = np.array([scene.drawing.style for scene in scenes])
+    target_indices = np.array([index_of[scene.drawing.style, scene.drawing.name] for scene in scenes])
 
-    def right(check: Callable[[Picture], object], wanted: Callable[[Scene], object]) -> np.ndarray:
-        return np.array([check(picture) == wanted(scene) for picture, scene in zip(pictures, scenes, strict=True)])
+    def matches(check: Callable[[Picture], object], expected: Callable[[Scene], object]) -> np.ndarray:
+        return np.array([check(picture) == expected(scene) for picture, scene in zip(pictures, scenes, strict=True)])
 
     return {
-        "object": ranks(similar, own, styles == asked[:, None]) < NEAREST,
-        "style": styles[similar.argmax(axis=-1)] == asked,
-        "colour": right(checks.colour, lambda scene: scene.colour) | np.array([not scene.colour for scene in scenes]),
-        "ground": right(checks.ground, lambda scene: scene.ground),
-        "place": right(checks.place, lambda scene: scene.place),
-        "count": right(checks.count, lambda scene: scene.count),
+        "object": ranks(similarities, target_indices, styles == target_styles[:, None]) < NEAREST,
+        "style": styles[similarities.argmax(axis=-1)] == target_styles,
+        "colour": matches(checks.colour, lambda scene: scene.colour) | np.array([not scene.colour for scene in scenes]),
+        "ground": matches(checks.ground, lambda scene: scene.ground),
+        "place": matches(checks.place, lambda scene: scene.place),
+        "count": matches(checks.count, lambda scene: scene.count),
     }
 
 
 def cases(drawings: Sequence[Drawing], kind: str, count: int, rng: np.random.Generator) -> list[Scene]:
     """`count` scenes of one kind, or as many as there are, each of another concept."""
-    found: dict[str, Scene] = {}
+    scenes: dict[str, Scene] = {}
     for i in rng.permutation(len(drawings)):
         drawing = drawings[i]
-        scene = None if drawing.name in found else KINDS[kind].draw(drawing, rng)
+        scene = None if drawing.name in scenes else KINDS[kind].draw(drawing, rng)
         if scene:
-            found[drawing.name] = scene
-        if len(found) == count:
+            scenes[drawing.name] = scene
+        if len(scenes) == count:
             break
-    return list(found.values())
+    return list(scenes.values())
 
 
 class Trial(NamedTuple):
-    """The cases of one kind with their captions, and what pictures score that no model made: "painted" and "first
-    stage".
+    """The cases of one kind with their captions, and the scores of pictures that no model generated: "painted" and
+    "first stage".
     """
 
     kind: str
@@ -164,13 +164,13 @@ class Trial(NamedTuple):
     bounds: dict[str, dict]
 
 
-def trials(model: DiffusionModel, known: Known, drawings: Sequence[Drawing], section) -> list[Trial]:
+def trials(model: DiffusionModel, reference: KnownDrawings, drawings: Sequence[Drawing], section) -> list[Trial]:
     """A trial of each kind that some of these drawings make.
 
-    drawings: those that are asked for.
+    drawings: to make cases of.
     section: config section with concepts (cases of names), cases (of each other kind), and seed.
     """
-    made, through = [], first_stage(model)
+    result, reconstruct = [], first_stage(model)
     for i, kind in enumerate(KINDS):
         rng = np.random.default_rng([section.seed, i])
         scenes = cases(drawings, kind, section.concepts if kind == "names" else section.cases, rng)
@@ -178,14 +178,16 @@ def trials(model: DiffusionModel, known: Known, drawings: Sequence[Drawing], sec
             continue
         captions = [caption(scene, rng, styled=True) for scene in scenes]
         painted = [paint(scene, model.size[0]) for scene in scenes]
-        sets = {"painted": painted, "first stage": through(painted)}
-        bounds = {name: _shares(parts(pictures, scenes, known), KINDS[kind].part) for name, pictures in sets.items()}
-        made.append(Trial(kind, scenes, captions, bounds))
-    return made
+        sets = {"painted": painted, "first stage": reconstruct(painted)}
+        bounds = {
+            name: _shares(parts(pictures, scenes, reference), KINDS[kind].part) for name, pictures in sets.items()
+        }
+        result.append(Trial(kind, scenes, captions, bounds))
+    return result
 
 
 def evaluate_scenes(
-    trials: Sequence[Trial], known: Known, generate: Generate, distances: dict, seed: int, show: Show
+    trials: Sequence[Trial], reference: KnownDrawings, generate: Generate, distances: dict, seed: int, show: Show
 ) -> dict:
     """For each kind of case, the part of the pictures in which the object, the other part and both are right: of
     generated pictures, of painted ones, and of painted ones after the first stage.
@@ -194,26 +196,26 @@ def evaluate_scenes(
 
     generate: captions and seeds -> pictures.
     distances: weights of LPIPS, see `models.lpips.lpips`.
-    seed: of the first picture of a kind; the others count on.
+    seed: of the first picture of a kind; the others count up from it.
     show: called with each kind, its captions and its generated pictures.
     """
     report = {}
     for kind, scenes, captions, bounds in trials:
         repeats = SEEDS if kind == "names" else 1
         seeds = seed + np.arange(repeats * len(scenes))
-        made = list(generate(captions * repeats, seeds.tolist()))
-        show(kind, captions * repeats, made)
+        images = list(generate(captions * repeats, seeds.tolist()))
+        show(kind, captions * repeats, images)
         part = KINDS[kind].part
-        generated = _shares(parts(made, scenes * repeats, known), part)
+        generated = _shares(parts(images, scenes * repeats, reference), part)
         report[kind] = {"cases": len(scenes), "part": part, "generated": generated} | bounds
         if repeats == SEEDS:
-            report[kind]["diversity"] = summary(_distances(distances, made[: len(scenes)], made[len(scenes) :]))
+            report[kind]["diversity"] = summary(_distances(distances, images[: len(scenes)], images[len(scenes) :]))
     return report
 
 
-def _shares(right: dict[str, np.ndarray], part: str) -> dict[str, dict]:
-    shown = {"object": right["object"], part: right[part], "both": right["object"] & right[part]}
-    return {name: summary(values) for name, values in shown.items()}
+def _shares(correct: dict[str, np.ndarray], part: str) -> dict[str, dict]:
+    measures = {"object": correct["object"], part: correct[part], "both": correct["object"] & correct[part]}
+    return {name: summary(values) for name, values in measures.items()}
 
 
 def _distances(params: dict, first: Sequence[Picture], second: Sequence[Picture]) -> Float[np.ndarray, " pictures"]:

@@ -66,15 +66,15 @@ def chunk(
       most L - 2 tokens of the prompt (75 of 77), then padding. Their own weight is 1.
     Raises ValueError for a tokenizer of another family.
     """
-    marks = tokenizer.num_special_tokens_to_add(is_pair=False)
-    if marks != 2:
+    num_special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if num_special != 2:
         raise ValueError(
-            f"weighted prompts: expected CLIP's tokenizer, with a start and an end token, got {marks} such tokens"
+            f"weighted prompts: expected CLIP's tokenizer, with a start and an end token, got {num_special} such tokens"
         )
     begin, end, *padding = tokenizer.encode("").ids
     tokens = [(token, weight) for text, weight in pieces for token in _token_ids(text, tokenizer)]
-    room = len(padding)
-    parts = [tokens[start : start + room] for start in range(0, max(len(tokens), 1), room)]
+    chunk_length = len(padding)
+    parts = [tokens[start : start + chunk_length] for start in range(0, max(len(tokens), 1), chunk_length)]
     rows = [[(begin, 1.0), *part, (end, 1.0), *((pad, 1.0) for pad in padding[len(part) :])] for part in parts]
     ids, weights = np.moveaxis(np.array(rows), -1, 0)
     return ids.astype(np.int32), weights.astype(np.float32)
@@ -97,11 +97,16 @@ def chunked(
 
     tokenizer: as in `chunk`.
     """
-    made = [chunk(parse(prompt), tokenizer) for prompt in prompts]
+    prompt_chunks = [chunk(parse(prompt), tokenizer) for prompt in prompts]
     empty = chunk([], tokenizer)
-    most = max(len(ids) for ids, _ in made)
+    max_chunks = max(len(ids) for ids, _ in prompt_chunks)
     ids, weights = (
-        np.stack([np.concatenate([rows[i], np.repeat(empty[i], most - len(rows[i]), axis=0)]) for rows in made])
+        np.stack(
+            [
+                np.concatenate([rows[i], np.repeat(empty[i], max_chunks - len(rows[i]), axis=0)])
+                for rows in prompt_chunks
+            ]
+        )
         for i in range(2)
     )
     return ids, weights
@@ -121,8 +126,8 @@ def emphasise(
     """
     batch, chunks, length = weights.shape
     weighted = z * weights.reshape(batch * chunks, length, 1)
-    before, after = (x.mean(axis=(1, 2), keepdims=True) for x in (z, weighted))
-    least = 1e-4 * jnp.sqrt(jnp.square(z).mean(axis=(1, 2), keepdims=True))
-    kept = (jnp.abs(before) > least) & (jnp.abs(after) > least)
-    weighted = weighted * jnp.where(kept, before / jnp.where(kept, after, 1.0), 1.0)
+    mean_before, mean_after = (x.mean(axis=(1, 2), keepdims=True) for x in (z, weighted))
+    threshold = 1e-4 * jnp.sqrt(jnp.square(z).mean(axis=(1, 2), keepdims=True))
+    rescalable = (jnp.abs(mean_before) > threshold) & (jnp.abs(mean_after) > threshold)
+    weighted = weighted * jnp.where(rescalable, mean_before / jnp.where(rescalable, mean_after, 1.0), 1.0)
     return weighted.reshape(batch, chunks * length, -1)

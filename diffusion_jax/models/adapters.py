@@ -30,5 +30,5 @@ def lora(rank: int, scale: float, targets: str = low_rank.ATTENTION) -> Adapter:
     """
     return Adapter(
         lambda variables, key: (low_rank.init(variables, rank, key, targets), variables),
-        lambda trained, rest: low_rank.added(rest, trained, scale),
+        lambda trained, rest: low_rank.with_updates(rest, trained, scale),
     )

@@ -210,8 +210,8 @@ class BasicTransformerBlock(nn.Module):
     ) -> Float[Array, "batch length channels"]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32)
         attend = functools.partial(Attention, self.heads, self.dtype, self.implementation)
-        seen = (context, mask) if self.only_cross_attention else (None, None)
-        x = x + attend(name="attn1")(norm(name="norm1")(x), *seen)
+        first_inputs = (context, mask) if self.only_cross_attention else (None, None)
+        x = x + attend(name="attn1")(norm(name="norm1")(x), *first_inputs)
         x = x + attend(name="attn2")(norm(name="norm2")(x), context, mask)
         return x + FeedForward(self.dtype, name="ff")(norm(name="norm3")(x))
 

@@ -1,7 +1,7 @@
 """One level of a U-Net or an autoencoder: residual blocks, attention between them, resampling at the end.
 
 A block gets functions that build its submodules from a name, so it does not depend on sizes, norms or kinds of
-attention. `seen` holds the inputs of every residual block besides the image.
+attention. `resnet_inputs` are the inputs of every residual block besides the image.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ class DownBlock(nn.Module):
     downsample: Callable | None
 
     @nn.compact
-    def __call__(self, x, seen, *context):
+    def __call__(self, x, resnet_inputs, *context):
         skips = []
         for i in range(self.layers):
-            x = self.resnet(name=f"resnets_{i}")(x, *seen)
+            x = self.resnet(name=f"resnets_{i}")(x, *resnet_inputs)
             if self.attention:
                 x = self.attention(name=f"attentions_{i}")(x, *context)
             skips.append(x)
@@ -43,11 +43,11 @@ class MidBlock(nn.Module):
     attention: Callable | None
 
     @nn.compact
-    def __call__(self, x, seen, *context):
-        x = self.resnet(name="resnets_0")(x, *seen)
+    def __call__(self, x, resnet_inputs, *context):
+        x = self.resnet(name="resnets_0")(x, *resnet_inputs)
         if self.attention:
             x = self.attention(name="attentions_0")(x, *context)
-        return self.resnet(name="resnets_1")(x, *seen)
+        return self.resnet(name="resnets_1")(x, *resnet_inputs)
 
 
 class UpBlock(nn.Module):
@@ -59,9 +59,11 @@ class UpBlock(nn.Module):
     upsample: Callable | None
 
     @nn.compact
-    def __call__(self, x, skips, seen, *context):
+    def __call__(self, x, skips, resnet_inputs, *context):
         for i in range(self.layers):
-            x = self.resnet(name=f"resnets_{i}")(jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1), *seen)
+            x = self.resnet(name=f"resnets_{i}")(
+                jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1), *resnet_inputs
+            )
             if self.attention:
                 x = self.attention(name=f"attentions_{i}")(x, *context)
         if self.upsample:

@@ -93,9 +93,9 @@ def sinusoidal_embedding(
     """
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    still = jax.lax.stop_gradient(t).astype(jnp.float32)
+    fixed_t = jax.lax.stop_gradient(t).astype(jnp.float32)
     rates = frequencies * jnp.sinc(frequencies * smoothing / jnp.pi)
-    angles = still[:, None] * frequencies + (t - still)[:, None] * rates
+    angles = fixed_t[:, None] * frequencies + (t - fixed_t)[:, None] * rates
     waves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
     return jnp.pad(jnp.concatenate(waves, axis=-1), [(0, 0), (0, width % 2)])
 
@@ -111,11 +111,11 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch channels"], added: Float[Array, "batch _"] | None = None
+        self, x: Float[Array, "batch channels"], cond: Float[Array, "batch _"] | None = None
     ) -> Float[Array, "batch width"]:
-        """added: another embedding, of which a linear map without bias is added to x."""
-        if added is not None:
-            x = x + Dense(x.shape[-1], use_bias=False, init=nn.initializers.zeros, name="cond_proj")(added)
+        """cond: another embedding. A linear map of it, without bias, is added to x."""
+        if cond is not None:
+            x = x + Dense(x.shape[-1], use_bias=False, init=nn.initializers.zeros, name="cond_proj")(cond)
         x = Dense(self.width, name="linear_1")(x)
         return Dense(self.width, init=self.init, name="linear_2")(nn.silu(x))
 
@@ -155,15 +155,15 @@ class GroupNorm(nn.Module):
 
 
 def dropout(
-    x: Float[Array, "batch *shape"], rate: float, keys: Key[Array, "batch"], place: int
+    x: Float[Array, "batch *shape"], rate: float, keys: Key[Array, "batch"], layer: int
 ) -> Float[Array, "batch *shape"]:
     """Set each number of x to 0 with probability `rate` and scale up the others (Srivastava et al. 2014).
 
     keys: (B,), one for each image, so that the result of an image does not depend on its batch.
-    place: identifies the layer, so that every layer drops different numbers.
+    layer: identifies the layer, so that every layer drops different values.
     """
-    own = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(own, x / (1 - rate), 0)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 class ResnetBlock2D(nn.Module):

@@ -2,8 +2,8 @@
 
     y = W x + (alpha / rank) up (down x),    down (in, rank) normal, up (rank, out) zero at first
 
-Of a convolution, down is one of its size, (h, w, in, rank). The layers add them if the variables have a collection
-"lora".
+For a convolution, down is a convolution of the same size, (h, w, in, rank). The layers add the updates if the
+variables have a collection "lora".
 """
 
 import re
@@ -26,24 +26,24 @@ def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTEN
     """
     if rank < 1:
         raise ValueError(f"a LoRA's rank must be at least 1, got {rank}")
-    made: dict = {}
+    updates: dict = {}
     for path, kernel in jax.tree_util.tree_leaves_with_path(variables["params"]):
         *module, name = (part.key for part in path)
         joined = "/".join(module)
         if name != "kernel" or not re.search(f"(?:{targets})$", joined):
             continue
-        inside = made
+        module_updates = updates
         for part in module:
-            inside = inside.setdefault(part, {})
-        own = jax.random.fold_in(key, zlib.crc32(joined.encode()))
-        inside["down"] = jax.random.normal(own, (*kernel.shape[:-1], rank)) / rank
-        inside["up"] = jnp.zeros((rank, kernel.shape[-1]))
-    if not made:
+            module_updates = module_updates.setdefault(part, {})
+        module_key = jax.random.fold_in(key, zlib.crc32(joined.encode()))
+        module_updates["down"] = jax.random.normal(module_key, (*kernel.shape[:-1], rank)) / rank
+        module_updates["up"] = jnp.zeros((rank, kernel.shape[-1]))
+    if not updates:
         raise ValueError(f"no map of the network matches {targets!r}")
-    return made
+    return updates
 
 
-def added(variables: PyTree, updates: PyTree, scale: float) -> PyTree:
+def with_updates(variables: PyTree, updates: PyTree, scale: float) -> PyTree:
     """The variables of the network with its updates.
 
     scale: alpha / rank.

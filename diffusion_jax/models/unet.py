@@ -61,10 +61,10 @@ class UNet(nn.Module):
       (Meng et al. 2023, section 3.1; latent consistency models). None for a network without.
 
     Not in that config:
-    target_embedding: the network is a flow map, told by cond["to"] where a step ends (`core.denoiser.target_time`). A
-      new one predicts the same for every target: the embedding begins at zero.
+    target_embedding: the network is a flow map: cond["to"] is the end of a step (`core.denoiser.target_time`). A new
+      one predicts the same for every target, because the embedding starts at zero.
     time_smoothing: of the derivative in t, see `sinusoidal_embedding`, in the unit of t. The fastest wave turns once in
-      six of a thousand time steps, so the exact derivative says nothing of what was learned.
+      six of a thousand time steps, so the exact derivative does not show what was learned.
     dtype: of the large multiplications. Parameters, norms, softmax, time embedding and output are float32.
     remat: recompute residual blocks and transformers in the backward pass instead of storing their activations.
     attention_implementation: see `attention`.
@@ -156,8 +156,8 @@ class UNet(nn.Module):
         keys: (B,), one for each image. They turn dropout on. The result of an image does not depend on its batch.
         Raises ValueError for fields that contradict each other, and for a missing or unknown condition.
         """
-        h, skips, seen = self.encode(x, t, cond, keys)
-        return self.decode(h, skips, seen, cond)
+        h, skips, resnet_inputs = self.encode(x, t, cond, keys)
+        return self.decode(h, skips, resnet_inputs, cond)
 
     def encode(
         self, x: Array, t: Array, cond: Mapping[str, Array], keys: Array | None = None
@@ -167,25 +167,25 @@ class UNet(nn.Module):
         skips: inputs of the upward half, finest first.
         """
         self._check(x, cond)
-        seen = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), cond), keys
+        resnet_inputs = self._time_embedding(jnp.broadcast_to(t, x.shape[:1]), cond), keys
         if "known" in cond:
             x = jnp.concatenate([x, cond["known"]], axis=-1)
         x = self.conv_in(x)
         skips = [x]
         for block, kind in zip(self.down_blocks, self.down_block_types, strict=True):
-            x, new = block(x, seen, *_context(kind, cond))
-            skips += new
+            x, block_skips = block(x, resnet_inputs, *_context(kind, cond))
+            skips += block_skips
         if self.mid_block_type is not None:
-            x = self.mid_block(x, seen, *_context(self.mid_block_type, cond))
-        return x, skips, seen
+            x = self.mid_block(x, resnet_inputs, *_context(self.mid_block_type, cond))
+        return x, skips, resnet_inputs
 
     def decode(
-        self, x: Array, skips: Sequence[Array], seen: tuple[Array, Array | None], cond: Mapping[str, Array]
+        self, x: Array, skips: Sequence[Array], resnet_inputs: tuple[Array, Array | None], cond: Mapping[str, Array]
     ) -> Float[Array, "batch height width out"]:
         """The upward half. Its inputs are the results of `encode`."""
         skips = list(skips)
         for block, kind in zip(self.up_blocks, self.up_block_types, strict=True):
-            x = block(x, skips, seen, *_context(kind, cond))
+            x = block(x, skips, resnet_inputs, *_context(kind, cond))
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
     def example_inputs(self) -> tuple[Array, Array, dict[str, Array]]:
@@ -264,8 +264,8 @@ class UNet(nn.Module):
         waves = functools.partial(
             sinusoidal_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
         )
-        seen = waves(t, self.block_out_channels[0], smoothing=self.time_smoothing)
-        temb = self.time_embedding(seen, self._guidance_embedding(cond))
+        time_waves = waves(t, self.block_out_channels[0], smoothing=self.time_smoothing)
+        temb = self.time_embedding(time_waves, self._guidance_embedding(cond))
         if self.target_embedding:
             temb += self.to_embedding(waves(TARGET_WAVES * cond["to"], self.block_out_channels[0]))
         if "label" in cond:
@@ -274,9 +274,9 @@ class UNet(nn.Module):
             temb += self.class_embedding(cond["text_embeds"])
         if self.addition_embed_type:
             numbers = cond["time_ids"]
-            told = waves(numbers.reshape(-1), self.addition_time_embed_dim)
-            told = told.reshape(len(t), numbers.shape[1] * self.addition_time_embed_dim)
-            temb += self.add_embedding(jnp.concatenate([cond["text_embeds"], told], axis=-1))
+            number_waves = waves(numbers.reshape(-1), self.addition_time_embed_dim)
+            number_waves = number_waves.reshape(len(t), numbers.shape[1] * self.addition_time_embed_dim)
+            temb += self.add_embedding(jnp.concatenate([cond["text_embeds"], number_waves], axis=-1))
         return temb
 
     def _guidance_embedding(self, cond: Mapping[str, Array]) -> Float[Array, "batch width"] | None:
@@ -292,8 +292,8 @@ class UNet(nn.Module):
         return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(self.block_out_channels)
 
     def _reads_text(self) -> bool:
-        used = (*self.down_block_types, self.mid_block_type, *self.up_block_types)
-        return any(BLOCK_TYPES.get(name) == "cross" for name in used)
+        block_types = (*self.down_block_types, self.mid_block_type, *self.up_block_types)
+        return any(BLOCK_TYPES.get(name) == "cross" for name in block_types)
 
     def _has_vector(self) -> bool:
         return self.class_embed_type == "projection" or self.addition_embed_type == "text_time"
@@ -315,17 +315,17 @@ class UNet(nn.Module):
                     "give one entry for each level"
                 )
         for part, field in (("Down", "down_block_types"), ("Mid", "mid_block_type"), ("Up", "up_block_types")):
-            known = [name for name in BLOCK_TYPES if part in name]
+            allowed = [name for name in BLOCK_TYPES if part in name]
             for name in np.atleast_1d(getattr(self, field) or ()):
-                if name not in known:
-                    raise ValueError(f"UNet: {field} has {str(name)!r}; expected one of {', '.join(known)}")
-        for field, known in (
+                if name not in allowed:
+                    raise ValueError(f"UNet: {field} has {str(name)!r}; expected one of {', '.join(allowed)}")
+        for field, allowed in (
             ("resnet_time_scale_shift", ("default", "scale_shift")),
             ("class_embed_type", (None, "projection")),
             ("addition_embed_type", (None, "text_time")),
         ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"UNet: {field} must be one of {known}, got {getattr(self, field)!r}")
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"UNet: {field} must be one of {allowed}, got {getattr(self, field)!r}")
         if self.addition_embed_type and not self.addition_time_embed_dim:
             raise ValueError("UNet: addition_embed_type='text_time' needs addition_time_embed_dim")
         if self.class_embed_type and (self.num_class_embeds or self.addition_embed_type):
@@ -352,9 +352,11 @@ class UNet(nn.Module):
                 f"UNet: expected a condition with {', '.join(n for n in needed if needed[n]) or 'nothing'}, "
                 f"got {', '.join(sorted(cond)) or 'nothing'}"
             )
-        known = cond["known"].shape[-1] if needed["known"] else 0
-        if x.shape[-1] + known != self.in_channels:
-            raise ValueError(f"UNet: expected {self.in_channels} input channels (last axis), got {x.shape[-1] + known}")
+        known_channels = cond["known"].shape[-1] if needed["known"] else 0
+        if x.shape[-1] + known_channels != self.in_channels:
+            raise ValueError(
+                f"UNet: expected {self.in_channels} input channels (last axis), got {x.shape[-1] + known_channels}"
+            )
         if needed["text"] and cond["text"].shape[-1] != self.cross_attention_dim:
             raise ValueError(
                 f"UNet: expected a text of width {self.cross_attention_dim}, got shape {cond['text'].shape}"
@@ -365,11 +367,11 @@ class UNet(nn.Module):
                 f"{cond['text_embeds'].shape}"
             )
         if needed["time_ids"]:
-            wide, count = cond["text_embeds"].shape[-1], cond["time_ids"].shape[-1]
-            if wide + count * self.addition_time_embed_dim != self.projection_class_embeddings_input_dim:
+            width, count = cond["text_embeds"].shape[-1], cond["time_ids"].shape[-1]
+            if width + count * self.addition_time_embed_dim != self.projection_class_embeddings_input_dim:
                 raise ValueError(
-                    f"UNet: text_embeds of width {wide} and {count} time_ids of {self.addition_time_embed_dim} each do "
-                    f"not make projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim}"
+                    f"UNet: text_embeds of width {width} and {count} time_ids of {self.addition_time_embed_dim} each "
+                    f"do not make projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim}"
                 )
 
 

@@ -51,8 +51,8 @@ def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels
         x0_keys, level_keys, eps_keys, drop_keys, net_keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys).T
         x0, eps = data_and_noise(model, frozen, batch, x0_keys, eps_keys)
         level = levels(model.schedule, level_keys)
-        told = model.conditioning.embed(frozen["conditioning"], batch["cond"])
-        cond = drop_condition(told, frozen["null_cond"], drop, drop_keys)
+        embedded = model.conditioning.embed(frozen["conditioning"], batch["cond"])
+        cond = drop_condition(embedded, frozen["null_cond"], drop, drop_keys)
 
         x, t = parameterization.inputs(add_noise(x0, eps, level), level)
         out = model.network.apply(model.adapter.join(params, frozen["rest"]), x, t, cond, net_keys)

@@ -18,7 +18,7 @@ from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.prompts import emphasise
 from diffusion_jax.interop.schedulers import published_plan
-from diffusion_jax.model import DiffusionModel, network_of, nothing_flagged
+from diffusion_jax.model import DiffusionModel, network_of, none_held_back
 from diffusion_jax.models.text.encoder import tokenize
 from diffusion_jax.pipelines.generate import noise, told_scale
 
@@ -56,9 +56,9 @@ def from_published(
         codec=codec,
         conditioning=_conditioning(published, size, dtype),
         size=size,
-        own_plans={"published": sampler(published)},
-        own_times={"published": functools.partial(published_times, published)},
-        flagged=published.safety_checker.flagged if published.safety_checker else nothing_flagged,
+        published_solvers={"published": sampler(published)},
+        published_times={"published": functools.partial(published_times, published)},
+        held_back=published.safety_checker.flagged if published.safety_checker else none_held_back,
     )
 
 

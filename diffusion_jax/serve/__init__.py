@@ -15,7 +15,7 @@ from diffusion_jax.serve.engine import Engine
 from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
 
-PATIENCE = 5  # seconds that requests have to end when the server is told to
+PATIENCE = 5  # seconds that running requests have to finish when the server stops
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 

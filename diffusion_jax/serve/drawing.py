@@ -80,9 +80,9 @@ def filled(pictures: Sequence[Picture], size: int) -> list[Picture]:
 
 
 def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]:
-    """The names of the solvers that this model can be sampled with. A consistency model knows no way but its own."""
+    """The names of the solvers that this model can be sampled with. A consistency model has only its own."""
     if build.sampling.is_consistency(config):
-        return (*model.own_plans, config.sample.solver)
+        return (*model.published_solvers, config.sample.solver)
 
     def works(solver: str) -> bool:
         plan, _ = build.sampling.plan_and_guidance(changed(config, solver=solver), model)
@@ -90,7 +90,7 @@ def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]
         check_rows(denoise, plan.to, plan.x0, plan.eps, plan.past)
         return True
 
-    denoise, names = model.denoiser(model.params), [*model.own_plans, *build.sampling.SOLVERS]
+    denoise, names = model.denoiser(model.params), [*model.published_solvers, *build.sampling.SOLVERS]
     return tuple(name for name in names if _passes(works, name))
 
 
@@ -117,7 +117,7 @@ def changed(config: ConfigDict, **values) -> ConfigDict:
 
 
 class Artist:
-    """A model with what it takes to draw with it again and again: weights on the devices, plans and conditions.
+    """A model ready to draw repeatedly: weights on the devices, cached plans and conditions.
 
     config: the sections `sample` and `objective` are used.
     """
@@ -125,17 +125,17 @@ class Artist:
     def __init__(self, config: ConfigDict, model: DiffusionModel):
         self.config, self.model = config, model.placed()
         self.plan = functools.lru_cache(PLANS)(self._plan)
-        self.told = functools.lru_cache(PROMPTS)(self._told)
+        self.prompt_conditions = functools.lru_cache(PROMPTS)(self._compute_prompt_conditions)
         self.sizes: dict[tuple[int, int], DiffusionModel] = {self.model.size: self.model}
 
     def of_size(self, size: tuple[int, int]) -> DiffusionModel:
         """The model for images of this size. Keeps the programs of the last few sizes."""
         if size not in self.sizes:
-            made = self.model.resized(size)
+            resized = self.model.resized(size)
             if len(self.sizes) == SIZES:
                 self.sizes.clear()
                 jax.clear_caches()
-            self.sizes[size] = made
+            self.sizes[size] = resized
         return self.sizes[size]
 
     def _plan(self, shared: Shared) -> tuple[Plan, Guidance]:
@@ -144,14 +144,16 @@ class Artist:
         config.sample.guidance = 1.0  # each picture has its own
         return build.sampling.plan_and_guidance(config, self.of_size(shared.size), shared.strength)
 
-    def _told(self, size: tuple[int, int], prompts: tuple[str, ...], negative_prompt: str) -> list[PyTree]:
-        """The conditions of the prompts, then that of what they move away from, leaves (1, ...)."""
-        told = self.of_size(size).conditioning
+    def _compute_prompt_conditions(
+        self, size: tuple[int, int], prompts: tuple[str, ...], negative_prompt: str
+    ) -> list[PyTree]:
+        """The conditions of the prompts, then that of the negative prompt, leaves (1, ...)."""
+        conditioning = self.of_size(size).conditioning
         # in one call, so that all have the same length
-        both = told.of_prompts([*prompts, negative_prompt] if negative_prompt else prompts)
-        parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], both) for i in range(len(prompts) + 1)]
+        conds = conditioning.of_prompts([*prompts, negative_prompt] if negative_prompt else prompts)
+        parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], conds) for i in range(len(prompts) + 1)]
         if not negative_prompt:
-            parts[-1] = jax.tree.map(lambda leaf: np.asarray(leaf)[None], lengthened(told.null, parts[0]))
+            parts[-1] = jax.tree.map(lambda leaf: np.asarray(leaf)[None], lengthened(conditioning.null, parts[0]))
         return parts
 
     def conditions(self, picture: Picture) -> list[PyTree]:
@@ -159,16 +161,16 @@ class Artist:
         if picture.shared.task == "noise":
             return []
         ends = (picture.other_prompt,) if picture.shared.task == "morph" and picture.other_prompt else ()
-        return self.told(picture.shared.size, (picture.prompt, *ends), picture.negative_prompt)
+        return self.prompt_conditions(picture.shared.size, (picture.prompt, *ends), picture.negative_prompt)
 
     def rows(self, shared: Shared) -> int:
         """How many steps the callback of `draw` counts."""
         rows = self.plan(shared)[0].num_rows
         return {"noise": 0, "style": 2 * rows}.get(shared.task, rows)
 
-    def _shown(self, picture: Picture) -> PyTree:
-        """The condition of what a picture to restyle shows; no condition if nothing is told."""
-        cond, null = self.told(picture.shared.size, (picture.other_prompt or picture.prompt,), "")
+    def _source_condition(self, picture: Picture) -> PyTree:
+        """The condition for the content of a picture to restyle; no condition if the request does not describe it."""
+        cond, null = self.prompt_conditions(picture.shared.size, (picture.other_prompt or picture.prompt,), "")
         return cond if picture.other_prompt else null
 
     def shapes(self, picture: Picture) -> list[tuple[int, ...]]:
@@ -193,9 +195,9 @@ class Artist:
         rest = (cond, keys, plan, guidance._replace(scale=scales, negative=negative), callback)
         match shared:
             case Shared(task="style"):
-                told = [self._shown(picture) for picture in pictures]
-                shown = jax.tree.map(lambda *leaves: np.concatenate(leaves), *told)
-                return _restyled(model, images, shown, *rest)
+                source_conds = [self._source_condition(picture) for picture in pictures]
+                source_cond = jax.tree.map(lambda *leaves: np.concatenate(leaves), *source_conds)
+                return _restyled(model, images, source_cond, *rest)
             case Shared(task="morph"):
                 weights = np.array([picture.weight for picture in pictures], np.float32)
                 others = _keys(picture.other_seed for picture in pictures)
@@ -225,21 +227,21 @@ def _noised(model: DiffusionModel, images: np.ndarray, keys: Array, weights: Seq
 def _restyled(
     model: DiffusionModel,
     images: np.ndarray,
-    shown: PyTree,
+    source_cond: PyTree,
     cond: PyTree,
     keys: Array,
     plan: Plan,
     guidance: Guidance,
     callback: Callback,
 ) -> Array:
-    """The noise from which DDIM generates the images when told what they show, sampled with another prompt.
+    """Invert the images to noise by DDIM, given what they show. Sample from this noise with another prompt.
 
-    shown: the condition of what the images show.
+    source_cond: the condition of what the images show.
     plan: `ddim`; its times are those of the inversion.
     """
     if plan.num_rows == 0:
         return image_to_image(model, images, cond, keys, plan)
-    upwards = solvers.ddim_inversion(model.useful_schedule, plan.num_rows, plan.level.t)
+    inversion = solvers.ddim_inversion(model.useful_schedule, plan.num_rows, plan.level.t)
     stopped = False
 
     def up(done: int, x0: Array) -> bool:
@@ -248,7 +250,7 @@ def _restyled(
         return stopped
 
     def down(done: int, x0: Array) -> bool | None:
-        return callback and callback(upwards.num_rows + done, x0)
+        return callback and callback(inversion.num_rows + done, x0)
 
-    x = invert(model, images, shown, upwards, callback=up, chunk=1)
+    x = invert(model, images, source_cond, inversion, callback=up, chunk=1)
     return decode(model, x) if stopped else from_noise(model, x, cond, keys, plan, guidance, down, chunk=1)

@@ -22,10 +22,10 @@ from diffusion_jax.serve.worker import Batch, Cancel, Compiled, Drawn, Facts, Fa
 
 TRIES = 2  # a request is drawn again if the worker dies, but not if it dies again
 STARTS = 3  # a worker that dies so often before it has loaded its model is not started again
-PENDING = 32  # events that a slow client has not taken; steps beyond them are not told
+PENDING = 32  # events that a slow client has not read; further steps are not reported to it
 GONE = Failed("the process that draws cannot be started; the server's log has more")
 CANCELLED = Refused("cancelled")
-MEMORY = 0.8  # how much of the mean time of a batch is kept when a new one is measured
+MEMORY = 0.8  # weight of the old mean time of a batch when a new one is measured
 
 
 class Queued(NamedTuple):
@@ -71,7 +71,7 @@ class Full(Exception):
 
 
 class Job:
-    """A request: its pictures, and what happens to them.
+    """A request: its pictures and its events.
 
     pictures: to draw.
     previews: none, some or all; see `worker.Batch`.
@@ -87,7 +87,7 @@ class Job:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     def tell(self, event: Event) -> None:
-        """Add an event for whoever asked."""
+        """Add an event for the client."""
         if isinstance(event, Progress) and self.events.qsize() >= PENDING:
             return
         self.ended = self.ended or isinstance(event, Ended)
@@ -126,10 +126,10 @@ class Engine:
 
     def _spawn(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=worker.main, args=(theirs, self.load), daemon=True)
+        self.connection, worker_end = context.Pipe()
+        self.process = context.Process(target=worker.main, args=(worker_end, self.load), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_end.close()
         self.starts += 1
 
     @contextlib.asynccontextmanager
@@ -149,7 +149,7 @@ class Engine:
         self.process.join()
 
     def _listen(self) -> None:
-        """Take what the worker sends, in the event loop, and its end."""
+        """Pass the worker's messages, and its end, to the event loop."""
         connection, loop = self.connection, self.loop
 
         def listen() -> None:
@@ -204,17 +204,17 @@ class Engine:
         if self.queue and not self.busy and self.facts:
             first = self.queue[0]
             shared = first.pictures[first.waiting[0]].shared
-            room = 1 if shared.live else self.facts.batch_size
+            capacity = 1 if shared.live else self.facts.batch_size
             self.running = []
             for job in list(self.queue):
-                while job.waiting and job.pictures[job.waiting[0]].shared == shared and len(self.running) < room:
+                while job.waiting and job.pictures[job.waiting[0]].shared == shared and len(self.running) < capacity:
                     self.running.append((job, job.waiting.pop(0)))
                 if not job.waiting:
                     self.queue.remove(job)
             self.number += 1
             self.busy, self.started = True, monotonic()
-            wished = {job.previews for job, _ in self.running}
-            previews = next(name for name in ("all", "some", "none") if name in wished)
+            requested = {job.previews for job, _ in self.running}
+            previews = next(name for name in ("all", "some", "none") if name in requested)
             with contextlib.suppress(OSError):  # a dead worker is noticed by `_listen`
                 self.connection.send(Batch(self.number, [job.pictures[i] for job, i in self.running], previews))
         self._tell_positions()
@@ -242,10 +242,10 @@ class Engine:
     def _tell_step(self, step: Step) -> None:
         previews = step.previews or {}
         for job in dict.fromkeys(job for job, _ in self.running if not job.ended):
-            own = {
+            job_previews = {
                 number: previews[i] for i, (other, number) in enumerate(self.running) if other is job and i in previews
             }
-            job.tell(Progress(step.done, step.total, own if job.previews != "none" else {}))
+            job.tell(Progress(step.done, step.total, job_previews if job.previews != "none" else {}))
 
     def _take_images(self, drawn: Drawn) -> None:
         self.seconds = MEMORY * self.seconds + (1 - MEMORY) * (monotonic() - self.started)
@@ -278,8 +278,8 @@ class Engine:
             job.tries, job.position = job.tries + 1, -1
             if job.tries == TRIES:
                 job.tell(Ended(Failed("the process that draws ended twice while it drew this")))
-        again = [job for job in interrupted if not job.ended]
-        self.queue = again + [job for job in self.queue if job not in interrupted]
+        retried = [job for job in interrupted if not job.ended]
+        self.queue = retried + [job for job in self.queue if job not in interrupted]
         self.running = []
         if self.starts >= STARTS:
             for job in self.queue:

@@ -1,4 +1,4 @@
-"""What every request passes first: the name of the host, its origin, its token and its length."""
+"""Checks of every request before all others: host name, origin, token and length."""
 
 import base64
 import binascii
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from diffusion_jax.serve.schema import Problem
 
 COOKIE = "diffusion_token"
-DRAINED = 16  # times the allowed length is read before the answer, so that the client sees it; then the line is cut
+DRAINED = 16  # multiples of the allowed length that are read before the answer, so that the client sees it
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; connect-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -60,7 +60,7 @@ class Guard:
             return _error(403, "requests from pages of other sites are refused")
         if not self.token or self._is_known(headers):
             return None
-        if scope["type"] == "http" and scope["path"] == "/" and self._matches(_asked(scope)):
+        if scope["type"] == "http" and scope["path"] == "/" and self._matches(_token_in_address(scope)):
             answer = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
             return answer
@@ -88,14 +88,14 @@ class Guard:
         """Run the application with a body of at most max_bytes. A longer one is read to its end and forgotten, so that
         the client sees the answer.
         """
-        length, taken = Headers(scope=scope).get("content-length", "0"), 0
+        length, received = Headers(scope=scope).get("content-length", "0"), 0
         message = f"a request may have {self.max_bytes} bytes"
 
-        async def counted() -> Message:
-            nonlocal taken
+        async def limited_receive() -> Message:
+            nonlocal received
             part = await receive()
-            taken += len(part.get("body", b""))
-            if taken > self.max_bytes:
+            received += len(part.get("body", b""))
+            if received > self.max_bytes:
                 await self._drain(receive, part)
                 raise Problem(413, message)
             return part
@@ -104,17 +104,17 @@ class Guard:
             await self._drain(receive, await receive())
             await _error(413, message)(scope, receive, send)
         else:
-            await self.app(scope, counted, send)
+            await self.app(scope, limited_receive, send)
 
     async def _drain(self, receive: Receive, part: Message) -> None:
         """Read on to the end of a body. part: of it that was read last."""
-        taken = 0
-        while part.get("more_body", False) and taken < DRAINED * self.max_bytes:
+        received = 0
+        while part.get("more_body", False) and received < DRAINED * self.max_bytes:
             part = await receive()
-            taken += len(part.get("body", b""))
+            received += len(part.get("body", b""))
 
 
-def _asked(scope: Scope) -> str:
+def _token_in_address(scope: Scope) -> str:
     """The token in the address."""
     return QueryParams(scope["query_string"]).get("token", "")
 

@@ -28,14 +28,14 @@ async def live(service: Service, socket: WebSocket) -> None:
     try:
         while True:
             await socket.send_json({"type": "next"})
-            asked = await coming
+            state = await coming
             coming = asyncio.create_task(socket.receive_text())
-            if asked == last:
+            if state == last:
                 await socket.send_json({"type": "same"})
                 continue
-            last, start = asked, monotonic()
+            last, start = state, monotonic()
             try:
-                image = await _frame(service, gone, asked)
+                image = await _frame(service, gone, state)
             except Problem as wrong:
                 last = None
                 await socket.send_json({"type": "error", "message": wrong.message, "retry": wrong.retry})
@@ -48,8 +48,8 @@ async def live(service: Service, socket: WebSocket) -> None:
         coming.cancel()
 
 
-async def _frame(service: Service, gone: Gone, asked: str) -> bytes:
+async def _frame(service: Service, gone: Gone, state: str) -> bytes:
     """The picture of a state of the canvas, PNG."""
-    values = parsed(asked, "a frame")
+    values = parsed(state, "a frame")
     _, pictures = await service.draw(gone, {"steps": service.live_steps} | values | {"num_images": 1}, live=True)
     return base64.b64decode(pictures[0])

@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus."""
+"""The figures of /metrics, for Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 

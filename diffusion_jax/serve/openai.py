@@ -26,7 +26,7 @@ from diffusion_jax.serve.schema import Problem, checked, png
 from diffusion_jax.serve.service import Asked, Service, problem
 
 NUMBERS = ("steps", "guidance", "strength", "seed")
-OWN = ("negative_prompt", "solver", "spacing", *NUMBERS)  # fields of ours
+EXTRA_FIELDS = ("negative_prompt", "solver", "spacing", *NUMBERS)  # of `schema.Request`, that OpenAI's API lacks
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -58,9 +58,9 @@ def routes(service: Service) -> list[Route]:
 
     async def edits(http: Http) -> Response:
         async with http.form(max_files=4, max_part_size=service.limits.max_upload) as form:
-            asked = checked(Edit, {name: _number(name, v) for name, v in form.items() if isinstance(v, str)})
+            body = checked(Edit, {name: _number(name, v) for name, v in form.items() if isinstance(v, str)})
             images = await _images(service, form)
-        return await _answer(service, http, "image_edit", asked, images)
+        return await _answer(service, http, "image_edit", body, images)
 
     async def models(http: Http) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
@@ -98,55 +98,59 @@ async def _images(service: Service, form: FormData) -> dict[str, str]:
     except ValueError as error:
         field = "mask" if "mask" in files else "image"
         raise Problem(400, f"{field}: {error}", field) from error
-    sent = {"image": base64.b64encode(image).decode()}
+    encoded = {"image": base64.b64encode(image).decode()}
     if "mask" in files or np.any(np.asarray(Image.open(io.BytesIO(mask)))):
-        sent["mask"] = base64.b64encode(mask).decode()
-    return sent
+        encoded["mask"] = base64.b64encode(mask).decode()
+    return encoded
 
 
-def _values(service: Service, asked: Generation, images: dict[str, str]) -> dict[str, Any]:
+def _values(service: Service, body: Generation, images: dict[str, str]) -> dict[str, Any]:
     """The request in fields of `schema.Request`."""
-    extra = asked.model_extra or {}
+    extra = body.model_extra or {}
     values = {
-        "prompt": asked.prompt,
-        "num_images": asked.n or 1,
-        "previews": "some" if asked.partial_images else "none",
+        "prompt": body.prompt,
+        "num_images": body.n or 1,
+        "previews": "some" if body.partial_images else "none",
     }
-    values |= {name: extra[name] for name in OWN if name in extra} | images
-    if asked.size and asked.size != "auto":
-        found = SIZE.fullmatch(asked.size)
-        if not found:
-            raise Problem(400, f"size: expected WIDTHxHEIGHT or auto, got {asked.size[:40]!r}", "size")
-        values |= {"width": int(found[1]), "height": int(found[2])}
+    values |= {name: extra[name] for name in EXTRA_FIELDS if name in extra} | images
+    if body.size and body.size != "auto":
+        match = SIZE.fullmatch(body.size)
+        if not match:
+            raise Problem(400, f"size: expected WIDTHxHEIGHT or auto, got {body.size[:40]!r}", "size")
+        values |= {"width": int(match[1]), "height": int(match[2])}
     return values
 
 
-async def _answer(service: Service, http: Http, event: str, asked: Generation, images: dict[str, str]) -> Response:
-    values = _values(service, asked, images)
-    if asked.stream:
+async def _answer(service: Service, http: Http, event: str, body: Generation, images: dict[str, str]) -> Response:
+    values = _values(service, body, images)
+    if body.stream:
         queued = await service.ask(values)
-        return StreamingResponse(_events(service, http, event, asked, queued), media_type="text/event-stream")
+        return StreamingResponse(_events(service, http, event, body, queued), media_type="text/event-stream")
     _, pictures = await service.draw(http.is_disconnected, values)
-    return JSONResponse({"created": int(time()), "data": [{"b64_json": one} for one in pictures]} | _about(asked))
+    return JSONResponse(
+        {"created": int(time()), "data": [{"b64_json": picture} for picture in pictures]} | _about(body)
+    )
 
 
-def _about(asked: Generation) -> dict[str, Any]:
+def _about(body: Generation) -> dict[str, Any]:
     """What the API says of each answer: no part of a picture is counted in tokens here."""
     usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
     usage["input_tokens_details"] = {"text_tokens": 0, "image_tokens": 0}
-    about = {"size": asked.size or "auto", "quality": "auto", "background": "opaque", "output_format": "png"}
+    about = {"size": body.size or "auto", "quality": "auto", "background": "opaque", "output_format": "png"}
     return about | {"usage": usage}
 
 
-async def _events(service: Service, http: Http, event: str, asked: Generation, queued: Asked) -> AsyncIterator[str]:
+async def _events(service: Service, http: Http, event: str, body: Generation, queued: Asked) -> AsyncIterator[str]:
     """The answer as server-sent events: up to partial_images previews, then the pictures."""
-    about, sent = {"created_at": int(time())} | _about(asked), 0
+    about, previews_sent = {"created_at": int(time())} | _about(body), 0
     async for happened in service.follow(http.is_disconnected, queued):
         match happened:
-            case Progress(previews=previews) if previews and sent < (asked.partial_images or 0):
+            case Progress(previews=previews) if previews and previews_sent < (body.partial_images or 0):
                 image = png(previews[min(previews)], {})
-                yield _named(f"{event}.partial_image", {"b64_json": image, "partial_image_index": sent} | about)
-                sent += 1
+                yield _named(
+                    f"{event}.partial_image", {"b64_json": image, "partial_image_index": previews_sent} | about
+                )
+                previews_sent += 1
             case Made():
                 yield _named(f"{event}.completed", {"b64_json": await service.png(queued, happened)} | about)
             case Ended(error=error) if error:

@@ -1,5 +1,5 @@
-"""What a client may ask for: one schema, from which come the checks, the description in OpenAPI, the controls of the
-page and the fields of the APIs of other programs.
+"""The schema of requests. The checks, the OpenAPI description, the controls of the page and the fields of the APIs of
+other programs come from it.
 """
 
 import base64
@@ -22,11 +22,11 @@ Kind = TypeVar("Kind", bound=BaseModel)
 LETTERS = 2000  # of a prompt
 SCALE = 30.0  # the largest guidance scale
 DRAWN = ("text", "edit", "style", "morph")  # tabs of the page, those that draw from a prompt
-NOT_NOTED = {"image", "mask", "seed", "prompt", "num_images", "previews"}  # fields that a picture's text leaves out
+NOT_IN_METADATA = {"image", "mask", "seed", "prompt", "num_images", "previews"}  # fields left out of a PNG's text
 
 
 class Problem(Exception):
-    """An answer other than the one asked for.
+    """An error, as the answer to a request.
 
     status: of HTTP.
     field: that is wrong, or "".
@@ -85,32 +85,35 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
 
     limits: config.serve.
     """
-    own = facts.sampling
-    least = min(4 * facts.multiple, *facts.size)
-    most = max(limits.max_side, *facts.size)
+    defaults = facts.sampling
+    min_side = min(4 * facts.multiple, *facts.size)
+    max_side = max(limits.max_side, *facts.size)
 
-    def side(title: str, usual: int) -> Any:
-        about = f"Pixels; {usual} is the model's own. Any other takes some time to prepare when it is first drawn."
-        return Field(usual, ge=least, le=most, multiple_of=facts.multiple, title=title, description=about)
+    def side(title: str, default: int) -> Any:
+        about = f"Pixels; {default} is the model's own. Any other takes some time to prepare when it is first drawn."
+        return Field(default, ge=min_side, le=max_side, multiple_of=facts.multiple, title=title, description=about)
 
-    def again(name: str, **changes) -> Any:
+    def changed_field(name: str, **changes) -> Any:
         """The field of `Request` with these changes."""
         old = Request.model_fields[name]
         return Field(**{"title": old.title, "description": old.description, "default": old.default} | changes)
 
-    scale = {"default": own["guidance"], "ge": 1.0, "le": SCALE}
+    scale = {"default": defaults["guidance"], "ge": 1.0, "le": SCALE}
     if not facts.guided:
-        scale |= {"ge": own["guidance"], "le": own["guidance"]}
+        scale |= {"ge": defaults["guidance"], "le": defaults["guidance"]}
 
     fields = {
-        "task": (Literal[facts.tasks], again("task")),
-        "solver": (Literal[facts.solvers], again("solver", default=own["solver"])),
-        "spacing": (Literal[facts.spacings], again("spacing", default=own["spacing"])),
-        "steps": (int, again("steps", default=own["steps"], ge=1, le=max(limits.max_steps, own["steps"]))),
-        "guidance": (float, again("guidance", **scale)),
+        "task": (Literal[facts.tasks], changed_field("task")),
+        "solver": (Literal[facts.solvers], changed_field("solver", default=defaults["solver"])),
+        "spacing": (Literal[facts.spacings], changed_field("spacing", default=defaults["spacing"])),
+        "steps": (
+            int,
+            changed_field("steps", default=defaults["steps"], ge=1, le=max(limits.max_steps, defaults["steps"])),
+        ),
+        "guidance": (float, changed_field("guidance", **scale)),
         "width": (int, side("Width", facts.size[1])),
         "height": (int, side("Height", facts.size[0])),
-        "num_images": (int, again("num_images", ge=1, le=limits.max_images)),
+        "num_images": (int, changed_field("num_images", ge=1, le=limits.max_images)),
     }
     return create_model(name, __base__=Request, __doc__="Pictures to draw.", **fields)
 
@@ -128,14 +131,14 @@ def checked(kind: type[Kind], values: Any, status: int = 400) -> Kind:
         raise Problem(status, f"{field}: {message}" if field else message, field) from error
 
 
-def to_pictures(request: Request, most_pixels: int, live: bool = False) -> list[Picture]:
+def to_pictures(request: Request, max_pixels: int, live: bool = False) -> list[Picture]:
     """The pictures of a request, the uploaded ones decoded. Raises Problem for one that cannot be used.
 
     live: whether it is a frame of the live canvas.
     """
     size = request.height, request.width
-    image = _decoded(uploads.picture, "image", request.image, size, most_pixels)
-    mask = _decoded(uploads.mask, "mask", request.mask, size, most_pixels)
+    image = _decoded(uploads.picture, "image", request.image, size, max_pixels)
+    mask = _decoded(uploads.mask, "mask", request.mask, size, max_pixels)
     shared = Shared(
         task=request.task,
         size=size,
@@ -167,23 +170,23 @@ def to_pictures(request: Request, most_pixels: int, live: bool = False) -> list[
     ]
 
 
-def _decoded(read, field: str, text: str | None, size: tuple[int, int], most_pixels: int) -> np.ndarray | None:
+def _decoded(read, field: str, text: str | None, size: tuple[int, int], max_pixels: int) -> np.ndarray | None:
     if text is None:
         return None
     try:
-        return read(uploads.from_base64(text), size, most_pixels)
+        return read(uploads.from_base64(text), size, max_pixels)
     except ValueError as error:
         raise Problem(400, f"{field}: {error}", field) from error
 
 
 def texts(request: Request, picture: Picture, weights: str) -> dict[str, str]:
     """The settings of a picture, for its PNG text chunk: fields of the request, with the picture's own seed."""
-    noted = request.model_dump(exclude=NOT_NOTED, exclude_none=True)
+    settings = request.model_dump(exclude=NOT_IN_METADATA, exclude_none=True)
     if request.image is None:
-        del noted["strength"]
+        del settings["strength"]
     if request.task == "morph":
-        noted["other_seed"] = picture.other_seed
-    return {"prompt": request.prompt, "seed": str(picture.seed), **{k: str(v) for k, v in noted.items()}} | {
+        settings["other_seed"] = picture.other_seed
+    return {"prompt": request.prompt, "seed": str(picture.seed), **{k: str(v) for k, v in settings.items()}} | {
         "weights": weights
     }
 

@@ -1,4 +1,4 @@
-"""What all of the server's interfaces do: check a request, queue it, and follow it to its end."""
+"""The work that all interfaces of the server share: check a request, queue it, and follow it to its end."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -54,12 +54,12 @@ class Service:
         except Full as full:
             raise Problem(429, str(full), retry=full.seconds) from full
 
-    async def follow(self, gone: Gone, asked: Asked) -> AsyncIterator[Event]:
-        """What happens to a request, until it has ended or the client is gone: then it is cancelled.
+    async def follow(self, gone: Gone, queued: Asked) -> AsyncIterator[Event]:
+        """Yield the events of a request until it ends. If the client is gone, cancel the request.
 
-        gone: tells whether the client is.
+        gone: returns whether the client is gone.
         """
-        job, start = asked.job, monotonic()
+        job, start = queued.job, monotonic()
         try:
             while not await gone():
                 try:
@@ -69,38 +69,38 @@ class Service:
                 if isinstance(event, Made):
                     self.metrics.pictures.inc()
                 if event == Ended():
-                    self.metrics.latency.labels(asked.request.task).observe(monotonic() - start)
+                    self.metrics.latency.labels(queued.request.task).observe(monotonic() - start)
                 yield event
                 if isinstance(event, Ended):
                     return
         finally:
             self.engine.cancel(job)
 
-    async def png(self, asked: Asked, made: Made) -> str:
+    async def png(self, queued: Asked, done: Made) -> str:
         """A picture with its settings, PNG in base64."""
-        return await asyncio.to_thread(schema.png, made.image, self.texts(asked, made.number))
+        return await asyncio.to_thread(schema.png, done.image, self.texts(queued, done.number))
 
-    def texts(self, asked: Asked, number: int) -> dict[str, str]:
+    def texts(self, queued: Asked, number: int) -> dict[str, str]:
         """The settings of a picture, for its PNG text chunk."""
-        picture = asked.job.pictures[number]
+        picture = queued.job.pictures[number]
         facts = self.live_facts if picture.shared.live else self.facts
-        return schema.texts(asked.request, picture, facts.origin)
+        return schema.texts(queued.request, picture, facts.origin)
 
     async def draw(self, gone: Gone, values: Any, live: bool = False) -> tuple[Asked, list[str]]:
         """The finished pictures of a request, PNG in base64. Raises Problem.
 
         gone: as in `follow`. values, live: as in `ask`.
         """
-        asked = await self.ask(values, live)
+        queued = await self.ask(values, live)
         pictures = {}
-        async for event in self.follow(gone, asked):
+        async for event in self.follow(gone, queued):
             if isinstance(event, Made):
-                pictures[event.number] = await self.png(asked, event)
+                pictures[event.number] = await self.png(queued, event)
             elif isinstance(event, Ended) and event.error:
                 raise problem(event.error)
-        if asked.job.left:
+        if queued.job.left:
             raise Problem(400, "the client left")
-        return asked, [pictures[number] for number in sorted(pictures)]
+        return queued, [pictures[number] for number in sorted(pictures)]
 
 
 def problem(error: Refused | Failed) -> Problem:

@@ -24,31 +24,31 @@ def from_base64(text: str) -> bytes:
         raise ValueError("expected a picture in base64") from error
 
 
-def picture(data: bytes, size: tuple[int, int], most_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
+def picture(data: bytes, size: tuple[int, int], max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
     """The picture, resized to cover `size`, height and width, and cropped at its centre.
 
-    most_pixels: larger pictures are not decoded.
-    Raises ValueError for what is no picture, or none that can be used.
+    max_pixels: larger pictures are not decoded.
+    Raises ValueError for data that is not a picture, and for a picture that cannot be used.
     """
-    image = rgb(upright(data, most_pixels, FORMATS))
+    image = rgb(upright(data, max_pixels, FORMATS))
     return crop(*size, upscale=True)({"image": image}, np.random.default_rng(0))[
         "image"
     ]  # a centre crop: rng is unused
 
 
-def mask(data: bytes, size: tuple[int, int], most_pixels: int) -> Bool[np.ndarray, "height width 1"]:
+def mask(data: bytes, size: tuple[int, int], max_pixels: int) -> Bool[np.ndarray, "height width 1"]:
     """True where the mask is light, resized and cropped as `picture` does. Errors as there."""
-    return picture(data, size, most_pixels)[..., :1] > LIGHT
+    return picture(data, size, max_pixels)[..., :1] > LIGHT
 
 
-def mask_of_transparency(data: bytes, most_pixels: int) -> bytes:
+def mask_of_transparency(data: bytes, max_pixels: int) -> bytes:
     """A mask, PNG, that is light where the picture is transparent. Errors as in `picture`."""
-    return _png(ImageOps.invert(upright(data, most_pixels, FORMATS).convert("RGBA").getchannel("A")))
+    return _png(ImageOps.invert(upright(data, max_pixels, FORMATS).convert("RGBA").getchannel("A")))
 
 
-def inverted(data: bytes, most_pixels: int) -> bytes:
+def inverted(data: bytes, max_pixels: int) -> bytes:
     """A mask, PNG, that is light where this one is dark. Errors as in `picture`."""
-    return _png(ImageOps.invert(upright(data, most_pixels, FORMATS).convert("L")))
+    return _png(ImageOps.invert(upright(data, max_pixels, FORMATS).convert("L")))
 
 
 def _png(image: Image.Image) -> bytes:

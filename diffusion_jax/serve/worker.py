@@ -36,8 +36,8 @@ from diffusion_jax.serve.drawing import (
     usable_tasks,
 )
 
-Show = Callable[["Step"], bool]  # shows a step, and tells whether to stop
-COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX calls the making of one program
+Show = Callable[["Step"], bool]  # shows a step, and returns whether to stop
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event that one program was compiled
 SHARE = 4  # a preview is shown after this many times the time that it takes
 SAMPLING = ("solver", "spacing", "steps", "guidance")
 CURVE = 101  # points of the schedule's curves
@@ -57,7 +57,7 @@ class Loaded(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the server needs to know of the model.
+    """The facts about a model that the server needs.
 
     size: height and width of its own images, pixels.
     multiple: what sizes must be a multiple of, pixels.
@@ -165,7 +165,7 @@ def _student(loaded: Loaded, workdir: Path) -> Loaded | None:
 
 
 def facts(loaded: Loaded) -> Facts:
-    """What the server needs to know."""
+    """The facts about a loaded model."""
     config, model = loaded.config, loaded.model
     schedule, serve = model.schedule, config.serve
     weights, comma, step = loaded.origin.partition(",")
@@ -182,7 +182,7 @@ def facts(loaded: Loaded) -> Facts:
         tasks=usable_tasks(model, solvers),
         guided=not build.sampling.has_guidance(config, model) and not config.sample.cfg_pp,
         solvers=solvers,
-        spacings=("", *model.own_times, *SPACINGS),
+        spacings=("", *model.published_times, *SPACINGS),
         sampling={name: config.sample[name] for name in SAMPLING},
         batch_size=parallel.divisible(serve.batch_size),
         live_size=parallel.divisible(1),
@@ -191,36 +191,40 @@ def facts(loaded: Loaded) -> Facts:
     )
 
 
-def to_warm(told: Facts, prompt: str) -> list[Picture]:
+def to_warm(model_facts: Facts, prompt: str) -> list[Picture]:
     """Pictures whose programs serve every request of the model's own size: from a prompt, an image, an image and a
     mask; for a batch and for a live frame; with guidance and without; and the other tasks.
     """
-    image, mask = np.zeros((*told.size, 3), np.uint8), np.ones((*told.size, 1), bool)
-    shared = Shared("generate", told.size, told.sampling["solver"], told.sampling["spacing"], steps=2)
+    image, mask = np.zeros((*model_facts.size, 3), np.uint8), np.ones((*model_facts.size, 1), bool)
+    shared = Shared(
+        "generate", model_facts.size, model_facts.sampling["solver"], model_facts.sampling["spacing"], steps=2
+    )
 
-    def warming(negative_prompt: str = "", scale: float = told.sampling["guidance"], **kind) -> Picture:
-        made = Picture(shared._replace(guided=scale != 1, **kind), prompt, negative_prompt, scale, seed=0)
-        return made._replace(
-            image=image if made.shared.image else None,
-            mask=mask if made.shared.mask else None,
+    def warming(negative_prompt: str = "", scale: float = model_facts.sampling["guidance"], **kind) -> Picture:
+        picture = Picture(shared._replace(guided=scale != 1, **kind), prompt, negative_prompt, scale, seed=0)
+        return picture._replace(
+            image=image if picture.shared.image else None,
+            mask=mask if picture.shared.mask else None,
             other_prompt=prompt,
         )
 
     inputs = [{"image": True, "mask": True}]
-    if not told.needs_image:
+    if not model_facts.needs_image:
         inputs = [{}, {"image": True}, *inputs]
     kinds = []
-    for live, own in {False: told, True: told.live or told}.items():
-        method = {name: own.sampling[name] for name in ("solver", "spacing")}
-        for scale in dict.fromkeys((own.sampling["guidance"], 1.0) if own.guided else (own.sampling["guidance"],)):
-            kinds += [warming(scale=scale, live=live, **method, **given) for given in inputs]
+    for live, kind_facts in {False: model_facts, True: model_facts.live or model_facts}.items():
+        method = {name: kind_facts.sampling[name] for name in ("solver", "spacing")}
+        for scale in dict.fromkeys(
+            (kind_facts.sampling["guidance"], 1.0) if kind_facts.guided else (kind_facts.sampling["guidance"],)
+        ):
+            kinds += [warming(scale=scale, live=live, **method, **inputs_of_kind) for inputs_of_kind in inputs]
     kinds.append(warming(prompt, **inputs[0]))
     others = (
         warming(task="morph"),
         warming(task="noise", image=True),
         warming(solver=INVERTIBLE, task="style", image=True),
     )
-    return kinds + [other for other in others if other.shared.task in told.tasks]
+    return kinds + [other for other in others if other.shared.task in model_facts.tasks]
 
 
 def main(connection: Connection, load: Callable[[], Loaded]) -> None:
@@ -233,13 +237,19 @@ def main(connection: Connection, load: Callable[[], Loaded]) -> None:
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: programs.update([event]))
     try:
         loaded = load()
-        told, artists = facts(loaded), _artists(loaded)
+        model_facts, artists = facts(loaded), _artists(loaded)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         connection.send(Refused(one_line(error)))
         return
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # until the server is gone
-        connection.send(told)
-        _answer(connection, artists, told, to_warm(told, next(iter(loaded.config.sample.prompts), "")), programs)
+        connection.send(model_facts)
+        _answer(
+            connection,
+            artists,
+            model_facts,
+            to_warm(model_facts, next(iter(loaded.config.sample.prompts), "")),
+            programs,
+        )
 
 
 def _artists(loaded: Loaded) -> dict[bool, Artist]:
@@ -251,13 +261,13 @@ def _artists(loaded: Loaded) -> dict[bool, Artist]:
 def _answer(
     connection: Connection,
     artists: Mapping[bool, Artist],
-    told: Facts,
+    model_facts: Facts,
     warming: list[Picture],
     programs: Mapping[str, int],
 ) -> None:
     while True:
         if warming and not connection.poll():
-            _draw(artists, told, Batch(0, [warming.pop(0)], "all"), lambda step: False)
+            _draw(artists, model_facts, Batch(0, [warming.pop(0)], "all"), lambda step: False)
         else:
             batch = connection.recv()
             if isinstance(batch, Cancel):  # it was done already
@@ -265,28 +275,30 @@ def _answer(
 
             def show(step: Step, number: int = batch.number) -> bool:
                 connection.send(step)
-                return connection.poll() and connection.recv().number == number  # a Cancel, all that can come now
+                return (
+                    connection.poll() and connection.recv().number == number
+                )  # the only message that can come now is a Cancel
 
-            connection.send(Drawn(_draw(artists, told, batch, show)))
+            connection.send(Drawn(_draw(artists, model_facts, batch, show)))
         connection.send(Compiled(programs[COMPILED], len(warming)))
 
 
-def _draw(artists: Mapping[bool, Artist], told: Facts, batch: Batch, show: Show) -> list[Outcome]:
+def _draw(artists: Mapping[bool, Artist], model_facts: Facts, batch: Batch, show: Show) -> list[Outcome]:
     """Draw a batch, those of one shape of condition at a time."""
     live = batch.pictures[0].shared.live
-    artist, size = artists[live], told.live_size if live else told.batch_size
-    made: dict[int, Outcome] = {}
+    artist, size = artists[live], model_facts.live_size if live else model_facts.batch_size
+    outcomes: dict[int, Outcome] = {}
     groups = collections.defaultdict(list)
     for i, picture in enumerate(batch.pictures):
         try:
             groups[str(artist.shapes(picture))].append(i)
         except ValueError as error:
-            made[i] = Refused(one_line(error))
+            outcomes[i] = Refused(one_line(error))
     for places in groups.values():
         pictures = filled([batch.pictures[i] for i in places], size)
         images = _images(artist, pictures, functools.partial(_after_step, artist, batch, places, [0.0], show))
-        made |= dict(zip(places, images, strict=False))
-    return [made[i] for i in range(len(batch.pictures))]
+        outcomes |= dict(zip(places, images, strict=False))
+    return [outcomes[i] for i in range(len(batch.pictures))]
 
 
 def _images(artist: Artist, pictures: list[Picture], callback: Callback) -> list[Outcome]:
@@ -303,9 +315,9 @@ def _images(artist: Artist, pictures: list[Picture], callback: Callback) -> list
     except Exception:  # whatever it is, the next batch may be drawn
         logging.exception("a batch failed")
         return [Failed("an error in the server; its log has more")] * len(pictures)
-    shown, finite = to_uint8(np.nan_to_num(images)), np.isfinite(images).all(axis=(1, 2, 3))
-    made = zip(shown, artist.model.flagged(shown), finite, strict=True)
-    return [(HELD_BACK if flagged else image) if good else NOT_FINITE for image, flagged, good in made]
+    pixels, finite = to_uint8(np.nan_to_num(images)), np.isfinite(images).all(axis=(1, 2, 3))
+    results = zip(pixels, artist.model.held_back(pixels), finite, strict=True)
+    return [(HELD_BACK if held_back else image) if good else NOT_FINITE for image, held_back, good in results]
 
 
 def _after_step(
@@ -320,7 +332,7 @@ def _after_step(
     total = artist.rows(shared)
     if batch.previews == "all" or (batch.previews == "some" and start >= due[0] and done < total):
         images = to_uint8(np.asarray(decode(artist.of_size(shared.size), x0)))
-        images[artist.model.flagged(images)] = 0
+        images[artist.model.held_back(images)] = 0
         previews = dict(zip(places, images, strict=False))
         due[0] = monotonic() + SHARE * (monotonic() - start)
     return show(Step(done, total, previews))

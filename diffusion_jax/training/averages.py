@@ -1,4 +1,4 @@
-"""Averages of any length, chosen after training (post-hoc EMA, Karras et al. 2024, section 3).
+"""Averages of the weights, whose length is chosen after training (post-hoc EMA, Karras et al. 2024, section 3).
 
 Training keeps two averages whose weight grows as a power of the step, and saves them along the run. An average of
 another length is the combination of the saved ones whose weights over the steps are nearest to its own.
@@ -34,11 +34,11 @@ def exponent(length: float) -> float:
 def updated(averages: dict[str, PyTree], params: PyTree, step: Int[Array, ""]) -> dict[str, PyTree]:
     """The averages after one more step (eq. 5). step: number of steps before this one."""
 
-    def one(name: str, average: PyTree) -> PyTree:
+    def update(name: str, average: PyTree) -> PyTree:
         decay = (1 - 1 / (step + 1.0)) ** (exponent(float(name)) + 1)
         return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
 
-    return {name: one(name, average) for name, average in averages.items()}
+    return {name: update(name, average) for name, average in averages.items()}
 
 
 def initial(params: PyTree) -> dict[str, PyTree]:
@@ -50,7 +50,9 @@ def save(folder: Path, step: int, averages: dict[str, PyTree]) -> None:
     """Write folder/STEP.safetensors in half precision."""
     folder.mkdir(exist_ok=True)
     flat = {
-        f"{name}/{path}": np.asarray(leaf, np.float16) for name, tree in averages.items() for path, leaf in _flat(tree)
+        f"{name}/{path}": np.asarray(leaf, np.float16)
+        for name, tree in averages.items()
+        for path, leaf in _flat_leaves(tree)
     }
     partial = folder / f"{step}.partial"
     save_file(flat, partial)
@@ -75,32 +77,34 @@ def load(folder: Path, step: int, length: float, like: PyTree) -> PyTree:
     like: a pytree of the same structure and shapes.
     Raises ValueError for a length out of range and for files that do not fit, FileNotFoundError without averages.
     """
-    upto = [saved for saved in steps(folder) if saved <= step]
-    if not upto or upto[-1] != step:
-        known = ", ".join(map(str, steps(folder))) or "none"
+    saved_steps = [saved_step for saved_step in steps(folder) if saved_step <= step]
+    if not saved_steps or saved_steps[-1] != step:
+        available = ", ".join(map(str, steps(folder))) or "none"
         raise FileNotFoundError(
-            f"no averages of step {step} in {folder}, there are {known}: train with --config.train.post_hoc"
+            f"no averages of step {step} in {folder}, there are {available}: train with --config.train.post_hoc"
         )
-    kept = [_Saved(saved, f"{one:.2f}") for saved in upto for one in LENGTHS]
-    shares = combination([(one.step, exponent(float(one.name))) for one in kept], (step, exponent(length)))
-    total = {path: np.zeros(leaf.shape) for path, leaf in _flat(like)}
-    for saved in upto:
-        found = _read(folder / f"{saved}.safetensors", total)
-        for one, share in zip(kept, shares, strict=True):
-            if one.step == saved:
+    saved_averages = [_Saved(saved_step, f"{each_length:.2f}") for saved_step in saved_steps for each_length in LENGTHS]
+    factors = combination(
+        [(average.step, exponent(float(average.name))) for average in saved_averages], (step, exponent(length))
+    )
+    total = {path: np.zeros(leaf.shape) for path, leaf in _flat_leaves(like)}
+    for saved_step in saved_steps:
+        tensors = _read(folder / f"{saved_step}.safetensors", total)
+        for average, factor in zip(saved_averages, factors, strict=True):
+            if average.step == saved_step:
                 for path in total:
-                    total[path] += share * found[f"{one.name}/{path}"]
+                    total[path] += factor * tensors[f"{average.name}/{path}"]
     leaves = [jnp.asarray(values, jnp.float32) for values in total.values()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def combination(kept: Sequence[tuple[int, float]], target: tuple[int, float]) -> Float[np.ndarray, " kept"]:
-    """Factors of averages, whose sum is nearest to the target average in the weights over the steps (appendix C.3).
+def combination(averages: Sequence[tuple[int, float]], target: tuple[int, float]) -> Float[np.ndarray, " averages"]:
+    """Factors of the averages. Their weighted sum is nearest to the target in the weights over steps (appendix C.3).
 
-    kept, target: (step, exponent) of averages.
+    averages, target: (step, exponent) of averages.
     """
-    overlaps = np.array([[_overlap(a, b) for b in kept] for a in kept])
-    return np.linalg.lstsq(overlaps, np.array([_overlap(a, target) for a in kept]), rcond=1e-12)[0]
+    overlaps = np.array([[_overlap(a, b) for b in averages] for a in averages])
+    return np.linalg.lstsq(overlaps, np.array([_overlap(a, target) for a in averages]), rcond=1e-12)[0]
 
 
 def _overlap(a: tuple[int, float], b: tuple[int, float]) -> float:
@@ -118,19 +122,19 @@ def _overlap(a: tuple[int, float], b: tuple[int, float]) -> float:
     )
 
 
-def _flat(tree: PyTree) -> list[tuple[str, Any]]:
+def _flat_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _read(file: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     try:
-        found = load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}; remove it") from error
     for path, leaf in like.items():
         for length in LENGTHS:
             name = f"{length:.2f}/{path}"
-            if name not in found or found[name].shape != leaf.shape:
+            if name not in tensors or tensors[name].shape != leaf.shape:
                 raise ValueError(f"{file} is of another model: it lacks {name} of shape {leaf.shape}")
-    return found
+    return tensors

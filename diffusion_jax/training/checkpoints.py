@@ -14,7 +14,7 @@ from diffusion_jax import parallel
 from diffusion_jax.messages import first_line
 from diffusion_jax.training.step import TrainState
 
-MOST_DATA_STATE = 1 << 16  # bytes of a data iterator's state
+MAX_DATA_STATE = 1 << 16  # bytes of a data iterator's state
 ARRAY_DESCRIPTION = 2048  # upper estimate of the bytes of metadata that Orbax writes for an array
 
 
@@ -45,21 +45,21 @@ class Checkpoints:
         if step == self.latest_step():
             return
         state = parallel.to_host(state)
-        rest, ema = _split(state)
-        data = {"hosts": _of_all_hosts(data_state)}
+        remaining, ema = _split(state)
+        data = {"hosts": _gather_data_states(data_state)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(rest), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
+            state=ocp.args.StandardSave(remaining), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
         )
         try:
-            self._need_room(state)  # checked first, because Orbax reports a full disk in hundreds of lines
+            self._check_free_space(state)  # checked first, because Orbax reports a full disk in hundreds of lines
             self._manager.save(step, args=items, force=True)
         except Exception as error:  # Orbax passes on any error of its writers
             last = self.latest_step()
-            kept = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
+            earlier = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
             reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
-            raise OSError(f"could not save step {step} to {self.folder}: {reason}; {kept}") from error
+            raise OSError(f"could not save step {step} to {self.folder}: {reason}; {earlier}") from error
 
-    def _need_room(self, tree: PyTree) -> None:
+    def _check_free_space(self, tree: PyTree) -> None:
         leaves = jax.tree.leaves(tree)
         need = sum(leaf.nbytes + ARRAY_DESCRIPTION for leaf in leaves)
         free = shutil.disk_usage(self.folder).free
@@ -68,11 +68,11 @@ class Checkpoints:
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict]:
         """The newest state and data position; `like` gives the structure, shapes and placement."""
-        rest, ema = _split(like)
+        remaining, ema = _split(like)
         restored = self._restore(
-            state=ocp.args.StandardRestore(rest), ema=ocp.args.StandardRestore(ema), data=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(remaining), ema=ocp.args.StandardRestore(ema), data=ocp.args.JsonRestore()
         )
-        return like._replace(**restored.state, ema=restored.ema), _own(restored.data["hosts"])
+        return like._replace(**restored.state, ema=restored.ema), _data_state_of_this_host(restored.data["hosts"])
 
     def restore_ema(self, like: PyTree) -> PyTree:
         """The averaged weights of the newest checkpoint; `like` gives structure, shapes and placement."""
@@ -88,8 +88,8 @@ class Checkpoints:
         expected = _shapes(like)
         for name in sorted(saved.keys() | expected.keys()):
             if saved.get(name) != expected.get(name):
-                theirs, ours = (shapes.get(name, "missing") for shapes in (saved, expected))
-                raise self._other_config(f"{name}: {theirs} there, {ours} in the config's model")
+                saved_shape, expected_shape = (shapes.get(name, "missing") for shapes in (saved, expected))
+                raise self._other_config(f"{name}: {saved_shape} there, {expected_shape} in the config's model")
 
     def _newest(self) -> int:
         step = self.latest_step()
@@ -128,16 +128,16 @@ def _shapes(tree: PyTree) -> dict[str, str]:
     return {keystr(path, simple=True, separator="/"): f"shape {tuple(leaf.shape)}" for path, leaf in leaves}
 
 
-def _of_all_hosts(data_state: dict) -> list[dict]:
+def _gather_data_states(data_state: dict) -> list[dict]:
     """The data positions of all hosts. They differ because each host reads its own share of the data."""
     text = json.dumps(data_state).encode()
-    padded = np.frombuffer(text.ljust(MOST_DATA_STATE), np.uint8)
-    if len(padded) > MOST_DATA_STATE:
-        raise ValueError(f"the data position takes {len(text)} bytes, at most {MOST_DATA_STATE} fit a checkpoint")
+    padded = np.frombuffer(text.ljust(MAX_DATA_STATE), np.uint8)
+    if len(padded) > MAX_DATA_STATE:
+        raise ValueError(f"the data position takes {len(text)} bytes, at most {MAX_DATA_STATE} fit a checkpoint")
     return [json.loads(row.tobytes()) for row in parallel.from_all_hosts(padded)]
 
 
-def _own(data_states: list[dict]) -> dict:
+def _data_state_of_this_host(data_states: list[dict]) -> dict:
     if len(data_states) != jax.process_count():
         raise ValueError(
             f"the checkpoint was saved by {len(data_states)} hosts and this run has {jax.process_count()}; "

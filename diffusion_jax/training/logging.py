@@ -78,15 +78,15 @@ class RunLog:
 
 def _reopen(path: Path, start: int):
     """Open for appending. Drop the lines of steps after the last checkpoint of a killed run."""
-    kept = []
+    kept_lines = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 if json.loads(line)["step"] <= start:
-                    kept.append(line + "\n")
+                    kept_lines.append(line + "\n")
             except json.JSONDecodeError:  # the run was killed while writing this line
                 break
-    whole = path.with_suffix(".tmp")
-    whole.write_text("".join(kept))
-    whole.replace(path)  # atomic: a kill here loses nothing
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept_lines))
+    temporary.replace(path)  # atomic: a kill here loses nothing
     return path.open("a")

@@ -18,7 +18,7 @@ from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
 from diffusion_jax.training.step import init_state, make_train_step
 
-KEPT_CHECKPOINTS = 2  # the second is a spare in case the newest is damaged
+NUM_CHECKPOINTS = 2  # the second is a spare in case the newest is damaged
 
 
 class Task(NamedTuple):
@@ -61,7 +61,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     """
     workdir = Path(workdir)
     check_batch_size(train.batch_size, train.accumulate)
-    checkpoints = Checkpoints(workdir / "checkpoints", KEPT_CHECKPOINTS)
+    checkpoints = Checkpoints(workdir / "checkpoints", NUM_CHECKPOINTS)
     state = parallel.replicate(init_state(task.params, task.optimizer, seed, train.post_hoc))
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
@@ -123,9 +123,9 @@ def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Chec
     # called with the metrics of the step before the running one, so that the device does not wait
     if metrics is not None and int(metrics["bad_in_row"]) >= limit:
         last = checkpoints.latest_step()
-        kept = "no checkpoint was saved before" if last is None else f"step {last} is saved in {checkpoints.folder}"
+        saved = "no checkpoint was saved before" if last is None else f"step {last} is saved in {checkpoints.folder}"
         raise Diverged(
-            f"the loss was not finite for {limit} steps in a row, up to step {step}; {kept}; "
+            f"the loss was not finite for {limit} steps in a row, up to step {step}; {saved}; "
             "lower optimizer.learning_rate or check the data"
         )
 
@@ -134,22 +134,22 @@ class _StopSignals:
     """Within this context the first SIGTERM or SIGINT (Ctrl-C) is recorded. The second ends the process as usual."""
 
     def __enter__(self) -> "_StopSignals":
-        self._noted = ""
+        self._received = ""
         # the signal may reach only one of several hosts: JAX then lets all hosts agree on a step
-        own = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._before = {number: signal.signal(number, self._note) for number in own}
+        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._handlers = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def requested(self, step: int) -> str:
         """The signal that asks the run to stop after `step`, or "". The same on every host."""
-        if not self._before:
+        if not self._handlers:
             return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
-        return self._noted
+        return self._received
 
-    def _note(self, number: int, _) -> None:
-        self._noted = signal.Signals(number).name
-        signal.signal(number, self._before[number])
+    def _receive(self, number: int, _) -> None:
+        self._received = signal.Signals(number).name
+        signal.signal(number, self._handlers[number])

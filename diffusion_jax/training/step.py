@@ -43,9 +43,9 @@ def init_state(
     """
     step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no shared buffers: they are donated
     ema = jax.tree.map(jnp.copy, params)
-    kept = averages.initial(params) if post_hoc else {}
+    post_hoc_averages = averages.initial(params) if post_hoc else {}
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(step, params, ema, optimizer.init(params), key, bad_steps, bad_in_row, kept)
+    return TrainState(step, params, ema, optimizer.init(params), key, bad_steps, bad_in_row, post_hoc_averages)
 
 
 def make_train_step(
@@ -69,8 +69,8 @@ def make_train_step(
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
         keys = _example_keys(state, len(jax.tree.leaves(batch)[0]))
-        seen = frozen | {"step": state.step, "ema": state.ema}
-        grads, metrics = parallel.mean(_gradient(loss, state.params, seen, batch, keys, accumulate))
+        loss_inputs = frozen | {"step": state.step, "ema": state.ema}
+        grads, metrics = parallel.mean(_gradient(loss, state.params, loss_inputs, batch, keys, accumulate))
         metrics["grad_norm"] = optax.global_norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
@@ -80,14 +80,14 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
 
-        kept = jax.tree.map(
+        new_values = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (params, ema, opt_state, averages.updated(state.averages, params, state.step)),
             (state.params, state.ema, state.opt_state, state.averages),
         )
         bad_in_row = jnp.where(good, 0, state.bad_in_row + 1)
         counts = (state.bad_steps + jnp.where(good, 0, 1), bad_in_row)
-        state = TrainState(state.step + 1, *kept[:3], state.key, *counts, kept[3])
+        state = TrainState(state.step + 1, *new_values[:3], state.key, *counts, new_values[3])
         return state, metrics | {"bad_steps": state.bad_steps, "bad_in_row": bad_in_row}
 
     return parallel.compile_step(step, devices)
@@ -104,15 +104,15 @@ def _gradient(
 ) -> tuple[PyTree, dict]:
     """Gradient and metrics of a device's share, as the mean over `accumulate` micro-batches."""
 
-    def one(micro: PyTree) -> tuple[PyTree, dict]:
+    def gradient(micro: PyTree) -> tuple[PyTree, dict]:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, *micro)
         return grads, metrics | {"loss": value}
 
     if accumulate == 1:
-        return one((batch, keys))
+        return gradient((batch, keys))
     micros = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), (batch, keys))
     zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda a: a[0], micros))
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, jax.tree.map(lambda a: a[0], micros))
     )
-    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zeros, micros)
+    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, gradient(micro)), None), zeros, micros)
     return jax.tree.map(lambda a: a / accumulate, total)

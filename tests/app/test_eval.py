@@ -44,22 +44,22 @@ def report(source, params=0.0, codec=PIXELS, **changes):
     section = ConfigDict({"images": 100, "steps": 8, "probes": 1, "terms": 6, "batch_size": 4, "seed": 0} | changes)
     schedule, says = schedules.cosine(20), parameterization.x0
     model = DiffusionModel(Network(apply), jnp.float32(params), schedule, says, codec, class_labels(5), (4, 4))
-    found = evaluate_likelihood(model, source, lambda record, rng: record, section)
-    json.dumps(found, allow_nan=False)
-    return found
+    result = evaluate_likelihood(model, source, lambda record, rng: record, section)
+    json.dumps(result, allow_nan=False)
+    return result
 
 
-def means(found):
-    return {name: value["mean"] for name, value in found.items() if isinstance(value, dict)}
+def means(result):
+    return {name: value["mean"] for name, value in result.items() if isinstance(value, dict)}
 
 
 def test_the_report_counts_what_it_measured():
-    found = report(shades(10, bad=(2, 5)))
-    assert (found["images"], found["data"], found["of"], found["unit"]) == (8, "shades", "pixels", "bits/dim")
-    assert (found["steps"], found["terms"], found["seed"]) == (8, 6, 0)
+    result = report(shades(10, bad=(2, 5)))
+    assert (result["images"], result["data"], result["of"], result["unit"]) == (8, "shades", "pixels", "bits/dim")
+    assert (result["steps"], result["terms"], result["seed"]) == (8, 6, 0)
     assert report(shades(10), images=6)["images"] == 6
-    assert found["flow"]["standard_error"] > 0
-    terms = means(found)
+    assert result["flow"]["standard_error"] > 0
+    terms = means(result)
     parts = terms["bound_prior"] + terms["bound_diffusion"] + terms["bound_decoder"]
     np.testing.assert_allclose(terms["bound"], parts, rtol=1e-5)
     assert report(shades(1))["flow"]["standard_error"] is None
@@ -82,8 +82,8 @@ def test_images_are_measured_in_the_size_of_training(side, tmp_path, capfd, monk
     assert command_line.run(monkeypatch, *TINY, *flags, f"--workdir={tmp_path}") == 0, capfd.readouterr().err
     assert sizes == [((8, 8), (8, 8, 3))]
     report = json.loads((tmp_path / "eval" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    found = report["likelihood"]
-    assert found["flow"] == {"mean": None, "standard_error": None} and found["bound"] == {"mean": None}
+    likelihood = report["likelihood"]
+    assert likelihood["flow"] == {"mean": None, "standard_error": None} and likelihood["bound"] == {"mean": None}
 
 
 def test_the_figures_do_not_depend_on_the_batches():
@@ -100,8 +100,8 @@ def test_a_model_that_knows_the_classes_finds_them_likelier():
 
 def test_latents_are_measured_in_nats_without_bins():
     latents = PIXELS._replace(limit=None)
-    found = report(shades(10), codec=latents, terms=0)
-    assert (found["of"], found["unit"]) == ("latents", "nats/dim")
+    result = report(shades(10), codec=latents, terms=0)
+    assert (result["of"], result["unit"]) == ("latents", "nats/dim")
     # of a network that knows the mean alone, the flow's density is N(x0, sigma_0^2), but for alpha_0 and its steps
     schedule = schedules.cosine(20)
     records = [shades(10)[i] for i in range(10)]
@@ -153,13 +153,13 @@ def test_eval_writes_its_figures_and_which_weights_they_are_of(compiled, trained
     few = ["--config.eval.images=5", "--config.eval.steps=3", "--config.eval.terms=4", "--config.eval.batch_size=4"]
     status, stderr = finish(start(compiled, "--mode=eval", f"--workdir={trained}", *few))
     assert status == 0, stderr
-    found = json.loads((trained / "eval" / "report.json").read_text())
-    assert str(trained) in found["weights"] and "step 24" in found["weights"]
-    found = found["likelihood"]
-    assert (found["data"], found["images"], found["unit"]) == ("digits-validation", 5, "bits/dim")
-    assert np.isfinite([found["flow"]["mean"], found["bound"]["mean"]]).all()
+    result = json.loads((trained / "eval" / "report.json").read_text())
+    assert str(trained) in result["weights"] and "step 24" in result["weights"]
+    result = result["likelihood"]
+    assert (result["data"], result["images"], result["unit"]) == ("digits-validation", 5, "bits/dim")
+    assert np.isfinite([result["flow"]["mean"], result["bound"]["mean"]]).all()
     last = next(line for line in stderr.splitlines() if line.startswith("flow "))
-    assert f"flow {found['flow']['mean']:.4f}" in last and "digits-validation" in last and "5 images" in last
+    assert f"flow {result['flow']['mean']:.4f}" in last and "digits-validation" in last and "5 images" in last
 
 
 FEW = ["--config.eval.images=22", "--config.eval.steps=2", "--config.eval.terms=2", "--config.eval.batch_size=8"]
@@ -226,10 +226,10 @@ def test_distances_of_a_run(compiled, trained, tmp_path):
     assert "22 pictures in the 192 features of pixels" in stderr and "full rank" in stderr
     report = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["distances"]
     assert (report["pictures"], report["reference_pictures"], report["held_out"]) == (22, 30, "digits-validation")
-    found = report["guidance 2"]["pixels"]
-    frechet = {name: one["value"] for name, one in found["frechet"].items()}
+    distances = report["guidance 2"]["pixels"]
+    frechet = {name: estimate["value"] for name, estimate in distances["frechet"].items()}
     assert frechet["ratio"] == pytest.approx(frechet["generated"] / frechet["held_out"]) and frechet["ratio"] > 1.2
-    assert found["coverage"]["held_out"]["mean"] > 2 * found["coverage"]["generated"]["mean"]
+    assert distances["coverage"]["held_out"]["mean"] > 2 * distances["coverage"]["generated"]["mean"]
     assert (tmp_path / "run" / "eval" / "guidance_1" / "nearest_real.png").exists()
     page = (tmp_path / "run" / "eval" / "report.html").read_text()
     assert page.count("<svg") >= 6 and page.count("data:image/png") == 6 and '"http' not in page
@@ -241,7 +241,7 @@ def test_distances_of_a_run(compiled, trained, tmp_path):
     assert status == 0, stderr
     assert "reference:" not in stderr
     later = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["distances"]["guidance 2"]["pixels"]
-    assert later == found
+    assert later == distances
     assert (tmp_path / "run" / "eval" / "report.html").read_text().count("<section>") == 2
 
 

@@ -28,13 +28,13 @@ def run(compiled, method, teacher, workdir, *flags, devices=1):
 def test_a_student_is_trained_and_draws_in_few_steps(method, compiled, trained, tmp_path):
     fast = ["--config.optimizer.warmup=0", "--config.optimizer.learning_rate=1e-2"]
     run(compiled, method, trained, tmp_path, "--mode=train", "--config.train.steps=12", *fast)
-    drawn = []
+    images = []
     for scale in (1, 4) if method == "scale" else (1,):
         flags = ["--config.sample.prompts=('3',)", "--config.sample.steps=2", f"--config.sample.guidance={scale}"]
         assert "step 12, averaged" in run(compiled, method, trained, tmp_path, "--mode=sample", *flags)
-        drawn.append(np.asarray(Image.open(tmp_path / "samples" / "0000.png")).astype(int))
-        assert drawn[-1].shape == (8, 8, 3) and drawn[-1].std() > 5
-    assert len(drawn) == 1 or (drawn[0] != drawn[1]).any()
+        images.append(np.asarray(Image.open(tmp_path / "samples" / "0000.png")).astype(int))
+        assert images[-1].shape == (8, 8, 3) and images[-1].std() > 5
+    assert len(images) == 1 or (images[0] != images[1]).any()
 
 
 @pytest.mark.slow
@@ -77,9 +77,9 @@ def test_updates_alone_make_a_student(compiled, trained, tmp_path):
     teacher, student, exported = (load_model(folder) for folder in (trained, tmp_path, tmp_path / "export"))
     assert student.params.keys() == {"params", "lora"}
     x, t, cond = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([3.0, 400.0]), {"label": jnp.arange(2)}
-    before, own, read = (
+    before, saved, read = (
         model.network.apply(jax.tree.map(jnp.asarray, model.params), x, t, cond)
         for model in (teacher, student, exported)
     )
-    assert np.abs(own - before).max() > 0.01
-    np.testing.assert_allclose(read, own, atol=2e-3)
+    assert np.abs(saved - before).max() > 0.01
+    np.testing.assert_allclose(read, saved, atol=2e-3)

@@ -44,8 +44,8 @@ def test_it_starts_from_the_weights_that_the_config_names(config, tmp_path):
 
 
 def members(images, source) -> np.ndarray:
-    known = {source[i]["image"].tobytes() for i in range(len(source))}
-    return np.array([image.tobytes() in known for image in images])
+    records = {source[i]["image"].tobytes() for i in range(len(source))}
+    return np.array([image.tobytes() in records for image in images])
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -74,9 +74,9 @@ def test_a_part_is_made_new_and_the_picture_says_how(paths, tmp_path, monkeypatc
     fields = "image=IMAGE mask=MASK solver=ddim eta=1.0 resample=2 negative_prompt=rocket guidance_interval=0.1,50."
     assert not sample(DEMO, fields, paths, tmp_path / "run", monkeypatch)
     picture = Image.open(tmp_path / "run" / "samples" / "0000.png")
-    made, image = np.asarray(picture), np.asarray(Image.open(paths["IMAGE"]))
-    np.testing.assert_array_equal(made[32:], image[32:])
-    assert np.abs(made[:32].astype(int) - image[:32]).mean() > 10
+    result, image = np.asarray(picture), np.asarray(Image.open(paths["IMAGE"]))
+    np.testing.assert_array_equal(result[32:], image[32:])
+    assert np.abs(result[:32].astype(int) - image[:32]).mean() > 10
     for name, text in {"solver": "ddim", "eta": "1.0", "resample": "2", "negative_prompt": "rocket"}.items():
         assert picture.text[name] == text
     assert picture.text["image"] == paths["IMAGE"] and picture.text["mask"] == paths["MASK"]
@@ -86,5 +86,5 @@ def test_a_part_is_made_new_and_the_picture_says_how(paths, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_strength_0_gives_the_picture_back(paths, tmp_path, monkeypatch):
     assert not sample(DEMO, "image=IMAGE strength=0", paths, tmp_path / "run", monkeypatch)
-    made = np.asarray(Image.open(tmp_path / "run" / "samples" / "0000.png"))
-    np.testing.assert_array_equal(made, np.asarray(Image.open(paths["IMAGE"])))
+    result = np.asarray(Image.open(tmp_path / "run" / "samples" / "0000.png"))
+    np.testing.assert_array_equal(result, np.asarray(Image.open(paths["IMAGE"])))

@@ -43,11 +43,11 @@ def drawn(config, source, model, folder, epochs=40) -> dict[int, list[np.ndarray
     """By label what the network is given of each picture, epoch by epoch."""
     records, transform = train._training_records(config, folder, source, model)
     batches = build.data.batches(records, config.train, config.seed, transform)
-    seen = {}
+    latents_of = {}
     for batch in itertools.islice(batches, epochs):
         for latent, label in zip(batch["latent"], batch["cond"]["label"], strict=True):
-            seen.setdefault(int(label), []).append(latent)
-    return seen
+            latents_of.setdefault(int(label), []).append(latent)
+    return latents_of
 
 
 @pytest.mark.parametrize("in_cache", [False, True])
@@ -113,11 +113,11 @@ def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache
     model = build.model.diffusion_model(config)
     model = (of_latents(model) if in_cache else model)._replace(conditioning=letters())
     records, transform = train._training_records(config, tmp_path, source, model)
-    told = {}
+    captions_of = {}
     for batch in itertools.islice(build.data.batches(records, config.train, config.seed, transform), 40):
         for latent, ids in zip(batch["latent"], batch["cond"]["ids"][:, 0], strict=True):
-            told.setdefault(int(latent[0, 0, 0]) // 20, set()).add(chr(ids))
-    assert told == {i: set("abc") for i in range(5)} | {5: {"d"}}
+            captions_of.setdefault(int(latent[0, 0, 0]) // 20, set()).add(chr(ids))
+    assert captions_of == {i: set("abc") for i in range(5)} | {5: {"d"}}
 
 
 def test_a_caption_alone_is_embedded_once(config, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffusion_jax.app.workdir import held
+from diffusion_jax.app.workdir import locked
 from tests import command_line
 from tests.test_main import TINY
 
@@ -17,11 +17,11 @@ def error(monkeypatch, capfd, mode, workdir) -> str:
 
 
 def test_a_second_training_says_so_and_stops(tmp_path, monkeypatch, capfd):
-    with held(tmp_path):
+    with locked(tmp_path):
         (tmp_path / "config.json").write_text("{}")
         assert f"another training runs in {tmp_path}" in error(monkeypatch, capfd, "train", tmp_path)
         assert json.loads((tmp_path / "config.json").read_text()) == {}
-    with held(tmp_path):
+    with locked(tmp_path):
         pass
 
 

@@ -356,5 +356,5 @@ def test_a_model_of_pixels_has_images_of_any_size(size):
     unet = build.model.network(config)
     x, t, cond = unet.example_inputs()
     x = jax.ShapeDtypeStruct((1, *size, 3), x.dtype)
-    made = jax.eval_shape(unet.init_with_output, jax.random.key(0), x, t, cond)[0]
-    assert made.shape == x.shape
+    output = jax.eval_shape(unet.init_with_output, jax.random.key(0), x, t, cond)[0]
+    assert output.shape == x.shape

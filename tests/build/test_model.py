@@ -90,8 +90,8 @@ def test_a_network_that_errs_a_little_samples_the_data(prediction, schedule, spa
     for spacing in SPACINGS:
         config.sample.update(spacing=spacing, steps=FEW)
         most = model.useful_schedule.num_steps or MOST
-        while (found := deviation(model, config)) > CLOSE:
-            assert config.sample.steps < most, (spacing, found)
+        while (distance := deviation(model, config)) > CLOSE:
+            assert config.sample.steps < most, (spacing, distance)
             config.sample.steps = min(8 * config.sample.steps, most)
 
 

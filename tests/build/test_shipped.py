@@ -45,8 +45,8 @@ def test_the_student_draws_in_one_call_what_the_demo_draws_in_twenty():
     def drawn(preset, folder, **values):
         config = latent_cfg.get_config(preset)
         config.sample.update(batch_size=3, **values)
-        made = sample.drawn(config, load_model(folder), prompts, range(3), config.sample.guidance)
-        return np.stack(list(made)).astype(float)
+        images = sample.drawn(config, load_model(folder), prompts, range(3), config.sample.guidance)
+        return np.stack(list(images)).astype(float)
 
     demo, student = drawn("full", "weights/emoji", steps=20), drawn("fast", "weights/fast", steps=1)
     apart = np.abs(student[:, None] - demo[None]).mean(axis=(2, 3, 4))
@@ -57,14 +57,14 @@ def test_without_a_checkpoint_the_model_is_that_of_the_named_weights(tmp_path):
     config = latent_cfg.get_config("small")
     config.model.block_out_channels, config.data.styles = (8, 8, 8), ("flat",)
     theirs = json.loads((shipped.ROOT / config.weights / "config.json").read_text())
-    found = resolved(FrozenConfigDict(config), tmp_path)
+    config_in_use = resolved(FrozenConfigDict(config), tmp_path)
     assert (
-        build.model.network(found)
+        build.model.network(config_in_use)
         == build.model.network(fields.completed(ConfigDict(theirs)))
         != build.model.network(config)
     )
-    assert found.data.size == theirs["data"]["size"]
-    assert found.name == "latent_cfg" and found.data.styles == ("flat",)
+    assert config_in_use.data.size == theirs["data"]["size"]
+    assert config_in_use.name == "latent_cfg" and config_in_use.data.styles == ("flat",)
     (tmp_path / "vae").mkdir()
     config.weights = str(tmp_path)  # a folder of networks alone
     assert resolved(config, tmp_path) is config
@@ -91,9 +91,9 @@ def test_config_files_are_found_from_any_folder(config, tmp_path, monkeypatch, c
 def test_help_shows_the_flags_and_the_examples(tmp_path):
     command = [sys.executable, "-c", "from diffusion_jax.app.command import run; run()", "--help"]
     environment = os.environ | {"PYTHONPATH": str(command_line.ROOT)}
-    told = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True).stdout
-    assert "diffusion_jax --config=configs/latent_cfg.py --mode=train" in told
-    assert "--workdir: For checkpoints" in told and "--prompt: What to generate" in told
+    help_text = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    assert "diffusion_jax --config=configs/latent_cfg.py --mode=train" in help_text
+    assert "--workdir: For checkpoints" in help_text and "--prompt: What to generate" in help_text
 
 
 @pytest.mark.slow

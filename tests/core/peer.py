@@ -200,8 +200,8 @@ def peer_states(
     if how == "generator":
         options["generator"] = torch.Generator().manual_seed(SEED)
     if how == "sampler":
-        drawn = iter(_brownian(plan, noise))
-        scheduler.noise_sampler = lambda sigma, sigma_next: torch.from_numpy(next(drawn))
+        noises = iter(_brownian(plan, noise))
+        scheduler.noise_sampler = lambda sigma, sigma_next: torch.from_numpy(next(noises))
     sample = torch.from_numpy(x / plan.level.alpha[0] if exploding else x)
     for i, t in enumerate(scheduler.timesteps):
         level = row_level(plan, i)
@@ -211,8 +211,8 @@ def peer_states(
             options["variance_noise"] = torch.from_numpy(noise[i]).as_subclass(Exact)
         if before_step is not None:
             before_step(scheduler, i)
-        given = sample.as_subclass(Exact) if exact else sample
-        sample = scheduler.step(out, t, given, **options).prev_sample.as_subclass(torch.Tensor)
+        typed_sample = sample.as_subclass(Exact) if exact else sample
+        sample = scheduler.step(out, t, typed_sample, **options).prev_sample.as_subclass(torch.Tensor)
         states.append(sample.numpy() * (plan.next.alpha[i] if exploding else 1))
     return np.array(states)
 
@@ -262,8 +262,8 @@ def difference(name: str, schedule_name: str, kind: str, steps: int, spacing: st
     """The largest difference in a state, on the scale of the states, over the rows that are not left out."""
     peer = PEERS[name]
     ours, theirs = compare(peer, schedule_name, kind, steps, spacing)
-    kept = len(ours) - peer.left_out(steps, spacing)
-    return relative(ours[:kept], theirs[:kept])
+    count = len(ours) - peer.left_out(steps, spacing)
+    return relative(ours[:count], theirs[:count])
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -285,15 +285,15 @@ def cases(name: str) -> list[tuple[str, str, int, str]]:
 
 def few_cases(name: str) -> list[tuple[str, str, int, str]]:
     """Of `cases`, one spacing for each number of steps, a Latin square; more than 10 steps in one of three."""
-    peer, chosen = PEERS[name], []
+    peer, case_list = PEERS[name], []
     for (i, schedule), (j, kind), (k, steps) in itertools.product(
         enumerate(SCHEDULES), enumerate(peer.kinds), enumerate(STEPS)
     ):
         if steps > 10 and (i + j + k) % 3:
             continue
-        known = [spacing for spacing in peer.spacings if peer.comparable(steps, spacing)]
-        chosen.append((schedule, kind, steps, known[(i + 2 * j + k) % len(known)]))
-    return chosen
+        comparable = [spacing for spacing in peer.spacings if peer.comparable(steps, spacing)]
+        case_list.append((schedule, kind, steps, comparable[(i + 2 * j + k) % len(comparable)]))
+    return case_list
 
 
 def _on_grid(steps: int, spacing: str) -> bool:

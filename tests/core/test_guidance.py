@@ -124,14 +124,14 @@ def test_bad_values_are_one_clear_line(build, message):
 
 def batches_of(wrap):
     """The batches that the network sees under a guidance."""
-    seen = []
+    batches = []
 
     def counted(x, level, cond):
-        seen.append(len(x))
+        batches.append(len(x))
         return denoise(x, level, cond)
 
     wrap(counted)(X, LEVEL, COND)
-    return seen
+    return batches
 
 
 @pytest.mark.parametrize("scale", [1.0, np.ones(3), jnp.ones(3), 1])
@@ -175,10 +175,12 @@ def test_each_image_may_have_its_own_noise_level(name):
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_a_leaf_that_the_null_condition_lacks_is_seen_by_both_branches(scale):
-    def told(x, level, cond):
+    def denoise_with_condition(x, level, cond):
         return process.from_eps(x, jnp.sin(x) + cond["text"] + cond["known"], level)
 
     known = jnp.array([[0.1], [0.2], [0.3]])
-    guided = guidance.classifier_free(told, scale, {"text": NULL})(X, LEVEL, {"text": COND, "known": known})
-    null, conditional = (told(X, LEVEL, {"text": text, "known": known}) for text in (0 * COND, COND))
+    guided = guidance.classifier_free(denoise_with_condition, scale, {"text": NULL})(
+        X, LEVEL, {"text": COND, "known": known}
+    )
+    null, conditional = (denoise_with_condition(X, LEVEL, {"text": text, "known": known}) for text in (0 * COND, COND))
     assert_equal(guided, jax.tree.map(lambda a, b: a + scale * (b - a), null, conditional), rtol=1e-4)

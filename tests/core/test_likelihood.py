@@ -47,8 +47,8 @@ def each_its_level(mixture):
     """The mixture's denoiser, taking a level for each x."""
 
     def denoise(x, level, cond=None):
-        one = jax.vmap(lambda x, *level: mixture.denoise(x[None], NoiseLevel(*level)))
-        return jax.tree.map(lambda out: out[:, 0], one(x, *level))
+        of_image = jax.vmap(lambda x, *level: mixture.denoise(x[None], NoiseLevel(*level)))
+        return jax.tree.map(lambda out: out[:, 0], of_image(x, *level))
 
     return denoise
 
@@ -59,8 +59,8 @@ def test_the_flow_finds_the_density_of_the_noised_data(name, mixture, tolerance)
     schedule = SCHEDULES[name]
     level = schedule(schedule.t_min)
     x = draw(mixture, level, 16)
-    found = log_likelihood(mixture.denoise, schedule, x, keys(16), steps=80, probes=None)
-    np.testing.assert_allclose(found, log_density(mixture, x, level), atol=tolerance)
+    density = log_likelihood(mixture.denoise, schedule, x, keys(16), steps=80, probes=None)
+    np.testing.assert_allclose(density, log_density(mixture, x, level), atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["flow", "zero terminal SNR"])
@@ -83,21 +83,21 @@ def test_the_prior_is_a_normal_of_the_variance_of_x():
     for schedule in (schedules.linear(50), schedules.edm(0.5, 2.0), schedules.flow()):
         level = schedule(schedule.t_min)
         x = draw(unit, level, 8)
-        found = log_likelihood(unit.denoise, schedule, x, keys(8), steps=2)
-        np.testing.assert_allclose(found, log_density(unit, x, level), atol=2e-4)
+        density = log_likelihood(unit.denoise, schedule, x, keys(8), steps=2)
+        np.testing.assert_allclose(density, log_density(unit, x, level), atol=2e-4)
 
 
 def test_hutchinson_is_unbiased_and_more_probes_spread_less():
     x = jnp.tile(draw(PLANE, CLEAN, 1), (1024, 1))
     exact = log_likelihood(PLANE.denoise, SCHEDULES["cosine"], x[:1], keys(1), steps=10, probes=None)
-    found = {
+    densities = {
         probes: np.asarray(log_likelihood(PLANE.denoise, SCHEDULES["cosine"], x, keys(1024), steps=10, probes=probes))
         for probes in (1, 4)
     }
-    for values in found.values():
+    for values in densities.values():
         assert values.std() > 0
         assert abs(values.mean() - exact[0]) < 4 * values.std() / 32
-    assert 1.7 < found[1].std() / found[4].std() < 2.3  # the root of 4
+    assert 1.7 < densities[1].std() / densities[4].std() < 2.3  # the root of 4
 
 
 def test_the_trace_along_the_axes_is_that_of_the_jacobian():
@@ -129,8 +129,8 @@ def test_the_condition_reaches_the_denoiser():
     x, cond = draw(PLANE, CLEAN, 4), jnp.arange(4.0)[:, None] * jnp.ones((1, 2))
     schedule = SCHEDULES["zero terminal SNR"]
     shifted = x + schedule(schedule.t_min).alpha * cond
-    found = log_likelihood(denoise, schedule, shifted, keys(4), cond, steps=80)
-    np.testing.assert_allclose(found, log_likelihood(PLANE.denoise, schedule, x, keys(4), steps=80), atol=2e-2)
+    density = log_likelihood(denoise, schedule, shifted, keys(4), cond, steps=80)
+    np.testing.assert_allclose(density, log_likelihood(PLANE.denoise, schedule, x, keys(4), steps=80), atol=2e-2)
 
 
 @pytest.mark.parametrize("mixture", [PLANE, HIGH], ids=["2", "64"])

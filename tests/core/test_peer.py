@@ -51,8 +51,8 @@ def assert_agrees(name, cases):
 def test_an_untouched_peer_agrees_to_its_float32_tables(name):
     p = peer.PEERS[name]
     ours, theirs = peer.compare(p, "scaled_linear", p.kinds[-1], 10, p.spacings[-1], exact=False)
-    kept = len(ours) - p.left_out(10, p.spacings[-1])
-    assert peer.relative(ours[:kept], theirs[:kept]) < 1e-4
+    count = len(ours) - p.left_out(10, p.spacings[-1])
+    assert peer.relative(ours[:count], theirs[:count]) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -105,14 +105,14 @@ def test_inputs_and_previews_outlive_the_sampling():
 
 
 def test_callback_sees_progress_and_can_stop():
-    seen = []
+    progress = []
 
     def stop_after_20(done, x0):
-        seen.append((done, x0.shape))
+        progress.append((done, x0.shape))
         return done >= 20
 
     draw(solvers.ddim(schedules.linear(), 45), callback=stop_after_20)
-    assert seen == [(10, (4, 2)), (20, (4, 2))]
+    assert progress == [(10, (4, 2)), (20, (4, 2))]
 
 
 def test_inpainting_keeps_what_is_known():
@@ -120,9 +120,9 @@ def test_inpainting_keeps_what_is_known():
     keys = jax.random.split(jax.random.key(0), 4)
     x = sampling.initial_noise(keys, (2,), plan.start)
     image = jnp.array([[0.5, 0.4], [-1.0, 2.0], [0.0, 0.0], [3.0, 1.0]])
-    made = sampling.sample(mixture.denoise, plan, x, keys, known=sampling.keep(image, jnp.array([1.0, 0.0])))
-    np.testing.assert_array_equal(made[:, 1], image[:, 1])
-    assert jnp.all(made[:, 0] != image[:, 0])
+    samples = sampling.sample(mixture.denoise, plan, x, keys, known=sampling.keep(image, jnp.array([1.0, 0.0])))
+    np.testing.assert_array_equal(samples[:, 1], image[:, 1])
+    assert jnp.all(samples[:, 0] != image[:, 0])
     everything = sampling.sample(mixture.denoise, plan, x, keys, known=sampling.keep(image, jnp.ones(2)))
     np.testing.assert_array_equal(everything, sampling.sample(mixture.denoise, plan, x, keys))
 
@@ -144,8 +144,8 @@ def fill_in(correlation, plan):
 
 def test_inpainting_draws_from_the_conditional_law():
     """Given x_1 of a correlated Gaussian, x_0 has the mean and deviation of the conditional, with resampling."""
-    made = fill_in(0.8, solvers.with_resampling(solvers.ddpm(schedules.linear(), 60), 8))
-    assert abs(made.mean() - 0.8 * 1.5) < 0.1 and abs(made.std() - 0.6) < 0.1
+    samples = fill_in(0.8, solvers.with_resampling(solvers.ddpm(schedules.linear(), 60), 8))
+    assert abs(samples.mean() - 0.8 * 1.5) < 0.1 and abs(samples.std() - 0.6) < 0.1
 
 
 def test_the_known_part_is_noised_afresh_at_every_level():
@@ -164,18 +164,20 @@ def test_inpainting_recompiles_for_no_image_mask_key_or_solver():
 
 def known_noise(plan, keys):
     """The noise of the known part at the level of each row's network, (R, B, 2), and that of the start."""
-    seen = []
+    states = []
 
     def denoise(x, level, cond):
-        jax.debug.callback(lambda x, alpha, sigma: seen.append((x - alpha * 0.7) / sigma), x, level.alpha, level.sigma)
+        jax.debug.callback(
+            lambda x, alpha, sigma: states.append((x - alpha * 0.7) / sigma), x, level.alpha, level.sigma
+        )
         return process.Prediction(jnp.zeros_like(x), jnp.zeros_like(x))
 
     x = sampling.initial_noise(keys, (2,), plan.start)
     known = sampling.keep(jnp.full((len(keys), 2), 0.7), jnp.zeros(2))
-    made = sampling.sample(denoise, plan, x, keys, known=known, chunk=3)
-    np.testing.assert_array_equal(made, known.x0)
+    samples = sampling.sample(denoise, plan, x, keys, known=known, chunk=3)
+    np.testing.assert_array_equal(samples, known.x0)
     jax.effects_barrier()
-    return np.array(seen), x
+    return np.array(states), x
 
 
 def test_the_known_part_has_its_own_unit_noise_for_each_image_and_row():

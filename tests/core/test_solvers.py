@@ -234,12 +234,12 @@ def imperfect(x: np.ndarray, level: NoiseLevel) -> Prediction:
 def test_below_noise_alone_a_network_of_eps_may_err(schedule, spacing):
     noise = np.random.default_rng(0).normal(size=(500, 2))
 
-    def found(schedule):
+    def largest_error(schedule):
         return near_a_mode(mixture.run(solvers.dpmpp_2m(schedule, 20, spacing), noise, imperfect))
 
-    assert found(schedules.below(SCHEDULES[schedule])) > 0.95
+    assert largest_error(schedules.below(SCHEDULES[schedule])) > 0.95
     if schedule in ("cosine", "sigmoid") and spacing in ("linspace", "trailing", "quadratic"):
-        assert found(SCHEDULES[schedule]) < 0.9
+        assert largest_error(SCHEDULES[schedule]) < 0.9
 
 
 def check(plan: solvers.Plan) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.data.colours import COLOURS, inked, main_hue, named, recoloured, to_lab, to_rgb
+from diffusion_jax.data.colours import COLOURS, inked, main_hue, recoloured, rgb_of, to_lab, to_rgb
 
 
 def test_oklab_and_back():
@@ -35,7 +35,7 @@ def test_the_main_hue_is_that_of_most_ink():
 def test_only_the_main_hue_moves(colour):
     image = drawing()
     moved = recoloured(image, main_hue(image), colour)
-    np.testing.assert_allclose(moved[:4, ..., :3], np.broadcast_to(named(colour), (4, 8, 3)), atol=0.02)
+    np.testing.assert_allclose(moved[:4, ..., :3], np.broadcast_to(rgb_of(colour), (4, 8, 3)), atol=0.02)
     np.testing.assert_allclose(moved[4:], image[4:], atol=1e-6)
     np.testing.assert_array_equal(moved[..., 3], image[..., 3])
 
@@ -50,5 +50,5 @@ def test_shades_keep_their_order():
 
 def test_lines_are_all_of_one_colour():
     image = inked(drawing(), "green")
-    np.testing.assert_allclose(image[..., :3], np.broadcast_to(named("green"), (8, 8, 3)))
+    np.testing.assert_allclose(image[..., :3], np.broadcast_to(rgb_of("green"), (8, 8, 3)))
     np.testing.assert_array_equal(image[..., 3], drawing()[..., 3])

@@ -15,7 +15,7 @@ FEW = ("fish", "cat face", "hot beverage", "flag of Japan", "woman astronaut", "
 
 
 @pytest.fixture(scope="module")
-def known():
+def by_name():
     return {concept.name: concept for concept in emoji.drawings()}
 
 
@@ -23,8 +23,8 @@ def dark(image):
     return (image[..., :3].max(axis=-1) < 60) & (image[..., 3] > 200)
 
 
-def test_styles_keep_their_layers(known):
-    outlined, flat, line, shaded = (emoji.draw(known["fish"], style, 96) for style in emoji.STYLES)
+def test_styles_keep_their_layers(by_name):
+    outlined, flat, line, shaded = (emoji.draw(by_name["fish"], style, 96) for style in emoji.STYLES)
     assert outlined.shape == (96, 96, 4) and outlined[0, 0, 3] == 0
     assert dark(outlined).any() and not dark(flat).any()
     assert (line[..., :3][line[..., 3] > 200] < 60).all()
@@ -33,32 +33,32 @@ def test_styles_keep_their_layers(known):
     assert len(np.unique(shaded[shaded[..., 3] == 255], axis=0)) > 4 * len(np.unique(flat[flat[..., 3] == 255], axis=0))
 
 
-def test_a_concept_without_a_drawing_in_a_style_has_none(known):
-    assert emoji.draw(known["hot beverage"], "flat", 96) is None  # a white cup
-    drawn = {style for style in emoji.STYLES if emoji.draw(known["flag of Germany"], style, 96) is not None}
-    assert drawn == {"outlined", "flat"}
+def test_a_concept_without_a_drawing_in_a_style_has_none(by_name):
+    assert emoji.draw(by_name["hot beverage"], "flat", 96) is None  # a white cup
+    styles = {style for style in emoji.STYLES if emoji.draw(by_name["flag of Germany"], style, 96) is not None}
+    assert styles == {"outlined", "flat"}
     with pytest.raises(ValueError, match="unknown style 'oil' of emoji; known: outlined, flat, line, shaded"):
-        emoji.draw(known["fish"], "oil", 96)
+        emoji.draw(by_name["fish"], "oil", 96)
 
 
-def test_characters_of_several_code_points_are_one_drawing(known):
-    image = emoji.draw(known["woman astronaut"], "shaded", 96)
+def test_characters_of_several_code_points_are_one_drawing(by_name):
+    image = emoji.draw(by_name["woman astronaut"], "shaded", 96)
     assert image is not None and 0.2 < (image[..., 3] > 0).mean() < 0.95
 
 
-def test_a_missing_package_says_what_to_install(monkeypatch, known):
+def test_a_missing_package_says_what_to_install(monkeypatch, by_name):
     monkeypatch.setattr(emoji, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="needs the package dynamic-font: pip install --no-deps -r"):
-        emoji.draw(known["fish"], "shaded", 96)
+        emoji.draw(by_name["fish"], "shaded", 96)
 
 
-def test_every_concept_but_flags_has_paraphrases(known):
-    without = {name for name, concept in known.items() if not is_flag(concept.symbol)} - paraphrases().keys()
-    assert not without and not paraphrases().keys() - known.keys()
+def test_every_concept_but_flags_has_paraphrases(by_name):
+    without = {name for name, concept in by_name.items() if not is_flag(concept.symbol)} - paraphrases().keys()
+    assert not without and not paraphrases().keys() - by_name.keys()
 
 
-def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
-    monkeypatch.setattr(emoji, "drawings", lambda: [known[name] for name in FEW if name in known])
+def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, by_name):
+    monkeypatch.setattr(emoji, "drawings", lambda: [by_name[name] for name in FEW if name in by_name])
     source = sources.emoji(64, "train", tmp_path)
     assert len(source) == 40_000 and source.name.endswith("train")
     record = source[5]
@@ -84,8 +84,8 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
     assert 2 * len(FEW) < len(plain) and {plain[i]["style"] for i in range(len(plain))} == {"outlined", "line"}
     assert len({plain[i]["image"].tobytes() for i in range(len(plain))}) == len(plain)
     assert len(sources.emoji(32, "drawings[:2]", tmp_path)) == 2
-    chosen = sources.emoji(32, "drawings", tmp_path, concepts=("fish", "frog"))
-    assert 0 < len(chosen) < len(sources.emoji(32, "drawings", tmp_path)) and chosen.name != four.name
+    of_concepts = sources.emoji(32, "drawings", tmp_path, concepts=("fish", "frog"))
+    assert 0 < len(of_concepts) < len(sources.emoji(32, "drawings", tmp_path)) and of_concepts.name != four.name
     assert {drawing.name for drawing in sources.emoji_drawings(tmp_path, (), ("fish", "frog"))} == {"fish", "frog"}
     with pytest.raises(ValueError, match=r"there is no emoji named 'fisch'; did you mean fish"):
         sources.emoji(32, "train", tmp_path, concepts=("fisch",))
@@ -93,7 +93,7 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
     with pytest.raises(ValueError, match="nothing to train on: fish are held out in flat"):
         sources.emoji(32, "train", tmp_path, ("flat",), ("fish",))
     monkeypatch.undo()
-    monkeypatch.setattr(emoji, "drawings", lambda: [known[name] for name in FEW if name in known])
+    monkeypatch.setattr(emoji, "drawings", lambda: [by_name[name] for name in FEW if name in by_name])
     wrong = [
         (60, "train", "multiple of 8"),
         (200, "train", "8 to 192"),
@@ -105,14 +105,14 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, known):
             sources.emoji(size, split, tmp_path)
 
 
-def test_the_lists_of_concepts_are_names(known):
+def test_the_lists_of_concepts_are_names(by_name):
     assert {name: len(names) for name, names in sources.concept_lists().items()} == {"simple": 104, "everyday": 747}
     for names in sources.concept_lists().values():
-        assert len(set(names)) == len(names) and not set(names) - known.keys()
-    assert not sources.concept_lists().keys() & known.keys()
+        assert len(set(names)) == len(names) and not set(names) - by_name.keys()
+    assert not sources.concept_lists().keys() & by_name.keys()
 
 
 def test_one_of_several_captions_is_taken():
     rng = np.random.default_rng(0)
-    assert {sources.any_of(("a", "b"), rng) for _ in range(50)} == {"a", "b"}
-    assert sources.any_of("a cat", rng) == "a cat" and sources.any_of(None, rng) is None
+    assert {sources.choose_caption(("a", "b"), rng) for _ in range(50)} == {"a", "b"}
+    assert sources.choose_caption("a cat", rng) == "a cat" and sources.choose_caption(None, rng) is None

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from diffusion_jax.data import scenes
 from diffusion_jax.data.captions import ARTICLES, caption, everyday_words, paraphrases, words_for
-from diffusion_jax.data.colours import COLOURS, MainHue, named, to_lab
+from diffusion_jax.data.colours import COLOURS, MainHue, rgb_of, to_lab
 from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable, plural
 from diffusion_jax.data.scenes import Drawing, Other, Scene, is_held_out, is_trained_on, paint
@@ -69,7 +69,7 @@ def test_two_drawings(relation, first, second):
     picture = paint(scene, 64)
     middles = {}
     for which, colour in (("first", first or "blue"), ("second", second or "blue")):
-        close = np.linalg.norm(to_lab(picture / 255) - to_lab(named(colour)), axis=-1) < 0.1
+        close = np.linalg.norm(to_lab(picture / 255) - to_lab(rgb_of(colour)), axis=-1) < 0.1
         middles[which] = np.argwhere(close).mean(axis=0)[0 if relation in ("above", "below") else 1]
     assert (middles["first"] < middles["second"]) == (relation in ("and", "next to", "to the left of", "above"))
 
@@ -86,11 +86,11 @@ def test_a_scene_depends_on_its_number_alone():
 
 def test_what_is_held_out_is_never_trained_on_and_the_rest_is():
     drawings, rng = things(200), np.random.default_rng(0)
-    made = [scenes.trained_scene(drawings, rng) for _ in range(3000)]
-    assert all(map(is_trained_on, made))
-    shown = {part.drawing.name for scene in made for part in (scene, scene.other) if part}
+    samples = [scenes.trained_scene(drawings, rng) for _ in range(3000)]
+    assert all(map(is_trained_on, samples))
+    trained_names = {part.drawing.name for scene in samples for part in (scene, scene.other) if part}
     held = {scene.drawing.name for scene in (scenes.held_out_scene(drawings, rng) for _ in range(100))}
-    assert held and not held & shown
+    assert held and not held & trained_names
     names = [f"thing {i}" for i in range(2000)]
     assert np.mean([is_held_out(name) for name in names]) == pytest.approx(0.05, abs=0.015)
     pairs = [is_held_out(colour, name) for colour, name in itertools.product(COLOURS, names)]
@@ -99,32 +99,32 @@ def test_what_is_held_out_is_never_trained_on_and_the_rest_is():
 
 def test_every_kind_of_scene_is_made():
     drawings, rng = [disc(name) for name in ("ball", "cube", "cup of tea")], np.random.default_rng(0)
-    made = [scenes.scene(drawings, rng) for _ in range(2000)]
-    assert {scene.count for scene in made} == {1, *scenes.LAYOUTS}
-    assert all(scene.drawing.name != "cup of tea" for scene in made if scene.count > 1)  # no plural here
-    others = [scene.other for scene in made if scene.other]
+    samples = [scenes.scene(drawings, rng) for _ in range(2000)]
+    assert {scene.count for scene in samples} == {1, *scenes.LAYOUTS}
+    assert all(scene.drawing.name != "cup of tea" for scene in samples if scene.count > 1)  # no plural here
+    others = [scene.other for scene in samples if scene.other]
     assert {other.relation for other in others} == set(scenes.RELATIONS)
-    assert all(scene.drawing.name != scene.other.drawing.name for scene in made if scene.other)
-    assert all(not scene.place for scene in made if scene.other or scene.count > 1)
-    assert len(others) / len(made) == pytest.approx(scenes.PAIRED, abs=0.05)
-    assert all(scene.size == "small" for scene in made if scene.place)
-    assert np.mean([bool(scene.place) for scene in made]) == pytest.approx(scenes.PLACED, abs=0.05)
+    assert all(scene.drawing.name != scene.other.drawing.name for scene in samples if scene.other)
+    assert all(not scene.place for scene in samples if scene.other or scene.count > 1)
+    assert len(others) / len(samples) == pytest.approx(scenes.P_PAIR, abs=0.05)
+    assert all(scene.size == "small" for scene in samples if scene.place)
+    assert np.mean([bool(scene.place) for scene in samples]) == pytest.approx(scenes.P_PLACE, abs=0.05)
 
 
 def test_nothing_is_hidden_on_its_ground():
     hued = [rgb for name, rgb in COLOURS.items() if name not in ("black", "white", "grey")]
     drawings = [disc(style=style, colour=colour) for style in ("flat", "outlined") for colour in hued]
     rng = np.random.default_rng(0)
-    made = [scenes.scene(drawings, rng) for _ in range(300)]
-    made += [alone for drawing in drawings for alone in scenes.scenes_alone(drawing)]
-    for scene in made:
+    samples = [scenes.scene(drawings, rng) for _ in range(300)]
+    samples += [alone for drawing in drawings for alone in scenes.scenes_alone(drawing)]
+    for scene in samples:
         if scene.drawing.style == "outlined" and not scene.ground:
             continue  # an outline shows on paper; this test's discs have none
         ground = COLOURS[scene.ground] if scene.ground else (255, 255, 255)
         picture = paint(scene, 64)
         painted = np.abs(picture.astype(int) - ground).max(axis=-1) > 0
-        own = np.median(picture[ndimage.binary_erosion(painted, iterations=4)], axis=0)
-        assert np.linalg.norm(to_lab(own / 255) - to_lab(np.array(ground) / 255)) > 0.08, scene
+        ink_colour = np.median(picture[ndimage.binary_erosion(painted, iterations=4)], axis=0)
+        assert np.linalg.norm(to_lab(ink_colour / 255) - to_lab(np.array(ground) / 255)) > 0.08, scene
 
 
 def test_white_on_white_gets_a_ground_unless_it_has_outlines():
@@ -136,13 +136,13 @@ def test_white_on_white_gets_a_ground_unless_it_has_outlines():
 def test_captions_name_what_is_seen():
     drink = disc("hot beverage")._replace(words=words_for("hot beverage", ("coffee",)))
     scene, rng = Scene(drink, "purple", "orange", "small", "at the top"), np.random.default_rng(0)
-    made = {caption(scene, rng) for _ in range(200)}
-    assert len(made) > 30
-    for text in made:
+    captions = {caption(scene, rng) for _ in range(200)}
+    assert len(captions) > 30
+    for text in captions:
         assert "small purple" in text and "at the top on an orange background" in text
         assert any(word in text for word in drink.words)
         assert "a orange" not in text and "  " not in text
-    assert all("flat" in text for text in made)
+    assert all("flat" in text for text in captions)
     outlined = [caption(Scene(drink._replace(style="outlined")), rng) for _ in range(200)]
     assert np.mean(["outline" in text for text in outlined]) == pytest.approx(0.5, abs=0.12)
 

@@ -63,14 +63,14 @@ def test_flip_mirrors_about_half():
 def test_variants_are_all_crops_and_their_mirror_images(crops, flip):
     image = coordinates(16, 40)
     transform = variants(crop_to(16, 16, random_crop=crops > 1), crops, flip)
-    made = transform({"image": image, "caption": "a"}, np.random.default_rng(0))
-    assert made["caption"] == "a" and made["image"].shape == (crops * (1 + flip), 16, 16, 3)
-    lefts = made["image"][:crops, 0, 0, 1]
-    for left, result in zip(lefts, made["image"], strict=False):
+    record = transform({"image": image, "caption": "a"}, np.random.default_rng(0))
+    assert record["caption"] == "a" and record["image"].shape == (crops * (1 + flip), 16, 16, 3)
+    lefts = record["image"][:crops, 0, 0, 1]
+    for left, result in zip(lefts, record["image"], strict=False):
         np.testing.assert_array_equal(result, image[:, left : left + 16])
     assert len(set(lefts.tolist())) > crops // 2
     if flip:
-        np.testing.assert_array_equal(made["image"][crops:], made["image"][:crops, :, ::-1])
+        np.testing.assert_array_equal(record["image"][crops:], record["image"][:crops, :, ::-1])
 
 
 def test_small_pictures_are_bad_unless_they_may_be_enlarged():

@@ -11,6 +11,6 @@ def test_every_item_is_used_once(count, monkeypatch):
     monkeypatch.setattr(batches, "BATCH", 8)
     x, y = np.arange(3 * count).reshape(count, 3), np.arange(count)
     sizes = []
-    made = batches.mapped(lambda a, b: sizes.append(len(a)) or {"sum": a.sum(axis=1) + b}, x, y)
-    np.testing.assert_array_equal(made["sum"], x.sum(axis=1) + y)
+    outputs = batches.mapped(lambda a, b: sizes.append(len(a)) or {"sum": a.sum(axis=1) + b}, x, y)
+    np.testing.assert_array_equal(outputs["sum"], x.sum(axis=1) + y)
     assert len(set(sizes)) == 1

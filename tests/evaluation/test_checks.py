@@ -55,6 +55,6 @@ def test_an_empty_picture_shows_nothing():
 
 @pytest.mark.parametrize("other", [Scene(disc(), ground="yellow"), Scene(disc(), size="small", place="at the top")])
 def test_the_largest_drawing_looks_alike_wherever_it_is(other):
-    alone, seen = (checks.largest(paint(scene, 128), 64).astype(float) for scene in (Scene(disc()), other))
-    assert np.abs(alone - seen).mean() < 12
+    alone, in_scene = (checks.largest(paint(scene, 128), 64).astype(float) for scene in (Scene(disc()), other))
+    assert np.abs(alone - in_scene).mean() < 12
     assert np.abs(alone - 255).mean() > 50

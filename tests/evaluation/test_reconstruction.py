@@ -19,20 +19,20 @@ def batches():
 
 
 def test_psnr_of_all_and_of_each_style():
-    found = evaluate_reconstruction(off_by(0.1), batches())
-    assert found["images"] == 8 and found["styles"].keys() == {"flat", "line"}
-    assert found["styles"]["flat"]["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / 0.1**2), rel=1e-4)
-    assert found["styles"]["line"]["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / 0.2**2), rel=1e-4)
-    both = [found["styles"][style]["psnr"]["mean"] for style in ("flat", "line")]
-    assert found["psnr"]["mean"] == pytest.approx(np.mean(both), rel=1e-6)
-    assert "lpips" not in found
+    report = evaluate_reconstruction(off_by(0.1), batches())
+    assert report["images"] == 8 and report["styles"].keys() == {"flat", "line"}
+    assert report["styles"]["flat"]["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / 0.1**2), rel=1e-4)
+    assert report["styles"]["line"]["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / 0.2**2), rel=1e-4)
+    by_style = [report["styles"][style]["psnr"]["mean"] for style in ("flat", "line")]
+    assert report["psnr"]["mean"] == pytest.approx(np.mean(by_style), rel=1e-6)
+    assert "lpips" not in report
 
 
 def test_what_lies_outside_the_range_is_clipped():
     white = [{"image": np.full((2, 32, 32, 3), 254, np.uint8)}]
-    found = evaluate_reconstruction(off_by(0.5), white)
-    assert found["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / (1 / 127.5) ** 2), rel=1e-3)
-    assert "styles" not in found
+    report = evaluate_reconstruction(off_by(0.5), white)
+    assert report["psnr"]["mean"] == pytest.approx(10 * np.log10(4 / (1 / 127.5) ** 2), rel=1e-3)
+    assert "styles" not in report
 
 
 def test_lpips_is_measured_with_its_weights():

@@ -7,30 +7,32 @@ from diffusion_jax.evaluation.retrieval import classifier_features, gallery, ran
 from diffusion_jax.interop.lpips import load_lpips
 
 
-def known(count=300, width=40):
+def random_features(count=300, width=40):
     """Features of which some directions vary a thousand times as much as others."""
     return np.random.default_rng(0).normal(3, 1, (count, width)) * np.geomspace(1e-2, 10, width)
 
 
 def test_directions_are_whitened():
-    found = gallery(known())
-    np.testing.assert_allclose(np.linalg.norm(found.vectors, axis=-1), 1, rtol=1e-6)
-    spread = found.vectors.std(axis=0)
+    whitened = gallery(random_features())
+    np.testing.assert_allclose(np.linalg.norm(whitened.vectors, axis=-1), 1, rtol=1e-6)
+    spread = whitened.vectors.std(axis=0)
     assert spread.max() / spread.min() < 1.2
 
 
 def test_a_query_near_a_known_picture_ranks_it_first():
-    features = known()
-    found, own = gallery(features), np.arange(0, 300, 7)
-    near = features[own] + 0.05 * features.std(axis=0) * np.random.default_rng(1).normal(size=features[own].shape)
-    similar = found.project(near) @ found.vectors.T
-    assert (ranks(similar, own, np.ones_like(similar, bool)) == 0).all()
+    features = random_features()
+    whitened, targets = gallery(features), np.arange(0, 300, 7)
+    near = features[targets] + 0.05 * features.std(axis=0) * np.random.default_rng(1).normal(
+        size=features[targets].shape
+    )
+    similar = whitened.project(near) @ whitened.vectors.T
+    assert (ranks(similar, targets, np.ones_like(similar, bool)) == 0).all()
 
 
 def test_only_pictures_that_count_are_ranked():
-    similar, own = np.array([[0.9, 0.8, 0.7, 0.6]]), np.array([3])
-    assert ranks(similar, own, np.array([[True, True, True, True]])) == 3
-    assert ranks(similar, own, np.array([[False, True, False, True]])) == 1
+    similarities, targets = np.array([[0.9, 0.8, 0.7, 0.6]]), np.array([3])
+    assert ranks(similarities, targets, np.array([[True, True, True, True]])) == 3
+    assert ranks(similarities, targets, np.array([[False, True, False, True]])) == 1
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])

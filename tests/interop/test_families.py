@@ -82,7 +82,7 @@ def test_it_takes_a_lora(pipeline, tmp_path):
     write_file(tmp_path / "joined.safetensors", joined)
     module, inputs = pipeline.denoiser.module, painters.PAINTER.inputs(pipeline.denoiser.module)
     run = jax.jit(lambda params: module.apply(params, inputs["x"], inputs["t"], {"text": inputs["text"]}))
-    expected = run(lora.added(pipeline.denoiser.params, updates, 0.5))
+    expected = run(lora.with_updates(pipeline.denoiser.params, updates, 0.5))
     for file in ("peft", "joined"):
         found = run(merge_lora(pipeline, tmp_path / f"{file}.safetensors").denoiser.params)
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())

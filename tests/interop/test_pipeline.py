@@ -353,7 +353,7 @@ def test_images_are_those_of_the_peer(kind, scheduler, config, saved, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     path, pipeline, model = saved(kind, scheduler and "eps")
     folder = shutil.copytree(path, tmp_path / "folder")
-    plan = model.own_plans["published"](8)
+    plan = model.published_solvers["published"](8)
     if scheduler is not None:
         made = getattr(diffusers, scheduler)(**SCALED | config)
         made.save_pretrained(folder / "scheduler")
@@ -386,7 +386,7 @@ def test_a_latent_consistency_model_is_that_of_the_peer(vocabulary, tmp_path):
     model = from_published(load_pipeline(tmp_path / "lcm"), size=(8, 8))
     assert model.network.takes_scale
 
-    keys, plan = jax.random.split(jax.random.key(0), 2), model.own_plans["published"](3)
+    keys, plan = jax.random.split(jax.random.key(0), 2), model.published_solvers["published"](3)
     cond = model.conditioning.of_records({"caption": PROMPTS[:2]})
     ours, other = (text_to_image(model, cond, keys, plan, scale) for scale in (4.5, 9.0))
 
@@ -461,7 +461,7 @@ def test_a_trained_lora_is_what_the_peer_loads(targets, vocabulary, tmp_path):
         theirs = whole.unet(torch.ones(1, 4, 4, 4), torch.tensor([500]), torch.ones(1, 9, 8)).sample
     theirs = theirs.numpy().transpose(0, 2, 3, 1)
     x, t, text = jnp.ones((1, 4, 4, 4)), jnp.array([500]), jnp.ones((1, 9, 8))
-    ours = pipeline.denoiser.module.apply(lora.added(pipeline.denoiser.params, made, 0.2), x, t, {"text": text})
+    ours = pipeline.denoiser.module.apply(lora.with_updates(pipeline.denoiser.params, made, 0.2), x, t, {"text": text})
     plain = pipeline.denoiser.module.apply(pipeline.denoiser.params, x, t, {"text": text})
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
     assert np.abs(ours - plain).max() > 0.01 * np.abs(theirs).max()

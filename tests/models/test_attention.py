@@ -35,9 +35,9 @@ def test_blocks_equal_one_softmax(queries, masked):
 
 def test_masked_keys_are_not_seen():
     q, k, v, mask = inputs(7)
-    seen = attention(q, k, v, mask)
-    np.testing.assert_array_equal(seen, attention(q, k, jnp.where(mask[..., None, None], v, 1e6), mask))
-    np.testing.assert_allclose(seen[1], attention(q[1:], k[1:, :20], v[1:, :20])[0], rtol=1e-5, atol=1e-6)
+    masked = attention(q, k, v, mask)
+    np.testing.assert_array_equal(masked, attention(q, k, jnp.where(mask[..., None, None], v, 1e6), mask))
+    np.testing.assert_allclose(masked[1], attention(q[1:], k[1:, :20], v[1:, :20])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_softmax_is_float32_in_bfloat16():

@@ -43,9 +43,9 @@ def test_forms_of_a_convolution_are_equal(dtype, features, stride):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_images_smaller_than_the_kernel(stride):
     (x, kernel), _ = arrays((64, 2, 2, 16), 8)
-    found, wanted = (jax.vjp(lambda x, k, f=f: f(x, k, SAME, stride), x, kernel) for f in (convolve, definition))
-    np.testing.assert_allclose(found[0], wanted[0], atol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), found[1](wanted[0]), wanted[1](wanted[0]))
+    result, wanted = (jax.vjp(lambda x, k, f=f: f(x, k, SAME, stride), x, kernel) for f in (convolve, definition))
+    np.testing.assert_allclose(result[0], wanted[0], atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), result[1](wanted[0]), wanted[1](wanted[0]))
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_large_convolutions_on_cpu_take_another_form(ours, expected, shape, name
     calls = []
     form = getattr(convolution, name)
     monkeypatch.setattr(convolution, name, lambda *operands: calls.append(1) or form(*operands))
-    found, wanted = (jax.jvp(f, primals, tangents) for f in (ours, expected))
+    result, wanted = (jax.jvp(f, primals, tangents) for f in (ours, expected))
     assert calls
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(result, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * jnp.abs(b).max())
     pulled = (jax.vjp(f, *primals)[1](wanted[0]) for f in (ours, expected))
     # sums over all pixels, which XLA may add up one after another
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * jnp.abs(b).max()), *pulled)
-    np.testing.assert_array_equal(jax.vmap(ours, (0, None))(primals[0][None], primals[1])[0], found[0])
+    np.testing.assert_array_equal(jax.vmap(ours, (0, None))(primals[0][None], primals[1])[0], result[0])

@@ -35,9 +35,9 @@ def difference(added, side):
     inner, outer = network_of(unet(2)), network_of(unet(2 + added))
     trained = shaken(inner.init(jax.random.key(0)))
     fresh = outer.init(jax.random.key(1))
-    made = grown(*(jax.tree.map(np.array, tree) for tree in (trained, fresh)))
+    variables = grown(*(jax.tree.map(np.array, tree) for tree in (trained, fresh)))
     said, t = [], jnp.array([300.0])
-    for network, params, size in ((inner, trained, side), (outer, made, side * 2**added)):
+    for network, params, size in ((inner, trained, side), (outer, variables, side * 2**added)):
         colours = jnp.broadcast_to(jnp.array([0.3, -0.7, 0.1]), (1, size, size, 3))
         said.append(jax.jit(network.apply)(params, colours, t, {})[0, size // 2, size // 2])
     return float(jnp.abs(said[1] - said[0]).max())

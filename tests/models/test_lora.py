@@ -36,21 +36,21 @@ apply = jax.jit(NETWORK.apply)
 
 def updates(targets=lora.ATTENTION):
     """Updates that do change something."""
-    made = lora.init(VARIABLES, 2, jax.random.key(0), targets)
-    return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(2), leaf.shape), made)
+    result = lora.init(VARIABLES, 2, jax.random.key(0), targets)
+    return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(2), leaf.shape), result)
 
 
-def merged(params, made, scale):
+def merged(params, update, scale):
     """down up added to the kernels by hand."""
-    if "down" in made:
-        product = (made["down"] @ made["up"]).reshape(params["kernel"].shape)
+    if "down" in update:
+        product = (update["down"] @ update["up"]).reshape(params["kernel"].shape)
         return params | {"kernel": params["kernel"] + scale * product}
-    return {name: merged(part, made[name], scale) if name in made else part for name, part in params.items()}
+    return {name: merged(part, update[name], scale) if name in update else part for name, part in params.items()}
 
 
 def test_a_fresh_one_changes_nothing_and_has_a_gradient():
     fresh = lora.init(VARIABLES, 4, jax.random.key(0))
-    value, pull = jax.vjp(lambda made: apply(lora.added(VARIABLES, made, 2.0), X), fresh)
+    value, pull = jax.vjp(lambda update: apply(lora.with_updates(VARIABLES, update, 2.0), X), fresh)
     np.testing.assert_array_equal(value, apply(VARIABLES, X))
     (gradient,) = pull(jnp.ones_like(value))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
@@ -60,22 +60,22 @@ def test_a_fresh_one_changes_nothing_and_has_a_gradient():
 
 @pytest.mark.parametrize("targets", [lora.ATTENTION, "proj_in", "to_q|proj_in", "conv1", "conv1?|to_out_0"])
 def test_it_is_the_product_added_to_the_kernel(targets):
-    made = updates(targets)
-    ours = apply(lora.added(VARIABLES, made, 0.3), X)
-    expected = apply({"params": merged(VARIABLES["params"], made, 0.3)}, X)
+    update = updates(targets)
+    ours = apply(lora.with_updates(VARIABLES, update, 0.3), X)
+    expected = apply({"params": merged(VARIABLES["params"], update, 0.3)}, X)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * float(jnp.abs(expected).max()))
     assert jnp.abs(ours - apply(VARIABLES, X)).max() > 0.01 * jnp.abs(expected).max()
 
 
 def test_rematerialised_networks_have_it_too():
-    variables = lora.added(VARIABLES, updates(), 0.3)
+    variables = lora.with_updates(VARIABLES, updates(), 0.3)
     np.testing.assert_allclose(jax.jit(Network(remat=True).apply)(variables, X), apply(variables, X), atol=1e-6)
 
 
 def test_targets_are_found_by_the_end_of_their_path():
-    made = lora.init(VARIABLES, 2, jax.random.key(0), "attn1/to_q|proj_in")
+    update = lora.init(VARIABLES, 2, jax.random.key(0), "attn1/to_q|proj_in")
     shapes = {"attn1": {"to_q": {"down": (4, 2), "up": (2, 6)}}, "proj_in": {"down": (1, 1, 3, 2), "up": (2, 4)}}
-    assert jax.tree.map(jnp.shape, made) == shapes
+    assert jax.tree.map(jnp.shape, update) == shapes
 
 
 def test_what_cannot_be_updated_is_one_line():

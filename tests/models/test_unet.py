@@ -206,16 +206,16 @@ class Control(nn.Module):
 def test_the_way_down_serves_another_network_and_the_way_up_takes_its_answer():
     variables, (x, t, cond) = randomised(TEXT), inputs(TEXT)
     control = Control(TEXT)
-    own = jax.eval_shape(control.init, jax.random.key(0), x, t, cond)["params"]
-    assert set(own) == {"conv_in", "time_embedding", "down_blocks_0", "down_blocks_1", "mid_block"}
-    part = {"params": {name: variables["params"][name] for name in own}}
-    assert jax.tree.map(jnp.shape, part["params"]) == jax.tree.map(jnp.shape, own)
+    control_params = jax.eval_shape(control.init, jax.random.key(0), x, t, cond)["params"]
+    assert set(control_params) == {"conv_in", "time_embedding", "down_blocks_0", "down_blocks_1", "mid_block"}
+    part = {"params": {name: variables["params"][name] for name in control_params}}
+    assert jax.tree.map(jnp.shape, part["params"]) == jax.tree.map(jnp.shape, control_params)
 
     def controlled(scale):
         middle, skips = control.apply(part, x, t, cond)
-        h, own_skips, seen = TEXT.apply(variables, x, t, cond, method="encode")
+        h, own_skips, resnet_inputs = TEXT.apply(variables, x, t, cond, method="encode")
         h, own_skips = h + scale * middle, [a + scale * b for a, b in zip(own_skips, skips, strict=True)]
-        return TEXT.apply(variables, h, own_skips, seen, cond, method="decode")
+        return TEXT.apply(variables, h, own_skips, resnet_inputs, cond, method="decode")
 
     controlled = jax.jit(controlled)
     np.testing.assert_allclose(controlled(0.0), TEXT.apply(variables, x, t, cond), atol=1e-5)

@@ -72,27 +72,27 @@ def test_the_weight_multiplies_the_error_of_each_example(prediction):
     def off(params, x, t, cond, key):
         return truth(prediction)(params, x, t, cond, key) + jnp.sqrt(t + 1)[:, None] / 100
 
-    seen = []
+    calls = []
 
     def weight(level, name):
-        seen.append((level, name))
+        calls.append((level, name))
         return 1 / (level.t + 1)
 
     value, metrics = loss_of(off, prediction, weight)
     np.testing.assert_allclose(value, 1e-4, rtol=1e-2)
     assert metrics["mse"] > 1e-3
-    assert [name for _, name in seen] == [NAMED[prediction]]
+    assert [name for _, name in calls] == [NAMED[prediction]]
 
 
 def test_times_are_uniform():
-    seen = []
+    times = []
 
     def apply(params, x, t, cond, key):
-        seen.append(t)
+        times.append(t)
         return x
 
     loss_of(apply, "eps", size=20_000)
-    t = np.asarray(seen[0])
+    t = np.asarray(times[0])
     assert t.min() >= 0 and t.max() <= SCHEDULE.num_steps - 1 and np.all(t == np.round(t))
     counts = np.bincount((t * 10 // SCHEDULE.num_steps).astype(int), minlength=10)
     assert np.all(np.abs(counts - 2000) < 4 * np.sqrt(2000 * 0.9))
@@ -101,8 +101,8 @@ def test_times_are_uniform():
 def test_dropped_examples_see_the_null_condition():
     def apply(params, x, t, cond, key):
         dropped = jnp.all(cond["x0"] == 9, axis=1)
-        kept = jnp.all(cond["x0"] == batch(500)["cond"]["x0"], axis=1)
-        assert jnp.all(dropped ^ kept)
+        has_condition = jnp.all(cond["x0"] == batch(500)["cond"]["x0"], axis=1)
+        assert jnp.all(dropped ^ has_condition)
         counts.append(int(dropped.sum()))
         return x
 

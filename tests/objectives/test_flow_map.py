@@ -122,9 +122,9 @@ def gradient(name, method, wrong=0.0, batch=8192, step=99):
     def one(params, x0, key):
         return loss(params, frozen, {"latent": x0[None], "cond": {}}, key[None])[0]
 
-    found = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))(jnp.float32(wrong), x0, keys)
-    assert np.isfinite(found).all()
-    return float(found.mean()), float(found.std() / batch**0.5)
+    gradients = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))(jnp.float32(wrong), x0, keys)
+    assert np.isfinite(gradients).all()
+    return float(gradients.mean()), float(gradients.std() / batch**0.5)
 
 
 def is_tied(name, method):
@@ -159,10 +159,10 @@ def test_the_map_samples_in_any_number_of_steps(name):
     start = NoiseLevel(*(jnp.float32(value) for value in first.start))
     exact = reached(x.reshape(-1, 3), start, jax.tree.map(jnp.float32, CLEAN)).reshape(x.shape)
     for steps in (1, 2, 5):
-        found = sample(denoise, solvers.ddim(student.useful_schedule, steps), x, keys, {})
-        np.testing.assert_allclose(found, exact, atol=2e-3)
-    one = sample(denoise, solvers.consistency(student.useful_schedule, 1), x, keys, {})
-    np.testing.assert_allclose(one, exact, atol=2e-3)
+        samples = sample(denoise, solvers.ddim(student.useful_schedule, steps), x, keys, {})
+        np.testing.assert_allclose(samples, exact, atol=2e-3)
+    in_one_step = sample(denoise, solvers.consistency(student.useful_schedule, 1), x, keys, {})
+    np.testing.assert_allclose(in_one_step, exact, atol=2e-3)
     four = sample(denoise, solvers.consistency(student.useful_schedule, 4), x, keys, {})
     assert np.abs(np.std(four, axis=0) - STD).max() < 0.3
 

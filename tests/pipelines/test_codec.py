@@ -68,8 +68,8 @@ def test_tiles_fade_into_each_other(shape):
 
     np.testing.assert_allclose(codecs.in_tiles(decode, z, 8), decode(z), rtol=1e-5)
 
-    seen = codecs.in_tiles(lambda z: decode(z) + jnp.arange(16.0)[:, None, None][: 2 * z.shape[1]], 0 * z, 8)
-    assert seen.min() >= 0 and seen.max() <= 15
+    image = codecs.in_tiles(lambda z: decode(z) + jnp.arange(16.0)[:, None, None][: 2 * z.shape[1]], 0 * z, 8)
+    assert image.min() >= 0 and image.max() <= 15
 
 
 def test_an_autoencoder_decodes_large_images_in_tiles(variables):

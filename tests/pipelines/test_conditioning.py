@@ -42,12 +42,17 @@ def test_nothing_is_told_without_a_condition():
 def test_texts_of_records_and_of_prompts_are_one():
     texts = conditioning.text(letters())
     captions = np.array(["ab", "abcdef"], object)
-    told = texts.embed(texts.params, texts.of_records({"caption": captions, "image": None}))
-    asked = texts.of_prompts(list(captions))
+    of_records = texts.embed(texts.params, texts.of_records({"caption": captions, "image": None}))
+    of_prompts = texts.of_prompts(list(captions))
     for name, shape in {"text": (2, 4, 2), "mask": (2, 4)}.items():
-        assert told[name].shape == shape
-        np.testing.assert_array_equal(told[name], asked[name])
-    assert told["text"][0, :, 0].tolist() == [97, 98, 0, 0] and told["mask"][0].tolist() == [True, True, False, False]
+        assert of_records[name].shape == shape
+        np.testing.assert_array_equal(of_records[name], of_prompts[name])
+    assert of_records["text"][0, :, 0].tolist() == [97, 98, 0, 0] and of_records["mask"][0].tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_no_text_is_the_empty_text():
@@ -60,11 +65,11 @@ def test_no_text_is_the_empty_text():
 def test_one_vector_for_the_whole_text():
     """It does not see padding, and is as long for every text."""
     texts = conditioning.text(letters(), pooled=True)
-    told = texts.of_prompts(["ab", "abcdef", ""])
-    assert told["text_embeds"].shape == (3, 2) and texts.cache_key() != conditioning.text(letters()).cache_key()
+    cond = texts.of_prompts(["ab", "abcdef", ""])
+    assert cond["text_embeds"].shape == (3, 2) and texts.cache_key() != conditioning.text(letters()).cache_key()
     mean = np.array([97 + 98, 97**2 + 98**2])
-    np.testing.assert_allclose(told["text_embeds"][0], mean / np.sqrt(np.mean(mean**2)), rtol=1e-5)
-    np.testing.assert_allclose(np.mean(told["text_embeds"][:2] ** 2, axis=-1), 1, rtol=1e-5)
-    np.testing.assert_array_equal(told["text_embeds"][2], 0)
+    np.testing.assert_allclose(cond["text_embeds"][0], mean / np.sqrt(np.mean(mean**2)), rtol=1e-5)
+    np.testing.assert_allclose(np.mean(cond["text_embeds"][:2] ** 2, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(cond["text_embeds"][2], 0)
     again = texts.embed(texts.params, texts.of_records({"caption": np.array(["ab", "abcdef"], object)}))
-    np.testing.assert_array_equal(again["text_embeds"], told["text_embeds"][:2])
+    np.testing.assert_array_equal(again["text_embeds"], cond["text_embeds"][:2])

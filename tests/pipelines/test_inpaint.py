@@ -22,17 +22,17 @@ def paint(mask, pipeline=PIXELS, image=IMAGES, plan=PLAN, grey=0.5):
 @pytest.mark.parametrize("pipeline", [PIXELS, LATENTS])
 @pytest.mark.parametrize("plan", [PLAN, solvers.with_resampling(PLAN, 3), solvers.dpmpp_2m(SCHEDULE, 8)])
 def test_the_known_pixels_are_those_of_the_image(pipeline, plan):
-    made = paint(HALF, pipeline, plan=plan)
-    np.testing.assert_array_equal(made[:, 3:], to_float(IMAGES)[:, 3:])
-    np.testing.assert_array_equal(to_uint8(made)[:, 3:], IMAGES[:, 3:])
-    assert jnp.all(jnp.any(made[:, :3] != to_float(IMAGES)[:, :3], axis=-1))
+    result = paint(HALF, pipeline, plan=plan)
+    np.testing.assert_array_equal(result[:, 3:], to_float(IMAGES)[:, 3:])
+    np.testing.assert_array_equal(to_uint8(result)[:, 3:], IMAGES[:, 3:])
+    assert jnp.all(jnp.any(result[:, :3] != to_float(IMAGES)[:, :3], axis=-1))
 
 
 def test_the_new_part_follows_its_condition_and_not_what_was_there():
-    made = paint(HALF)
-    np.testing.assert_allclose(made[:, :3].mean((1, 2, 3)), 0.5, atol=0.1)
+    result = paint(HALF)
+    np.testing.assert_allclose(result[:, :3].mean((1, 2, 3)), 0.5, atol=0.1)
     other = np.where(HALF > 0, photographs(2, seed=1), IMAGES).astype(np.uint8)
-    np.testing.assert_allclose(paint(HALF, image=other)[:, :3], made[:, :3], atol=1e-5)
+    np.testing.assert_allclose(paint(HALF, image=other)[:, :3], result[:, :3], atol=1e-5)
 
 
 @pytest.mark.parametrize("pipeline", [PIXELS, LATENTS])
@@ -46,18 +46,18 @@ def test_a_latent_cell_that_the_mask_touches_is_new():
     """Only row 2 is masked: the cell of rows 2 and 3 is generated, and row 3 is restored from the image."""
     mask = np.zeros_like(HALF)
     mask[:, 2] = 1
-    made = paint(mask, LATENTS)
+    result = paint(mask, LATENTS)
     alone = text_to_image(LATENTS, told(0.5, 0.5), keys(2), PLAN)
-    np.testing.assert_allclose(made[:, 2], alone[:, 2], atol=1e-5)
-    np.testing.assert_array_equal(np.delete(made, 2, axis=1), np.delete(to_float(IMAGES), 2, axis=1))
+    np.testing.assert_allclose(result[:, 2], alone[:, 2], atol=1e-5)
+    np.testing.assert_array_equal(np.delete(result, 2, axis=1), np.delete(to_float(IMAGES), 2, axis=1))
 
 
 def test_masks_may_differ_by_image_and_blend():
     masks = np.concatenate([HALF, 0.5 * HALF])
-    made, whole = paint(masks), paint(HALF)
-    np.testing.assert_allclose(made[0], whole[0], atol=1e-6)
+    result, whole = paint(masks), paint(HALF)
+    np.testing.assert_allclose(result[0], whole[0], atol=1e-6)
     np.testing.assert_allclose(
-        made[1], (whole[1] + jnp.where(HALF[0] > 0, to_float(IMAGES[1]), whole[1])) / 2, atol=1e-5
+        result[1], (whole[1] + jnp.where(HALF[0] > 0, to_float(IMAGES[1]), whole[1])) / 2, atol=1e-5
     )
 
 

@@ -56,8 +56,8 @@ def test_a_latent_is_decoded():
 
 
 def test_a_callback_can_stop_between_chunks():
-    seen, plan = [], solvers.ddim(schedules.cosine(), 45)
+    calls, plan = [], solvers.ddim(schedules.cosine(), 45)
     keys = jax.random.split(jax.random.key(0), 1)
-    cond, stop = {"label": np.array([1], np.int32)}, lambda done, x0: seen.append(done) or done >= 20
+    cond, stop = {"label": np.array([1], np.int32)}, lambda done, x0: calls.append(done) or done >= 20
     text_to_image(PIPELINE, cond, keys, plan, callback=stop)
-    assert seen == [10, 20]
+    assert calls == [10, 20]

@@ -56,11 +56,11 @@ def pictures(client, **values):
 
 
 def test_pictures_come_with_steps_previews_and_their_settings(client):
-    told = events(client, num_images=2, previews="all", steps=3, solver="ddim")
-    assert [name for name, _ in told if name != "progress"] == ["picture", "picture", "done"]
-    steps = [data for name, data in told if name == "progress"]
+    received = events(client, num_images=2, previews="all", steps=3, solver="ddim")
+    assert [name for name, _ in received if name != "progress"] == ["picture", "picture", "done"]
+    steps = [data for name, data in received if name == "progress"]
     assert {step["done"] for step in steps} == {1, 2, 3} and all(step["previews"] for step in steps)
-    first, second = (data for name, data in told if name == "picture")
+    first, second = (data for name, data in received if name == "picture")
     image = opened(first["image"])
     assert image.size == (8, 8) and image.text == first["settings"]
     assert (image.text["prompt"], image.text["solver"], image.text["steps"]) == ("3", "ddim", "3")
@@ -77,15 +77,15 @@ def test_the_settings_of_a_picture_draw_it_again(client):
 
 
 def test_outside_the_mask_no_pixel_changes(client):
-    (made,) = pictures(client, image=encoded(SEEN), mask=encoded(half_mask()))
-    made = np.asarray(made)
-    np.testing.assert_array_equal(made[:, 4:], SEEN[:, 4:])
-    assert np.any(made[:, :4] != SEEN[:, :4])
+    (result,) = pictures(client, image=encoded(SEEN), mask=encoded(half_mask()))
+    result = np.asarray(result)
+    np.testing.assert_array_equal(result[:, 4:], SEEN[:, 4:])
+    assert np.any(result[:, :4] != SEEN[:, :4])
 
 
 def test_a_morph_is_an_animation_that_goes_there_and_back(client):
-    told = dict(events(client, task="morph", prompt="3", seed=5, num_images=4, negative_prompt="1", solver="ddim"))
-    animation = opened(told["animation"]["image"])
+    received = dict(events(client, task="morph", prompt="3", seed=5, num_images=4, negative_prompt="1", solver="ddim"))
+    animation = opened(received["animation"]["image"])
     assert animation.n_frames == 6 and animation.text["task"] == "morph" and "other_seed" in animation.text
 
 
@@ -168,8 +168,8 @@ def test_of_an_animation_the_first_frame_is_used(client):
     file = io.BytesIO()
     frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
     moving = base64.b64encode(file.getvalue()).decode()
-    (made,) = pictures(client, image=moving, strength=0.0)
-    np.testing.assert_array_equal(np.asarray(made), SEEN)
+    (result,) = pictures(client, image=moving, strength=0.0)
+    np.testing.assert_array_equal(np.asarray(result), SEEN)
 
 
 def test_a_long_body_is_refused_and_not_kept(client):
@@ -179,8 +179,8 @@ def test_a_long_body_is_refused_and_not_kept(client):
 
 
 def test_pages_of_other_sites_and_other_names_of_the_host_are_refused(client):
-    own = str(client.base_url).rstrip("/")
-    assert client.get("/", headers={"origin": own}).status_code == 200
+    address = str(client.base_url).rstrip("/")
+    assert client.get("/", headers={"origin": address}).status_code == 200
     assert client.get("/", headers={"origin": "http://evil.example"}).status_code == 403
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
     with pytest.raises(InvalidStatus, match="403"):
@@ -242,23 +242,23 @@ def test_the_live_canvas_draws_only_what_has_changed(client):
         assert Image.open(io.BytesIO(socket.recv(30))).size == (8, 8)
         assert answer(state) == {"type": "same"}
         for wrong, expected in ({"steps": "x"}, "steps"), ({"image": "zz!"}, "image"), ([1], "JSON object"):
-            told = answer(wrong)
-            assert told["type"] == "error" and expected in told["message"]
+            message = answer(wrong)
+            assert message["type"] == "error" and expected in message["message"]
         assert answer(state | {"mask": encoded(half_mask())})["type"] == "frame"
-        made = np.asarray(Image.open(io.BytesIO(socket.recv(30))))
-    np.testing.assert_array_equal(made[:, 4:], SEEN[:, 4:])
+        frame = np.asarray(Image.open(io.BytesIO(socket.recv(30))))
+    np.testing.assert_array_equal(frame[:, 4:], SEEN[:, 4:])
 
 
 def test_a_student_draws_the_live_canvas_and_nothing_else():
     with (
         tiny.served(tiny.load_with_student, hosts=("localhost",)) as (address, _),
-        httpx.Client(base_url=address, timeout=60) as own,
+        httpx.Client(base_url=address, timeout=60) as http,
     ):
-        schemas = own.get("/openapi.json").json()["components"]["schemas"]
+        schemas = http.get("/openapi.json").json()["components"]["schemas"]
         solvers = [schemas[name]["properties"]["solver"]["default"] for name in ("Request", "LiveRequest")]
-        assert solvers == ["dpmpp_2m", "consistency"] and own.get("/api/model").json()["live_steps"] == 2
-        (picture,) = pictures(own, solver="consistency", steps=2, guidance=1.0)
-        with connect(live(own)) as socket:
+        assert solvers == ["dpmpp_2m", "consistency"] and http.get("/api/model").json()["live_steps"] == 2
+        (picture,) = pictures(http, solver="consistency", steps=2, guidance=1.0)
+        with connect(live(http)) as socket:
             state = {"prompt": "3", "seed": 1}
             frame = {}
             for values in (state, state | {"guidance": 2.0}):
@@ -266,24 +266,24 @@ def test_a_student_draws_the_live_canvas_and_nothing_else():
                 socket.send(json.dumps(values))
                 frame = json.loads(socket.recv(30))
                 if frame["type"] == "frame":
-                    made = Image.open(io.BytesIO(socket.recv(30)))
+                    png = Image.open(io.BytesIO(socket.recv(30)))
     assert frame["type"] == "error" and "guidance" in frame["message"]
-    assert (made.text["weights"], picture.text["weights"]) == ("student", "random")
-    assert made.text["solver"] == "consistency" and np.any(np.asarray(made) != np.asarray(picture))
+    assert (png.text["weights"], picture.text["weights"]) == ("student", "random")
+    assert png.text["solver"] == "consistency" and np.any(np.asarray(png) != np.asarray(picture))
 
 
 def test_a_consistency_model_has_its_own_solver_alone_and_is_not_inverted():
     with (
         tiny.served(tiny.load_student, hosts=("localhost",)) as (address, _),
-        httpx.Client(base_url=address, timeout=60) as own,
+        httpx.Client(base_url=address, timeout=60) as http,
     ):
-        properties = own.get("/openapi.json").json()["components"]["schemas"]["Request"]["properties"]
-        (picture,) = pictures(own, guidance=1.0)
-        told = own.post("/api/generate", json={"prompt": "3", "task": "style", "image": encoded(SEEN)})
-        other = own.post("/api/generate", json={"prompt": "3", "solver": "ddim"})
+        properties = http.get("/openapi.json").json()["components"]["schemas"]["Request"]["properties"]
+        (picture,) = pictures(http, guidance=1.0)
+        refusal = http.post("/api/generate", json={"prompt": "3", "task": "style", "image": encoded(SEEN)})
+        other = http.post("/api/generate", json={"prompt": "3", "solver": "ddim"})
     assert properties["solver"]["const"] == picture.text["solver"] == "consistency"
     assert "style" not in properties["task"]["enum"]
-    assert told.status_code == 400 and "task: Input should be 'generate', 'morph' or 'noise'" in told.text
+    assert refusal.status_code == 400 and "task: Input should be 'generate', 'morph' or 'noise'" in refusal.text
     assert other.status_code == 400 and "solver: Input should be 'consistency'" in other.text
 
 
@@ -349,8 +349,8 @@ def test_edits_take_the_mask_from_transparency(client):
     Image.fromarray(holed).save(file, "PNG")
     files = {"image": ("../../etc/passwd", file.getvalue(), "image/png")}
     answer = client.post("/v1/images/edits", files=files, data={"prompt": "3", "size": "8x8", "steps": "3"})
-    made = np.asarray(opened(answer.json()["data"][0]["b64_json"]))
-    np.testing.assert_array_equal(made[:, 4:], SEEN[:, 4:])
+    result = np.asarray(opened(answer.json()["data"][0]["b64_json"]))
+    np.testing.assert_array_equal(result[:, 4:], SEEN[:, 4:])
     assert client.post("/v1/images/edits", data={"prompt": "3"}).status_code == 400
     assert client.post("/v1/images/edits", files={"image": b"none"}, data={"prompt": "3"}).status_code == 400
 
@@ -373,9 +373,9 @@ def test_the_web_ui_api_takes_what_its_plugins_send(client):
     )
     np.testing.assert_array_equal(np.asarray(opened(answer["images"][0])), np.asarray(mine))
     image = {"init_images": [encoded(SEEN)], "mask": encoded(half_mask()), "denoising_strength": 0.9}
-    for invert, kept in (0, np.s_[:, 4:]), (1, np.s_[:, :4]):
-        made = client.post("/sdapi/v1/img2img", json=ask | image | {"inpainting_mask_invert": invert}).json()
-        np.testing.assert_array_equal(np.asarray(opened(made["images"][0]))[kept], SEEN[kept])
+    for invert, unchanged in (0, np.s_[:, 4:]), (1, np.s_[:, :4]):
+        result = client.post("/sdapi/v1/img2img", json=ask | image | {"inpainting_mask_invert": invert}).json()
+        np.testing.assert_array_equal(np.asarray(opened(result["images"][0]))[unchanged], SEEN[unchanged])
     for wrong in ({"steps": "many"}, {"seed": -5}, {"batch_size": 0}, {"sampler_name": "magic"}, {"width": 5000}):
         answer = client.post("/sdapi/v1/txt2img", json=ask | wrong)
         assert answer.status_code in (400, 422) and answer.json()["detail"]

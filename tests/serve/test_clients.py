@@ -39,7 +39,7 @@ def test_the_client_of_openai_gets_pictures(address):
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id).id == model.id == "digits"
     answer = client.images.generate(model=model.id, prompt="3", n=2, size="8x8", extra_body={"steps": 3, "seed": 5})
-    assert [opened(one.b64_json).size for one in answer.data] == [(8, 8)] * 2
+    assert [opened(picture.b64_json).size for picture in answer.data] == [(8, 8)] * 2
     assert opened(answer.data[1].b64_json).text["seed"] == "6"
 
     stream = client.images.generate(prompt="3", stream=True, partial_images=2, extra_body={"steps": 40})
@@ -51,9 +51,9 @@ def test_the_client_of_openai_gets_pictures(address):
     mask = np.zeros((8, 8, 4), np.uint8)
     mask[:, 4:, 3] = 255  # opaque: kept
     answer = client.images.edit(image=("a.png", png(SEEN)), mask=("b.png", png(mask)), prompt="3", size="8x8")
-    made = np.asarray(opened(answer.data[0].b64_json))
-    np.testing.assert_array_equal(made[:, 4:], SEEN[:, 4:])
-    assert np.any(made[:, :4] != SEEN[:, :4])
+    result = np.asarray(opened(answer.data[0].b64_json))
+    np.testing.assert_array_equal(result[:, 4:], SEEN[:, 4:])
+    assert np.any(result[:, :4] != SEEN[:, :4])
 
     with pytest.raises(openai.BadRequestError, match="expected a number in"):
         client.images.generate(prompt="cat")
@@ -75,8 +75,8 @@ def test_the_client_of_web_uis_gets_pictures(address):
     assert api.util_get_current_model() == api.util_get_model_names()[0] == "digits"
     api.util_set_model("digits")
     api.util_wait_for_ready(check_interval=0.1)
-    made = api.txt2img(prompt="3", width=8, height=8, seed=5, batch_size=2, cfg_scale=2)
-    assert [image.size for image in made.images] == [(8, 8)] * 2 and made.info["all_seeds"] == [5, 6]
+    result = api.txt2img(prompt="3", width=8, height=8, seed=5, batch_size=2, cfg_scale=2)
+    assert [image.size for image in result.images] == [(8, 8)] * 2 and result.info["all_seeds"] == [5, 6]
     image, mask = Image.fromarray(SEEN), Image.fromarray(np.uint8(255) * np.eye(8, dtype=np.uint8))
     part = api.img2img([image], prompt="3", width=8, height=8, mask_image=mask, denoising_strength=1.0)
     changed = np.any(np.asarray(part.image) != SEEN, axis=-1)

@@ -22,11 +22,11 @@ DEMO = ["--config=configs/latent_cfg.py", "--mode=serve"]
 def paths(tmp_path):
     """What stands for a word in a flag."""
     (tmp_path / "empty.txt").write_text(" \n")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
         yield {
             "EMPTY": str(tmp_path / "empty.txt"),
             "NONE": str(tmp_path / "none.txt"),
-            "TAKEN": taken.getsockname()[1],
+            "TAKEN": listening.getsockname()[1],
         }
 
 
@@ -62,12 +62,12 @@ def test_the_demo_is_served_until_it_is_interrupted(tmp_path):
     flags = ["--config.serve.port=0", f"--config.serve.token_file={tmp_path}/token.txt", f"--workdir={tmp_path}/run"]
     command = [sys.executable, str(ROOT / "main.py"), *DEMO, *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
-    address = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
+    address = next(match[0] for line in process.stderr if (match := re.search(r"http://\S+", line)))
     assert address.endswith("/?token=secret")
     with httpx.Client(base_url=address.partition("/?")[0], timeout=300, follow_redirects=True) as client:
         assert "diffusion_jax" in client.get(address).text
-        made = client.post("/v1/images/generations", json={"prompt": "a red apple", "steps": 2, "seed": 1})
-        assert made.status_code == 200 and len(made.json()["data"]) == 1
+        response = client.post("/v1/images/generations", json={"prompt": "a red apple", "steps": 2, "seed": 1})
+        assert response.status_code == 200 and len(response.json()["data"]) == 1
         worker = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

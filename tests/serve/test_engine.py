@@ -72,13 +72,13 @@ def test_the_first_to_come_is_the_first_to_be_drawn(engine):
             await ended(jobs[i])
             order.append(i)
 
-        told = [[event for event in list(job.events._queue) if isinstance(event, Queued)] for job in jobs]
+        positions = [[event for event in list(job.events._queue) if isinstance(event, Queued)] for job in jobs]
         await asyncio.gather(*map(follow, range(4)))
-        return order, told
+        return order, positions
 
-    order, told = run(places())
+    order, positions = run(places())
     assert order == [0, 1, 2, 3]
-    assert told == [[], [Queued(0)], [Queued(1)], [Queued(2)]]
+    assert positions == [[], [Queued(0)], [Queued(1)], [Queued(2)]]
 
 
 def test_a_request_of_many_pictures_takes_several_batches(engine):
@@ -112,13 +112,13 @@ def test_progress_is_told_with_previews_for_those_who_want_them(engine):
     async def events():
         job, plain = queue.submit([picture()], "all"), queue.submit([picture(seed=1)])
         await asyncio.gather(done := asyncio.create_task(ended(plain)))
-        seen = []
+        progress = []
         while not job.ended or not job.events.empty():
-            seen.append(await job.events.get())
-        return seen, done.result()
+            progress.append(await job.events.get())
+        return progress, done.result()
 
-    seen, _ = run(events())
-    steps = [event for event in seen if isinstance(event, Progress)]
+    progress, _ = run(events())
+    steps = [event for event in progress if isinstance(event, Progress)]
     assert [(step.done, step.total) for step in steps] == [(i, 4) for i in range(1, 5)]
     assert all(step.previews[0].shape == (8, 8, 3) for step in steps)
 
@@ -132,8 +132,10 @@ def test_a_step_is_told_once_to_a_request_of_several_pictures(engine):
             await asyncio.sleep(0.01)
         return [event for event in list(job.events._queue) if isinstance(event, Progress)]
 
-    told = run(steps())
-    assert [step.done for step in told] == [1, 2, 3, 4] and all(sorted(step.previews) == [0, 1] for step in told)
+    received = run(steps())
+    assert [step.done for step in received] == [1, 2, 3, 4] and all(
+        sorted(step.previews) == [0, 1] for step in received
+    )
 
 
 def test_a_cancelled_request_stops_after_its_step_and_the_next_one_is_drawn(engine):
@@ -217,8 +219,8 @@ def test_a_style_of_strength_0_and_noise_of_weight_0_keep_the_picture(engine):
     image, _ = image_and_mask()
     style = picture(solver="ddim", task="style", image=True, strength=0.0)._replace(image=image)
     noise = picture("", task="noise", image=True)._replace(image=image)
-    kept, clean = drawn(engine, style, noise)
-    np.testing.assert_array_equal(kept, image)
+    restyled, clean = drawn(engine, style, noise)
+    np.testing.assert_array_equal(restyled, image)
     assert np.abs(clean.astype(int) - image).mean() < 10
 
 
@@ -240,8 +242,8 @@ def test_a_worker_that_is_killed_is_started_again_and_its_work_is_done_again(eng
         os.kill(queue.process.pid, signal.SIGKILL)
         return await first_after_steps(job), await ended(job), await ended(waiting)
 
-    told, (images, error), (others, no_error) = run(kill())
-    assert told == Queued(0), "the queue is told"
+    positions, (images, error), (others, no_error) = run(kill())
+    assert positions == Queued(0), "the queue is told"
     assert error is None and no_error is None and len(others) == 1
     np.testing.assert_array_equal(images[0], before)
     assert queue.restarts == restarts + 1
@@ -270,24 +272,24 @@ def test_a_model_that_is_not_finite_gives_an_error_and_no_picture():
 
 
 def test_pictures_that_a_safety_checker_flags_are_held_back_and_so_are_their_previews(engine):
-    asked = [picture(seed=seed) for seed in range(6)]
-    free = drawn(engine, *asked)
+    pictures = [picture(seed=seed) for seed in range(6)]
+    free = drawn(engine, *pictures)
     with tiny.running(tiny.load_checked) as (queue, run):
-        checked = drawn((queue, run), *asked)
+        checked = drawn((queue, run), *pictures)
 
         async def previews():
-            job = queue.submit(asked, "all")
+            job = queue.submit(pictures, "all")
             while not job.ended:
                 await asyncio.sleep(0.01)
             steps = [event for event in list(job.events._queue) if isinstance(event, Progress)]
             return [image for step in steps for image in step.previews.values()]
 
-        shown = run(previews())
+        previews_shown = run(previews())
     bright = [image.mean() > 127 for image in free]
     assert any(bright) and not all(bright)
     for image, outcome, is_bright in zip(free, checked, bright, strict=True):
         assert outcome == HELD_BACK if is_bright else np.array_equal(outcome, image)
-    assert any((image == 0).all() for image in shown) and all(image.mean() <= 127 for image in shown)
+    assert any((image == 0).all() for image in previews_shown) and all(image.mean() <= 127 for image in previews_shown)
 
 
 def test_a_worker_that_cannot_start_again_fails_what_waits(tmp_path):

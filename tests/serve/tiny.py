@@ -22,12 +22,12 @@ SHARED = Shared("generate", (8, 8), "dpmpp_2m", "", steps=4)
 
 
 def config(**serve):
-    made = digits.get_config()
-    made.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
-    made.sample.update(prompts=("3", "7"), steps=4)
-    made.serve.update(batch_size=3, queue=6, max_side=16, max_images=8, max_steps=1000, max_upload=500_000)
-    made.serve.update(serve)
-    return made
+    result = digits.get_config()
+    result.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+    result.sample.update(prompts=("3", "7"), steps=4)
+    result.serve.update(batch_size=3, queue=6, max_side=16, max_images=8, max_steps=1000, max_upload=500_000)
+    result.serve.update(serve)
+    return result
 
 
 def load() -> Loaded:
@@ -72,7 +72,7 @@ def load_inpainting() -> Loaded:
 def load_checked() -> Loaded:
     """The model with a safety checker that flags bright images."""
     loaded = load()
-    return loaded._replace(model=loaded.model._replace(flagged=lambda images: images.mean(axis=(1, 2, 3)) > 127))
+    return loaded._replace(model=loaded.model._replace(held_back=lambda images: images.mean(axis=(1, 2, 3)) > 127))
 
 
 def load_once(file: Path) -> Loaded:

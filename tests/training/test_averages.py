@@ -24,10 +24,10 @@ def test_the_length_is_the_deviation_of_the_weights(length):
 
 
 def test_the_running_average_has_these_weights():
-    kept = averages.initial({"w": jnp.zeros(30)})
+    state = averages.initial({"w": jnp.zeros(30)})
     for step in range(30):
-        kept = averages.updated(kept, {"w": jnp.eye(30)[step]}, jnp.int32(step))
-    for name, average in kept.items():
+        state = averages.updated(state, {"w": jnp.eye(30)[step]}, jnp.int32(step))
+    for name, average in state.items():
         np.testing.assert_allclose(average["w"], weights_over_steps(float(name), 30), rtol=0.2, atol=0.01)
         assert average["w"].sum() == pytest.approx(1, abs=1e-5)
 
@@ -38,20 +38,20 @@ def test_any_length_is_made_of_the_saved_ones(length, tmp_path):
     total, every = 400, 20
     rng = np.random.default_rng(0)
     path = np.cumsum(rng.normal(size=(total, 3)), axis=0) / total**0.5
-    kept = averages.initial({"w": jnp.zeros(3)})
+    state = averages.initial({"w": jnp.zeros(3)})
     exact, gamma = np.zeros(3), averages.exponent(length)
     for step in range(total):
-        kept = averages.updated(kept, {"w": jnp.asarray(path[step])}, jnp.int32(step))
+        state = averages.updated(state, {"w": jnp.asarray(path[step])}, jnp.int32(step))
         decay = (1 - 1 / (step + 1)) ** (gamma + 1)
         exact = decay * exact + (1 - decay) * path[step]
         if (step + 1) % every == 0:
-            averages.save(tmp_path / "averages", step + 1, kept)
+            averages.save(tmp_path / "averages", step + 1, state)
     assert averages.steps(tmp_path / "averages") == list(range(every, total + 1, every))
-    found = averages.load(tmp_path / "averages", total, length, {"w": jnp.zeros(3)})["w"]
-    np.testing.assert_allclose(found, exact, atol=0.02)
-    nearest = kept[min(kept, key=lambda name: abs(float(name) - length))]["w"]
-    if f"{length:.2f}" not in kept:
-        assert np.abs(found - exact).max() < 0.5 * np.abs(nearest - exact).max()
+    average = averages.load(tmp_path / "averages", total, length, {"w": jnp.zeros(3)})["w"]
+    np.testing.assert_allclose(average, exact, atol=0.02)
+    nearest = state[min(state, key=lambda name: abs(float(name) - length))]["w"]
+    if f"{length:.2f}" not in state:
+        assert np.abs(average - exact).max() < 0.5 * np.abs(nearest - exact).max()
 
 
 def test_bad_input_is_named(tmp_path):

@@ -49,7 +49,7 @@ def fit(workdir, steps=12):
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_costs_no_more_than_the_newest_checkpoint(tmp_path, small_disk, monkeypatch, foreseen):
     if not foreseen:  # as by a quota, or by another who writes there
-        monkeypatch.setattr(Checkpoints, "_need_room", lambda self, tree: None)
+        monkeypatch.setattr(Checkpoints, "_check_free_space", lambda self, tree: None)
     folder = tmp_path / "checkpoints"
     with pytest.raises(OSError) as error:
         fit(tmp_path)

@@ -164,11 +164,11 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_weights(tmp_path):
     with pytest.raises(loop.Diverged, match=r"not finite for 3 steps in a row, up to step 9; step 8 is saved") as error:
         fit(tmp_path, Batches(poison=range(7, 100)))
     assert "\n" not in str(error.value)
-    kept, _ = saved(tmp_path)
-    assert (kept.step, kept.bad_steps, kept.bad_in_row) == (8, 2, 2)
+    state, _ = saved(tmp_path)
+    assert (state.step, state.bad_steps, state.bad_in_row) == (8, 2, 2)
     fit(tmp_path / "good", steps=6)
     good, _ = saved(tmp_path / "good")
-    assert_same((kept.params, kept.ema, kept.opt_state), (good.params, good.ema, good.opt_state))
+    assert_same((state.params, state.ema, state.opt_state), (good.params, good.ema, good.opt_state))
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_metrics(tmp_path):

@@ -18,30 +18,30 @@ from diffusion_jax.core.solvers.singlestep import differs, finite
 Levels = list[NoiseLevel]
 
 
-def _multistep(steps: list[Step], orders: Sequence[int], update: Callable, remembers: np.ndarray) -> Plan:
+def _multistep(steps: list[Step], orders: Sequence[int], update: Callable, memory: np.ndarray) -> Plan:
     """Build each step by update(levels, next, predictions).
 
     orders: highest order of each step. A step uses at most as many predictions as were made.
     levels, predictions: as many as the step's order, the newest first.
-    remembers: kind of prediction, X0 or EPS.
+    memory: kind of prediction to keep, X0 or EPS.
     """
     rows = []
     for i, ((level, next), order) in enumerate(zip(steps, orders, strict=True)):
-        levels = [now for now, _ in reversed(steps[max(i + 1 - order, 0) : i + 1]) if now.alpha > 0]
-        rows.append(Row(level, next, update(levels or [level], next, [remembers, *PAST]), remembers))
+        levels = [start for start, _ in reversed(steps[max(i + 1 - order, 0) : i + 1]) if start.alpha > 0]
+        rows.append(Row(level, next, update(levels or [level], next, [memory, *PAST]), memory))
     return stack(rows)
 
 
 def _orders(steps: list[Step], order: int, falls: bool = True) -> list[int]:
     """1 where h is infinite or 0. falls: lower the order towards the end."""
-    left = [min(order, len(steps) - i) if falls else order for i in range(len(steps))]
+    limits = [min(order, len(steps) - i) if falls else order for i in range(len(steps))]
     moves = [finite(level, next) and level.sigma != next.sigma for level, next in steps]
-    return [most if moved else 1 for moved, most in zip(moves, left, strict=True)]
+    return [limit if moved else 1 for moved, limit in zip(moves, limits, strict=True)]
 
 
-def _order(order: int, known: tuple[int, ...], solver: str) -> int:
-    if order not in known:
-        raise ValueError(f"{solver} has orders {', '.join(map(str, known))}, got {order}")
+def _order(order: int, supported: tuple[int, ...], solver: str) -> int:
+    if order not in supported:
+        raise ValueError(f"{solver} has orders {', '.join(map(str, supported))}, got {order}")
     return order
 
 
@@ -118,9 +118,9 @@ def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing", 
         if not finite(level, next):
             return next.alpha * X0 + next.sigma * Z
         h, D1 = _second_difference(levels, next, m) if len(levels) > 1 else (_lambda(next) - _lambda(level), 0.0)
-        kept = -np.expm1(-2 * h)
-        drift = next.sigma / level.sigma * np.exp(-h) * state(level) + next.alpha * kept * (m[0] + D1 / 2)
-        return drift + next.sigma * kept**0.5 * Z
+        fresh = -np.expm1(-2 * h)  # part of the variance of x' that is new noise
+        drift = next.sigma / level.sigma * np.exp(-h) * state(level) + next.alpha * fresh * (m[0] + D1 / 2)
+        return drift + next.sigma * fresh**0.5 * Z
 
     grid = path(schedule, steps, spacing)
     return _multistep(grid, _orders(grid, 2, falls), update, X0)
@@ -166,14 +166,14 @@ def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: in
         level, count = levels[0], len(levels)
         if count == 1:
             return state(next)
-        s = np.array([now.sigma / now.alpha for now in levels])
+        s = np.array([past_level.sigma / past_level.alpha for past_level in levels])
         ds = next.sigma / next.alpha - s[0]
         slope = _adams_weights((s - s[0]) / ds, 1 / np.arange(1, count + 1)) @ e[:count]
         return next.alpha * (state(level) / level.alpha + ds * slope)
 
-    known = tuple(range(1, len(PAST) + 1))
+    orders = tuple(range(1, len(PAST) + 1))
     grid = path(schedule, steps, spacing)
-    return _multistep(grid, [_order(order, known, "lms")] * len(grid), update, EPS)
+    return _multistep(grid, [_order(order, orders, "lms")] * len(grid), update, EPS)
 
 
 def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
@@ -183,11 +183,11 @@ def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
     `steps` if there is only one step, or if the first starts from pure noise.
     """
     adams = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-    rows, kept = [], []  # kept: the rows whose predictions later rows use
+    rows, main_rows = [], []  # main_rows: the rows whose predictions later rows use
     for i, (level, next) in enumerate(path(schedule, steps, spacing)):
-        kept.append(len(rows))
-        weights = adams[min(len(kept), 4)]
-        e = sum(w * [EPS, *PAST][len(rows) - row] for w, row in zip(weights, reversed(kept), strict=False))
+        main_rows.append(len(rows))
+        weights = adams[min(len(main_rows), 4)]
+        e = sum(w * [EPS, *PAST][len(rows) - row] for w, row in zip(weights, reversed(main_rows), strict=False))
         # alpha' / alpha (x - sigma e) + sigma' e with x = alpha X0 + sigma EPS
         change = next.sigma * e
         if level.alpha > 0:
@@ -210,17 +210,17 @@ def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: 
     _order(order, (1, 2, 3), "unipc")
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"unknown variant {variant!r} of unipc: one of 'bh1', 'bh2'")
-    rows, before, grid = [], [], path(schedule, steps, spacing)
+    rows, earlier, grid = [], [], path(schedule, steps, spacing)
     for i, (level, next) in enumerate(grid):
         x = state(level)
-        if before:  # corrector and predictor start from the same x: only the terms that they add differ
-            x = x + _unipc_terms(before, level, PAST, variant, X0) - _unipc_terms(before, level, PAST, variant)
-        before = []
+        if earlier:  # corrector and predictor start from the same x: only the terms that they add differ
+            x = x + _unipc_terms(earlier, level, PAST, variant, X0) - _unipc_terms(earlier, level, PAST, variant)
+        earlier = []
         update = state(next)
         if finite(level, next):
-            levels = [now for now, _ in reversed(grid[: i + 1]) if now.alpha > 0]
-            before = levels[: min(order, len(grid) - i)]
-            update = next.sigma / level.sigma * x + _unipc_terms(before, next, [X0, *PAST], variant)
+            levels = [start for start, _ in reversed(grid[: i + 1]) if start.alpha > 0]
+            earlier = levels[: min(order, len(grid) - i)]
+            update = next.sigma / level.sigma * x + _unipc_terms(earlier, next, [X0, *PAST], variant)
         rows.append(Row(level, next, update))
     return stack(rows)
 
@@ -231,7 +231,7 @@ def _unipc_terms(
     """The term that UniPC's predictor adds to sigma' / sigma x; the corrector's term if m_next is given."""
     lam = [_lambda(level) for level in levels]
     h = _lambda(next) - lam[0]
-    nodes = [(there - lam[0]) / h for there in lam[1:]]
+    nodes = [(lam_i - lam[0]) / h for lam_i in lam[1:]]
     differences = [(m_j - m[0]) / r for m_j, r in zip(m[1:], nodes, strict=False)]
     if m_next is not None:
         nodes, differences = [*nodes, 1.0], [*differences, m_next - m[0]]

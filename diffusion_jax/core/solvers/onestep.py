@@ -1,4 +1,4 @@
-"""Solvers that use one prediction and remember none.
+"""Solvers that use only the current prediction.
 
 A prime marks the level after a step: alpha', sigma'.
 """

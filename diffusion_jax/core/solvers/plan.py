@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     memory: (R, 2) coefficients of (x0, eps).
     past: (R, HISTORY) coefficients.
     initial: (), standard deviation of the initial noise. By default that of x_t for data of unit variance.
-    to: NoiseLevel of (R,), where the denoiser is told that row i goes; `next` but for steps through clean data.
+    to: NoiseLevel of (R,), the target level that the denoiser gets in row i: `next`, but for steps through clean data.
     """
 
     level: NoiseLevel
@@ -130,8 +130,8 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: one of {', '.join(SPACINGS)}, or a list of times")
     if steps < 1 or (T and steps > T):
-        known = f"in 1..{T}, the schedule's number of steps" if T else "at least 1"
-        raise ValueError(f"steps must be {known}, got {steps}")
+        allowed = f"in 1..{T}, the schedule's number of steps" if T else "at least 1"
+        raise ValueError(f"steps must be {allowed}, got {steps}")
     ramp = np.linspace(0, 1, steps)
     match spacing:
         case "leading":
@@ -214,8 +214,8 @@ def with_resampling(plan: Plan, repeats: int) -> Plan:
 
 
 def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spacing = "trailing") -> np.ndarray:
-    """The times for an image that is changed with a given strength: about steps * strength of them, the first one that
-    part of the way to noise, however few they are. Of explicit times, the last round(steps * strength).
+    """The times for an image that is changed with a given strength: about steps * strength of them, at least one. The
+    first is at the fraction `strength` of the way to noise. Of explicit times, the last round(steps * strength).
 
     strength: 0 leaves the image as it is (no times), 1 starts from pure noise.
     Pass the times to a solver as its spacing, and their number as its steps. A multistep solver then starts its history
@@ -223,8 +223,8 @@ def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spa
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    whole, count = times(schedule, steps, spacing), round(steps * strength)
+    all_times, count = times(schedule, steps, spacing), round(steps * strength)
     if strength in (0, 1) or not isinstance(spacing, str):
-        return whole[steps - count :]
-    cut = schedule.until(schedule.at(strength))
-    return times(cut, min(max(count, 1), cut.num_steps or steps), spacing)
+        return all_times[steps - count :]
+    shortened = schedule.until(schedule.at(strength))
+    return times(shortened, min(max(count, 1), shortened.num_steps or steps), spacing)

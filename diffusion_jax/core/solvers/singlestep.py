@@ -89,16 +89,16 @@ def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", or
     return stack(rows)
 
 
-def _groups(steps: list[Step], order: int, joins: Callable) -> list[list[NoiseLevel]]:
+def _groups(steps: list[Step], order: int, can_join: Callable) -> list[list[NoiseLevel]]:
     """The levels of each solver step: its start, the grid levels of its other stages, and its end.
 
-    joins: (level, next) -> whether that step of the grid can be part of a longer one.
+    can_join: (level, next) -> whether that step of the grid can be part of a longer one.
     """
     groups, stages = [], []
     for i, (level, next) in enumerate(steps):
         stages.append(level)
-        last = i + 1 == len(steps) or not joins(*steps[i + 1])
-        if len(stages) == order or last or not joins(level, next):
+        last = i + 1 == len(steps) or not can_join(*steps[i + 1])
+        if len(stages) == order or last or not can_join(level, next):
             groups.append([*stages, next])
             stages = []
     return groups
@@ -138,17 +138,17 @@ def dpmpp_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> 
             continue
         lam, h = s.logsnr / 2, (t.logsnr - s.logsnr) / 2
         s1 = schedule(schedule.t_of_logsnr(2 * lam + h))
-        decay, kept = np.exp(-h / 2), -np.expm1(-h)
+        decay, fresh = np.exp(-h / 2), -np.expm1(-h)  # fresh: part of the variance of u that is new noise
 
         x, m = state(s), X0
-        trial = s1.sigma / s.sigma * decay * x + s1.alpha * kept * m
+        trial = s1.sigma / s.sigma * decay * x + s1.alpha * fresh * m
         # n' contains ratio n_1, and n_1 = u - trial: remember the part of x' that has neither m_1 nor ratio u
         ratio = t.sigma / s1.sigma * decay
         rows.append(
-            Row(s, s1, trial + s1.sigma * kept**0.5 * Z, memory=t.sigma / s.sigma * decay**2 * x - ratio * trial)
+            Row(s, s1, trial + s1.sigma * fresh**0.5 * Z, memory=t.sigma / s.sigma * decay**2 * x - ratio * trial)
         )
         final = PAST[0] + ratio * state(s1) - t.alpha * np.expm1(-2 * h) * X0
-        rows.append(Row(s1, t, final + t.sigma * kept**0.5 * Z))
+        rows.append(Row(s1, t, final + t.sigma * fresh**0.5 * Z))
     return stack(rows)
 
 

@@ -116,18 +116,24 @@ class Encoder(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"]
     ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch length width"]]:
-        given = x
+        last_input = x
         for i in range(self.count):
-            given, x = x, self.layer(name=f"layers_{i}")(x)
-        return x, given
+            last_input, x = x, self.layer(name=f"layers_{i}")(x)
+        return x, last_input
 
 
-def stack(of: nn.Module, dtype: DTypeLike, causal: bool) -> Callable[..., Encoder]:
+def stack(fields: nn.Module, dtype: DTypeLike, causal: bool) -> Callable[..., Encoder]:
     """The layers of an encoder, whose fields have the names of transformers' configs."""
     layer = functools.partial(
-        EncoderLayer, of.num_attention_heads, of.intermediate_size, of.hidden_act, of.layer_norm_eps, dtype, causal
+        EncoderLayer,
+        fields.num_attention_heads,
+        fields.intermediate_size,
+        fields.hidden_act,
+        fields.layer_norm_eps,
+        dtype,
+        causal,
     )
-    return functools.partial(Encoder, layer, of.num_hidden_layers)
+    return functools.partial(Encoder, layer, fields.num_hidden_layers)
 
 
 class TextTransformer(nn.Module):
@@ -141,8 +147,8 @@ class TextTransformer(nn.Module):
     def __call__(
         self, ids: Int[Array, "batch length"]
     ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch length width"]]:
-        x, given = self.encoder(name="encoder")(self.embeddings(name="embeddings")(ids))
-        return nn.LayerNorm(self.eps, dtype=jnp.float32, name="final_layer_norm")(x), given
+        x, last_input = self.encoder(name="encoder")(self.embeddings(name="embeddings")(ids))
+        return nn.LayerNorm(self.eps, dtype=jnp.float32, name="final_layer_norm")(x), last_input
 
 
 class ClipTextEncoder(nn.Module):
@@ -172,13 +178,13 @@ class ClipTextEncoder(nn.Module):
         """ids: (B, L) tokens, with the end token in every row. Raises ValueError for too large an L."""
         embeddings = functools.partial(Embeddings, self.vocab_size, self.hidden_size, self.max_position_embeddings)
         encoder = stack(self, self.dtype, causal=True)
-        tokens, given = TextTransformer(embeddings, encoder, self.layer_norm_eps, name="text_model")(ids)
+        tokens, last_input = TextTransformer(embeddings, encoder, self.layer_norm_eps, name="text_model")(ids)
 
         ends = ids if self.eos_token_id == OLD_EOS else ids == self.eos_token_id
         pooled = tokens[jnp.arange(len(ids)), jnp.argmax(ends, axis=1)]
         if self.projection_dim is not None:
             pooled = Dense(self.projection_dim, use_bias=False, name="text_projection")(pooled)
-        return TextFeatures(tokens, given, pooled)
+        return TextFeatures(tokens, last_input, pooled)
 
     def example_inputs(self) -> tuple[Int[Array, "1 1"]]:
         """The smallest valid arguments of `init`."""

@@ -29,9 +29,9 @@ class InceptionFeatures(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Branches that all see the block's input, and whose outputs are joined.
+    """Branches that all take the block's input. Their outputs are concatenated.
 
-    branches: the convolutions of each, by name. A tuple of names: these see the same input and are joined.
+    branches: the convolutions of each, by name. Convolutions in a tuple take the same input and are concatenated.
     pool: "average", "maximum" or "halved", the maximum of every other pixel; a convolution named branch_pool follows
       unless halved. A halving block also halves at the end of each branch.
     """
@@ -92,17 +92,17 @@ def inception(params: dict, images: UInt8[Array, "batch height width 3"]) -> Inc
 
 
 def _block(block: Block, name: str, x: Array, convolve) -> Array:
-    joined, halves = [], block.pool == "halved"
+    outputs, halves = [], block.pool == "halved"
     for branch in block.branches:
         y = x
         for layer in branch[:-1]:
             y = convolve(f"{name}.{layer}", y)
         last = branch[-1] if isinstance(branch[-1], tuple) else (branch[-1],)
-        joined += [convolve(f"{name}.{layer}", y, *((2, "VALID") if halves else ())) for layer in last]
+        outputs += [convolve(f"{name}.{layer}", y, *((2, "VALID") if halves else ())) for layer in last]
     if halves:
-        return jnp.concatenate([*joined, _halved(x)], axis=-1)
+        return jnp.concatenate([*outputs, _halved(x)], axis=-1)
     pooled = _average(x) if block.pool == "average" else _pool(x, -jnp.inf, lax.max)
-    return jnp.concatenate([*joined, convolve(f"{name}.branch_pool", pooled)], axis=-1)
+    return jnp.concatenate([*outputs, convolve(f"{name}.branch_pool", pooled)], axis=-1)
 
 
 def _pool(x: Array, initial: float, reduce, stride: int = 1, padding: str = "SAME") -> Array:
@@ -120,17 +120,17 @@ def _average(x: Array) -> Array:
 
 def _resized(images: Float[Array, "batch height width 3"]) -> Float[Array, "batch 299 299 3"]:
     """Bilinear as in TensorFlow 1: output pixel i is at i · side / 299, the image's first pixel stays the first."""
-    rows, columns = (jnp.asarray(_between(side), images.dtype) for side in images.shape[1:3])
+    rows, columns = (jnp.asarray(_interpolation_weights(side), images.dtype) for side in images.shape[1:3])
     precise = lax.Precision.HIGHEST
     return jnp.einsum("yh,xw,bhwc->byxc", rows, columns, images, precision=precise)
 
 
-def _between(side: int) -> np.ndarray:
+def _interpolation_weights(side: int) -> np.ndarray:
     """(299, side): the weights of the two pixels around each output pixel."""
-    place = np.arange(SIDE, dtype=np.float32) * (np.float32(side) / np.float32(SIDE))
-    before = np.floor(place).astype(int)
+    position = np.arange(SIDE, dtype=np.float32) * (np.float32(side) / np.float32(SIDE))
+    left = np.floor(position).astype(int)
     weights = np.zeros((SIDE, side), np.float32)
-    numbers, part = np.arange(SIDE), place - before
-    np.add.at(weights, (numbers, before), 1 - part)
-    np.add.at(weights, (numbers, np.minimum(before + 1, side - 1)), part)
+    numbers, fraction = np.arange(SIDE), position - left
+    np.add.at(weights, (numbers, left), 1 - fraction)
+    np.add.at(weights, (numbers, np.minimum(left + 1, side - 1)), fraction)
     return weights

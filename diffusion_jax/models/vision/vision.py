@@ -42,8 +42,8 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens features"]:
         patches = Patches(self.features, self.patch, self.use_bias, name="patch_embedding")(images)
-        first = self.param("class_embedding", nn.initializers.normal(0.02), (self.features,))
-        tokens = jnp.concatenate([jnp.broadcast_to(first, (len(images), 1, self.features)), patches], axis=1)
+        class_token = self.param("class_embedding", nn.initializers.normal(0.02), (self.features,))
+        tokens = jnp.concatenate([jnp.broadcast_to(class_token, (len(images), 1, self.features)), patches], axis=1)
         return tokens + nn.Embed(tokens.shape[1], self.features, name="position_embedding")(jnp.arange(tokens.shape[1]))
 
 
