@@ -36,15 +36,10 @@ METHODS = {  # -> method, options, solver, whether it needs the teacher
     "mean_flow": (flow_map.mean_flow(), {"plain": 0.5}, solvers.ddim, False),
     "continuous_consistency": (flow_map.continuous_consistency(), {}, solvers.consistency, False),
     "lagrangian": (flow_map.lagrangian(), {"plain": 0.5}, solvers.ddim, False),
-    "consistency_training, taught": (flow_map.consistency_training(), {"taught": True}, solvers.consistency, True),
-    "soflow, taught": (flow_map.soflow(), {"plain": 0.5, "taught": True}, solvers.ddim, True),
-    "mean_flow, taught": (flow_map.mean_flow(), {"plain": 0.5, "taught": True}, solvers.ddim, True),
-    "continuous_consistency, taught": (
-        flow_map.continuous_consistency(),
-        {"taught": True},
-        solvers.consistency,
-        True,
-    ),
+    "consistency_training, taught": (flow_map.consistency_training(), {}, solvers.consistency, True),
+    "soflow, taught": (flow_map.soflow(), {"plain": 0.5}, solvers.ddim, True),
+    "mean_flow, taught": (flow_map.mean_flow(), {"plain": 0.5}, solvers.ddim, True),
+    "continuous_consistency, taught": (flow_map.continuous_consistency(), {}, solvers.consistency, True),
 }
 
 
@@ -137,7 +132,8 @@ def main() -> None:
         stage, by_calls = teacher, {}
         for segments in STAGES:
             student = model(is_map=True)
-            loss = flow_map.flow_map(student, flow_map.distillation(segments), steps, drop=0.0, teacher=stage)
+            method = flow_map.distillation(segments)
+            loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=flow_map.Teacher(stage))
             frozen_parts = frozen | {"teacher": stage.params}
             learned = trained(loss, stage.params, frozen_parts, max(steps // len(STAGES), 1), keys[3], rate=1e-3)
             stage = student._replace(params=learned)
@@ -145,7 +141,8 @@ def main() -> None:
         rows.setdefault("distillation, in stages", []).append([by_calls[n] for n in CALLS])
         for name, (method, options, solver, needs) in METHODS.items():
             student = model(is_map=True)
-            loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=teacher if needs else None, **options)
+            guide = flow_map.Teacher(teacher, leads=name.endswith("taught")) if needs else None
+            loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=guide, **options)
             frozen_parts = frozen | ({"teacher": params} if needs else {})
             learned = trained(loss, params, frozen_parts, steps, keys[3], rate=1e-3)
             rows.setdefault(name, []).append([measured(student, learned, solver, n) for n in CALLS])

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -16,7 +17,7 @@ from diffusion_jax import build, parallel, pictures
 from diffusion_jax.app import sample
 from diffusion_jax.build.agreement import check_condition, condition_kind
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Record, crop
+from diffusion_jax.data.transforms import Record, Transform, crop
 from diffusion_jax.evaluation import comparison
 from diffusion_jax.evaluation.batches import good_records
 from diffusion_jax.evaluation.comparison import LEAST, Collected, Reference
@@ -30,7 +31,37 @@ SHOWN, COLUMNS = 64, 8  # generated pictures on a sheet
 TRACED, NEAREST = 16, 5  # generated pictures whose nearest real ones are shown, and how many of these
 
 Picture = np.ndarray
-Read = Callable[[], Iterator[tuple[int, Record]]]  # -> the real pictures of one kind, with their indices
+
+
+class Pictures(NamedTuple):
+    """Real pictures: the good records start..stop of a source, in an order shuffled by the seed."""
+
+    source: Source
+    resize: Transform
+    seed: int
+    start: int
+    stop: int
+
+    def records(self) -> Iterator[tuple[int, Record]]:
+        return itertools.islice(good_records(self.source, self.resize, self.seed), self.start, self.stop)
+
+    def images(self) -> Iterator[Picture]:
+        return (record["image"] for _, record in self.records())
+
+
+class Compared(NamedTuple):
+    """What generated pictures are compared with, in the features of each network.
+
+    prompts: of the held-out pictures, in their order.
+    sets: name -> features for each network: of the held-out pictures, and for latents of the same by the first stage.
+    real, references: the pictures of the reference, and their statistics for each network.
+    """
+
+    networks: Sequence[FeatureNetwork]
+    prompts: Sequence[str]
+    sets: dict[str, list[Collected]]
+    real: Pictures
+    references: Sequence[Reference]
 
 
 def distances(config: ConfigDict, model: DiffusionModel):
@@ -50,62 +81,72 @@ def distances(config: ConfigDict, model: DiffusionModel):
     given = _statistics(section, networks)
     sample.request(config, model, [_prompt(config, held_out[0])])  # raises for settings that cannot be used
     resize = crop(*model.size, upscale=config.data.upscale)
+    measured = Pictures(held_out, resize, section.seed, 0, count)
+    return functools.partial(_prepare, config, networks, given, measured, real)
 
-    def records(source: Source, start: int, stop: int) -> Iterator[tuple[int, Record]]:
-        return itertools.islice(good_records(source, resize, section.seed), start, stop)
 
-    def images(source: Source, start: int, stop: int) -> Iterator[Picture]:
-        return (record["image"] for _, record in records(source, start, stop))
+def _prepare(
+    config: ConfigDict,
+    networks: Sequence[FeatureNetwork],
+    given: Sequence[Reference],
+    held_out: Pictures,
+    real: Source,
+    model: DiffusionModel,
+    cache: Path,
+) -> Callable[[DiffusionModel, Path], dict]:
+    """Compute what does not depend on the denoiser's weights, and return what measures them.
 
-    def real_picture(index: int) -> Picture:
-        return resize(real[index], np.random.default_rng(0))["image"]
+    given: the references of eval.statistics. Without them, the reference is made of `real`.
+    """
+    prompts = [_prompt(config, record) for _, record in held_out.records()]
+    sets = {"held_out": _collect(networks, held_out.images(), "held-out pictures", held_out.stop)}
+    if model.codec.limit is None:
+        through = _by_first_stage(model, held_out.images())
+        sets["first_stage"] = _collect(networks, through, "the same by the first stage", held_out.stop)
+    for network, collected in zip(networks, sets["held_out"], strict=True):
+        comparison.warn_of_rank(network.name, collected)
+    start = len(prompts) if real is held_out.source else 0
+    stop = start + min(config.eval.reference or len(real), len(real) - start)
+    reals = held_out._replace(source=real, start=start, stop=stop)
+    references = given or _references(networks, reals, model.size, cache)
+    about = {
+        "pictures": len(prompts),
+        "held_out": held_out.source.name,
+        "reference": list(config.eval.statistics) or real.name,
+        "reference_pictures": references[0].count,
+        "as": f"uint8, {model.size[0]} x {model.size[1]}",
+    }
+    return functools.partial(_measure, config, Compared(networks, prompts, sets, reals, references), about)
 
-    def prepare(model: DiffusionModel, cache: Path) -> Callable[[DiffusionModel, Path], dict]:
-        prompts = [_prompt(config, record) for _, record in records(held_out, 0, count)]
-        beside = {"held_out": _collect(networks, images(held_out, 0, count), "held-out pictures", count)}
-        if model.codec.limit is None:
-            through = _by_first_stage(model, images(held_out, 0, count))
-            beside["first_stage"] = _collect(networks, through, "the same by the first stage", count)
-        for network, collected in zip(networks, beside["held_out"], strict=True):
-            comparison.warn_of_rank(network.name, collected)
-        start = len(prompts) if real is held_out else 0
-        total = min(section.reference or len(real), len(real) - start)
-        key = {"source": real.name, "size": model.size, "seed": section.seed, "start": start, "count": total}
-        read = functools.partial(records, real, start, start + total)
-        references = given or _references(networks, read, key, cache)
-        about = {
-            "pictures": len(prompts),
-            "held_out": held_out.name,
-            "reference": list(section.statistics) or real.name,
-            "reference_pictures": references[0].count,
-            "as": f"uint8, {model.size[0]} x {model.size[1]}",
-        }
 
-        def at_scale(model: DiffusionModel, scale: float, folder: Path) -> dict:
-            made: list[Picture] = []
-            seeds = range(section.seed, section.seed + len(prompts))
-            ours = _collect(networks, _noted(sample.drawn(config, model, prompts, seeds, scale), made))
-            report = {}
-            for i, (network, reference) in enumerate(zip(networks, references, strict=True)):
-                sets = {"generated": ours[i]} | {name: by_network[i] for name, by_network in beside.items()}
-                report[network.name] = {"resized": network.resized} | comparison.compare(sets, reference)
-                if network.texts and condition_kind(config) == "text":
-                    report[network.name] |= _alignment(sets, network.texts(prompts[: comparison.KEPT]))
-            _log(report, scale)
-            if parallel.is_main():
-                _show(folder / f"guidance_{scale:g}", made, prompts, (ours[0], references[0]), real_picture)
-            return report
+def _measure(config: ConfigDict, compared: Compared, about: dict, model: DiffusionModel, folder: Path) -> dict:
+    """The report of a model at each scale of guidance. about: what is the same for all models."""
+    scales = config.eval.scales or (config.sample.guidance,)
+    return about | {f"guidance {scale:g}": _at_scale(config, compared, model, scale, folder) for scale in scales}
 
-        scales = section.scales or (config.sample.guidance,)
-        return lambda model, folder: about | {f"guidance {one:g}": at_scale(model, one, folder) for one in scales}
 
-    return prepare
+def _at_scale(config: ConfigDict, compared: Compared, model: DiffusionModel, scale: float, folder: Path) -> dict:
+    seeds = range(config.eval.seed, config.eval.seed + len(compared.prompts))
+    images = sample.drawn(config, model, compared.prompts, seeds, scale)
+    shown = list(itertools.islice(images, SHOWN))
+    generated, report = _collect(compared.networks, itertools.chain(shown, images)), {}
+    sets = {"generated": generated} | compared.sets
+    for i, network in enumerate(compared.networks):
+        of_network = {name: collected[i] for name, collected in sets.items()}
+        figures = comparison.compare(of_network, compared.references[i])
+        if network.texts and condition_kind(config) == "text":
+            figures |= _alignment(of_network, network.texts(compared.prompts[: comparison.KEPT]))
+        report[network.name] = {"resized": network.resized} | figures
+    _log(report, scale)
+    if parallel.is_main():
+        _show(folder / f"guidance_{scale:g}", shown, generated[0], compared)
+    return report
 
 
 def _alignment(sets: dict[str, Collected], texts: np.ndarray) -> dict:
     """The figures of `comparison.alignment` by name and set, of sets in the order of their prompts."""
-    found = {name: comparison.alignment(one.features, texts) for name, one in sets.items()}
-    return {figure: {name: one[figure] for name, one in found.items()} for figure in found["generated"]}
+    by_set = {name: comparison.alignment(collected.features, texts) for name, collected in sets.items()}
+    return {figure: {name: by_set[name][figure] for name in by_set} for figure in by_set["generated"]}
 
 
 def _by_first_stage(model: DiffusionModel, images: Iterator[Picture]) -> Iterator[Picture]:
@@ -147,59 +188,50 @@ def _collect(
     return sets
 
 
-def _references(networks: Sequence[FeatureNetwork], read: Read, key: dict, cache: Path) -> list[Reference]:
+def _references(
+    networks: Sequence[FeatureNetwork], real: Pictures, size: tuple[int, int], cache: Path
+) -> list[Reference]:
     """The reference in each network's features, computed once and kept in the cache, as .npz files of its statistics.
 
-    key: all that the reference depends on besides the network.
+    size: of the pictures.
     """
+    count = real.stop - real.start
+    key = {"source": real.source.name, "size": size, "seed": real.seed, "start": real.start, "count": count}
     keys = [json.dumps(key | {"network": network.weights()}, sort_keys=True) for network in networks]
-    files = [cache / f"statistics-{hashlib.sha256(one.encode()).hexdigest()[:32]}.npz" for one in keys]
+    files = [cache / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" for key in keys]
     missing = [i for i, file in enumerate(files) if not file.exists()]
     if missing:
         indices: list[int] = []
-        images = (record["image"] for index, record in read() if not indices.append(index))
-        sets = _collect([networks[i] for i in missing], images, "reference", key["count"])
+        images = (record["image"] for index, record in real.records() if not indices.append(index))
+        sets = _collect([networks[i] for i in missing], images, "reference", count)
         cache.mkdir(parents=True, exist_ok=True)
         for i, collected in zip(missing, sets, strict=True):
             comparison.save_reference(files[i], networks[i].name, collected, indices)
     return [comparison.load_reference(file, network.name) for file, network in zip(files, networks, strict=True)]
 
 
-def _noted(images: Iterable[Picture], made: list[Picture]) -> Iterator[Picture]:
-    """The pictures, of which the first are kept in `made`."""
-    for image in images:
-        if len(made) < SHOWN:
-            made.append(image)
-        yield image
-
-
-def _show(
-    folder: Path,
-    made: Sequence[Picture],
-    prompts: Sequence[str],
-    sets: tuple[Collected, Reference],
-    real_picture: Callable[[int], Picture],
-) -> None:
+def _show(folder: Path, shown: Sequence[Picture], generated: Collected, compared: Compared) -> None:
     """Two sheets in the folder: the first pictures with their prompts, and some with the real ones nearest to each.
 
-    sets: the generated pictures and the reference, in the features of one network.
-    real_picture: number in its source -> a picture of the reference.
+    generated: all generated pictures in the features of the first network, which tell what is near.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {"generated": pictures.grid(made, COLUMNS, prompts[: len(made)])}
-    ours, reference = sets
+    sheets = {"generated": pictures.grid(shown, COLUMNS, compared.prompts[: len(shown)])}
+    reference, real = compared.references[0], compared.real
     if len(reference.indices):
-        near = nearest(reference.features, ours.features[:TRACED], NEAREST)
-        rows = [(image, *map(real_picture, reference.indices[row])) for image, row in zip(made, near, strict=False)]
-        labels = ["generated", *(f"nearest {i + 1}" for i in range(NEAREST))] * len(rows)
-        shown["nearest_real"] = pictures.grid([image for row in rows for image in row], 1 + NEAREST, labels)
-    for name, sheet in shown.items():
+        rows = []
+        for image, near in zip(shown, nearest(reference.features, generated.features[:TRACED], NEAREST), strict=False):
+            records = (real.source[index] for index in reference.indices[near])
+            rows += [image, *(real.resize(record, np.random.default_rng(0))["image"] for record in records)]
+        labels = ["generated", *(f"nearest {i + 1}" for i in range(NEAREST))] * (len(rows) // (1 + NEAREST))
+        sheets["nearest_real"] = pictures.grid(rows, 1 + NEAREST, labels)
+    for name, sheet in sheets.items():
         pictures.save(folder / f"{name}.png", sheet, {})
 
 
-def _log(found: dict, scale: float) -> None:
-    for name, report in found.items():
-        frechet = report["frechet"]
+def _log(report: dict, scale: float) -> None:
+    for name, of_network in report.items():
+        frechet = of_network["frechet"]
         ratio = frechet.get("ratio", {}).get("value", float("nan"))
         figures = (frechet["generated"]["value"], frechet["held_out"]["value"], ratio)
         logging.info(

@@ -130,9 +130,8 @@ def _flow_map(
         )
     if teacher is not None:
         check_teacher(teacher, model)
-    return flow_map.flow_map(
-        model, method, steps, section.drop, section.plain, section.robust, teacher, section.scale, section.taught
-    )
+    guide = flow_map.Teacher(teacher, section.scale, section.taught) if is_taught else None
+    return flow_map.flow_map(model, method, steps, section.drop, section.plain, section.robust, guide)
 
 
 def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:

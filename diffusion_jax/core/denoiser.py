@@ -1,8 +1,9 @@
 """Denoisers: functions (x_t, level, cond, to) -> Prediction, and how to build one from a network.
 
-`to` is the level that the caller goes to next. An ordinary denoiser ignores it: its prediction is the tangent of the
-path at x_t, right for small steps. A flow map predicts such a pair (x0, eps) that alpha_to x0 + sigma_to eps is the
-state at `to`, however far (Boffi et al. 2025, arXiv 2505.18825). A consistency model is one whose `to` is clean data.
+`to` is the level that the caller goes to next, passed by name to those that have a parameter `to`. An ordinary denoiser
+ignores it: its prediction is the tangent of the path at x_t, right for small steps. A flow map predicts such a pair
+(x0, eps) that alpha_to x0 + sigma_to eps is the state at `to`, however far (Boffi et al. 2025, arXiv 2505.18825). A
+consistency model is one whose `to` is clean data.
 """
 
 import inspect
@@ -26,19 +27,16 @@ Denoise = Callable[..., Prediction]
 
 
 def as_pytree(denoise: Denoise) -> Denoise:
-    """Make the denoiser a valid argument of a compiled function, that may be told where to: wrap a plain function, and
-    one of three arguments. A pytree of four is returned unchanged.
+    """Make the denoiser a valid argument of a compiled function, and callable with `to=`: a plain function is wrapped,
+    and so is one without a parameter `to`, which is then called without the target.
     """
     wrapped = Partial(denoise) if jax.tree_util.all_leaves([denoise]) else denoise
-    return wrapped if _is_told_where_to(wrapped) else Partial(_not_told, wrapped)
+    return wrapped if "to" in inspect.signature(wrapped).parameters else Partial(_without_target, wrapped)
 
 
-def _is_told_where_to(denoise: Denoise) -> bool:
-    kinds = [parameter.kind for parameter in inspect.signature(denoise).parameters.values()]
-    return inspect.Parameter.VAR_POSITIONAL in kinds or len(kinds) > 3
-
-
-def _not_told(denoise: Denoise, x: Array, level: NoiseLevel, cond: PyTree, to: NoiseLevel | None = None) -> Prediction:
+def _without_target(
+    denoise: Denoise, x: Array, level: NoiseLevel, cond: PyTree, to: NoiseLevel | None = None
+) -> Prediction:
     return denoise(x, level, cond)
 
 
@@ -72,10 +70,10 @@ class _Network:
     def __call__(
         self, params: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: NoiseLevel | None = None
     ) -> Prediction:
-        seen, t = self.parameterization.inputs(x, level)
+        inputs, t = self.parameterization.inputs(x, level)
         if self.flow_map:
             cond = cond | {"to": jnp.broadcast_to(target_time(level if to is None else to), x.shape[:1])}
-        out = self.apply(params, seen, jnp.broadcast_to(t, x.shape[:1]), cond)
+        out = self.apply(params, inputs, jnp.broadcast_to(t, x.shape[:1]), cond)
         return self.parameterization.predict(x, out.astype(x.dtype), level)
 
 

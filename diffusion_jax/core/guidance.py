@@ -99,7 +99,7 @@ def _is_all(value: ArrayLike, number: float) -> bool:
 def _unconditional(
     denoise: Denoise, null_cond: PyTree, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    return denoise(x, level, _without_condition(cond, null_cond), to)
+    return denoise(x, level, _without_condition(cond, null_cond), to=to)
 
 
 def _classifier_free(
@@ -129,7 +129,7 @@ def _predict_both(
         return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
     level, to = jax.tree.map(lambda value: jnp.repeat(value, 2) if jnp.ndim(value) else value, (level, to))
-    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, _without_condition(cond, null_cond)), to)
+    both = denoise(interleave(x, x), level, jax.tree.map(interleave, cond, _without_condition(cond, null_cond)), to=to)
     pairs = jax.tree.map(lambda out: out.reshape(-1, 2, *out.shape[1:]), both)
     return jax.tree.map(lambda out: out[:, 0], pairs), jax.tree.map(lambda out: out[:, 1], pairs)
 
@@ -207,7 +207,7 @@ def autoguidance(denoise: Denoise, weaker: Denoise, scale: ArrayLike) -> Denoise
 def _autoguidance(
     denoise: Denoise, weaker: Denoise, scale: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    return _extrapolate(weaker(x, level, cond, to), denoise(x, level, cond, to), scale, x)
+    return _extrapolate(weaker(x, level, cond, to=to), denoise(x, level, cond, to=to), scale, x)
 
 
 def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denoise:
@@ -226,9 +226,9 @@ def _interval(
 ) -> Prediction:
     inside = (level.sigma > low * level.alpha) & (level.sigma <= high * level.alpha)
     if jnp.ndim(inside):
-        both = guided(x, level, cond, to), plain(x, level, cond, to)
+        both = guided(x, level, cond, to=to), plain(x, level, cond, to=to)
         return jax.tree.map(lambda a, b: jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), a, b), *both)
-    return jax.lax.cond(inside, guided, plain, x, level, cond, to)
+    return jax.lax.cond(inside, lambda: guided(x, level, cond, to=to), lambda: plain(x, level, cond, to=to))
 
 
 def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
@@ -237,7 +237,7 @@ def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
 
 
 def _clip_x0(denoise: Denoise, limit: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None) -> Prediction:
-    prediction = denoise(x, level, cond, to)
+    prediction = denoise(x, level, cond, to=to)
     return _replace_x0(prediction, jnp.clip(prediction.x0, -limit, limit), level)
 
 
@@ -254,7 +254,7 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, limit: float 
 def _dynamic_threshold(
     denoise: Denoise, percentile: Array, limit: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    prediction = denoise(x, level, cond, to)
+    prediction = denoise(x, level, cond, to=to)
     quantile = jnp.quantile(jnp.abs(prediction.x0).reshape(len(x), -1), percentile, axis=1)
     s = expand(jnp.maximum(quantile, limit), x)
     return _replace_x0(prediction, jnp.clip(prediction.x0, -s, s) * limit / s, level)

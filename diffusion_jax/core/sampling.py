@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.denoiser import Denoise, as_pytree, check_levels, check_rows
-from diffusion_jax.core.process import NoiseLevel, add_noise
+from diffusion_jax.core.process import NoiseLevel, Prediction, add_noise
 from diffusion_jax.core.solvers import HISTORY, Plan
 
 CHUNK = 10  # rows of a plan in one call of the compiled program
@@ -41,9 +41,10 @@ class Known(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A chunk of a plan on the device.
+    """A chunk of a plan on the device, padded to a fixed number of rows.
 
-    plan: the rows, `plan.past` in the slots of `State.past`. Padding rows leave x and x0 unchanged.
+    Padding skips the network and leaves x and x0 unchanged. Its rule is x <- eps (`of`), and its eps is x (`predict`).
+    plan: the rows, `plan.past` in the slots of `State.past`.
     index: (R,) position of each row in the whole plan.
     active: (R,) False for padding.
     """
@@ -51,6 +52,33 @@ class Rows(NamedTuple):
     plan: Plan
     index: Array
     active: Array
+
+    @classmethod
+    def of(cls, plan: Plan, start: int, size: int) -> "Rows":
+        """Rows start..start+size of the plan, in float32."""
+        index = np.arange(start, start + size)
+        active = index < plan.num_rows
+        taken = np.minimum(index, plan.num_rows - 1)
+        rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan._replace(initial=None))
+        past = np.zeros((size, 1 + HISTORY), np.float32)
+        np.put_along_axis(past, (index[:, None] - np.arange(1, 1 + HISTORY)) % (1 + HISTORY), rows.past, axis=1)
+        rows = rows._replace(
+            x0=np.where(active, rows.x0, 0),
+            eps=np.where(active, rows.eps, 1),
+            noise=np.where(active, rows.noise, 0),
+            past=np.where(active[:, None], past, 0),
+            initial=np.float32(plan.initial),
+        )
+        return cls(rows, index, active)
+
+    def predict(self, denoise: Denoise, x: Array, x0: Array, cond: PyTree) -> Prediction:
+        """The prediction of one row, in the dtype of x. x0: the last one."""
+
+        def active() -> Prediction:
+            x0, eps = denoise(x, self.plan.level, cond, to=self.plan.to)
+            return Prediction(x0.astype(x.dtype), eps.astype(x.dtype))
+
+        return jax.lax.cond(self.active, active, lambda: Prediction(x0, x))
 
 
 def initial_noise(keys: Key[Array, "batch"], shape: tuple[int, ...], level: NoiseLevel) -> Float[Array, "batch *shape"]:
@@ -84,13 +112,9 @@ def advance(
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + index), state.x.shape[1:]))
         return draw(keys).astype(state.x.dtype)
 
-    def predict(x: Array, level: NoiseLevel, to: NoiseLevel) -> tuple[Array, Array]:
-        x0, eps = denoise(x, level, cond, to)
-        return x0.astype(x.dtype), eps.astype(x.dtype)
-
     def body(carry: tuple[State, Array], row: Rows) -> tuple[tuple[State, Array], None]:
         (state, x0), plan = carry, row.plan
-        x0, eps = jax.lax.cond(row.active, lambda: predict(state.x, plan.level, plan.to), lambda: (x0, state.x))
+        x0, eps = row.predict(denoise, state.x, x0, cond)
         remembered = plan.memory[0] * x0 + plan.memory[1] * eps
         # write before reading, so that XLA updates it in place
         past = jax.lax.dynamic_update_index_in_dim(state.past, remembered, row.index % len(state.past), 0)
@@ -117,9 +141,9 @@ def sample(
 ) -> Float[Array, "batch *shape"]:
     """Carry x from the plan's first level to its last.
 
-    denoise: (x (B, ...), level of scalars, cond) -> Prediction, or with a fourth argument, the level to go to. Wrap
-      parameters with `jax.tree_util.Partial`, as `denoiser.denoiser` and the functions of `guidance` do, so that new
-      values do not recompile.
+    denoise: (x (B, ...), level of scalars, cond) -> Prediction. If it has a parameter named `to`, it also gets the
+      level to go to. Wrap parameters with `jax.tree_util.Partial`, as `denoiser.denoiser` and the functions of
+      `guidance` do, so that new values do not recompile.
     plan: from `solvers`.
     x: (B, ...) at the plan's first level, see `initial_noise`.
     keys: (B,), one for each image. An image does not depend on the batch in which it is generated.
@@ -141,7 +165,7 @@ def sample(
     size = total if chunk is None else chunk
     state, x0 = _start(x), x
     for start in range(0, total, size):
-        state, x0 = advance(as_pytree(denoise), _rows(plan, start, size), state, x0, keys, cond, known)
+        state, x0 = advance(as_pytree(denoise), Rows.of(plan, start, size), state, x0, keys, cond, known)
         done = min(start + size, total)
         if callback is not None and callback(done, x0):
             break
@@ -157,7 +181,7 @@ def run_rows(
 
 def rows(plan: Plan, at_least: int = 0) -> Rows:
     """The whole plan for `run_rows`, padded to at_least rows so that shorter plans reuse the same program."""
-    return _rows(plan, 0, max(plan.num_rows, at_least))
+    return Rows.of(plan, 0, max(plan.num_rows, at_least))
 
 
 def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."]) -> Known:
@@ -189,21 +213,3 @@ def _blend(x: Array, known: Known, level: NoiseLevel, keys: Array, rows: ArrayLi
 
     noise = jax.vmap(draw)(keys).astype(x.dtype)
     return known.mask * x + (1 - known.mask) * add_noise(known.x0, noise, level)
-
-
-def _rows(plan: Plan, start: int, size: int) -> Rows:
-    """Rows start..start+size of the plan in float32. Padding has x <- eps, and eps is x where `active` is False."""
-    index = np.arange(start, start + size)
-    active = index < plan.num_rows
-    taken = np.minimum(index, plan.num_rows - 1)
-    rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan._replace(initial=None))
-    past = np.zeros((size, 1 + HISTORY), np.float32)
-    np.put_along_axis(past, (index[:, None] - np.arange(1, 1 + HISTORY)) % (1 + HISTORY), rows.past, axis=1)
-    rows = rows._replace(
-        x0=np.where(active, rows.x0, 0),
-        eps=np.where(active, rows.eps, 1),
-        noise=np.where(active, rows.noise, 0),
-        past=np.where(active[:, None], past, 0),
-        initial=np.float32(plan.initial),
-    )
-    return Rows(rows, index, active)

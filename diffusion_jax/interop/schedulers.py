@@ -3,8 +3,11 @@
 The plan does what diffusers 0.42 does, even where that differs from the paper; docs/samplers_peer.md lists the places.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -15,8 +18,6 @@ from diffusion_jax.core.schedules import DiscreteSchedule
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.core.solvers.plan import X0, Row, Step, Z, joined, stack, state
 
-LEADING = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler")  # timestep_spacing by default
-OTHERS = ("bh1", "bh2", "logrho")  # solver_type of other classes, which a scheduler replaces by its own
 FEW = 15  # with fewer steps the order of multistep solvers falls at the end
 ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use for noise alone
 
@@ -24,8 +25,7 @@ ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use f
 def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, strength: float = 1.0) -> Plan:
     """The plan of a scheduler_config.json.
 
-    config: the content of the file. The class is DDIM, PNDM, DDPM, LCM, EulerDiscrete, EulerAncestralDiscrete,
-      HeunDiscrete, LMSDiscrete, DPMSolverMultistep, DPMSolverSinglestep, UniPCMultistep or DEISMultistep.
+    config: the content of the file, of one of the classes of SCHEDULERS.
     schedule: the noise schedule of the file.
     steps: as diffusers counts them.
     strength: in [0, 1]. Of an image that is changed: the last int(steps * strength) of the steps are left.
@@ -41,40 +41,35 @@ def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, stre
         raise ValueError(f"steps must be in 1..{schedule.num_steps}, the schedule's number of steps, got {steps}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    clips = {"clip_sample": name in ("DDIMScheduler", "DDPMScheduler")}  # by default
-    _only(clips | dict(config), thresholding=False, use_flow_sigmas=False, clip_sample=False)
-    path, solver = SCHEDULERS[name]
-    grid = path(config, schedule, steps)
+    scheduler = SCHEDULERS[name]
+    config = DEFAULTS | scheduler.defaults | dict(config) | scheduler.fixed
+    for field, values in (SUPPORTED | scheduler.supported).items():
+        _check(config, field, values)
+    grid = scheduler.path(config, schedule, steps)
     skipped = len(grid) - min(int(steps * strength), len(grid))
-    plan = solver(config, schedule, grid[skipped:], steps)
-    if path is _euler_path and not skipped and _spacing(config) != "leading":
+    plan = scheduler.solver(config, schedule, grid[skipped:], steps)
+    if scheduler.path is _euler_path and not skipped and config["timestep_spacing"] != "leading":
         return plan._replace(initial=plan.start.sigma)
     return plan
 
 
-def _only(config: Mapping, **known) -> None:
-    """Raise ValueError for a field that has another value than the known one, or the known ones of a tuple."""
-    for field, value in known.items():
-        values = value if isinstance(value, tuple) else (value,)
-        if config.get(field, values[0]) not in values:
-            raise ValueError(
-                f"the model's own {config.get('_class_name', 'scheduler')} has {field}={config[field]!r}, and only "
-                f"{' or '.join(map(repr, values))} is supported: choose a solver by its name"
-            )
-
-
-def _spacing(config: Mapping) -> str:
-    return config.get("timestep_spacing", "leading" if config.get("_class_name") in LEADING else "linspace")
+def _check(config: Mapping, field: str, values: tuple) -> None:
+    """Raise ValueError unless the field is missing or has one of the values."""
+    if config.get(field, values[0]) not in values:
+        raise ValueError(
+            f"the model's own {config.get('_class_name', 'scheduler')} has {field}={config[field]!r}, and only "
+            f"{' or '.join(map(repr, values))} is supported: choose a solver by its name"
+        )
 
 
 def _times(config: Mapping, T: int, steps: int, more: int = 0) -> np.ndarray:
     """The time steps, falling. more: how many there are beside `steps`, which are left out at the clean end."""
-    spacing, count = _spacing(config), steps + more
+    spacing, count = config["timestep_spacing"], steps + more
     if spacing == "linspace":
         return np.linspace(0, T - 1, count)[::-1][:steps]
     if spacing == "leading":
         up = np.arange(count)[::-1][:steps] * float(T // count)
-        return np.minimum(up + config.get("steps_offset", 0), T - 1)
+        return np.minimum(up + config["steps_offset"], T - 1)
     if spacing == "trailing":
         t = np.round(np.arange(T, 0, -T / steps)) - 1
         return t[t >= 0]
@@ -84,8 +79,7 @@ def _times(config: Mapping, T: int, steps: int, more: int = 0) -> np.ndarray:
 def _table_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
     """Steps of T // steps, whatever the next time step is; the last ends on the least noise or on none."""
     t, stride = np.round(_times(config, schedule.num_steps, steps)), schedule.num_steps // steps
-    clean = config.get("set_alpha_to_one", config.get("_class_name") != "PNDMScheduler")
-    end = CLEAN if clean else schedule(0.0)
+    end = CLEAN if config["set_alpha_to_one"] else schedule(0.0)
     return [(schedule(now), schedule(now - stride) if now >= stride else end) for now in t]
 
 
@@ -96,7 +90,7 @@ def _ddpm_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[
 
 def _lcm_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
     """Some of the times that the student was trained on (Luo et al. 2023)."""
-    original = config.get("original_inference_steps", 50)
+    original = config["original_inference_steps"]
     if steps > original:
         raise ValueError(f"steps must be at most {original}, those that the model was trained on, got {steps}")
     trained = np.arange(original, 0, -1) * (schedule.num_steps // original) - 1.0
@@ -131,48 +125,41 @@ def _ramp(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | 
 
 def _euler_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
     """Of solvers of d(x / alpha) / d(sigma / alpha): times may be fractional, and s is interpolated between them."""
-    _only(config, interpolation_type="linear", timestep_type="discrete")
     table, steps_of_table = _table(schedule), np.arange(schedule.num_steps)
     t = _times(config, schedule.num_steps, steps)
     s = np.interp(t, steps_of_table, table)
     ramp = _ramp(config, s[0], s[-1], steps)
     if ramp is not None:
         s, t = ramp, np.interp(np.log(ramp), np.log(table), steps_of_table)
-    return _in_sigma(s, t, table[0] if config.get("final_sigmas_type") == "sigma_min" else 0.0)
+    return _in_sigma(s, t, table[0] if config["final_sigmas_type"] == "sigma_min" else 0.0)
 
 
 def _dpm_path(
-    spacing: str | None = None, ends_clean: bool = True, ends_on_ramp: bool = False, smooth_cosine: bool = False
-) -> Callable[[Mapping, DiscreteSchedule, int], list[Step]]:
+    config: Mapping, schedule: DiscreteSchedule, steps: int, ends_on_ramp: bool = False, smooth_cosine: bool = False
+) -> list[Step]:
     """Of solvers in log(alpha / sigma): whole times, of which one more is made and the cleanest left out.
 
-    spacing: whatever the config says.
-    ends_clean: else at the least noise of the table, or with ends_on_ramp of the ramp that the config asks for.
+    ends_on_ramp: the least noise is that of the ramp that the config asks for, else that of the table.
     smooth_cosine: on a cosine schedule the times of a ramp are cut off, and never rounded.
     """
-
-    def path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
-        config, table = dict(config) | ({"timestep_spacing": spacing} if spacing else {}), _table(schedule)
-        noisiest = schedule.num_steps - np.searchsorted(-np.log(table[::-1]), config.get("lambda_min_clipped", -np.inf))
-        t = np.round(_times(config, int(noisiest), steps, more=1))
-        s = np.interp(t, np.arange(len(table)), table)
-        least_noisy = table[0]
-        ramp = _ramp(config, table[-1], table[0], steps)
-        if ramp is not None:
-            t = np.interp(np.log(ramp), np.log(table), np.arange(len(table)))
-            near = config.get("use_karras_sigmas") or config.get("use_lu_lambdas")
-            smooth = smooth_cosine and config.get("beta_schedule") == "squaredcos_cap_v2"
-            s, t = ramp, np.round(t) if near and not smooth else np.trunc(t)
-            least_noisy = ramp[-1] if ends_on_ramp else least_noisy
-        clean = ends_clean and config.get("final_sigmas_type", "zero") == "zero"
-        return _in_sigma(s, t, 0.0 if clean else least_noisy)
-
-    return path
+    table = _table(schedule)
+    noisiest = schedule.num_steps - np.searchsorted(-np.log(table[::-1]), config["lambda_min_clipped"])
+    t = np.round(_times(config, int(noisiest), steps, more=1))
+    s = np.interp(t, np.arange(len(table)), table)
+    least_noisy = table[0]
+    ramp = _ramp(config, table[-1], table[0], steps)
+    if ramp is not None:
+        t = np.interp(np.log(ramp), np.log(table), np.arange(len(table)))
+        near = config.get("use_karras_sigmas") or config.get("use_lu_lambdas")
+        smooth = smooth_cosine and config.get("beta_schedule") == "squaredcos_cap_v2"
+        s, t = ramp, np.round(t) if near and not smooth else np.trunc(t)
+        least_noisy = ramp[-1] if ends_on_ramp else least_noisy
+    return _in_sigma(s, t, 0.0 if config["final_sigmas_type"] == "zero" else least_noisy)
 
 
 def _falls(config: Mapping, steps: int) -> bool:
     """Whether the order falls to 1 on the last step, and to 2 on the one before."""
-    return config.get("lower_order_final", True) and steps < FEW
+    return config["lower_order_final"] and steps < FEW
 
 
 def _plain(solver: Callable[..., Plan]) -> Callable[..., Plan]:
@@ -180,14 +167,7 @@ def _plain(solver: Callable[..., Plan]) -> Callable[..., Plan]:
     return lambda config, schedule, grid, steps: solver(schedule, len(grid), grid)
 
 
-def _ddpm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    _only(config, variance_type=("fixed_small", "fixed_small_log"))
-    return solvers.ddpm(schedule, len(grid), grid)
-
-
 def _pndm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    defaults = {"skip_prk_steps": False}
-    _only(defaults | dict(config), timestep_spacing="leading", skip_prk_steps=True, prediction_type="epsilon")
     return (solvers.plms if len(grid) > 1 else solvers.ddim)(schedule, len(grid), grid)
 
 
@@ -195,7 +175,7 @@ def _lcm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: i
     """x' = alpha' (c_out x0 + c_skip x) + sigma' z, with the boundary condition of Luo et al. 2023, section 4.1."""
 
     def row(level: NoiseLevel, next: NoiseLevel) -> Row:
-        t = level.t * config.get("timestep_scaling", 10.0)
+        t = level.t * config["timestep_scaling"]
         c_skip, c_out = 0.25 / (t**2 + 0.25), t / (t**2 + 0.25) ** 0.5
         return Row(level, next, next.alpha * (c_out * X0 + c_skip * state(level)) + next.sigma * Z)
 
@@ -203,10 +183,8 @@ def _lcm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: i
 
 
 def _dpm_multistep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    _only(config, solver_type=("midpoint", *OTHERS), euler_at_final=False)
-    _only(config, algorithm_type=("dpmsolver++", "sde-dpmsolver++", "deis"))
-    noisy, order = config.get("algorithm_type") == "sde-dpmsolver++", config.get("solver_order", 2)
-    _only(config, solver_order=(2, 1) if noisy else (2, 1, 3))
+    noisy, order = config["algorithm_type"] == "sde-dpmsolver++", config["solver_order"]
+    _check(config, "solver_order", (2, 1) if noisy else (2, 1, 3))
     arguments = (schedule, len(grid), grid)
     if order == 1:
         return solvers.ddim(*arguments, eta=float(noisy))
@@ -218,38 +196,76 @@ def _dpm_multistep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step]
 
 def _dpm_singlestep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
     """Pairs of steps, the last one alone where the order falls or the steps are odd."""
-    _only(config, solver_type=("midpoint", *OTHERS), solver_order=(2, 1))
-    _only(config, algorithm_type=("dpmsolver++", "dpmsolver", "deis"))
-    if config.get("solver_order", 2) == 1:
+    if config["solver_order"] == 1:
         return solvers.ddim(schedule, len(grid), grid)
-    solver = solvers.dpm_solver if config.get("algorithm_type") == "dpmsolver" else solvers.dpmpp_2s
+    solver = solvers.dpm_solver if config["algorithm_type"] == "dpmsolver" else solvers.dpmpp_2s
     first = (steps - len(grid)) % 2  # a pair of which an image's strength left out one
-    last = len(grid) - bool(config.get("lower_order_final") or steps % 2)
+    last = len(grid) - bool(config["lower_order_final"] or steps % 2)
     parts = [part for part in (grid[:first], grid[first:last], grid[max(first, last) :]) if part]
     return joined([solver(schedule, len(part), part) for part in parts]) if parts else stack([])
 
 
 def _unipc(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    _only(config, lower_order_final=True, predict_x0=True, disable_corrector=[], solver_p=None)
     variant = "bh1" if config.get("solver_type") == "bh1" else "bh2"
-    return solvers.unipc(schedule, len(grid), grid, config.get("solver_order", 2), variant)
+    return solvers.unipc(schedule, len(grid), grid, config["solver_order"], variant)
 
 
 def _deis(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    return solvers.deis(schedule, len(grid), grid, config.get("solver_order", 2), falls=_falls(config, steps))
+    return solvers.deis(schedule, len(grid), grid, config["solver_order"], falls=_falls(config, steps))
 
 
-SCHEDULERS = {  # class -> (its path, its solver)
-    "DDIMScheduler": (_table_path, _plain(solvers.ddim)),
-    "PNDMScheduler": (_table_path, _pndm),
-    "DDPMScheduler": (_ddpm_path, _ddpm),
-    "LCMScheduler": (_lcm_path, _lcm),
-    "EulerDiscreteScheduler": (_euler_path, _plain(solvers.euler)),
-    "EulerAncestralDiscreteScheduler": (_euler_path, _plain(solvers.euler_ancestral)),
-    "HeunDiscreteScheduler": (_euler_path, _plain(solvers.heun)),
-    "LMSDiscreteScheduler": (_euler_path, _plain(solvers.lms)),
-    "DPMSolverMultistepScheduler": (_dpm_path(smooth_cosine=True), _dpm_multistep),
-    "DPMSolverSinglestepScheduler": (_dpm_path(spacing="linspace"), _dpm_singlestep),
-    "UniPCMultistepScheduler": (_dpm_path(ends_on_ramp=True), _unipc),
-    "DEISMultistepScheduler": (_dpm_path(ends_clean=False, ends_on_ramp=True), _deis),
+class Scheduler(NamedTuple):
+    """What differs between the classes.
+
+    path: (config, schedule, steps) -> the steps of the solver.
+    solver: (config, schedule, steps of the path that are left, steps) -> Plan.
+    defaults: values of fields that the config leaves out, beside `DEFAULTS`.
+    supported: field -> the values that can be used, the first one by default, beside `SUPPORTED`.
+    fixed: values of fields that the class does not read.
+    """
+
+    path: Callable[[Mapping, DiscreteSchedule, int], list[Step]]
+    solver: Callable[[Mapping, DiscreteSchedule, list[Step], int], Plan]
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    supported: Mapping[str, tuple] = MappingProxyType({})
+    fixed: Mapping[str, Any] = MappingProxyType({})
+
+
+# fmt: off
+DEFAULTS = {
+    "timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": True, "final_sigmas_type": "zero",
+    "original_inference_steps": 50, "timestep_scaling": 10.0, "lambda_min_clipped": -np.inf,
+    "algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True,
 }
+SUPPORTED = {"thresholding": (False,), "use_flow_sigmas": (False,), "clip_sample": (False,)}
+LEADING = {"timestep_spacing": "leading"}
+CLIPPED = LEADING | {"clip_sample": True}
+PRK = LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False}
+PAIRS = {"lower_order_final": False}
+PLMS = {"timestep_spacing": ("leading",), "skip_prk_steps": (True,), "prediction_type": ("epsilon",)}
+SMALL = {"variance_type": ("fixed_small", "fixed_small_log")}
+DISCRETE = {"interpolation_type": ("linear",), "timestep_type": ("discrete",)}
+MIDPOINT = {"solver_type": ("midpoint", "bh1", "bh2", "logrho")}  # those of other classes are replaced by midpoint
+MULTISTEP = MIDPOINT | {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"), "euler_at_final": (False,)}
+SINGLESTEP = MIDPOINT | {"solver_order": (2, 1), "algorithm_type": ("dpmsolver++", "dpmsolver", "deis")}
+UNIPC = {"lower_order_final": (True,), "predict_x0": (True,), "disable_corrector": ([],), "solver_p": (None,)}
+ON_RAMP = functools.partial(_dpm_path, ends_on_ramp=True)
+SMOOTH = functools.partial(_dpm_path, smooth_cosine=True)
+SCHEDULERS = {
+    #                                             path         solver                           defaults  supported
+    "DDIMScheduler":                    Scheduler(_table_path, _plain(solvers.ddim),            CLIPPED),
+    "PNDMScheduler":                    Scheduler(_table_path, _pndm,                           PRK,      PLMS),
+    "DDPMScheduler":                    Scheduler(_ddpm_path,  _plain(solvers.ddpm),            CLIPPED,  SMALL),
+    "LCMScheduler":                     Scheduler(_lcm_path,   _lcm,                            LEADING),
+    "EulerDiscreteScheduler":           Scheduler(_euler_path, _plain(solvers.euler),           {},       DISCRETE),
+    "EulerAncestralDiscreteScheduler":  Scheduler(_euler_path, _plain(solvers.euler_ancestral), {},       DISCRETE),
+    "HeunDiscreteScheduler":            Scheduler(_euler_path, _plain(solvers.heun),            {},       DISCRETE),
+    "LMSDiscreteScheduler":             Scheduler(_euler_path, _plain(solvers.lms),             {},       DISCRETE),
+    "DPMSolverMultistepScheduler":      Scheduler(SMOOTH,      _dpm_multistep,                  {},       MULTISTEP),
+    "DPMSolverSinglestepScheduler":     Scheduler(_dpm_path,   _dpm_singlestep,                 PAIRS,    SINGLESTEP,
+                                                  fixed={"timestep_spacing": "linspace"}),
+    "UniPCMultistepScheduler":          Scheduler(ON_RAMP,     _unipc,                          {},       UNIPC),
+    "DEISMultistepScheduler":           Scheduler(ON_RAMP,     _deis,
+                                                  fixed={"final_sigmas_type": "sigma_min"}),
+}
+# fmt: on

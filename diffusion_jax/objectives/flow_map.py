@@ -1,16 +1,16 @@
 """Train a flow map: a network that is told where a step ends (`core.denoiser`), and so samples in one to a few steps.
 
-All methods share one loss. It draws a level s, a target level `to` and x_s on the way from data to noise, and compares
+All methods share one loss. It draws a level s, a target level `to` and x_s on the path from data to noise, and compares
 the state that the network predicts at `to` with a target that needs no gradient:
 
 method                    target
 distillation              two steps of the teacher (Salimans & Ho 2022; the student is the next teacher)
 consistency_distillation  the student, after one step of the teacher; to = clean data (Song et al. 2023; with guidance
                           in the teacher, Luo et al. 2023)
-consistency_training      the student, a little further on the way; to = clean data (Geng et al. 2024)
+consistency_training      the student, a little further on the path; to = clean data (Geng et al. 2024)
 soflow                    the same for any `to` (Luo et al. 2025)
 shortcut                  two half steps of the student (Frans et al. 2024; Boffi et al. 2025)
-mean_flow                 the student, corrected by its derivative along the way (Geng et al. 2025)
+mean_flow                 the student, corrected by its derivative along the path (Geng et al. 2025)
 continuous_consistency    the same; to = clean data (sCM, Lu & Song 2024)
 lagrangian                the student, corrected by its derivative in `to` (Boffi et al. 2025)
 guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
@@ -18,10 +18,11 @@ guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
 Errors are those of the network's output, as in plain regression, and count the same at every level. Weighted as errors
 of the state, those at low noise would count too little, and what is learned there is the target everywhere else.
 
-The way of consistency_training, soflow, mean_flow and continuous_consistency is the straight one from data to noise, or
-the teacher's, guided. Times u run from 0, clean data, to 1, the schedule's noisiest level, as `Schedule.at`.
+consistency_training, soflow, mean_flow and continuous_consistency follow a path: the straight one from data to noise,
+or the guided teacher's. Times u run from 0, clean data, to 1, the schedule's noisiest level, as `Schedule.at`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,35 +45,30 @@ Step = Callable[[State, Times, Times], State]  # (x, u, u of the target) -> the 
 LEAST = 1e-3  # of a step in u, below which it is not divided by
 
 
-class Pass(NamedTuple):
-    """What a method makes its target of, for one batch.
+class Path(NamedTuple):
+    """The paths of a batch from data to noise.
 
     x0, eps: data and noise.
-    ends: u -> (x0, eps) of the way through the state at u: data and noise, or what the teacher says.
-    keys: (B,), for the method's own draws.
-    progress: part of the training that is done, in [0, 1].
+    ends: u -> (x0, eps) of the straight line that is followed from the state at u: data and noise, or the teacher's
+      prediction.
     level: u -> NoiseLevel.
-    student: a step of the student, without gradient.
-    teacher: a step of the teacher.
-    output: (x, u, u of the target) -> the student's output, with derivatives.
+    keys: (B,), for the times that a method draws.
+    progress: fraction of the training that is done, in [0, 1].
     """
 
     x0: State
     eps: State
     ends: Callable[[Times], tuple[State, State]]
+    level: Callable[[Times], NoiseLevel]
     keys: Key[Array, "batch"]
     progress: Float[Array, ""]
-    level: Callable[[Times], NoiseLevel]
-    student: Step
-    teacher: Step
-    output: Step
 
     def at(self, u: Times) -> State:
-        """The state at u on the straight way from x0 to eps."""
+        """The state at u, between x0 and eps."""
         return add_noise(self.x0, self.eps, self.level(u))
 
-    def way(self, u: Times, to: Times) -> State:
-        """The state at `to` on the way through the state at u."""
+    def followed(self, u: Times, to: Times) -> State:
+        """The state at `to` on the line that is followed from the state at u."""
         return add_noise(*self.ends(u), self.level(to))
 
     def uniform(self, number: int) -> Times:
@@ -80,8 +76,33 @@ class Pass(NamedTuple):
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number)))(self.keys)
 
 
+class Maps(NamedTuple):
+    """The student and the teacher, as maps from the state x at u to the state at `to`.
+
+    output: (x, u, to) -> the student's output. Its weights have no gradient.
+    parameterization: the meaning of the output.
+    coefficients: (u, to) -> (a, b) of the state that the student predicts, a x + b output.
+    teacher: (x, u, to) -> the state that the teacher predicts.
+    """
+
+    output: Step
+    parameterization: Parameterization
+    coefficients: Callable[[Times, Times], tuple[Times, Times]]
+    teacher: Step
+
+    def student_and_output(self, x: State, u: Times, to: Times) -> tuple[State, State]:
+        """The state that the student predicts, and the output that leads there."""
+        a, b = (expand(scalar, x) for scalar in self.coefficients(u, to))
+        out = self.output(x, u, to)
+        return a * x + b * out, out
+
+    def student(self, x: State, u: Times, to: Times) -> State:
+        """The state that the student predicts."""
+        return self.student_and_output(x, u, to)[0]
+
+
 class Target(NamedTuple):
-    """What the student should say.
+    """What the student should predict.
 
     u, to: of the step.
     out: the output that the network should have.
@@ -94,105 +115,117 @@ class Target(NamedTuple):
     weight: Times
 
 
-Method = Callable[[Pass, Parameterization], Target]
+class Teacher(NamedTuple):
+    """A trained model that the student learns from.
+
+    model: its variables are frozen["teacher"].
+    scale: of its guidance. A network that takes the scale as input is trained with scales from 1 to this.
+    leads: whether the methods that follow a path follow the teacher's.
+    """
+
+    model: DiffusionModel
+    scale: float = 1.0
+    leads: bool = False
+
+
+Method = Callable[[Path, Maps], Target]
 
 
 def levels_of(schedule: Schedule) -> Callable[[Times], NoiseLevel]:
     """u in [0, 1] -> NoiseLevel; u = 0 is clean data."""
 
     def level(u: Times) -> NoiseLevel:
-        made = schedule(schedule.at(u))
-        return made._replace(alpha=jnp.where(u > 0, made.alpha, 1.0), sigma=jnp.where(u > 0, made.sigma, 0.0))
+        noisy = schedule(schedule.at(u))
+        return noisy._replace(alpha=jnp.where(u > 0, noisy.alpha, 1.0), sigma=jnp.where(u > 0, noisy.sigma, 0.0))
 
     return level
 
 
-def _towards(made: Pass, parameterization: Parameterization, u: Times, to: Times, state: State) -> Target:
+def _towards(path: Path, maps: Maps, u: Times, to: Times, state: State) -> Target:
     """The output that leads from u to the state at `to`."""
-    x = made.at(u)
-    a, b = (expand(scalar, x) for scalar in parameterization.step(made.level(u), made.level(to)))
+    x = path.at(u)
+    a, b = (expand(scalar, x) for scalar in maps.coefficients(u, to))
     far = jnp.abs(u - to) >= LEAST
     out = (state - a * x) / jnp.where(expand(far, x) > 0, b, 1.0)
     return Target(u, to, out, far.astype(jnp.float32))
 
 
 def distillation(segments: int) -> Method:
-    """Steps of 1 / segments of the way, each as two of the teacher (Salimans & Ho 2022, algorithm 2)."""
+    """Steps of 1 / segments of the path, each as two of the teacher (Salimans & Ho 2022, algorithm 2)."""
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        u = (jnp.floor(made.uniform(0) * segments) + 1) / segments
+    def method(path: Path, maps: Maps) -> Target:
+        u = (jnp.floor(path.uniform(0) * segments) + 1) / segments
         to, middle = jnp.maximum(u - 1 / segments, 0.0), u - 0.5 / segments
         to = jnp.where(to < LEAST, 0.0, to)
-        return _towards(made, parameterization, u, to, made.teacher(made.teacher(made.at(u), u, middle), middle, to))
+        return _towards(path, maps, u, to, maps.teacher(maps.teacher(path.at(u), u, middle), middle, to))
 
-    return target
+    return method
 
 
 def consistency_distillation(segments: int) -> Method:
     """To clean data, from neighbours on a grid of `segments` steps (Song et al. 2023, algorithm 2; Luo et al. 2023)."""
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        number = jnp.floor(made.uniform(0) * segments)
+    def method(path: Path, maps: Maps) -> Target:
+        number = jnp.floor(path.uniform(0) * segments)
         u, nearer = (number + 1) / segments, number / segments
-        state = made.teacher(made.at(u), u, nearer)
-        clean = jnp.zeros_like(u)
-        reached = made.student(state, nearer, clean)
-        state = jnp.where(expand(nearer > 0, state) > 0, reached, state)
-        return _towards(made, parameterization, u, clean, state)
+        return _to_clean(path, maps, u, nearer, maps.teacher(path.at(u), u, nearer))
 
-    return target
+    return method
+
+
+def _to_clean(path: Path, maps: Maps, u: Times, nearer: Times, state: State) -> Target:
+    """The output that leads from u to clean data, where the student goes from the state at `nearer`."""
+    clean = jnp.zeros_like(u)
+    reached = maps.student(state, nearer, clean)
+    return _towards(path, maps, u, clean, jnp.where(expand(nearer > 0, state) > 0, reached, state))
 
 
 def consistency_training(shrinks: float = 8.0) -> Method:
-    """To clean data, along the way, with a gap that shrinks during training (Geng et al. 2024, ECT).
+    """To clean data, along the path, with a gap that shrinks during training (Geng et al. 2024, ECT).
 
     shrinks: how often the gap is halved. It begins as the whole step, which is plain regression of x0.
     """
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        u = jnp.maximum(made.uniform(0), LEAST)
-        nearer = u * (1 - 0.5 ** jnp.floor(made.progress * (shrinks + 1)))
-        clean = jnp.zeros_like(u)
-        state = made.way(u, nearer)
-        reached = made.student(state, nearer, clean)
-        state = jnp.where(expand(nearer > 0, state) > 0, reached, state)
-        found = _towards(made, parameterization, u, clean, state)
-        return found._replace(weight=found.weight * u / (u - nearer))
+    def method(path: Path, maps: Maps) -> Target:
+        u = jnp.maximum(path.uniform(0), LEAST)
+        nearer = u * (1 - 0.5 ** jnp.floor(path.progress * (shrinks + 1)))
+        target = _to_clean(path, maps, u, nearer, path.followed(u, nearer))
+        return target._replace(weight=target.weight * u / (u - nearer))
 
-    return target
+    return method
 
 
 def soflow(shrinks: float = 8.0) -> Method:
-    """To any level, along the way, with a gap that shrinks during training (Luo et al. 2025)."""
+    """To any level, along the path, with a gap that shrinks during training (Luo et al. 2025)."""
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        u, to = _span(made)
-        nearer = u + (to - u) * jnp.maximum(0.5 ** (made.progress * shrinks), 2.0**-shrinks)
-        # what the student says of the rest, joined to the straight piece before it
-        state = made.student(made.way(u, nearer), nearer, to)
-        return _towards(made, parameterization, u, to, state)
+    def method(path: Path, maps: Maps) -> Target:
+        u, to = _span(path)
+        nearer = u + (to - u) * jnp.maximum(0.5 ** (path.progress * shrinks), 2.0**-shrinks)
+        # the student's prediction for the rest, joined to the straight piece before it
+        state = maps.student(path.followed(u, nearer), nearer, to)
+        return _towards(path, maps, u, to, state)
 
-    return target
+    return method
 
 
 def shortcut() -> Method:
     """Any step as two of half its length (Frans et al. 2024, eq. 4)."""
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        u, to = _span(made)
+    def method(path: Path, maps: Maps) -> Target:
+        u, to = _span(path)
         middle = (u + to) / 2
-        state = made.student(made.student(made.at(u), u, middle), middle, to)
-        return _towards(made, parameterization, u, to, state)
+        state = maps.student(maps.student(path.at(u), u, middle), middle, to)
+        return _towards(path, maps, u, to, state)
 
-    return target
+    return method
 
 
 def mean_flow() -> Method:
-    """The state at `to` does not change as its start moves along the way (Geng et al. 2025, of any alpha and sigma).
+    """The state at `to` does not change as its start moves along the path (Geng et al. 2025, of any alpha and sigma).
 
     The method raises ValueError for predictions of x0; so does `continuous_consistency`.
     """
-    return lambda made, parameterization: _along(made, parameterization, *_span(made))
+    return lambda path, maps: _along(path, maps, *_span(path))
 
 
 def continuous_consistency(warm_up: float = 0.5) -> Method:
@@ -202,69 +235,59 @@ def continuous_consistency(warm_up: float = 0.5) -> Method:
     warm_up: part of the training during which the derivative takes over from plain regression.
     """
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        u = jnp.maximum(made.uniform(0), LEAST)
-        found = _along(made, parameterization, u, jnp.zeros_like(u))
-        part = jnp.minimum(made.progress / warm_up, 1.0) if warm_up else 1.0
-        plain = parameterization.target(*made.ends(u), made.level(u))
-        return found._replace(out=part * found.out + (1 - part) * plain)
+    def method(path: Path, maps: Maps) -> Target:
+        u = jnp.maximum(path.uniform(0), LEAST)
+        target = _along(path, maps, u, jnp.zeros_like(u))
+        part = jnp.minimum(path.progress / warm_up, 1.0) if warm_up else 1.0
+        plain = maps.parameterization.target(*path.ends(u), path.level(u))
+        return target._replace(out=part * target.out + (1 - part) * plain)
 
-    return target
+    return method
 
 
-def _along(made: Pass, parameterization: Parameterization, u: Times, to: Times) -> Target:
-    if parameterization == NAMED["x0"]:  # any constant x0 satisfies the derivative
+def _along(path: Path, maps: Maps, u: Times, to: Times) -> Target:
+    if maps.parameterization == NAMED["x0"]:  # any constant x0 satisfies the derivative
         raise ValueError(
             "mean_flow and continuous_consistency need a network that predicts eps, v, flow or edm, got x0: set "
             "objective.prediction"
         )
-    _, change, out = jax.jvp(
-        lambda start: _reached(made, parameterization, made.way(u, start), start, to),
-        (u,),
-        (jnp.ones_like(u),),
-        has_aux=True,
-    )
-    return _corrected(made, parameterization, u, to, out, change, moved=u)
+
+    def reached(start: Times) -> tuple[State, State]:
+        return maps.student_and_output(path.followed(u, start), start, to)
+
+    _, change, out = jax.jvp(reached, (u,), (jnp.ones_like(u),), has_aux=True)
+    return _corrected(path, maps, u, to, out, change, moved=u)
 
 
 def lagrangian() -> Method:
-    """As `to` moves, the state there moves as the student's own flow says (Lagrangian self-distillation, Boffi et al.
+    """As `to` moves, the state there moves with the student's own flow (Lagrangian self-distillation, Boffi et al.
     2025).
     """
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        u, to = _span(made)
-        to, x = jnp.maximum(to, LEAST), made.at(u)
+    def method(path: Path, maps: Maps) -> Target:
+        u, to = _span(path)
+        to, x = jnp.maximum(to, LEAST), path.at(u)
         state, change, out = jax.jvp(
-            lambda end: _reached(made, parameterization, x, u, end), (to,), (jnp.ones_like(to),), has_aux=True
+            lambda end: maps.student_and_output(x, u, end), (to,), (jnp.ones_like(to),), has_aux=True
         )
-        ends = parameterization.predict(state, made.output(state, to, to), made.level(to))
-        _, flow = jax.jvp(lambda end: add_noise(*ends, made.level(end)), (to,), (jnp.ones_like(to),))
-        return _corrected(made, parameterization, u, to, out, flow - change, moved=to)
+        ends = maps.parameterization.predict(state, maps.output(state, to, to), path.level(to))
+        _, flow = jax.jvp(lambda end: add_noise(*ends, path.level(end)), (to,), (jnp.ones_like(to),))
+        return _corrected(path, maps, u, to, out, flow - change, moved=to)
 
-    return target
-
-
-def _reached(made: Pass, parameterization: Parameterization, x: State, u: Times, to: Times) -> tuple[State, State]:
-    """The state at `to` and the output that leads there, with derivatives."""
-    out = made.output(x, u, to)
-    a, b = (expand(scalar, x) for scalar in parameterization.step(made.level(u), made.level(to)))
-    return a * x + b * out, out
+    return method
 
 
-def _corrected(
-    made: Pass, parameterization: Parameterization, u: Times, to: Times, out: State, excess: State, moved: Times
-) -> Target:
+def _corrected(path: Path, maps: Maps, u: Times, to: Times, out: State, excess: State, moved: Times) -> Target:
     """The output that takes from the state at `to` what is too much, if it is as much everywhere on the step.
 
     excess: in the state, as the time `moved` grows by 1.
     On a schedule of straight lines, such as flow, it is the output for which the derivative is right (Geng et al. 2025,
     eq. 6). On others the latter has a pole: cosine's whole step.
     """
-    start, end = made.level(u), made.level(to)
+    start, end = path.level(u), path.level(to)
     length = jnp.hypot(start.alpha - end.alpha, start.sigma - end.sigma)
-    _, slope = jax.jvp(made.level, (moved,), (jnp.ones_like(moved),))
-    _, b = parameterization.step(start, end)
+    _, slope = jax.jvp(path.level, (moved,), (jnp.ones_like(moved),))
+    _, b = maps.coefficients(u, to)
     gain = length / jnp.hypot(slope.alpha, slope.sigma) / b
     return Target(u, to, out - expand(gain, out) * excess, jnp.ones_like(u))
 
@@ -272,22 +295,22 @@ def _corrected(
 def guidance_distillation() -> Method:
     """At every level the output of the guided teacher (Meng et al. 2023, section 3.1)."""
 
-    def target(made: Pass, parameterization: Parameterization) -> Target:
-        u = jnp.maximum(made.uniform(0), LEAST)
+    def method(path: Path, maps: Maps) -> Target:
+        u = jnp.maximum(path.uniform(0), LEAST)
         # the tangent of the teacher's path, as the step to a level near by
         to = jnp.maximum(u - 10 * LEAST, 0.0)
-        found = _towards(made, parameterization, u, to, made.teacher(made.at(u), u, to))
-        return found._replace(to=u)
+        target = _towards(path, maps, u, to, maps.teacher(path.at(u), u, to))
+        return target._replace(to=u)
 
-    return target
+    return method
 
 
-def _span(made: Pass) -> tuple[Times, Times]:
+def _span(path: Path) -> tuple[Times, Times]:
     """u and a target nearer to clean data, uniform on the triangle; one target in four is clean data itself."""
-    first, second = made.uniform(0), made.uniform(1)
+    first, second = path.uniform(0), path.uniform(1)
     u, to = jnp.maximum(first, second), jnp.minimum(first, second)
     u = jnp.maximum(u, 2 * LEAST)
-    to = jnp.where((made.uniform(2) < 0.25) | (u - to < LEAST), 0.0, to)
+    to = jnp.where((path.uniform(2) < 0.25) | (u - to < LEAST), 0.0, to)
     return u, to
 
 
@@ -298,9 +321,7 @@ def flow_map(
     drop: float = 0.1,
     plain: float = 0.0,
     robust: float = 0.0,
-    teacher: DiffusionModel | None = None,
-    scale: float = 1.0,
-    taught: bool = False,
+    teacher: Teacher | None = None,
 ) -> Callable:
     """The loss of a method, E weight |target - output|^2 / (|target - output|^2 + c)^robust.
 
@@ -310,55 +331,40 @@ def flow_map(
     plain: part of the examples with plain regression, where the target level is the level itself.
     robust: in [0, 1], how much large errors count less; 0.5 for continuous_consistency and, instead of the 1 of its eq.
       22, for mean_flow.
-    teacher: for the methods of distillation; its variables are frozen["teacher"].
-    scale: of the teacher's guidance. A network that takes the scale as input is trained with scales from 1 to this.
-    taught: whether the way of the methods that follow one is the teacher's.
+    teacher: for the methods of distillation and those that follow its path.
     The loss takes params, frozen, batch and keys as that of `denoising.denoising`.
     """
-    parameterization, level = model.parameterization, levels_of(model.useful_schedule)
+    level = levels_of(model.useful_schedule)
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
         split = jax.vmap(lambda key: jax.random.split(key, 6))(keys).T
-        x0_keys, eps_keys, drop_keys, own_keys, plain_keys, scale_keys = split
+        x0_keys, eps_keys, drop_keys, path_keys, plain_keys, scale_keys = split
         x0, eps = data_and_noise(model, frozen, batch, x0_keys, eps_keys)
-        told = model.conditioning.embed(frozen["conditioning"], batch["cond"])
-        cond, guidance = drop_condition(told, frozen["null_cond"], drop, drop_keys), scale
+        cond = model.conditioning.embed(frozen["conditioning"], batch["cond"])
+        dropped = drop_condition(cond, frozen["null_cond"], drop, drop_keys)
+        scale = teacher.scale if teacher else 1.0
         if model.network.takes_scale:
-            guidance = jax.vmap(lambda key: jax.random.uniform(key, minval=1.0, maxval=scale))(scale_keys)
-            cond = cond | {"guidance": guidance}
+            scale = jax.vmap(lambda key: jax.random.uniform(key, minval=1.0, maxval=teacher.scale))(scale_keys)
+            dropped = dropped | {"guidance": scale}
 
-        def output(params: PyTree, x: State, u: Times, to: Times) -> State:
-            seen, t = parameterization.inputs(x, level(u))
-            variables = model.adapter.join(params, frozen["rest"])
-            told_where = {"to": target_time(level(to))} if model.network.flow_map else {}
-            return model.network.apply(variables, seen, t, cond | told_where)
-
-        def student(x: State, u: Times, to: Times) -> State:
-            a, b = parameterization.step(level(u), level(to))
-            return jax.lax.stop_gradient(expand(a, x) * x + expand(b, x) * output(params, x, u, to))
-
-        def pair_of_teacher(x: State, u: Times, to: Times) -> Prediction:
-            denoise = guided(teacher.denoiser(frozen["teacher"]), Guidance(guidance), frozen["null_cond"])
-            return denoise(x, level(u), told, level(to))
-
-        still = jax.lax.stop_gradient(params)
-        made = Pass(
-            x0=x0,
-            eps=eps,
-            ends=lambda u: pair_of_teacher(add_noise(x0, eps, level(u)), u, u) if taught else (x0, eps),
-            keys=own_keys,
-            progress=frozen["step"] / total,
-            level=level,
-            student=student,
-            teacher=lambda x, u, to: add_noise(*pair_of_teacher(x, u, to), level(to)),
-            output=lambda *step: output(still, *step),
+        output = _student(model, level, frozen["rest"], dropped)
+        predict = _predictions(teacher.model, level, frozen, cond, scale) if teacher else None
+        path = Path(x0, eps, lambda u: (x0, eps), level, path_keys, frozen["step"] / total)
+        if teacher and teacher.leads:
+            path = path._replace(ends=lambda u: predict(add_noise(x0, eps, level(u)), u, u))
+        maps = Maps(
+            output=functools.partial(output, jax.lax.stop_gradient(params)),
+            parameterization=model.parameterization,
+            coefficients=lambda u, to: model.parameterization.step(level(u), level(to)),
+            teacher=lambda x, u, to: add_noise(*predict(x, u, to), level(to)),
         )
-        target = method(made, parameterization)
+        target = method(path, maps)
         if plain:
-            regressed = jax.vmap(lambda key: jax.random.bernoulli(key, plain))(plain_keys)
-            target = _mixed(regressed, target, _regression(made, parameterization))
+            target = _with_regression(
+                target, path, maps, jax.vmap(lambda key: jax.random.bernoulli(key, plain))(plain_keys)
+            )
         target = jax.lax.stop_gradient(target)
-        error = jnp.square(target.out - output(params, made.at(target.u), target.u, target.to))
+        error = jnp.square(target.out - output(params, path.at(target.u), target.u, target.to))
         error = jnp.mean(error, axis=range(1, x0.ndim))
         weight = target.weight * jax.lax.stop_gradient(error + 1e-3) ** -robust
         return jnp.mean(weight * error), {"mse": jnp.mean(error)}
@@ -366,10 +372,27 @@ def flow_map(
     return loss
 
 
-def _regression(made: Pass, parameterization: Parameterization) -> Target:
-    u = jnp.maximum(made.uniform(3), LEAST)
-    return Target(u, u, parameterization.target(*made.ends(u), made.level(u)), jnp.ones_like(u))
+def _student(model: DiffusionModel, level: Callable[[Times], NoiseLevel], rest: PyTree, cond: PyTree) -> Callable:
+    """(params, x, u, to) -> the output of the network."""
+
+    def output(params: PyTree, x: State, u: Times, to: Times) -> State:
+        inputs, t = model.parameterization.inputs(x, level(u))
+        target = {"to": target_time(level(to))} if model.network.flow_map else {}
+        return model.network.apply(model.adapter.join(params, rest), inputs, t, cond | target)
+
+    return output
 
 
-def _mixed(chosen: ArrayLike, target: Target, other: Target) -> Target:
-    return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, other)
+def _predictions(
+    teacher: DiffusionModel, level: Callable[[Times], NoiseLevel], frozen: PyTree, cond: PyTree, scale: ArrayLike
+) -> Callable[[State, Times, Times], Prediction]:
+    """(x, u, to) -> the prediction of the guided teacher."""
+    denoise = guided(teacher.denoiser(frozen["teacher"]), Guidance(scale), frozen["null_cond"])
+    return lambda x, u, to: denoise(x, level(u), cond, to=level(to))
+
+
+def _with_regression(target: Target, path: Path, maps: Maps, where: Array) -> Target:
+    """The target, and that of plain regression for the examples `where`, (B,)."""
+    u = jnp.maximum(path.uniform(3), LEAST)
+    plain = Target(u, u, maps.parameterization.target(*path.ends(u), path.level(u)), jnp.ones_like(u))
+    return jax.tree.map(lambda a, b: jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, plain)

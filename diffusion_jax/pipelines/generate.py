@@ -1,6 +1,7 @@
 """From noise to pixels: the common code of all pipelines."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,16 @@ from diffusion_jax.model import DiffusionModel
 
 Guided = Guidance | float | Float[Array, "batch"]
 Callback = Callable[[int, Array], bool | None] | None
+
+
+class Every(NamedTuple):
+    """A callback that is called after every `rows` rows of the plan, and not after the default number of them."""
+
+    rows: int
+    callback: Callback
+
+
+Watched = Callback | Every
 
 
 def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
@@ -43,9 +54,8 @@ def solve(
     keys: Key[Array, "batch"],
     plan: Plan,
     guidance: Guided = 1.0,
-    callback: Callback = None,
+    callback: Watched = None,
     known: Known | None = None,
-    chunk: int | None = CHUNK,
 ) -> Float[Array, "batch h w c"]:
     """Carry x from the plan's first level to its last. This host's devices share the batch if B is divisible by their
     number.
@@ -54,9 +64,9 @@ def solve(
       model's null condition, which is then repeated.
     keys: (B,), one for each image. An image depends on its key and condition, not on the batch.
     guidance: scale of classifier-free guidance, () or (B,), 1 for none; or a `Guidance`.
-    callback: called after each chunk of rows with (rows done, prediction of x0). Sampling stops if it returns True.
+    callback: called with (rows done, prediction of x0) after each chunk of rows, or as `Every` says. Sampling stops if
+      it returns True.
     known: for inpainting, the part of x to keep; see `core.sampling.keep`.
-    chunk: rows between two calls of `callback`; see `core.sampling.sample`.
     Raises ValueError for an inpainting model without a known part in its condition, and the errors of
     `core.guidance.guided` and `core.sampling.sample`.
     """
@@ -71,7 +81,8 @@ def solve(
     null_cond, negative = (lengthened(null, cond) for null in (null_cond, negative))
     denoise = guided(model.denoiser(params), guidance._replace(negative=negative), null_cond, model.codec.limit)
     check_guidance(guidance, plan)
-    return sample(denoise, plan, x, keys, cond, chunk=chunk, known=known, callback=callback)
+    rows, callback = callback if isinstance(callback, Every) else (CHUNK, callback)
+    return sample(denoise, plan, x, keys, cond, chunk=rows, known=known, callback=callback)
 
 
 def told_scale(model: DiffusionModel, cond: PyTree, guidance: Guidance) -> tuple[PyTree, Guidance]:
@@ -112,12 +123,11 @@ def from_noise(
     keys: Key[Array, "batch"],
     plan: Plan,
     guidance: Guided = 1.0,
-    callback: Callback = None,
+    callback: Watched = None,
     known: Known | None = None,
-    chunk: int | None = CHUNK,
 ) -> Float[Array, "batch height width 3"]:
     """Images in about [-1, 1] from the state x at `plan.start`: noise, or a partly denoised image.
 
     Other arguments as in `solve`.
     """
-    return decode(model, solve(model, x, cond, keys, plan, guidance, callback, known, chunk))
+    return decode(model, solve(model, x, cond, keys, plan, guidance, callback, known))

@@ -6,10 +6,9 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.codec import Images, pixels
 from diffusion_jax.core.process import add_noise
-from diffusion_jax.core.sampling import CHUNK
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines.generate import Callback, Guided, encode, from_noise, noise, solve
+from diffusion_jax.pipelines.generate import Guided, Watched, encode, from_noise, noise, solve
 
 
 def image_to_image(
@@ -19,8 +18,7 @@ def image_to_image(
     keys: Key[Array, "batch"],
     plan: Plan,
     guidance: Guided = 1.0,
-    callback: Callback = None,
-    chunk: int | None = CHUNK,
+    callback: Watched = None,
 ) -> Float[Array, "batch height width 3"]:
     """Add noise to the image up to `plan.start`, then denoise it (SDEdit, Meng et al. 2022, section 3).
 
@@ -32,7 +30,7 @@ def image_to_image(
     if plan.num_rows == 0:
         return jnp.asarray(pixels(image))
     x = noised(model, encode(model, image), keys, plan)
-    return from_noise(model, x, cond, keys, plan, guidance, callback, chunk=chunk)
+    return from_noise(model, x, cond, keys, plan, guidance, callback)
 
 
 def noised(
@@ -48,8 +46,7 @@ def invert(
     cond: PyTree,
     plan: Plan,
     guidance: Guided = 1.0,
-    callback: Callback = None,
-    chunk: int | None = CHUNK,
+    callback: Watched = None,
 ) -> Float[Array, "batch h w c"]:
     """The noise from which `ddim` generates the image (Song et al. 2021, section 4.3).
 
@@ -59,4 +56,4 @@ def invert(
     Other arguments as in `image_to_image`.
     """
     unused = jax.random.split(jax.random.key(0), len(image))  # the plan adds no noise
-    return solve(model, encode(model, image), cond, unused, plan, guidance, callback, chunk=chunk)
+    return solve(model, encode(model, image), cond, unused, plan, guidance, callback)

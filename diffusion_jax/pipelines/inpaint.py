@@ -5,10 +5,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from diffusion_jax.codec import Images, pixels
-from diffusion_jax.core.sampling import CHUNK, keep
+from diffusion_jax.core.sampling import keep
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines.generate import Callback, Guided, encode, from_noise
+from diffusion_jax.pipelines.generate import Guided, Watched, encode, from_noise
 from diffusion_jax.pipelines.image_to_image import noised
 
 
@@ -20,8 +20,7 @@ def inpaint(
     keys: Key[Array, "batch"],
     plan: Plan,
     guidance: Guided = 1.0,
-    callback: Callback = None,
-    chunk: int | None = CHUNK,
+    callback: Watched = None,
 ) -> Float[Array, "batch height width 3"]:
     """Generate the image where mask is 1, and keep it where mask is 0.
 
@@ -47,7 +46,7 @@ def inpaint(
             cond, known = cond | {"known": seen(model, image, mask)}, None
         else:
             known = keep(x0, jnp.broadcast_to(_touched(mask, model.codec.factor), (*x0.shape[:3], 1)))
-        made = from_noise(model, x, cond, keys, plan, guidance, callback, known, chunk)
+        made = from_noise(model, x, cond, keys, plan, guidance, callback, known)
     return mask * made + (1 - mask) * pixels(image)
 
 

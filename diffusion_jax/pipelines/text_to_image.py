@@ -2,10 +2,9 @@
 
 from jaxtyping import Array, Float, Key, PyTree
 
-from diffusion_jax.core.sampling import CHUNK
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines.generate import Callback, Guided, from_noise, noise
+from diffusion_jax.pipelines.generate import Guided, Watched, from_noise, noise
 
 
 def text_to_image(
@@ -14,8 +13,7 @@ def text_to_image(
     keys: Key[Array, "batch"],
     plan: Plan,
     guidance: Guided = 1.0,
-    callback: Callback = None,
-    chunk: int | None = CHUNK,
+    callback: Watched = None,
 ) -> Float[Array, "batch height width 3"]:
     """Images in about [-1, 1] for a batch of conditions. This host's devices share the batch if B is divisible by their
     number.
@@ -24,8 +22,8 @@ def text_to_image(
     keys: (B,), one for each image. An image depends on its key and condition, not on the batch.
     plan: a solver, from `core.solvers`.
     guidance: scale of classifier-free guidance, () or (B,), 1 for none; or a `Guidance`.
-    callback: called after each chunk of rows with (rows done, prediction of x0). Sampling stops if it returns True.
-    chunk: rows between two calls of `callback`.
+    callback: called with (rows done, prediction of x0) after each chunk of rows, or as `generate.Every` says. Sampling
+      stops if it returns True.
     Raises ValueError as `generate.solve` does.
     """
-    return from_noise(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback, chunk=chunk)
+    return from_noise(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback)

@@ -21,7 +21,7 @@ from diffusion_jax.core.process import add_noise
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import from_noise, image_to_image, inpaint, invert, mix, text_to_image, variations
-from diffusion_jax.pipelines.generate import Callback, decode, encode, lengthened, noise
+from diffusion_jax.pipelines.generate import Callback, Every, decode, encode, lengthened, noise
 
 SIZES = 8  # sizes of images whose programs are kept
 PROMPTS = 256  # prompts whose conditions are kept
@@ -192,24 +192,24 @@ class Artist:
             return _noised(model, images, keys, [picture.weight for picture in pictures])
         cond, *end, negative = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(self.conditions, pictures))
         scales = np.array([picture.guidance for picture in pictures], np.float32)
-        rest = (cond, keys, plan, guidance._replace(scale=scales, negative=negative), callback)
+        rest = (cond, keys, plan, guidance._replace(scale=scales, negative=negative), Every(1, callback))
         match shared:
             case Shared(task="style"):
                 source_conds = [self._source_condition(picture) for picture in pictures]
                 source_cond = jax.tree.map(lambda *leaves: np.concatenate(leaves), *source_conds)
-                return _restyled(model, images, source_cond, *rest)
+                return _restyled(model, images, source_cond, *rest[:-1], callback)
             case Shared(task="morph"):
                 weights = np.array([picture.weight for picture in pictures], np.float32)
                 others = _keys(picture.other_seed for picture in pictures)
                 x = variations(model, keys, others, plan, weights)
                 cond = mix(cond, *end, weights) if end else cond
-                return from_noise(model, x, cond, *rest[1:], chunk=1)
+                return from_noise(model, x, cond, *rest[1:])
             case Shared(mask=True):
                 masks = np.stack([picture.mask for picture in pictures])
-                return inpaint(model, images, masks, *rest, chunk=1)
+                return inpaint(model, images, masks, *rest)
             case Shared(image=True):
-                return image_to_image(model, images, *rest, chunk=1)
-        return text_to_image(model, *rest, chunk=1)
+                return image_to_image(model, images, *rest)
+        return text_to_image(model, *rest)
 
 
 def _keys(seeds) -> Array:
@@ -252,5 +252,5 @@ def _restyled(
     def down(done: int, x0: Array) -> bool | None:
         return callback and callback(inversion.num_rows + done, x0)
 
-    x = invert(model, images, source_cond, inversion, callback=up, chunk=1)
-    return decode(model, x) if stopped else from_noise(model, x, cond, keys, plan, guidance, down, chunk=1)
+    x = invert(model, images, source_cond, inversion, callback=Every(1, up))
+    return decode(model, x) if stopped else from_noise(model, x, cond, keys, plan, guidance, Every(1, down))

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as Http
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
@@ -39,6 +39,27 @@ def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) 
         async with service.engine.serving():
             yield
 
+    async def refused(http: Http, error: Problem | HTTPException) -> Response:
+        if isinstance(error, HTTPException):
+            error = Problem(error.status_code, error.detail)
+        service.metrics.refused.labels(str(error.status)).inc()
+        return JSONResponse(_error(http, error), error.status, {"retry-after": str(error.retry)} if error.retry else {})
+
+    async def failed(http: Http, error: Exception) -> Response:
+        return await refused(http, Problem(500, "an error in the server; its log has more"))
+
+    return Starlette(
+        routes=[*_routes(service), *openai.routes(service), *webui.routes(service)],
+        middleware=[Middleware(Guard, token=token, hosts=hosts, max_bytes=service.limits.max_upload)],
+        exception_handlers={Problem: refused, HTTPException: refused, Exception: failed},
+        lifespan=lifespan,
+    )
+
+
+def _routes(service: Service) -> list[BaseRoute]:
+    """The page and the API behind it."""
+    described = description.openapi(service.model, service.live_model)
+
     async def page(http: Http) -> Response:
         return FileResponse(PAGE / "index.html")
 
@@ -52,48 +73,30 @@ def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) 
         more = {"prompt": first, "other_prompt": others[0], "live_steps": service.live_steps}
         return JSONResponse(facts | more)
 
+    async def canvas(socket: WebSocket) -> None:
+        await live(service, socket)
+
     async def health(http: Http) -> Response:
         engine = service.engine
-        told = {"status": engine.state, "queue": len(engine.queue), "restarts": engine.restarts}
-        return JSONResponse(told, 503 if engine.state in ("starting", "failed") else 200)
+        status = {"status": engine.state, "queue": len(engine.queue), "restarts": engine.restarts}
+        return JSONResponse(status, 503 if engine.state in ("starting", "failed") else 200)
 
     async def metrics(http: Http) -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    described = description.openapi(service.model, service.live_model)
-
     async def openapi(http: Http) -> Response:
         return JSONResponse(described)
 
-    async def canvas(socket: WebSocket) -> None:
-        await live(service, socket)
-
-    async def refused(http: Http, error: Problem | HTTPException) -> Response:
-        if isinstance(error, HTTPException):
-            error = Problem(error.status_code, error.detail)
-        service.metrics.refused.labels(str(error.status)).inc()
-        return JSONResponse(_error(http, error), error.status, {"retry-after": str(error.retry)} if error.retry else {})
-
-    async def failed(http: Http, error: Exception) -> Response:
-        return await refused(http, Problem(500, "an error in the server; its log has more"))
-
-    return Starlette(
-        routes=[
-            Route("/", page),
-            Mount("/page", StaticFiles(directory=PAGE)),
-            Route("/api/generate", generate, methods=["POST"]),
-            Route("/api/model", model),
-            WebSocketRoute("/api/live", canvas),
-            Route("/health", health),
-            Route("/metrics", metrics),
-            Route("/openapi.json", openapi),
-            *openai.routes(service),
-            *webui.routes(service),
-        ],
-        middleware=[Middleware(Guard, token=token, hosts=hosts, max_bytes=service.limits.max_upload)],
-        exception_handlers={Problem: refused, HTTPException: refused, Exception: failed},
-        lifespan=lifespan,
-    )
+    return [
+        Route("/", page),
+        Mount("/page", StaticFiles(directory=PAGE)),
+        Route("/api/generate", generate, methods=["POST"]),
+        Route("/api/model", model),
+        WebSocketRoute("/api/live", canvas),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
+    ]
 
 
 async def _events(service: Service, http: Http, asked: Asked) -> AsyncIterator[str]:

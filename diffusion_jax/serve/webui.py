@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,8 +66,13 @@ class ImageToImage(TextToImage):
 def routes(service: Service) -> list[Route]:
     """The routes of this API."""
     running: dict[Job, Progress] = {}
-    title = service.facts.name
-    own = service.sample
+    title, facts, solver = service.facts.name, service.facts, service.sample.solver
+    samplers = [{"name": SAMPLERS.get(name, name), "aliases": [name], "options": {}} for name in facts.solvers]
+    schedulers = [{"name": name or "automatic", "label": SCHEDULERS.get(name, name)} for name in facts.spacings]
+    schedulers = [names | {"aliases": None, "default_rho": -1, "need_inner_model": False} for names in schedulers]
+    model = {"title": title, "model_name": title, "hash": None, "sha256": None, "filename": title, "config": None}
+    settings = {"sd_model_checkpoint": title, "sd_checkpoint_hash": "", "samples_format": "png"}
+    settings |= {"CLIP_stop_at_last_layers": 1, "sampler_name": SAMPLERS.get(solver, solver)}
 
     async def text_to_image(http: Http) -> Response:
         asked = checked(TextToImage, await json_object(http), 422)
@@ -83,48 +88,13 @@ def routes(service: Service) -> list[Route]:
         return JSONResponse({})
 
     async def progress(http: Http) -> Response:
-        job, step = next(iter(running.items()), (None, Progress(0, 1, {})))
-        drawn = (1 - job.left / len(job.pictures)) if job else 0.0
-        part = min(drawn + step.done / step.total / len(job.pictures), 1.0) if job else 0.0
-        state = {"skipped": False, "interrupted": False, "job": "txt2img" if job else "", "job_count": len(running)}
-        state |= {
-            "job_no": 0,
-            "job_timestamp": "0",
-            "sampling_step": step.done,
-            "sampling_steps": step.total * bool(job),
-        }
-        shown = png(step.previews[min(step.previews)], {}) if step.previews else None
-        return JSONResponse(
-            {"progress": part, "eta_relative": 0.0, "state": state, "current_image": shown, "textinfo": None}
-        )
-
-    async def samplers(http: Http) -> Response:
-        known = [(SAMPLERS.get(name, name), name) for name in service.facts.solvers]
-        return JSONResponse([{"name": theirs, "aliases": [ours], "options": {}} for theirs, ours in known])
-
-    async def schedulers(http: Http) -> Response:
-        known = [(name or "automatic", SCHEDULERS.get(name, name)) for name in service.facts.spacings]
-        about = {"default_rho": -1, "need_inner_model": False}
-        return JSONResponse([{"name": name, "label": label, "aliases": None} | about for name, label in known])
-
-    async def models(http: Http) -> Response:
-        about = {"hash": None, "sha256": None, "filename": title, "config": None}
-        return JSONResponse([{"title": title, "model_name": title} | about])
+        return JSONResponse(_progress(running))
 
     async def options(http: Http) -> Response:
         if http.method == "POST":
             await json_object(http)  # there is one model, and nothing else to set
             return JSONResponse({})
-        about = {"sd_model_checkpoint": title, "sd_checkpoint_hash": "", "samples_format": "png"}
-        return JSONResponse(
-            about | {"CLIP_stop_at_last_layers": 1, "sampler_name": SAMPLERS.get(own.solver, own.solver)}
-        )
-
-    async def scripts(http: Http) -> Response:
-        return JSONResponse({"txt2img": [], "img2img": []})
-
-    async def none(http: Http) -> Response:
-        return JSONResponse([])
+        return JSONResponse(settings)
 
     return [
         Route("/sdapi/v1/txt2img", text_to_image, methods=["POST"]),
@@ -132,13 +102,33 @@ def routes(service: Service) -> list[Route]:
         Route("/sdapi/v1/interrupt", interrupt, methods=["POST"]),
         Route("/sdapi/v1/skip", interrupt, methods=["POST"]),
         Route("/sdapi/v1/progress", progress),
-        Route("/sdapi/v1/samplers", samplers),
-        Route("/sdapi/v1/schedulers", schedulers),
-        Route("/sdapi/v1/sd-models", models),
+        Route("/sdapi/v1/samplers", _always(samplers)),
+        Route("/sdapi/v1/schedulers", _always(schedulers)),
+        Route("/sdapi/v1/sd-models", _always([model])),
         Route("/sdapi/v1/options", options, methods=["GET", "POST"]),
-        Route("/sdapi/v1/scripts", scripts),
-        *(Route(f"/sdapi/v1/{name}", none) for name in ("loras", "upscalers", "sd-vae", "hypernetworks")),
+        Route("/sdapi/v1/scripts", _always({"txt2img": [], "img2img": []})),
+        *(Route(f"/sdapi/v1/{name}", _always([])) for name in ("loras", "upscalers", "sd-vae", "hypernetworks")),
     ]
+
+
+def _always(content: Any) -> Callable[[Http], Awaitable[Response]]:
+    """The endpoint whose answer never changes."""
+
+    async def answer(http: Http) -> Response:
+        return JSONResponse(content)
+
+    return answer
+
+
+def _progress(running: dict[Job, Progress]) -> dict[str, Any]:
+    """How far the first of the running jobs is, with a preview."""
+    job, step = next(iter(running.items()), (None, Progress(0, 1, {})))
+    drawn = (1 - job.left / len(job.pictures)) if job else 0.0
+    part = min(drawn + step.done / step.total / len(job.pictures), 1.0) if job else 0.0
+    state = {"skipped": False, "interrupted": False, "job": "txt2img" if job else "", "job_count": len(running)}
+    state |= {"job_no": 0, "job_timestamp": "0", "sampling_step": step.done, "sampling_steps": step.total * bool(job)}
+    shown = png(step.previews[min(step.previews)], {}) if step.previews else None
+    return {"progress": part, "eta_relative": 0.0, "state": state, "current_image": shown, "textinfo": None}
 
 
 def _images(service: Service, asked: ImageToImage) -> dict[str, Any]:

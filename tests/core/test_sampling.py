@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from diffusion_jax.core import guidance, parameterization, process, sampling, schedules, solvers
 from diffusion_jax.core.denoiser import as_pytree, denoiser
@@ -219,3 +220,52 @@ def test_a_mask_of_the_wrong_shape_is_refused(shape):
 def test_a_chunk_of_nothing_is_refused():
     with pytest.raises(ValueError, match="chunk must be at least 1 row"):
         draw(solvers.ddim(schedules.linear(), 3), chunk=0)
+
+
+def plain(x, level, cond):
+    return process.Prediction(x / 2, x)
+
+
+def with_another_argument(x, level, cond, temperature=1.0):
+    return process.Prediction(x / 2 * temperature, x)
+
+
+def with_keywords(x, level, cond, **others):
+    assert not others
+    return process.Prediction(x / 2, x)
+
+
+def with_parameters(params, x, level, cond, temperature=1.0):
+    return process.Prediction(params * x * temperature, x)
+
+
+def wrapped(denoise):
+    guided = guidance.classifier_free(denoise, 2.0, jnp.zeros(1))
+    return guidance.interval(guided, guidance.autoguidance(denoise, denoise, 2.0), 0.1, 2.0)
+
+
+@pytest.mark.parametrize("wrap", [lambda denoise: denoise, wrapped])
+@pytest.mark.parametrize("denoise", [with_another_argument, with_keywords, Partial(with_parameters, jnp.float32(0.5))])
+def test_a_denoiser_without_a_parameter_to_gets_no_target(denoise, wrap):
+    plan = solvers.ddim(schedules.linear(), 3)
+    found, expected = (draw(plan, denoise=wrap(f), cond=jnp.ones((4, 1))) for f in (denoise, plain))
+    np.testing.assert_array_equal(found, expected)
+
+
+def to_last(x, level, cond, temperature=1.0, to=None):
+    return process.Prediction(x * to.alpha * temperature, x)
+
+
+def to_by_name(params, x, level, cond, *, to):
+    return process.Prediction(params * x * to.alpha, x)
+
+
+@pytest.mark.parametrize("wrap", [lambda denoise: denoise, wrapped])
+@pytest.mark.parametrize("denoise", [to_last, Partial(to_by_name, jnp.float32(1.0))])
+def test_a_denoiser_gets_the_target_as_its_parameter_to(denoise, wrap):
+    def expected(x, level, cond, to):
+        return process.Prediction(x * to.alpha, x)
+
+    plan = solvers.ddim(schedules.linear(), 3)
+    found, expected = (draw(plan, denoise=wrap(f), cond=jnp.ones((4, 1))) for f in (denoise, expected))
+    np.testing.assert_array_equal(found, expected)
