@@ -1,6 +1,6 @@
 """Denoisers: functions (x_t, level, cond, to) -> Prediction, and how to build one from a network.
 
-`to` is the level that the caller goes to next, passed by name to those that have a parameter `to`. An ordinary denoiser
+`to` is the next level. It is passed by name to denoisers that have a parameter `to`. An ordinary denoiser
 ignores it: its prediction is the tangent of the path at x_t, right for small steps. A flow map predicts such a pair
 (x0, eps) that alpha_to x0 + sigma_to eps is the state at `to`, however far (Boffi et al. 2025, arXiv 2505.18825). A
 consistency model is one whose `to` is clean data.
@@ -54,7 +54,8 @@ def denoiser(apply: Apply, params: PyTree, parameterization: Parameterization, f
       is looked up by it.
     params: pytree. The network's variables, an input of the compiled program.
     parameterization: the network's input and the meaning of its output, such as `parameterization.v`.
-    flow_map: cond["to"], (B,), tells the network where to, see `target_time`. Without a target it is told its level.
+    flow_map: pass the time of the target level in cond["to"], (B,), see `target_time`. Without a target, it is the time
+      of the level of x.
     """
     return Partial(_Network(apply, parameterization, flow_map), params)
 
@@ -94,7 +95,7 @@ def check_levels(denoise: PyTree, level: NoiseLevel) -> None:
 
 
 def check_rows(denoise: PyTree, to: NoiseLevel, x0: ArrayLike, eps: ArrayLike, past: ArrayLike) -> None:
-    """Raise ValueError for rows that use a flow map's prediction elsewhere than at the level it was made for.
+    """Raise ValueError for rows that use a flow map's prediction at another level than the one it is for.
 
     to: NoiseLevel of (R,), the targets. x0, eps, past: coefficients of the rows, see `solvers.Plan`.
     """
@@ -115,5 +116,5 @@ def _networks(denoise: PyTree) -> set[_Network]:
     """All networks inside a denoiser."""
     if not isinstance(denoise, Partial):
         return set()
-    own = {denoise.func} if isinstance(denoise.func, _Network) else set()
-    return own.union(*(_networks(argument) for argument in denoise.args))
+    outer = {denoise.func} if isinstance(denoise.func, _Network) else set()
+    return outer.union(*(_networks(argument) for argument in denoise.args))

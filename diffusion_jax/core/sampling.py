@@ -43,7 +43,8 @@ class Known(NamedTuple):
 class Rows(NamedTuple):
     """A chunk of a plan on the device, padded to a fixed number of rows.
 
-    Padding skips the network and leaves x and x0 unchanged. Its rule is x <- eps (`of`), and its eps is x (`predict`).
+    Padding skips the network and leaves x and x0 unchanged. Its rule is x <- eps (`from_plan`), and its eps is x
+    (`predict`).
     plan: the rows, `plan.past` in the slots of `State.past`.
     index: (R,) position of each row in the whole plan.
     active: (R,) False for padding.
@@ -54,12 +55,12 @@ class Rows(NamedTuple):
     active: Array
 
     @classmethod
-    def of(cls, plan: Plan, start: int, size: int) -> "Rows":
+    def from_plan(cls, plan: Plan, start: int, size: int) -> "Rows":
         """Rows start..start+size of the plan, in float32."""
         index = np.arange(start, start + size)
         active = index < plan.num_rows
-        taken = np.minimum(index, plan.num_rows - 1)
-        rows = jax.tree.map(lambda c: np.asarray(c[taken], np.float32), plan._replace(initial=None))
+        clipped = np.minimum(index, plan.num_rows - 1)
+        rows = jax.tree.map(lambda c: np.asarray(c[clipped], np.float32), plan._replace(initial=None))
         past = np.zeros((size, 1 + HISTORY), np.float32)
         np.put_along_axis(past, (index[:, None] - np.arange(1, 1 + HISTORY)) % (1 + HISTORY), rows.past, axis=1)
         rows = rows._replace(
@@ -124,8 +125,8 @@ def advance(
             x = jax.lax.cond(row.active, lambda: _blend(x, known, plan.next, keys, 1 + row.index), lambda: x)
         return (State(x, past), x0), None
 
-    each = rows._replace(plan=rows.plan._replace(initial=None))
-    return jax.lax.scan(body, (state, x0), each)[0]
+    scanned_rows = rows._replace(plan=rows.plan._replace(initial=None))
+    return jax.lax.scan(body, (state, x0), scanned_rows)[0]
 
 
 def sample(
@@ -165,7 +166,7 @@ def sample(
     size = total if chunk is None else chunk
     state, x0 = _start(x), x
     for start in range(0, total, size):
-        state, x0 = advance(as_pytree(denoise), Rows.of(plan, start, size), state, x0, keys, cond, known)
+        state, x0 = advance(as_pytree(denoise), Rows.from_plan(plan, start, size), state, x0, keys, cond, known)
         done = min(start + size, total)
         if callback is not None and callback(done, x0):
             break
@@ -181,7 +182,7 @@ def run_rows(
 
 def rows(plan: Plan, at_least: int = 0) -> Rows:
     """The whole plan for `run_rows`, padded to at_least rows so that shorter plans reuse the same program."""
-    return Rows.of(plan, 0, max(plan.num_rows, at_least))
+    return Rows.from_plan(plan, 0, max(plan.num_rows, at_least))
 
 
 def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."]) -> Known:

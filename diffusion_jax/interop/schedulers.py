@@ -18,7 +18,7 @@ from diffusion_jax.core.schedules import DiscreteSchedule
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.core.solvers.plan import X0, Row, Step, Z, joined, stack, state
 
-FEW = 15  # with fewer steps the order of multistep solvers falls at the end
+FEW_STEPS = 15  # with fewer steps, multistep solvers lower their order at the end
 ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use for noise alone
 
 
@@ -27,8 +27,8 @@ def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, stre
 
     config: the content of the file, of one of the classes of SCHEDULERS.
     schedule: the noise schedule of the file.
-    steps: as diffusers counts them.
-    strength: in [0, 1]. Of an image that is changed: the last int(steps * strength) of the steps are left.
+    steps: number of steps, counted as in diffusers.
+    strength: in [0, 1]. To change an image: the plan has only the last int(steps * strength) of the steps.
     Raises ValueError for steps outside 1..T, for another class and for a setting that is not supported.
     """
     name = config.get("_class_name", "DDIMScheduler")
@@ -62,9 +62,9 @@ def _check(config: Mapping, field: str, values: tuple) -> None:
         )
 
 
-def _times(config: Mapping, T: int, steps: int, more: int = 0) -> np.ndarray:
-    """The time steps, falling. more: how many there are beside `steps`, which are left out at the clean end."""
-    spacing, count = config["timestep_spacing"], steps + more
+def _times(config: Mapping, T: int, steps: int, extra: int = 0) -> np.ndarray:
+    """The time steps, falling. extra: further steps in the grid; the cleanest ones are left out."""
+    spacing, count = config["timestep_spacing"], steps + extra
     if spacing == "linspace":
         return np.linspace(0, T - 1, count)[::-1][:steps]
     if spacing == "leading":
@@ -77,7 +77,7 @@ def _times(config: Mapping, T: int, steps: int, more: int = 0) -> np.ndarray:
 
 
 def _table_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
-    """Steps of T // steps, whatever the next time step is; the last ends on the least noise or on none."""
+    """Steps of T // steps, even if the next time step differs. The last one ends on the least noise or on none."""
     t, stride = np.round(_times(config, schedule.num_steps, steps)), schedule.num_steps // steps
     end = CLEAN if config["set_alpha_to_one"] else schedule(0.0)
     return [(schedule(now), schedule(now - stride) if now >= stride else end) for now in t]
@@ -111,7 +111,7 @@ def _table(schedule: DiscreteSchedule) -> np.ndarray:
 
 
 def _ramp(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | None:
-    """Levels of s from high to low as the config wants them; None for those of the time steps."""
+    """The levels of s from high to low that the config sets; None if it uses those of the time steps."""
     high, low = config.get("sigma_max") or high, config.get("sigma_min") or low
     part = np.linspace(0, 1, steps)
     if config.get("use_karras_sigmas"):
@@ -124,7 +124,7 @@ def _ramp(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | 
 
 
 def _euler_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
-    """Of solvers of d(x / alpha) / d(sigma / alpha): times may be fractional, and s is interpolated between them."""
+    """The path of solvers of d(x / alpha) / d(sigma / alpha). Times may be fractional; s is interpolated."""
     table, steps_of_table = _table(schedule), np.arange(schedule.num_steps)
     t = _times(config, schedule.num_steps, steps)
     s = np.interp(t, steps_of_table, table)
@@ -137,14 +137,14 @@ def _euler_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list
 def _dpm_path(
     config: Mapping, schedule: DiscreteSchedule, steps: int, ends_on_ramp: bool = False, smooth_cosine: bool = False
 ) -> list[Step]:
-    """Of solvers in log(alpha / sigma): whole times, of which one more is made and the cleanest left out.
+    """The path of solvers in log(alpha / sigma). Times are whole; one more is computed, and the cleanest is left out.
 
-    ends_on_ramp: the least noise is that of the ramp that the config asks for, else that of the table.
-    smooth_cosine: on a cosine schedule the times of a ramp are cut off, and never rounded.
+    ends_on_ramp: take the least noise from the ramp of the config, else from the table.
+    smooth_cosine: on a cosine schedule, truncate the times of a ramp instead of rounding them.
     """
     table = _table(schedule)
     noisiest = schedule.num_steps - np.searchsorted(-np.log(table[::-1]), config["lambda_min_clipped"])
-    t = np.round(_times(config, int(noisiest), steps, more=1))
+    t = np.round(_times(config, int(noisiest), steps, extra=1))
     s = np.interp(t, np.arange(len(table)), table)
     least_noisy = table[0]
     ramp = _ramp(config, table[-1], table[0], steps)
@@ -157,9 +157,9 @@ def _dpm_path(
     return _in_sigma(s, t, 0.0 if config["final_sigmas_type"] == "zero" else least_noisy)
 
 
-def _falls(config: Mapping, steps: int) -> bool:
-    """Whether the order falls to 1 on the last step, and to 2 on the one before."""
-    return config["lower_order_final"] and steps < FEW
+def _lowers_final_order(config: Mapping, steps: int) -> bool:
+    """Whether to use order 1 for the last step, and 2 for the one before."""
+    return config["lower_order_final"] and steps < FEW_STEPS
 
 
 def _plain(solver: Callable[..., Plan]) -> Callable[..., Plan]:
@@ -183,15 +183,15 @@ def _lcm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: i
 
 
 def _dpm_multistep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    noisy, order = config["algorithm_type"] == "sde-dpmsolver++", config["solver_order"]
-    _check(config, "solver_order", (2, 1) if noisy else (2, 1, 3))
+    is_sde, order = config["algorithm_type"] == "sde-dpmsolver++", config["solver_order"]
+    _check(config, "solver_order", (2, 1) if is_sde else (2, 1, 3))
     arguments = (schedule, len(grid), grid)
     if order == 1:
-        return solvers.ddim(*arguments, eta=float(noisy))
-    falls = _falls(config, steps)
+        return solvers.ddim(*arguments, eta=float(is_sde))
+    lower_order_final = _lowers_final_order(config, steps)
     if order == 3:
-        return solvers.dpmpp_3m(*arguments, falls=falls, curvature=1.0)
-    return (solvers.dpmpp_2m_sde if noisy else solvers.dpmpp_2m)(*arguments, falls=falls)
+        return solvers.dpmpp_3m(*arguments, lower_order_final=lower_order_final, curvature=1.0)
+    return (solvers.dpmpp_2m_sde if is_sde else solvers.dpmpp_2m)(*arguments, lower_order_final=lower_order_final)
 
 
 def _dpm_singlestep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
@@ -211,7 +211,9 @@ def _unipc(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps:
 
 
 def _deis(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    return solvers.deis(schedule, len(grid), grid, config["solver_order"], falls=_falls(config, steps))
+    return solvers.deis(
+        schedule, len(grid), grid, config["solver_order"], lower_order_final=_lowers_final_order(config, steps)
+    )
 
 
 class Scheduler(NamedTuple):

@@ -32,9 +32,9 @@ def _multistep(steps: list[Step], orders: Sequence[int], update: Callable, memor
     return stack(rows)
 
 
-def _orders(steps: list[Step], order: int, falls: bool = True) -> list[int]:
-    """1 where h is infinite or 0. falls: lower the order towards the end."""
-    limits = [min(order, len(steps) - i) if falls else order for i in range(len(steps))]
+def _orders(steps: list[Step], order: int, lower_order_final: bool = True) -> list[int]:
+    """The order of each step: 1 where h is infinite or 0. lower_order_final: lower the order towards the end."""
+    limits = [min(order, len(steps) - i) if lower_order_final else order for i in range(len(steps))]
     moves = [finite(level, next) and level.sigma != next.sigma for level, next in steps]
     return [limit if moved else 1 for moved, limit in zip(moves, limits, strict=True)]
 
@@ -62,18 +62,22 @@ def _dpmpp_2m(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarr
     return next.sigma / levels[0].sigma * state(levels[0]) - next.alpha * np.expm1(-h) * (m[0] + D1 / 2)
 
 
-def dpmpp_2m(schedule: Schedule, steps: int, spacing: Spacing = "trailing", falls: bool = True) -> Plan:
+def dpmpp_2m(schedule: Schedule, steps: int, spacing: Spacing = "trailing", lower_order_final: bool = True) -> Plan:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). `steps` network calls.
 
     r = (lambda_0 - lambda_1) / h,  x' = sigma' / sigma x - alpha' (exp(-h) - 1) (m_0 + (m_0 - m_1) / (2 r))
-    falls: the last step is of order 1 even where it does not end on clean data.
+    lower_order_final: use order 1 for the last step even if it does not end on clean data.
     """
     grid = path(schedule, steps, spacing)
-    return _multistep(grid, _orders(grid, 2, falls), _dpmpp_2m, X0)
+    return _multistep(grid, _orders(grid, 2, lower_order_final), _dpmpp_2m, X0)
 
 
 def dpmpp_3m(
-    schedule: Schedule, steps: int, spacing: Spacing = "trailing", falls: bool = True, curvature: float = 2.0
+    schedule: Schedule,
+    steps: int,
+    spacing: Spacing = "trailing",
+    lower_order_final: bool = True,
+    curvature: float = 2.0,
 ) -> Plan:
     """DPM-Solver++(3M), the multistep solver of third order (Lu et al. 2022b, section 4). `steps` network calls.
 
@@ -81,7 +85,7 @@ def dpmpp_3m(
     D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),  D_2 = curvature (D_10 - D_11) / (r_0 + r_1)
     x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 + alpha' ((exp(-h) - 1) / h + 1) D_1
          - alpha' ((exp(-h) - 1 + h) / h^2 - 1 / 2) D_2
-    falls: the last steps are of order 2 and 1.
+    lower_order_final: use orders 2 and 1 for the last two steps.
     curvature: 2, which makes D_2 h^2 times the second derivative of m in lambda. Published code has 1, and with it
       only second order.
     """
@@ -103,14 +107,14 @@ def dpmpp_3m(
         )
 
     grid = path(schedule, steps, spacing)
-    return _multistep(grid, _orders(grid, 3, falls), update, X0)
+    return _multistep(grid, _orders(grid, 3, lower_order_final), update, X0)
 
 
-def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing", falls: bool = True) -> Plan:
+def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing", lower_order_final: bool = True) -> Plan:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5). `steps` network calls.
 
     x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) (m_0 + (m_0 - m_1) / (2 r)) + sigma' sqrt(1 - exp(-2 h)) z
-    falls: as in `dpmpp_2m`.
+    lower_order_final: as in `dpmpp_2m`.
     """
 
     def update(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarray:
@@ -123,7 +127,7 @@ def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing", 
         return drift + next.sigma * fresh**0.5 * Z
 
     grid = path(schedule, steps, spacing)
-    return _multistep(grid, _orders(grid, 2, falls), update, X0)
+    return _multistep(grid, _orders(grid, 2, lower_order_final), update, X0)
 
 
 def _adams_weights(nodes: Sequence[float] | np.ndarray, moments: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -131,13 +135,15 @@ def _adams_weights(nodes: Sequence[float] | np.ndarray, moments: Sequence[float]
     return np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
 
 
-def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 3, falls: bool = True) -> Plan:
+def deis(
+    schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 3, lower_order_final: bool = True
+) -> Plan:
     """Diffusion exponential integrator, tAB-DEIS in log(sigma / alpha) (Zhang & Chen 2022, eq. 14).
 
     x' = alpha' / alpha x - sigma' sum_j w_j e_j, exact where e is a polynomial in lambda. u = (lambda - lambda_0) / h:
     sum_j w_j u_j^k = c_k = h int_0^1 u^k exp((1 - u) h) du;  c_0 = exp(h) - 1,  c_k = k / h c_{k-1} - 1.
     `steps` network calls.
-    falls: the last steps have lower order, down to 1, even if they do not end on clean data.
+    lower_order_final: lower the order of the last steps, down to 1, even if they do not end on clean data.
     """
 
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
@@ -152,7 +158,7 @@ def deis(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: i
         return next.alpha / levels[0].alpha * state(levels[0]) - next.sigma * slope
 
     grid = path(schedule, steps, spacing)
-    return _multistep(grid, _orders(grid, _order(order, (1, 2, 3), "deis"), falls), update, EPS)
+    return _multistep(grid, _orders(grid, _order(order, (1, 2, 3), "deis"), lower_order_final), update, EPS)
 
 
 def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 4) -> Plan:
