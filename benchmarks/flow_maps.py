@@ -141,7 +141,7 @@ def main() -> None:
         rows.setdefault("distillation, in stages", []).append([by_calls[n] for n in CALLS])
         for name, (method, options, solver, needs) in METHODS.items():
             student = model(is_map=True)
-            guide = flow_map.Teacher(teacher, leads=name.endswith("taught")) if needs else None
+            guide = flow_map.Teacher(teacher, defines_path=name.endswith("taught")) if needs else None
             loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=guide, **options)
             frozen_parts = frozen | ({"teacher": params} if needs else {})
             learned = trained(loss, params, frozen_parts, steps, keys[3], rate=1e-3)

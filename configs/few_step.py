@@ -41,11 +41,13 @@ METHODS = {  # -> objective, solver
 METHODS |= {
     f"taught_{name}": (objective | {"taught": True}, solver)
     for name, (objective, solver) in METHODS.items()
-    if objective["name"] in build.objective.WAYS
+    if objective["name"] in build.objective.PATH_METHODS
 }
 ALL_MAPS = r"to_(q|k|v|out_0)|proj_(in|out)|net_(0/proj|2)|conv[12]|conv_shortcut|time_emb_proj"
 FREE_SCALE, MOST = "scale", 8.0  # of guidance in its training
-OF_ORDINARY = [name for name in METHODS if METHODS[name][0]["name"] in build.objective.TO_CLEAN and name != FREE_SCALE]
+OF_ORDINARY = [
+    name for name in METHODS if METHODS[name][0]["name"] in build.objective.CLEAN_TARGET_METHODS and name != FREE_SCALE
+]
 STEPS = 4  # of sampling
 
 

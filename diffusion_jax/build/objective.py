@@ -41,13 +41,13 @@ FLOW_MAPS = {
     "continuous_consistency": lambda section: flow_map.continuous_consistency(section.warm_up),
     "lagrangian": lambda section: flow_map.lagrangian(),
 }
-TO_CLEAN = (  # an ordinary network learns them
+CLEAN_TARGET_METHODS = (  # an ordinary network can learn these
     "consistency_training",
     "continuous_consistency",
     "consistency_distillation",
     "guidance_distillation",
 )
-WAYS = ("consistency_training", "soflow", "mean_flow", "continuous_consistency")  # they may follow a teacher's
+PATH_METHODS = ("consistency_training", "soflow", "mean_flow", "continuous_consistency")  # these follow a path
 DISTILLATIONS = {
     "distillation": lambda section: flow_map.distillation(section.segments),
     "consistency_distillation": lambda section: flow_map.consistency_distillation(section.segments),
@@ -87,8 +87,8 @@ def objective(
             f"model.time_cond_proj_dim=None, or objective.name to one of {', '.join(DISTILLATIONS)}"
         )
     loss = _flow_map(section, model, steps, method(section), teacher) if method else _denoising(section, model)
-    params, rest = model.adapter.split((start or model.network.init)(key), key)
-    frozen = frozen_parts(model, rest)
+    params, frozen_params = model.adapter.split((start or model.network.init)(key), key)
+    frozen = frozen_parts(model, frozen_params)
     return loss, params, frozen | ({"teacher": teacher.params} if learns_from_teacher(section) else {})
 
 
@@ -106,14 +106,14 @@ def _denoising(section: ConfigDict, model: DiffusionModel) -> Callable:
 def _flow_map(
     section: ConfigDict, model: DiffusionModel, steps: int, method: flow_map.Method, teacher: DiffusionModel | None
 ) -> Callable:
-    if not model.network.flow_map and section.name not in TO_CLEAN:
+    if not model.network.flow_map and section.name not in CLEAN_TARGET_METHODS:
         raise ValueError(
             f"objective.name={section.name} trains a network that is told where a step ends: set "
-            f"model.target_embedding=True, or train by {', '.join(TO_CLEAN)}"
+            f"model.target_embedding=True, or train by {', '.join(CLEAN_TARGET_METHODS)}"
         )
-    if section.taught and section.name not in WAYS:
+    if section.taught and section.name not in PATH_METHODS:
         raise ValueError(
-            f"objective.taught is for the methods that follow a way: {', '.join(WAYS)}; got {section.name}"
+            f"objective.taught is for the methods that follow a way: {', '.join(PATH_METHODS)}; got {section.name}"
         )
     is_taught = learns_from_teacher(section)
     if is_taught and model.network.takes_scale and section.scale <= 1:
@@ -157,12 +157,12 @@ def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]
 
 def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
     """AdamW or Muon with warm-up, a constant or cosine-decayed rate, and gradients clipped by their global norm."""
-    after = {
+    decays = {
         "constant": lambda: optax.constant_schedule(section.learning_rate),
         "cosine": lambda: optax.cosine_decay_schedule(section.learning_rate, max(steps - section.warmup, 1)),
     }
     rate = optax.join_schedules(
-        [optax.linear_schedule(0.0, section.learning_rate, section.warmup), choose(after, section.decay, "decay")()],
+        [optax.linear_schedule(0.0, section.learning_rate, section.warmup), choose(decays, section.decay, "decay")()],
         [section.warmup],
     )
     kind = choose({"adamw": _adamw, "muon": _muon}, section.kind, "optimizer")

@@ -62,15 +62,15 @@ def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels
     return loss
 
 
-def frozen_parts(model: DiffusionModel, rest: PyTree) -> dict:
+def frozen_parts(model: DiffusionModel, frozen_params: PyTree) -> dict:
     """The frozen inputs of the loss.
 
-    rest: the variables that `model.adapter` does not train.
+    frozen_params: the variables that `model.adapter` does not train.
     """
     conditioning = model.conditioning
     return {
         "codec": model.codec.stats,
         "conditioning": conditioning.params,
         "null_cond": conditioning.null,
-        "rest": rest,
+        "rest": frozen_params,
     }

@@ -1,4 +1,4 @@
-"""Train a flow map: a network that is told where a step ends (`core.denoiser`), and so samples in one to a few steps.
+"""Train a flow map: a network that takes the end of a step as input (`core.denoiser`), and samples in a few steps.
 
 All methods share one loss. It draws a level s, a target level `to` and x_s on the path from data to noise, and compares
 the state that the network predicts at `to` with a target that needs no gradient:
@@ -42,14 +42,14 @@ from diffusion_jax.objectives.denoising import data_and_noise, drop_condition
 Times = Float[Array, "batch"]
 State = Float[Array, "batch *shape"]
 Step = Callable[[State, Times, Times], State]  # (x, u, u of the target) -> the state there
-LEAST = 1e-3  # of a step in u, below which it is not divided by
+MIN_STEP = 1e-3  # in u; targets never divide by a shorter step
 
 
 class Path(NamedTuple):
     """The paths of a batch from data to noise.
 
     x0, eps: data and noise.
-    ends: u -> (x0, eps) of the straight line that is followed from the state at u: data and noise, or the teacher's
+    ends: u -> (x0, eps), the ends of the straight line through the state at u: data and noise, or the teacher's
       prediction.
     level: u -> NoiseLevel.
     keys: (B,), for the times that a method draws.
@@ -67,12 +67,12 @@ class Path(NamedTuple):
         """The state at u, between x0 and eps."""
         return add_noise(self.x0, self.eps, self.level(u))
 
-    def followed(self, u: Times, to: Times) -> State:
-        """The state at `to` on the line that is followed from the state at u."""
+    def state_on_line(self, u: Times, to: Times) -> State:
+        """The state at `to` on the straight line through the state at u (see `ends`)."""
         return add_noise(*self.ends(u), self.level(to))
 
     def uniform(self, number: int) -> Times:
-        """One number in [0, 1) for each example; another `number` gives another one."""
+        """A random number in [0, 1) for each example. Each `number` gives independent ones."""
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number)))(self.keys)
 
 
@@ -120,18 +120,18 @@ class Teacher(NamedTuple):
 
     model: its variables are frozen["teacher"].
     scale: of its guidance. A network that takes the scale as input is trained with scales from 1 to this.
-    leads: whether the methods that follow a path follow the teacher's.
+    defines_path: methods that follow a path follow the teacher's instead of the straight one.
     """
 
     model: DiffusionModel
     scale: float = 1.0
-    leads: bool = False
+    defines_path: bool = False
 
 
 Method = Callable[[Path, Maps], Target]
 
 
-def levels_of(schedule: Schedule) -> Callable[[Times], NoiseLevel]:
+def level_function(schedule: Schedule) -> Callable[[Times], NoiseLevel]:
     """u in [0, 1] -> NoiseLevel; u = 0 is clean data."""
 
     def level(u: Times) -> NoiseLevel:
@@ -141,11 +141,11 @@ def levels_of(schedule: Schedule) -> Callable[[Times], NoiseLevel]:
     return level
 
 
-def _towards(path: Path, maps: Maps, u: Times, to: Times, state: State) -> Target:
-    """The output that leads from u to the state at `to`."""
+def _target_towards(path: Path, maps: Maps, u: Times, to: Times, state: State) -> Target:
+    """The target whose output leads from the state at u to `state` at `to`."""
     x = path.at(u)
     a, b = (expand(scalar, x) for scalar in maps.coefficients(u, to))
-    far = jnp.abs(u - to) >= LEAST
+    far = jnp.abs(u - to) >= MIN_STEP
     out = (state - a * x) / jnp.where(expand(far, x) > 0, b, 1.0)
     return Target(u, to, out, far.astype(jnp.float32))
 
@@ -156,8 +156,8 @@ def distillation(segments: int) -> Method:
     def method(path: Path, maps: Maps) -> Target:
         u = (jnp.floor(path.uniform(0) * segments) + 1) / segments
         to, middle = jnp.maximum(u - 1 / segments, 0.0), u - 0.5 / segments
-        to = jnp.where(to < LEAST, 0.0, to)
-        return _towards(path, maps, u, to, maps.teacher(maps.teacher(path.at(u), u, middle), middle, to))
+        to = jnp.where(to < MIN_STEP, 0.0, to)
+        return _target_towards(path, maps, u, to, maps.teacher(maps.teacher(path.at(u), u, middle), middle, to))
 
     return method
 
@@ -168,16 +168,16 @@ def consistency_distillation(segments: int) -> Method:
     def method(path: Path, maps: Maps) -> Target:
         number = jnp.floor(path.uniform(0) * segments)
         u, nearer = (number + 1) / segments, number / segments
-        return _to_clean(path, maps, u, nearer, maps.teacher(path.at(u), u, nearer))
+        return _clean_target(path, maps, u, nearer, maps.teacher(path.at(u), u, nearer))
 
     return method
 
 
-def _to_clean(path: Path, maps: Maps, u: Times, nearer: Times, state: State) -> Target:
-    """The output that leads from u to clean data, where the student goes from the state at `nearer`."""
+def _clean_target(path: Path, maps: Maps, u: Times, nearer: Times, state: State) -> Target:
+    """The target that leads from u to clean data: the student's prediction from `state`, the state at `nearer`."""
     clean = jnp.zeros_like(u)
-    reached = maps.student(state, nearer, clean)
-    return _towards(path, maps, u, clean, jnp.where(expand(nearer > 0, state) > 0, reached, state))
+    student_state = maps.student(state, nearer, clean)
+    return _target_towards(path, maps, u, clean, jnp.where(expand(nearer > 0, state) > 0, student_state, state))
 
 
 def consistency_training(shrinks: float = 8.0) -> Method:
@@ -187,9 +187,9 @@ def consistency_training(shrinks: float = 8.0) -> Method:
     """
 
     def method(path: Path, maps: Maps) -> Target:
-        u = jnp.maximum(path.uniform(0), LEAST)
+        u = jnp.maximum(path.uniform(0), MIN_STEP)
         nearer = u * (1 - 0.5 ** jnp.floor(path.progress * (shrinks + 1)))
-        target = _to_clean(path, maps, u, nearer, path.followed(u, nearer))
+        target = _clean_target(path, maps, u, nearer, path.state_on_line(u, nearer))
         return target._replace(weight=target.weight * u / (u - nearer))
 
     return method
@@ -199,11 +199,11 @@ def soflow(shrinks: float = 8.0) -> Method:
     """To any level, along the path, with a gap that shrinks during training (Luo et al. 2025)."""
 
     def method(path: Path, maps: Maps) -> Target:
-        u, to = _span(path)
+        u, to = _random_step(path)
         nearer = u + (to - u) * jnp.maximum(0.5 ** (path.progress * shrinks), 2.0**-shrinks)
         # the student's prediction for the rest, joined to the straight piece before it
-        state = maps.student(path.followed(u, nearer), nearer, to)
-        return _towards(path, maps, u, to, state)
+        state = maps.student(path.state_on_line(u, nearer), nearer, to)
+        return _target_towards(path, maps, u, to, state)
 
     return method
 
@@ -212,10 +212,10 @@ def shortcut() -> Method:
     """Any step as two of half its length (Frans et al. 2024, eq. 4)."""
 
     def method(path: Path, maps: Maps) -> Target:
-        u, to = _span(path)
+        u, to = _random_step(path)
         middle = (u + to) / 2
         state = maps.student(maps.student(path.at(u), u, middle), middle, to)
-        return _towards(path, maps, u, to, state)
+        return _target_towards(path, maps, u, to, state)
 
     return method
 
@@ -225,7 +225,7 @@ def mean_flow() -> Method:
 
     The method raises ValueError for predictions of x0; so does `continuous_consistency`.
     """
-    return lambda path, maps: _along(path, maps, *_span(path))
+    return lambda path, maps: _derivative_target(path, maps, *_random_step(path))
 
 
 def continuous_consistency(warm_up: float = 0.5) -> Method:
@@ -236,27 +236,27 @@ def continuous_consistency(warm_up: float = 0.5) -> Method:
     """
 
     def method(path: Path, maps: Maps) -> Target:
-        u = jnp.maximum(path.uniform(0), LEAST)
-        target = _along(path, maps, u, jnp.zeros_like(u))
+        u = jnp.maximum(path.uniform(0), MIN_STEP)
+        target = _derivative_target(path, maps, u, jnp.zeros_like(u))
         part = jnp.minimum(path.progress / warm_up, 1.0) if warm_up else 1.0
-        plain = maps.parameterization.target(*path.ends(u), path.level(u))
-        return target._replace(out=part * target.out + (1 - part) * plain)
+        regression = maps.parameterization.target(*path.ends(u), path.level(u))
+        return target._replace(out=part * target.out + (1 - part) * regression)
 
     return method
 
 
-def _along(path: Path, maps: Maps, u: Times, to: Times) -> Target:
+def _derivative_target(path: Path, maps: Maps, u: Times, to: Times) -> Target:
     if maps.parameterization == NAMED["x0"]:  # any constant x0 satisfies the derivative
         raise ValueError(
             "mean_flow and continuous_consistency need a network that predicts eps, v, flow or edm, got x0: set "
             "objective.prediction"
         )
 
-    def reached(start: Times) -> tuple[State, State]:
-        return maps.student_and_output(path.followed(u, start), start, to)
+    def student_from(start: Times) -> tuple[State, State]:
+        return maps.student_and_output(path.state_on_line(u, start), start, to)
 
-    _, change, out = jax.jvp(reached, (u,), (jnp.ones_like(u),), has_aux=True)
-    return _corrected(path, maps, u, to, out, change, moved=u)
+    _, change, out = jax.jvp(student_from, (u,), (jnp.ones_like(u),), has_aux=True)
+    return _corrected_target(path, maps, u, to, out, change, moving_time=u)
 
 
 def lagrangian() -> Method:
@@ -265,52 +265,54 @@ def lagrangian() -> Method:
     """
 
     def method(path: Path, maps: Maps) -> Target:
-        u, to = _span(path)
-        to, x = jnp.maximum(to, LEAST), path.at(u)
+        u, to = _random_step(path)
+        to, x = jnp.maximum(to, MIN_STEP), path.at(u)
         state, change, out = jax.jvp(
             lambda end: maps.student_and_output(x, u, end), (to,), (jnp.ones_like(to),), has_aux=True
         )
         ends = maps.parameterization.predict(state, maps.output(state, to, to), path.level(to))
         _, flow = jax.jvp(lambda end: add_noise(*ends, path.level(end)), (to,), (jnp.ones_like(to),))
-        return _corrected(path, maps, u, to, out, flow - change, moved=to)
+        return _corrected_target(path, maps, u, to, out, flow - change, moving_time=to)
 
     return method
 
 
-def _corrected(path: Path, maps: Maps, u: Times, to: Times, out: State, excess: State, moved: Times) -> Target:
-    """The output that takes from the state at `to` what is too much, if it is as much everywhere on the step.
+def _corrected_target(
+    path: Path, maps: Maps, u: Times, to: Times, out: State, excess: State, moving_time: Times
+) -> Target:
+    """The target that removes an excess from the state at `to`, assuming that the excess is constant along the step.
 
-    excess: in the state, as the time `moved` grows by 1.
+    excess: change of the state that should not be there, as the time `moving_time` grows by 1.
     On a schedule of straight lines, such as flow, it is the output for which the derivative is right (Geng et al. 2025,
     eq. 6). On others the latter has a pole: cosine's whole step.
     """
     start, end = path.level(u), path.level(to)
     length = jnp.hypot(start.alpha - end.alpha, start.sigma - end.sigma)
-    _, slope = jax.jvp(path.level, (moved,), (jnp.ones_like(moved),))
+    _, slope = jax.jvp(path.level, (moving_time,), (jnp.ones_like(moving_time),))
     _, b = maps.coefficients(u, to)
     gain = length / jnp.hypot(slope.alpha, slope.sigma) / b
     return Target(u, to, out - expand(gain, out) * excess, jnp.ones_like(u))
 
 
 def guidance_distillation() -> Method:
-    """At every level the output of the guided teacher (Meng et al. 2023, section 3.1)."""
+    """The output of the guided teacher at every level (Meng et al. 2023, section 3.1)."""
 
     def method(path: Path, maps: Maps) -> Target:
-        u = jnp.maximum(path.uniform(0), LEAST)
+        u = jnp.maximum(path.uniform(0), MIN_STEP)
         # the tangent of the teacher's path, as the step to a level near by
-        to = jnp.maximum(u - 10 * LEAST, 0.0)
-        target = _towards(path, maps, u, to, maps.teacher(path.at(u), u, to))
+        to = jnp.maximum(u - 10 * MIN_STEP, 0.0)
+        target = _target_towards(path, maps, u, to, maps.teacher(path.at(u), u, to))
         return target._replace(to=u)
 
     return method
 
 
-def _span(path: Path) -> tuple[Times, Times]:
+def _random_step(path: Path) -> tuple[Times, Times]:
     """u and a target nearer to clean data, uniform on the triangle; one target in four is clean data itself."""
     first, second = path.uniform(0), path.uniform(1)
     u, to = jnp.maximum(first, second), jnp.minimum(first, second)
-    u = jnp.maximum(u, 2 * LEAST)
-    to = jnp.where((path.uniform(2) < 0.25) | (u - to < LEAST), 0.0, to)
+    u = jnp.maximum(u, 2 * MIN_STEP)
+    to = jnp.where((path.uniform(2) < 0.25) | (u - to < MIN_STEP), 0.0, to)
     return u, to
 
 
@@ -325,7 +327,7 @@ def flow_map(
 ) -> Callable:
     """The loss of a method, E weight |target - output|^2 / (|target - output|^2 + c)^robust.
 
-    model: whose network is a flow map. Any network can learn methods whose target is clean data, or s itself.
+    model: its network is a flow map, or any network for methods whose target is clean data or s itself.
     total: steps of training.
     drop: probability of training without the condition. 0 for distillation with guidance.
     plain: part of the examples with plain regression, where the target level is the level itself.
@@ -334,23 +336,23 @@ def flow_map(
     teacher: for the methods of distillation and those that follow its path.
     The loss takes params, frozen, batch and keys as that of `denoising.denoising`.
     """
-    level = levels_of(model.useful_schedule)
+    level = level_function(model.useful_schedule)
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
         split = jax.vmap(lambda key: jax.random.split(key, 6))(keys).T
         x0_keys, eps_keys, drop_keys, path_keys, plain_keys, scale_keys = split
         x0, eps = data_and_noise(model, frozen, batch, x0_keys, eps_keys)
         cond = model.conditioning.embed(frozen["conditioning"], batch["cond"])
-        dropped = drop_condition(cond, frozen["null_cond"], drop, drop_keys)
+        student_cond = drop_condition(cond, frozen["null_cond"], drop, drop_keys)
         scale = teacher.scale if teacher else 1.0
         if model.network.takes_scale:
             scale = jax.vmap(lambda key: jax.random.uniform(key, minval=1.0, maxval=teacher.scale))(scale_keys)
-            dropped = dropped | {"guidance": scale}
+            student_cond = student_cond | {"guidance": scale}
 
-        output = _student(model, level, frozen["rest"], dropped)
+        output = _student(model, level, frozen["rest"], student_cond)
         predict = _predictions(teacher.model, level, frozen, cond, scale) if teacher else None
         path = Path(x0, eps, lambda u: (x0, eps), level, path_keys, frozen["step"] / total)
-        if teacher and teacher.leads:
+        if teacher and teacher.defines_path:
             path = path._replace(ends=lambda u: predict(add_noise(x0, eps, level(u)), u, u))
         maps = Maps(
             output=functools.partial(output, jax.lax.stop_gradient(params)),
@@ -372,13 +374,15 @@ def flow_map(
     return loss
 
 
-def _student(model: DiffusionModel, level: Callable[[Times], NoiseLevel], rest: PyTree, cond: PyTree) -> Callable:
+def _student(
+    model: DiffusionModel, level: Callable[[Times], NoiseLevel], frozen_params: PyTree, cond: PyTree
+) -> Callable:
     """(params, x, u, to) -> the output of the network."""
 
     def output(params: PyTree, x: State, u: Times, to: Times) -> State:
         inputs, t = model.parameterization.inputs(x, level(u))
         target = {"to": target_time(level(to))} if model.network.flow_map else {}
-        return model.network.apply(model.adapter.join(params, rest), inputs, t, cond | target)
+        return model.network.apply(model.adapter.join(params, frozen_params), inputs, t, cond | target)
 
     return output
 
@@ -391,8 +395,8 @@ def _predictions(
     return lambda x, u, to: denoise(x, level(u), cond, to=level(to))
 
 
-def _with_regression(target: Target, path: Path, maps: Maps, where: Array) -> Target:
-    """The target, and that of plain regression for the examples `where`, (B,)."""
-    u = jnp.maximum(path.uniform(3), LEAST)
-    plain = Target(u, u, maps.parameterization.target(*path.ends(u), path.level(u)), jnp.ones_like(u))
-    return jax.tree.map(lambda a, b: jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, plain)
+def _with_regression(target: Target, path: Path, maps: Maps, mask: Array) -> Target:
+    """The target, with plain regression for the examples where `mask`, (B,), is True."""
+    u = jnp.maximum(path.uniform(3), MIN_STEP)
+    regression = Target(u, u, maps.parameterization.target(*path.ends(u), path.level(u)), jnp.ones_like(u))
+    return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, regression)

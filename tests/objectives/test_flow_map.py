@@ -16,7 +16,7 @@ from diffusion_jax.core.sampling import initial_noise, sample
 from diffusion_jax.model import DiffusionModel, Network, network_of
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.objectives import flow_map
-from diffusion_jax.objectives.flow_map import levels_of
+from diffusion_jax.objectives.flow_map import level_function
 
 MEAN, STD = jnp.array([1.0, -0.5, 0.2]), jnp.array([0.5, 0.3, 0.8])
 SHAPE = (1, 1, 3)
@@ -113,7 +113,7 @@ def gradient(name, method, wrong=0.0, batch=8192, step=99):
     # what the Lagrangian method learns at the end of a step is what the student says there
     student, teacher = made_model(name, wrong, of_steps=method == "lagrangian")
     function, options = METHODS[method]
-    guide = flow_map.Teacher(teacher, leads=method.endswith("taught"))
+    guide = flow_map.Teacher(teacher, defines_path=method.endswith("taught"))
     loss = flow_map.flow_map(student, function, 100, teacher=guide, **options)
     keys = jax.random.split(jax.random.key(1), batch)
     x0 = MEAN + STD * jax.random.normal(jax.random.key(2), (batch, *SHAPE))
@@ -183,7 +183,7 @@ def test_other_solvers_are_refused():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_step_to_its_own_level_changes_nothing(name):
     schedule, says = SCHEDULES[name]
-    level = levels_of(schedule)(jnp.array([0.1, 0.5, 0.9]))
+    level = level_function(schedule)(jnp.array([0.1, 0.5, 0.9]))
     a, b = says.step(level, level)
     np.testing.assert_allclose(a, 1, rtol=1e-5)
     np.testing.assert_allclose(b, 0, atol=1e-6)
