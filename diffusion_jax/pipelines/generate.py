@@ -17,18 +17,18 @@ from diffusion_jax.core.sampling import CHUNK, Known, initial_noise, sample
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 
-Guided = Guidance | float | Float[Array, "batch"]
+GuidanceLike = Guidance | float | Float[Array, "batch"]
 Callback = Callable[[int, Array], bool | None] | None
 
 
 class Every(NamedTuple):
-    """A callback that is called after every `rows` rows of the plan, and not after the default number of them."""
+    """A callback that is called after every `rows` rows of the plan, instead of the default number."""
 
     rows: int
     callback: Callback
 
 
-Watched = Callback | Every
+CallbackLike = Callback | Every
 
 
 def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
@@ -53,8 +53,8 @@ def solve(
     cond: PyTree,
     keys: Key[Array, "batch"],
     plan: Plan,
-    guidance: Guided = 1.0,
-    callback: Watched = None,
+    guidance: GuidanceLike = 1.0,
+    callback: CallbackLike = None,
     known: Known | None = None,
 ) -> Float[Array, "batch h w c"]:
     """Carry x from the plan's first level to its last. This host's devices share the batch if B is divisible by their
@@ -64,8 +64,8 @@ def solve(
       model's null condition, which is then repeated.
     keys: (B,), one for each image. An image depends on its key and condition, not on the batch.
     guidance: scale of classifier-free guidance, () or (B,), 1 for none; or a `Guidance`.
-    callback: called with (rows done, prediction of x0) after each chunk of rows, or as `Every` says. Sampling stops if
-      it returns True.
+    callback: called with (rows done, prediction of x0) after each chunk of rows; `Every` sets the size of a chunk.
+      Sampling stops if it returns True.
     known: for inpainting, the part of x to keep; see `core.sampling.keep`.
     Raises ValueError for an inpainting model without a known part in its condition, and the errors of
     `core.guidance.guided` and `core.sampling.sample`.
@@ -74,33 +74,33 @@ def solve(
         raise ValueError("this is an inpainting model: it needs an image and a mask")
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
-    cond, guidance = told_scale(model, cond, guidance)
+    cond, guidance = with_guidance_scale(model, cond, guidance)
     x, cond, keys, known = parallel.spread((x, cond, keys, known), len(keys))
     nulls = model.conditioning.null, guidance.negative
     params, (null_cond, negative) = parallel.whole((model.params, nulls), len(keys))
-    null_cond, negative = (lengthened(null, cond) for null in (null_cond, negative))
+    null_cond, negative = (repeat_texts(null, cond) for null in (null_cond, negative))
     denoise = guided(model.denoiser(params), guidance._replace(negative=negative), null_cond, model.codec.limit)
     check_guidance(guidance, plan)
     rows, callback = callback if isinstance(callback, Every) else (CHUNK, callback)
     return sample(denoise, plan, x, keys, cond, chunk=rows, known=known, callback=callback)
 
 
-def told_scale(model: DiffusionModel, cond: PyTree, guidance: Guidance) -> tuple[PyTree, Guidance]:
-    """The condition with the guidance scale, for a network that takes it as input and is not guided otherwise."""
+def with_guidance_scale(model: DiffusionModel, cond: PyTree, guidance: Guidance) -> tuple[PyTree, Guidance]:
+    """Move the guidance scale into the condition, for a network that takes it as input instead of being guided."""
     if not model.network.takes_scale:
         return cond, guidance
     count = len(jax.tree.leaves(cond)[0])
-    told = jnp.broadcast_to(jnp.asarray(guidance.scale, jnp.float32), (count,))
-    return cond | {"guidance": told}, Guidance()
+    scale = jnp.broadcast_to(jnp.asarray(guidance.scale, jnp.float32), (count,))
+    return cond | {"guidance": scale}, Guidance()
 
 
 def check_guidance(guidance: Guidance, plan: Plan) -> None:
-    """Raise ValueError for a plan that cannot be guided so."""
+    """Raise ValueError for a plan that does not support this guidance."""
     if guidance.cfg_pp and np.any(plan.past):
         raise ValueError("CFG++ needs a solver of one row a step: ddim or euler")
 
 
-def lengthened(null_cond: PyTree, cond: PyTree) -> PyTree:
+def repeat_texts(null_cond: PyTree, cond: PyTree) -> PyTree:
     """null_cond with its texts repeated to the length of those in cond."""
 
     def repeated(null: Array, leaf: Array) -> Array:
@@ -122,8 +122,8 @@ def from_noise(
     cond: PyTree,
     keys: Key[Array, "batch"],
     plan: Plan,
-    guidance: Guided = 1.0,
-    callback: Watched = None,
+    guidance: GuidanceLike = 1.0,
+    callback: CallbackLike = None,
     known: Known | None = None,
 ) -> Float[Array, "batch height width 3"]:
     """Images in about [-1, 1] from the state x at `plan.start`: noise, or a partly denoised image.

@@ -8,7 +8,7 @@ from diffusion_jax.codec import Images, pixels
 from diffusion_jax.core.process import add_noise
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines.generate import Guided, Watched, encode, from_noise, noise, solve
+from diffusion_jax.pipelines.generate import CallbackLike, GuidanceLike, encode, from_noise, noise, solve
 
 
 def image_to_image(
@@ -17,8 +17,8 @@ def image_to_image(
     cond: PyTree,
     keys: Key[Array, "batch"],
     plan: Plan,
-    guidance: Guided = 1.0,
-    callback: Watched = None,
+    guidance: GuidanceLike = 1.0,
+    callback: CallbackLike = None,
 ) -> Float[Array, "batch height width 3"]:
     """Add noise to the image up to `plan.start`, then denoise it (SDEdit, Meng et al. 2022, section 3).
 
@@ -45,8 +45,8 @@ def invert(
     image: Images,
     cond: PyTree,
     plan: Plan,
-    guidance: Guided = 1.0,
-    callback: Watched = None,
+    guidance: GuidanceLike = 1.0,
+    callback: CallbackLike = None,
 ) -> Float[Array, "batch h w c"]:
     """The noise from which `ddim` generates the image (Song et al. 2021, section 4.3).
 
@@ -55,5 +55,5 @@ def invert(
     plan: `solvers.ddim_inversion`.
     Other arguments as in `image_to_image`.
     """
-    unused = jax.random.split(jax.random.key(0), len(image))  # the plan adds no noise
-    return solve(model, encode(model, image), cond, unused, plan, guidance, callback)
+    unused_keys = jax.random.split(jax.random.key(0), len(image))  # the plan adds no noise
+    return solve(model, encode(model, image), cond, unused_keys, plan, guidance, callback)

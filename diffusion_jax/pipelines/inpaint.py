@@ -8,7 +8,7 @@ from diffusion_jax.codec import Images, pixels
 from diffusion_jax.core.sampling import keep
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines.generate import Guided, Watched, encode, from_noise
+from diffusion_jax.pipelines.generate import CallbackLike, GuidanceLike, encode, from_noise
 from diffusion_jax.pipelines.image_to_image import noised
 
 
@@ -19,8 +19,8 @@ def inpaint(
     cond: PyTree,
     keys: Key[Array, "batch"],
     plan: Plan,
-    guidance: Guided = 1.0,
-    callback: Watched = None,
+    guidance: GuidanceLike = 1.0,
+    callback: CallbackLike = None,
 ) -> Float[Array, "batch height width 3"]:
     """Generate the image where mask is 1, and keep it where mask is 0.
 
@@ -38,31 +38,31 @@ def inpaint(
     if mask.shape not in [(batch, *image.shape[1:3], 1) for batch in (1, len(image))]:
         raise ValueError(f"a mask must be of shape (B or 1, H, W, 1) for images of {image.shape}, got {mask.shape}")
     mask = jnp.asarray(mask, jnp.float32)
-    made = pixels(image)
+    result = pixels(image)
     if plan.num_rows:
         x0 = encode(model, image)
         x = noised(model, x0, keys, plan)
         if model.network.known_channels:
-            cond, known = cond | {"known": seen(model, image, mask)}, None
+            cond, known = cond | {"known": inpainting_condition(model, image, mask)}, None
         else:
-            known = keep(x0, jnp.broadcast_to(_touched(mask, model.codec.factor), (*x0.shape[:3], 1)))
-        made = from_noise(model, x, cond, keys, plan, guidance, callback, known)
-    return mask * made + (1 - mask) * pixels(image)
+            known = keep(x0, jnp.broadcast_to(_overlapping_cells(mask, model.codec.factor), (*x0.shape[:3], 1)))
+        result = from_noise(model, x, cond, keys, plan, guidance, callback, known)
+    return mask * result + (1 - mask) * pixels(image)
 
 
-def seen(
+def inpainting_condition(
     model: DiffusionModel, image: Images, mask: Float[Array, "#batch height width 1"]
 ) -> Float[Array, "batch h w c"]:
     """The condition (B, h, w, 1 + channels) of an inpainting model: the mask, sampled at the corner of each cell, and
     the latent of the image with grey instead of its masked pixels.
     """
-    new, factor = mask > 0.5, model.codec.factor
-    latent = encode(model, jnp.where(new, 0.0, pixels(image)))
-    cells = jnp.broadcast_to(new[:, ::factor, ::factor], (*latent.shape[:3], 1))
+    masked, factor = mask > 0.5, model.codec.factor
+    latent = encode(model, jnp.where(masked, 0.0, pixels(image)))
+    cells = jnp.broadcast_to(masked[:, ::factor, ::factor], (*latent.shape[:3], 1))
     return jnp.concatenate([cells.astype(latent.dtype), latent], axis=-1)
 
 
-def _touched(mask: Float[Array, "batch height width 1"], factor: int) -> Float[Array, "batch h w 1"]:
+def _overlapping_cells(mask: Float[Array, "batch height width 1"], factor: int) -> Float[Array, "batch h w 1"]:
     """1 for each cell of factor x factor pixels that overlaps the mask, else 0."""
     batch, height, width, _ = mask.shape
     cells = mask.reshape(batch, height // factor, factor, width // factor, factor)

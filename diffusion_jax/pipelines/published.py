@@ -1,4 +1,4 @@
-"""Convert published pipelines to models of this library, as the cards of their families say."""
+"""Convert published pipelines to models of this library, by the cards of their families."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from diffusion_jax.interop.prompts import emphasise
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, network_of, none_held_back
 from diffusion_jax.models.text.encoder import tokenize
-from diffusion_jax.pipelines.generate import noise, told_scale
+from diffusion_jax.pipelines.generate import noise, with_guidance_scale
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
@@ -33,9 +33,9 @@ def from_published(
 ) -> DiffusionModel:
     """The published model as one value.
 
-    Conditions are {"text": (B, L, D)} and what else `family.prompt` adds. Prompts may have weights and any length
-    (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or zeros if the
-    family says so.
+    Conditions are {"text": (B, L, D)} and the leaves that `family.prompt` adds. Prompts may have weights and any length
+    (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or zeros in
+    families that use zeros.
     size: height and width of the images in pixels, the model's own by default. 0 means the model's own side.
     dtype: compute type of the networks.
     tile: see `codec.autoencoder_kl`.
@@ -90,9 +90,9 @@ def _check(published: PublishedPipeline) -> None:
             f"expected a tokenizer for each of {len(published.text_encoders)} text encoders, got "
             f"{len(published.tokenizers)}; name a folder that has them as `tokenizers` of load_pipeline"
         )
-    wrong = family.fits(published.denoiser.module, published.autoencoder.module)
-    if wrong:
-        raise ValueError(wrong)
+    mismatch = family.fits(published.denoiser.module, published.autoencoder.module)
+    if mismatch:
+        raise ValueError(mismatch)
 
 
 def generator(
@@ -100,9 +100,9 @@ def generator(
 ) -> tuple[Callable[..., Array], PyTree]:
     """Token ids to pixels as one compiled function: (run, weights), for compiling ahead and for throughput.
 
-    run(weights, ids, weights_of_tokens, keys, rows, scale) -> images (B, height, width, 3) in about [-1, 1].
+    run(weights, ids, token_weights, keys, rows, scale) -> images (B, height, width, 3) in about [-1, 1].
     ids: for each text encoder (2B, chunks, L), the prompts, then as many negative prompts, from `family.prompt.tokens`.
-    weights_of_tokens: (2B, chunks, L), likewise.
+    token_weights: (2B, chunks, L), likewise.
     keys: (B,).
     rows: `sampling.rows(plan, at_least)`. Plans of up to at_least rows, other scales and prompts use the same program.
     scale: of guidance, () or (B,).
@@ -116,12 +116,12 @@ def generator(
         "codec": model.codec.params,
     }
 
-    def run(weights: PyTree, ids: list, of_tokens: Array, keys: Array, rows: sampling.Rows, scale: Array) -> Array:
-        both = embed(weights["texts"], ids, of_tokens)
+    def run(weights: PyTree, ids: list, token_weights: Array, keys: Array, rows: sampling.Rows, scale: Array) -> Array:
+        all_conds = embed(weights["texts"], ids, token_weights)
         cond, negative = (
-            {name: leaf[half] for name, leaf in both.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
+            {name: leaf[half] for name, leaf in all_conds.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
         )
-        cond, guidance = told_scale(model, cond, Guidance(scale, negative))
+        cond, guidance = with_guidance_scale(model, cond, Guidance(scale, negative))
         denoise = guided(model.denoiser(weights["denoiser"]), guidance, model.conditioning.null)
         x = noise(model, keys, rows.plan.initial)
         return model.codec.decode(weights["codec"], sampling.run_rows(denoise, rows, x, keys, cond))
@@ -150,18 +150,20 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
     prompt, embed = published.family.prompt, jax.jit(_embedder(published, size, dtype))
     params = [part.params for part in published.text_encoders]
 
-    def in_batches(ids: Sequence[np.ndarray], weights: np.ndarray) -> PyTree:
-        parts = [np.s_[start : start + PROMPT_BATCH] for start in range(0, len(weights), PROMPT_BATCH)]
-        conds = [embed(params, [rows[part] for rows in ids], weights[part]) for part in parts]
+    def embed_in_batches(ids: Sequence[np.ndarray], weights: np.ndarray) -> PyTree:
+        batches = [np.s_[start : start + PROMPT_BATCH] for start in range(0, len(weights), PROMPT_BATCH)]
+        conds = [embed(params, [rows[batch] for rows in ids], weights[batch]) for batch in batches]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *conds)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
         ids, weights = zip(*(prompt.tokens(prompts, tokenizer) for tokenizer in published.tokenizers), strict=True)
-        return in_batches(ids, weights[0])
+        return embed_in_batches(ids, weights[0])
 
     def of_captions(captions: Sequence[str]) -> PyTree:
-        ids = [tokenize(captions, each, each.padding["length"])[0][:, None] for each in published.tokenizers]
-        return in_batches(ids, np.ones(ids[0].shape, np.float32))
+        ids = [
+            tokenize(captions, tokenizer, tokenizer.padding["length"])[0][:, None] for tokenizer in published.tokenizers
+        ]
+        return embed_in_batches(ids, np.ones(ids[0].shape, np.float32))
 
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))
     if prompt.null_is_zeros(published.index):

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines.generate import Guided, Watched, from_noise, noise
+from diffusion_jax.pipelines.generate import CallbackLike, GuidanceLike, from_noise, noise
 
 
 def text_to_image(
@@ -12,8 +12,8 @@ def text_to_image(
     cond: PyTree,
     keys: Key[Array, "batch"],
     plan: Plan,
-    guidance: Guided = 1.0,
-    callback: Watched = None,
+    guidance: GuidanceLike = 1.0,
+    callback: CallbackLike = None,
 ) -> Float[Array, "batch height width 3"]:
     """Images in about [-1, 1] for a batch of conditions. This host's devices share the batch if B is divisible by their
     number.

@@ -21,7 +21,7 @@ from diffusion_jax.core.process import add_noise
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import from_noise, image_to_image, inpaint, invert, mix, text_to_image, variations
-from diffusion_jax.pipelines.generate import Callback, Every, decode, encode, lengthened, noise
+from diffusion_jax.pipelines.generate import Callback, Every, decode, encode, noise, repeat_texts
 
 SIZES = 8  # sizes of images whose programs are kept
 PROMPTS = 256  # prompts whose conditions are kept
@@ -96,8 +96,8 @@ def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]
 
 def usable_tasks(model: DiffusionModel, solvers: Sequence[str]) -> tuple[str, ...]:
     """The tasks that this model can do with these solvers. One that only inpaints has no other task."""
-    others = ("morph", "noise", "style") if INVERTIBLE in solvers else ("morph", "noise")
-    return ("generate",) if model.network.known_channels else ("generate", *others)
+    other_tasks = ("morph", "noise", "style") if INVERTIBLE in solvers else ("morph", "noise")
+    return ("generate",) if model.network.known_channels else ("generate", *other_tasks)
 
 
 def _passes(check, name: str) -> bool:
@@ -153,7 +153,7 @@ class Artist:
         conds = conditioning.of_prompts([*prompts, negative_prompt] if negative_prompt else prompts)
         parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], conds) for i in range(len(prompts) + 1)]
         if not negative_prompt:
-            parts[-1] = jax.tree.map(lambda leaf: np.asarray(leaf)[None], lengthened(conditioning.null, parts[0]))
+            parts[-1] = jax.tree.map(lambda leaf: np.asarray(leaf)[None], repeat_texts(conditioning.null, parts[0]))
         return parts
 
     def conditions(self, picture: Picture) -> list[PyTree]:
@@ -192,24 +192,24 @@ class Artist:
             return _noised(model, images, keys, [picture.weight for picture in pictures])
         cond, *end, negative = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(self.conditions, pictures))
         scales = np.array([picture.guidance for picture in pictures], np.float32)
-        rest = (cond, keys, plan, guidance._replace(scale=scales, negative=negative), Every(1, callback))
+        arguments = (cond, keys, plan, guidance._replace(scale=scales, negative=negative), Every(1, callback))
         match shared:
             case Shared(task="style"):
                 source_conds = [self._source_condition(picture) for picture in pictures]
                 source_cond = jax.tree.map(lambda *leaves: np.concatenate(leaves), *source_conds)
-                return _restyled(model, images, source_cond, *rest[:-1], callback)
+                return _restyled(model, images, source_cond, *arguments[:-1], callback)
             case Shared(task="morph"):
                 weights = np.array([picture.weight for picture in pictures], np.float32)
-                others = _keys(picture.other_seed for picture in pictures)
-                x = variations(model, keys, others, plan, weights)
+                other_keys = _keys(picture.other_seed for picture in pictures)
+                x = variations(model, keys, other_keys, plan, weights)
                 cond = mix(cond, *end, weights) if end else cond
-                return from_noise(model, x, cond, *rest[1:])
+                return from_noise(model, x, cond, *arguments[1:])
             case Shared(mask=True):
                 masks = np.stack([picture.mask for picture in pictures])
-                return inpaint(model, images, masks, *rest)
+                return inpaint(model, images, masks, *arguments)
             case Shared(image=True):
-                return image_to_image(model, images, *rest)
-        return text_to_image(model, *rest)
+                return image_to_image(model, images, *arguments)
+        return text_to_image(model, *arguments)
 
 
 def _keys(seeds) -> Array:

@@ -23,7 +23,7 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import from_noise, text_to_image
-from diffusion_jax.pipelines.inpaint import seen
+from diffusion_jax.pipelines.inpaint import inpainting_condition
 from diffusion_jax.pipelines.published import from_published, generator, published_times, sampler
 from tests.interop import test_single_file
 
@@ -424,7 +424,7 @@ def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
     pipeline = from_published(load_pipeline(tmp_path / "theirs"))
     plan = solvers.ddim(load_pipeline(tmp_path / "theirs").schedule, 3, whole.scheduler.timesteps.double().numpy())
     cond = pipeline.conditioning.of_records({"caption": PROMPTS[:2]}) | {
-        "known": seen(pipeline, image, jnp.asarray(mask))
+        "known": inpainting_condition(pipeline, image, jnp.asarray(mask))
     }
     keys = jax.random.split(jax.random.key(0), 2)
     ours = from_noise(pipeline, jnp.asarray(noise.transpose(0, 2, 3, 1)), cond, keys, plan, 4.0)
