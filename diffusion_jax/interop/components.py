@@ -39,12 +39,12 @@ def _unet_inputs(unet: UNet) -> dict[str, Array]:
     return inputs
 
 
-def _run_unet(model, given) -> None:
+def _run_unet(model, inputs) -> None:
     import torch
 
-    added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
-    x = torch.cat([given[name] for name in ("x", "known") if name in given], dim=1)
-    model(x, given["t"], given["text"], class_labels=given.get("label"), added_cond_kwargs=added or None)
+    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+    x = torch.cat([inputs[name] for name in ("x", "known") if name in inputs], dim=1)
+    model(x, inputs["t"], inputs["text"], class_labels=inputs.get("label"), added_cond_kwargs=added or None)
 
 
 def _text_inputs(encoder: ClipTextEncoder) -> dict[str, Array]:
@@ -78,7 +78,7 @@ AUTOENCODER = Component(
     save=folders.save_autoencoder,
     depth=2,
     inputs=_autoencoder_inputs,
-    run=lambda model, given: model(given["x"]),
+    run=lambda model, inputs: model(inputs["x"]),
 )
 TEXT_ENCODER = Component(
     library="transformers",
@@ -89,6 +89,6 @@ TEXT_ENCODER = Component(
     save=encoders.save_text_encoder,
     depth=3,
     inputs=_text_inputs,
-    run=lambda model, given: model(given["ids"].long()),
+    run=lambda model, inputs: model(inputs["ids"].long()),
     qualified=encoders.qualified,
 )

@@ -58,13 +58,13 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncode
     name = next(iter(config.get("architectures") or [None]))
     if name not in MODULES:
         raise ValueError(f"{source}: expected the architecture of a text encoder, {', '.join(MODULES)}; got {name}")
-    known = {field.name for field in dataclasses.fields(MODULES[name])} - {"parent", "name", "dtype"}
+    known_fields = {field.name for field in dataclasses.fields(MODULES[name])} - {"parent", "name", "dtype"}
     if name == "CLIPTextModel":
-        known.remove("projection_dim")  # of the full CLIP model
+        known_fields.remove("projection_dim")  # of the full CLIP model
     if name == "CLIPModel":
         projection = {field: config[field] for field in ("projection_dim",) if field in config}
         config = config.get("text_config", {}) | projection
-    fields = DEFAULTS[name] | {field: config[field] for field in known & config.keys()}
+    fields = DEFAULTS[name] | {field: config[field] for field in known_fields & config.keys()}
     return module_and_shapes(MODULES[name], fields, source, lambda encoder: encoder.example_inputs())
 
 
@@ -73,8 +73,8 @@ def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5En
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if isinstance(encoder, T5Encoder):
         return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
-    others = ("vision_model.", "visual_projection.", "logit_scale")
-    return {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(others)}
+    other_prefixes = ("vision_model.", "visual_projection.", "logit_scale")
+    return {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
 
 
 def qualified(path: str) -> str:
@@ -96,7 +96,7 @@ def save_text_encoder(
 
 
 def class_name(encoder: ClipTextEncoder | T5Encoder) -> str:
-    """The class of such an encoder in transformers."""
+    """The name of the encoder's class in transformers."""
     if isinstance(encoder, T5Encoder):
         return "T5EncoderModel"
     return "CLIPTextModel" if encoder.projection_dim is None else "CLIPTextModelWithProjection"
@@ -126,13 +126,13 @@ def text_encoder(
     tokenizer = load_tokenizer(tokenizer_folder, length)
     length = tokenizer.padding["length"]
     if isinstance(module, T5Encoder):
-        read, apply = tokenize, module.apply
+        tokenize_prompts, apply = tokenize, module.apply
     else:
-        read, apply = _tokenize_whole, functools.partial(_clip_layer, module, layer)
+        tokenize_prompts, apply = _tokenize_with_full_mask, functools.partial(_clip_layer, module, layer)
     ids = jnp.zeros((1, length), jnp.int32)
     embedding = jax.eval_shape(apply, params, ids, ids == 0)
     return TextEncoder(
-        tokenize=functools.partial(read, tokenizer=tokenizer, length=length),
+        tokenize=functools.partial(tokenize_prompts, tokenizer=tokenizer, length=length),
         apply=apply,
         params=params,
         length=length,
@@ -141,7 +141,7 @@ def text_encoder(
     )
 
 
-def _tokenize_whole(prompts, tokenizer, length):
+def _tokenize_with_full_mask(prompts, tokenizer, length):
     ids, mask = tokenize(prompts, tokenizer, length)
     return ids, np.ones_like(mask)
 

@@ -33,7 +33,7 @@ class Component(NamedTuple):
     depth: how deep inside the network `verify` compares submodules.
     inputs: module -> random inputs of it by name, for `verify`. "x", "t" and "ids" are arguments of its `apply`, the
       others its condition.
-    run: (module of torch, the same inputs as tensors, channels first), calls it.
+    run: (torch module, the same inputs as tensors, channels first) -> None. Calls the module.
     qualified: path of a submodule there -> its path here.
     """
 
@@ -73,7 +73,7 @@ class SingleFile(NamedTuple):
     read: tensors -> the parts, or None for a file of another family. Raises KeyError, IndexError or ValueError for a
       file of the family with missing or misshapen tensors.
     scheduler: scheduler_config.json of the family.
-    ask: what to tell the user if such a file does not say what its network predicts; "" if `scheduler` does.
+    ask: advice in the error for a file that does not say what its network predicts; "" if `scheduler` says it.
     """
 
     read: Callable[[Tensors], dict[str, Description] | None]
@@ -84,7 +84,7 @@ class SingleFile(NamedTuple):
 class LoraNames(NamedTuple):
     """Names of the updated maps in files of LoRA.
 
-    prefixes: how names begin that join the path with underscores -> the part.
+    prefixes: beginning of the names that join the path with underscores -> the part.
     path: (part, path joined with underscores, module of the denoiser) -> the path in the layout of the folder.
     """
 
@@ -93,17 +93,17 @@ class LoraNames(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A card: all that the code for published models asks about a family.
+    """A card: everything that the code for published models needs to know about a family.
 
     name, licence, source: for people. source: paper or repository.
     recognises: (model_index.json, {part: config.json}) -> whether a folder is of this family.
     parts: folder of each network -> its kind. All of them are needed.
-    denoiser, autoencoder: which part is which.
+    denoiser, autoencoder: the names of these parts.
     tokenizers: folder of each text encoder -> folder of its tokenizer, in the order of the denoiser's condition.
     prompt: None for models that need more than a prompt; they can be loaded and saved, not sampled.
     index: module of the denoiser -> model_index.json without the parts.
     fits: (denoiser, autoencoder) -> what is wrong with them together, "" if nothing.
-    scheduler_changes: what diffusers sets in the scheduler_config.json of such a pipeline when it loads one.
+    scheduler_changes: fields of scheduler_config.json that diffusers overrides when it loads such a pipeline.
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
     single_file: None if there is no such layout.
     lora: names in files of low-rank updates.

@@ -16,8 +16,8 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
 
 WEIGHTS = "diffusion_pytorch_model"
-# fields for running a network
-OURS = {"parent", "name", "dtype", "remat", "attention_implementation", "time_smoothing"}
+# fields of our networks that say how to run them, not what they are
+RUNTIME_FIELDS = {"parent", "name", "dtype", "remat", "attention_implementation", "time_smoothing"}
 
 # Default values in diffusers of fields missing in config.json, where our defaults differ.
 DEFAULTS = {
@@ -103,9 +103,11 @@ def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, 
         raise ValueError(f"{source}: expected an AutoencoderKL, got {config.get('_class_name')}")
     levels = len(config.get("block_out_channels", (64,)))
     types = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-    for field, known in types.items():
-        if tuple(config.get(field, (known,) * levels)) != (known,) * levels:
-            raise ValueError(f"{source}: {field} must be {levels} times {known!r}, once for each of block_out_channels")
+    for field, block_type in types.items():
+        if tuple(config.get(field, (block_type,) * levels)) != (block_type,) * levels:
+            raise ValueError(
+                f"{source}: {field} must be {levels} times {block_type!r}, once for each of block_out_channels"
+            )
     config = {name: value for name, value in config.items() if name not in types}
     fields = _fields(AutoencoderKL, config, source)
     return module_and_shapes(AutoencoderKL, fields, source, lambda autoencoder: (autoencoder.example_image(),))
@@ -117,7 +119,7 @@ def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLik
 
 
 def unet_class(unet: UNet) -> str:
-    """The class of such a U-Net in diffusers."""
+    """The name of the U-Net's class in diffusers."""
     cross = any(BLOCK_TYPES[name] == "cross" for name in (*unet.down_block_types, *unet.up_block_types)) or (
         unet.mid_block_type == "UNetMidBlock2DCrossAttn"
     )
@@ -148,26 +150,26 @@ def module_and_shapes(module: type, fields: Mapping, source: str | Path, inputs:
     inputs: module -> arguments of its `init`.
     """
     try:
-        made = module(**fields)
-        return made, jax.eval_shape(made.init, jax.random.key(0), *inputs(made))
+        instance = module(**fields)
+        return instance, jax.eval_shape(instance.init, jax.random.key(0), *inputs(instance))
     except Exception as error:  # a config can be wrong in any way
         raise ValueError(f"{source}: no network can be built from it: {first_line(error)}") from None
 
 
 def _fields(module: type, config: Mapping, source: str | Path) -> dict:
     """Arguments of `module` from a diffusers config. Raises ValueError for options that the module does not support."""
-    known = {field.name for field in dataclasses.fields(module)} - OURS
+    fields = {field.name for field in dataclasses.fields(module)} - RUNTIME_FIELDS
     for name, value in config.items():
-        inert = name.startswith("_") or name in known | NO_EFFECT or value in (None, False, *FIXED.get(name, ()))
+        inert = name.startswith("_") or name in fields | NO_EFFECT or value in (None, False, *FIXED.get(name, ()))
         if not inert:
             raise ValueError(f"{source}: {name}={value!r} is not supported")
-    values = DEFAULTS[config["_class_name"]] | {name: value for name, value in config.items() if name in known}
+    values = DEFAULTS[config["_class_name"]] | {name: value for name, value in config.items() if name in fields}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _save(class_name, module, extra, variables, folder, dtype):
     folder = Path(folder)
-    names = {field.name for field in dataclasses.fields(module)} - OURS - FOREIGN[class_name]
+    names = {field.name for field in dataclasses.fields(module)} - RUNTIME_FIELDS - FOREIGN[class_name]
     fields = {name: getattr(module, name) for name in sorted(names)}
     if not fields.get("target_embedding"):
         fields.pop("target_embedding", None)  # unknown to diffusers

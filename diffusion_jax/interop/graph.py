@@ -30,14 +30,14 @@ def graph_message() -> type[message.Message]:
     """The class of a graph, with the fields of `LAYOUT`."""
     file = descriptor_pb2.FileDescriptorProto(name="graph.proto", package="graph", syntax="proto3")
     for name, fields in LAYOUT.items():
-        made = file.message_type.add(name=name)
+        message_proto = file.message_type.add(name=name)
         for field, (number, kind, repeated) in fields.items():
             label = Field.LABEL_REPEATED if repeated else Field.LABEL_OPTIONAL
-            one = made.field.add(name=field, number=number, label=label)
+            field_proto = message_proto.field.add(name=field, number=number, label=label)
             if isinstance(kind, str):
-                one.type, one.type_name = Field.TYPE_MESSAGE, f".graph.{kind}"
+                field_proto.type, field_proto.type_name = Field.TYPE_MESSAGE, f".graph.{kind}"
             else:
-                one.type = kind
+                field_proto.type = kind
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("graph.Graph"))
@@ -60,11 +60,11 @@ def read_constants(path: str | Path) -> dict[str, np.ndarray]:
     return {name: _array(tensor, f"{path}, {name}") for name, tensor in tensors.items()}
 
 
-def _array(tensor: message.Message, what: str) -> np.ndarray:
+def _array(tensor: message.Message, source: str) -> np.ndarray:
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     values = np.frombuffer(tensor.tensor_content, "<f4") if tensor.tensor_content else np.float32(tensor.float_val)
     if values.size == 1:  # one value stands for all
         return np.full(shape, values.reshape(-1)[0])
     if values.size != np.prod(shape):
-        raise ValueError(f"{what} has {values.size} numbers for a shape of {shape}")
+        raise ValueError(f"{source} has {values.size} numbers for a shape of {shape}")
     return values.reshape(shape)

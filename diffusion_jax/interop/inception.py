@@ -20,7 +20,7 @@ STEM = {
     "conv_3": "Conv2d_3b_1x1",
     "conv_4": "Conv2d_4a_3x3",
 }
-TOWERS = {  # kind of block -> the branches that its towers are; "" is the convolution outside of them
+TOWERS = {  # kind of block -> tower in TensorFlow -> branch in torch-fidelity; "" is the convolution outside of towers
     "5": {"": "branch1x1", "tower": "branch5x5", "tower_1": "branch3x3dbl", "tower_2": "branch_pool"},
     "6a": {"": "branch3x3", "tower": "branch3x3dbl"},
     "6": {"": "branch1x1", "tower": "branch7x7", "tower_1": "branch7x7dbl", "tower_2": "branch_pool"},
@@ -37,7 +37,7 @@ def load_inception(path: str | Path, allow_pickle: bool = False) -> dict:
     allow_pickle: read a .pth file, of which only tensors are read.
     Raises FileNotFoundError, and ValueError for a file of another network.
     """
-    tensors = _of_graph(path) if Path(path).suffix == ".pb" else read_file(path, allow_pickle)
+    tensors = _graph_tensors(path) if Path(path).suffix == ".pb" else read_file(path, allow_pickle)
     names = sorted(name.removesuffix(".conv.weight") for name in tensors if name.endswith(".conv.weight"))
     if len(names) != 94 or "fc.weight" not in tensors:
         raise ValueError(
@@ -48,7 +48,7 @@ def load_inception(path: str | Path, allow_pickle: bool = False) -> dict:
     return params | {"fc": {"kernel": np.asarray(tensors["fc.weight"], np.float32).T}}
 
 
-def _of_graph(path: str | Path) -> dict[str, np.ndarray]:
+def _graph_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """The constants of the TensorFlow graph, with names and axes as in the file of torch-fidelity."""
     parts = {"beta": "bias", "gamma": "weight", "moving_mean": "running_mean", "moving_variance": "running_var"}
     tensors = {}
@@ -84,7 +84,7 @@ def _module(place: str) -> str:
 def _folded(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     """The convolution with the batch normalization that follows it."""
     scale, shift, mean, variance = (
-        np.asarray(tensors[f"{name}.bn.{of}"], np.float64) for of in ("weight", "bias", "running_mean", "running_var")
+        np.asarray(tensors[f"{name}.bn.{key}"], np.float64) for key in ("weight", "bias", "running_mean", "running_var")
     )
     scale = scale / np.sqrt(variance + EPS)
     kernel = np.asarray(tensors[f"{name}.conv.weight"], np.float64).transpose(2, 3, 1, 0) * scale

@@ -29,8 +29,8 @@ from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.tensors import read_file, read_metadata, write_file
 from diffusion_jax.messages import first_line
 
-OWN = "unet"  # the part that is updated in files of own models
-# All suffixes of the name of a map, and their meaning.
+DENOISER = "unet"  # its name in files for models trained with this library
+# Suffixes of tensor names, and which part of an update they mean.
 ROLES = {
     ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora.down.weight": "down", "_lora.down.weight": "down",
     ".lora_linear_layer.down.weight": "down",
@@ -51,11 +51,11 @@ class Update(NamedTuple):
 def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> dict[str, dict[str, Update]]:
     """The updates of a .safetensors file by part, such as "unet" and "text_encoder", and map.
 
-    A map is named by its path joined with underscores, because every file's names can be converted to that.
-    pipeline: whose family knows the names in the file. None for a file of an own model.
+    A map is named by its path joined with underscores, because the names in every file can be converted to that.
+    pipeline: its family says how names in the file are read. None for a model trained with this library.
     Raises ValueError for tensors that are not part of a LoRA and for incomplete updates.
     """
-    found: dict[tuple[str, str], dict] = {}
+    tensors_by_target: dict[tuple[str, str], dict] = {}
     tensors = read_file(path)
     alphas = _alphas(path)
     for name, tensor in tensors.items():
@@ -65,9 +65,9 @@ def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> di
                 f"{path}: {name} is not a tensor of a LoRA; expected names that end in one of {', '.join(ROLES)}"
             )
         place = _place(name.removesuffix(suffix), pipeline)
-        found.setdefault(place, {})[ROLES[suffix]] = tensor
+        tensors_by_target.setdefault(place, {})[ROLES[suffix]] = tensor
     parts: dict[str, dict[str, Update]] = {}
-    for (part, target), tensors in found.items():
+    for (part, target), tensors in tensors_by_target.items():
         down, up = (tensors.get(half, np.zeros(())) for half in ("down", "up"))
         if min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1] or len(down) == 0:
             raise ValueError(f"{path}: {part} {target} needs both halves of an update, of one rank")
@@ -76,7 +76,9 @@ def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> di
     return parts
 
 
-def save_lora(path: str | Path, updates: PyTree, scale: float, dtype: DTypeLike = np.float32, part: str = OWN) -> None:
+def save_lora(
+    path: str | Path, updates: PyTree, scale: float, dtype: DTypeLike = np.float32, part: str = DENOISER
+) -> None:
     """Write updates of a denoiser, as `models.lora` trains them, to a .safetensors file in the layout of peft.
 
     scale: alpha / rank. `up` is multiplied by it, so that readers see an alpha equal to the rank.
@@ -115,14 +117,14 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
 
     source: the file, for messages.
     """
-    left = dict(updates)
+    remaining = dict(updates)
 
     def merged(keys, leaf):
         path = tuple(key.key for key in keys[1:])
         target = torch_name(path).removesuffix(".weight").replace(".", "_")
-        if path[-1] != "kernel" or target not in left:
+        if path[-1] != "kernel" or target not in remaining:
             return leaf
-        change = _product(left.pop(target))
+        change = _product(remaining.pop(target))
         if math.prod(change.shape[2:]) == 1:  # a linear map may be stored as a 1x1 convolution, and vice versa
             change = change.reshape(*change.shape[:2], *(1,) * (leaf.ndim - 2))
         if change.ndim == leaf.ndim:
@@ -132,8 +134,10 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
         return (leaf.astype(jnp.float32) + scale * change).astype(leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(merged, params)
-    if left:
-        raise ValueError(f"{source}: {len(left)} updates of maps that the network does not have, such as {min(left)}")
+    if remaining:
+        raise ValueError(
+            f"{source}: {len(remaining)} updates of maps that the network does not have, such as {min(remaining)}"
+        )
     return params
 
 
@@ -148,15 +152,15 @@ def _alphas(path):
 def _place(name, pipeline):
     """(part, path joined with underscores) of the map `name` in a file."""
     if pipeline is None:
-        return OWN, name.removeprefix(f"{OWN}.").replace(".", "_")
+        return DENOISER, name.removeprefix(f"{DENOISER}.").replace(".", "_")
     family, prefixes = pipeline.family, pipeline.family.lora.prefixes
     joined = next((prefix for prefix in prefixes if name.startswith(f"{prefix}_")), None)
     if joined:
         part = prefixes[joined]
         path = family.lora.path(part, name.removeprefix(f"{joined}_"), pipeline.denoiser.module)
     else:
-        head, _, rest = name.partition(".")
-        part, path = (head, rest) if head in {*prefixes.values(), *family.parts} else (family.denoiser, name)
+        head, _, tail = name.partition(".")
+        part, path = (head, tail) if head in {*prefixes.values(), *family.parts} else (family.denoiser, name)
         path = re.sub(r"base_model\.model\.|\.processor", "", path)
         path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files omit the index
         path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)

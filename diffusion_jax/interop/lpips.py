@@ -28,13 +28,13 @@ def load_lpips(net: str = "alex") -> dict:
 class ArrayUnpickler(pickle.Unpickler):
     """Reads numpy arrays in dicts and lists. Raises UnpicklingError for a pickle that contains anything else."""
 
-    known: ClassVar = {
+    allowed: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.known:
+        if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"expected only numpy arrays, the file contains {module}.{name}")
-        return self.known[module, name]
+        return self.allowed[module, name]

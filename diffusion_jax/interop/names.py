@@ -62,13 +62,13 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
         tensor = tensors[torch_name(path)]
         kernel = _kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
         # a copy: the tensor may be part of a mapped file, whose memory is then released
-        array = copied(kernel)
+        array = copy(kernel)
         release(tensor)
         return array
 
-    copied = parallel.copier()
+    copy = parallel.copier()
     with ThreadPoolExecutor(min(LOADERS, os.cpu_count() or 1)) as pool:
-        leaves = list(pool.map(lambda named: convert(*named), _leaves(like)))
+        leaves = list(pool.map(lambda path_and_leaf: convert(*path_and_leaf), _leaves(like)))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

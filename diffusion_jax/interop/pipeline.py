@@ -115,7 +115,7 @@ def load_pipeline(
     scheduler, index = _settings(path, family)
     if path.is_file() and prediction is None and family.single_file.ask:
         raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
-    schedule, predicted = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
+    schedule, default_prediction = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
     folders = [Path(tokenizers or path) / folder for name, folder in family.tokenizers.items() if name in networks]
     return PublishedPipeline(
         family=family,
@@ -125,7 +125,7 @@ def load_pipeline(
         },
         tokenizers=tuple(load_tokenizer(folder) for folder in folders if tokenizers or folder.is_dir()),
         schedule=schedule,
-        prediction=prediction or predicted,
+        prediction=prediction or default_prediction,
         scheduler=scheduler,
         index=index,
         safety_checker=_safety_checker(path, family, allow_pickle) if safety_checker else None,
@@ -151,9 +151,9 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
         name: value for name, value in fixed.items() if name != "_class_name"
     }
     for name, part in pipeline.parts.items():
-        kind = family.parts[name]
-        kind.save(*part, folder / name, dtype)
-        index[name] = [kind.library, kind.class_name(part.module)]
+        component = family.parts[name]
+        component.save(*part, folder / name, dtype)
+        index[name] = [component.library, component.class_name(part.module)]
     tokenizers = zip(family.tokenizers.values(), pipeline.tokenizers, strict=bool(pipeline.tokenizers))
     for name, tokenizer in tokenizers:
         _save_tokenizer(tokenizer, folder / name)
@@ -167,7 +167,7 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
 def family_of(path: str | Path, allow_pickle: bool = False) -> Family:
     """The family of a folder or file. Raises the errors of `load_pipeline`."""
     path = Path(path)
-    return read_single_file(path, allow_pickle)[0] if path.is_file() else _recognised(path)[0]
+    return read_single_file(path, allow_pickle)[0] if path.is_file() else _family_and_configs(path)[0]
 
 
 def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Network]]:
@@ -177,33 +177,33 @@ def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family,
         family, parts = read_single_file(path, allow_pickle)
         sources = dict.fromkeys(parts, str(path))
     else:
-        family, configs = _recognised(path)
+        family, configs = _family_and_configs(path)
         parts, sources = {}, {}
-        for name, kind in family.parts.items():
-            tensors, sources[name] = read_tensors(path / name, kind.weights, allow_pickle)
+        for name, component in family.parts.items():
+            tensors, sources[name] = read_tensors(path / name, component.weights, allow_pickle)
             parts[name] = Description(configs[name], tensors)
     networks = {}
     for name, (config, tensors) in parts.items():
-        kind = family.parts[name]
-        module, like = kind.build(config, sources[name])
-        networks[name] = Network(module, like, kind.tensors(tensors, module), sources[name])
+        component = family.parts[name]
+        module, like = component.build(config, sources[name])
+        networks[name] = Network(module, like, component.tensors(tensors, module), sources[name])
     return family, networks
 
 
-def _recognised(path: Path) -> tuple[Family, dict[str, dict]]:
+def _family_and_configs(path: Path) -> tuple[Family, dict[str, dict]]:
     """The family of a folder, and the config.json of each of its parts."""
     index = read_json(path / "model_index.json")
-    named = [name for name, entry in index.items() if _is_used(entry)]
-    configs = {name: read_json(file) for name in named if (file := path / name / "config.json").is_file()}
+    used = [name for name, entry in index.items() if _is_used(entry)]
+    configs = {name: read_json(file) for name in used if (file := path / name / "config.json").is_file()}
     family = next((family for family in families.FAMILIES if family.recognises(index, configs)), None)
     if family is None:
-        known = ", ".join(family.name for family in families.FAMILIES)
+        names = ", ".join(family.name for family in families.FAMILIES)
         raise ValueError(
-            f"{path / 'model_index.json'}: expected a pipeline of one of {known}; got {index.get('_class_name')} with "
-            f"{', '.join(named) or 'no parts'}"
+            f"{path / 'model_index.json'}: expected a pipeline of one of {names}; got {index.get('_class_name')} with "
+            f"{', '.join(used) or 'no parts'}"
         )
     for name in family.parts:
-        if name not in named:
+        if name not in used:
             expected = ", ".join(family.parts)
             raise ValueError(f"{path / 'model_index.json'}: {family.name} has the parts {expected}, got no {name}")
         if name not in configs:
@@ -237,11 +237,11 @@ def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, 
 
 
 def scheduler_config(config: Mapping, schedule: DiscreteSchedule, prediction: str) -> dict:
-    """`config`, the content of a scheduler_config.json, with a table of betas where it means another schedule."""
+    """The content of a scheduler_config.json: `config`, with a table of betas if its schedule is another one."""
     config = dict(config or {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False})
-    config["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[prediction]
-    known = {"beta_schedule", "trained_betas"} & config.keys()
-    if known and np.array_equal(schedule_of(config, "scheduler")[0].logsnr_table, schedule.logsnr_table):
+    config["prediction_type"] = {name: diffusers_name for diffusers_name, name in PREDICTIONS.items()}[prediction]
+    schedule_fields = {"beta_schedule", "trained_betas"} & config.keys()
+    if schedule_fields and np.array_equal(schedule_of(config, "scheduler")[0].logsnr_table, schedule.logsnr_table):
         return config
     alphas_bar = schedule.alphas_bar
     betas = 1 - alphas_bar / np.concatenate([[1.0], alphas_bar[:-1]])
@@ -253,7 +253,7 @@ def scheduler_config(config: Mapping, schedule: DiscreteSchedule, prediction: st
 
 
 def _settings(path, family):
-    """(scheduler_config.json, model_index.json without its parts); what is known of a single file."""
+    """(scheduler_config.json, model_index.json without its parts). For a single file, the settings of its family."""
     if path.is_file():
         return family.single_file.scheduler, {}
     index = read_json(path / "model_index.json")
@@ -267,7 +267,7 @@ def _is_used(entry):
 
 
 def _save_tokenizer(tokenizer, folder):
-    """tokenizer.json, and vocab.json with merges.txt for readers that know nothing else."""
+    """Write tokenizer.json, and vocab.json with merges.txt for readers that support only those."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))

@@ -1,5 +1,5 @@
-"""The safety checker of Stable Diffusion 1: it says which images must not be shown. It compares CLIP's features of an
-image with those of texts that its authors chose.
+"""The safety checker of Stable Diffusion 1 finds images that must not be shown. It compares CLIP's features of an image
+with those of fixed texts.
 
 Its folder is that of diffusers' `StableDiffusionSafetyChecker`: config.json beside model.safetensors.
 """
@@ -18,13 +18,13 @@ from diffusion_jax.interop.tensors import read_tensors
 from diffusion_jax.interop.vision import WEIGHTS, LoadedEncoder, load_image_encoder
 from diffusion_jax.models.vision.vision import ImageEncoder
 
-CARE = 0.01  # by which all thresholds fall for an image that needs special care
+CARE = 0.01  # all thresholds are lowered by this for an image that needs special care
 TABLES = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")
 
 
 class SafetyChecker(NamedTuple):
     """concepts, special: features (N, D) of texts, of length 1.
-    thresholds, special_thresholds: (N,) cosines above which an image shows what a text says.
+    thresholds, special_thresholds: (N,) cosines above which an image matches a text.
     """
 
     loaded: LoadedEncoder
@@ -38,10 +38,10 @@ class SafetyChecker(NamedTuple):
         encoder = self.loaded.encoder
         prepared = np.stack([_prepared(image, encoder.image_size) for image in images])
         features = _features(encoder, self.loaded.mean, self.loaded.deviation, self.loaded.params, prepared)
-        found = np.asarray(features, np.float64)
-        care = np.round(found @ self.special.T - self.special_thresholds, 3) > 0
-        least = self.thresholds - CARE * care.any(axis=1, keepdims=True)
-        return (np.round(found @ self.concepts.T - least, 3) > 0).any(axis=1)
+        vectors = np.asarray(features, np.float64)
+        needs_care = np.round(vectors @ self.special.T - self.special_thresholds, 3) > 0
+        thresholds = self.thresholds - CARE * needs_care.any(axis=1, keepdims=True)
+        return (np.round(vectors @ self.concepts.T - thresholds, 3) > 0).any(axis=1)
 
 
 def load_safety_checker(folder: str | Path, allow_pickle: bool = False) -> SafetyChecker:
@@ -81,5 +81,5 @@ def _features(
     images: UInt8[Array, "batch side side 3"],
 ) -> Float[Array, "batch features"]:
     """CLIP's features, of length 1."""
-    found = encoder.apply(params, (images / 255.0 - jnp.array(mean)) / jnp.array(deviation))
-    return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+    features = encoder.apply(params, (images / 255.0 - jnp.array(mean)) / jnp.array(deviation))
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

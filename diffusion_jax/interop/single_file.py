@@ -8,7 +8,7 @@ from diffusion_jax.interop.tensors import read_file
 
 
 def read_single_file(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Description]]:
-    """The family of a checkpoint, and its parts as far as the file has them.
+    """The family of a checkpoint, and those of its parts that the file has.
 
     Raises ValueError if no family knows the file, or if it lacks tensors, and the errors of `read_file`.
     """

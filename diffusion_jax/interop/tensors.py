@@ -141,8 +141,8 @@ def write_json(path: str | Path, content: Mapping) -> None:
 
 
 def _stored_dtype(tensor, dtype):
-    own = np.dtype(tensor.dtype)
-    return np.dtype(dtype) if dtype is not None and jnp.issubdtype(own, jnp.floating) else own
+    tensor_dtype = np.dtype(tensor.dtype)
+    return np.dtype(dtype) if dtype is not None and jnp.issubdtype(tensor_dtype, jnp.floating) else tensor_dtype
 
 
 def _read_header(path):
@@ -203,17 +203,17 @@ def _span(name, dtype, shape, data_offsets):
 
 
 def _read_shards(index, allow_pickle):
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: expected a weight_map from each tensor's name to its file")
     tensors = {}
-    for shard in sorted(set(places.values())):
+    for shard in sorted(set(weight_map.values())):
         if shard != Path(shard).name or "\\" in shard:
             raise ValueError(f"{index}: expected the names of files beside it, got {shard!r}")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index.parent / shard}: no such file, but {index.name} names it; download it too")
         tensors |= read_file(index.parent / shard, allow_pickle)
-    missing = sorted(places.keys() - tensors.keys())
+    missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{index} names {len(missing)} tensors that its shards lack, such as {missing[0]}")
     return tensors

@@ -45,11 +45,13 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
         raise ValueError(f"{folder}: expected the files of a CLIP or T5 tokenizer, but {reason}") from None
 
     if length is None:
-        known = settings.get("model_max_length", UNKNOWN_LENGTH)
-        length = known if known < UNKNOWN_LENGTH else default_length
-    marks = tokenizer.num_special_tokens_to_add(is_pair=False)
-    if length <= marks:
-        raise ValueError(f"length: expected more than {marks} tokens, the number of start and end tokens, got {length}")
+        model_max_length = settings.get("model_max_length", UNKNOWN_LENGTH)
+        length = model_max_length if model_max_length < UNKNOWN_LENGTH else default_length
+    num_special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if length <= num_special_tokens:
+        raise ValueError(
+            f"length: expected more than {num_special_tokens} tokens, the number of start and end tokens, got {length}"
+        )
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     return tokenizer
@@ -64,19 +66,19 @@ def _settings(folder):
 
 def _build(folder, settings):
     """(tokenizer with only the special tokens of its files, default roles, default length)."""
-    whole, vocab, merges, pieces = (
+    tokenizer_file, vocab, merges, pieces = (
         folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
     )
-    if whole.is_file():
-        tokenizer = Tokenizer.from_str(whole.read_text(encoding="utf-8"))
-        clip = isinstance(tokenizer.model, models.BPE)
+    if tokenizer_file.is_file():
+        tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
+        is_clip = isinstance(tokenizer.model, models.BPE)
     elif vocab.is_file() and merges.is_file():
-        tokenizer, clip = _clip(read_json(vocab), merges.read_text(encoding="utf-8"), settings), True
+        tokenizer, is_clip = _clip(read_json(vocab), merges.read_text(encoding="utf-8"), settings), True
     elif pieces.is_file():
-        tokenizer, clip = _t5(pieces.read_bytes(), settings), False
+        tokenizer, is_clip = _t5(pieces.read_bytes(), settings), False
     else:
         raise FileNotFoundError(f"{folder}: expected tokenizer.json, vocab.json with merges.txt, or spiece.model there")
-    return (tokenizer, CLIP_ROLES, 77) if clip else (tokenizer, T5_ROLES, 512)
+    return (tokenizer, CLIP_ROLES, 77) if is_clip else (tokenizer, T5_ROLES, 512)
 
 
 def _clip(vocab, merges, settings):
@@ -123,10 +125,10 @@ def _add_special_tokens(tokenizer, settings, roles):
     """Make the tokenizer recognise special tokens anywhere. Returns the padding token."""
     listed = sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
     tokenizer.add_special_tokens([_added(token) for _, token in listed])
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    chosen = [settings.get(role) or default for role, default in roles.items()]
-    tokenizer.add_special_tokens([_added(token) for token in chosen if _content(token) not in known])
-    return _content(chosen[-1])
+    known_tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    special_tokens = [settings.get(role) or default for role, default in roles.items()]
+    tokenizer.add_special_tokens([_added(token) for token in special_tokens if _content(token) not in known_tokens])
+    return _content(special_tokens[-1])
 
 
 def _added(token):

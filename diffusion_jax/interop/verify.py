@@ -21,7 +21,7 @@ from diffusion_jax.interop.family import Component
 from diffusion_jax.interop.names import differences, from_torch, torch_name
 from diffusion_jax.interop.pipeline import Network, read_networks
 
-PEER = ("torch", "diffusers", "transformers")
+PEER_PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def tensor_report(name: str, network: Network) -> list[str]:
@@ -30,17 +30,17 @@ def tensor_report(name: str, network: Network) -> list[str]:
     return [f"{name}: {kind} {tensor}" for kind, tensors in kinds for tensor in tensors]
 
 
-def block_report(kind: Component, network: Network, folder: Path) -> Iterator[tuple[str, float]]:
+def block_report(component: Component, network: Network, folder: Path) -> Iterator[tuple[str, float]]:
     """(block, largest relative difference from diffusers), in the order in which diffusers computes them.
 
     folder: of this network, for diffusers to read.
     """
-    inputs = kind.inputs(network.module)
+    inputs = component.inputs(network.module)
     variables = from_torch(network.tensors, network.source, network.like)
-    ours = _our_outputs(network.module, variables, inputs, kind.depth)
-    for block, theirs in _peer_outputs(kind, network, folder, inputs).items():
-        if block in ours:
-            yield block, float(np.abs(ours[block] - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+    outputs = _our_outputs(network.module, variables, inputs, component.depth)
+    for block, expected in _diffusers_outputs(component, network, folder, inputs).items():
+        if block in outputs:
+            yield block, float(np.abs(outputs[block] - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
 def main(arguments: list[str]) -> int:
@@ -54,55 +54,57 @@ def main(arguments: list[str]) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    compare = path.is_dir() and all(map(find_spec, PEER))
+    compare = path.is_dir() and all(map(find_spec, PEER_PACKAGES))
     for name, network in networks.items():
-        wrong = tensor_report(name, network)
-        fits = fits and not wrong
-        print("\n".join(wrong) or f"{name}: {len(network.tensors)} tensors, all as {network.source} should have them")
-        if compare and not wrong:
+        mismatches = tensor_report(name, network)
+        fits = fits and not mismatches
+        print(
+            "\n".join(mismatches) or f"{name}: {len(network.tensors)} tensors, all as {network.source} should have them"
+        )
+        if compare and not mismatches:
             for block, difference in block_report(family.parts[name], network, path / name):
                 print(f"{name}: {block:<40} {difference:.1e}")
     return 0 if fits else 1
 
 
 def _our_outputs(module, variables, inputs, depth):
-    """Outputs of the modules down to `depth`, by their names in diffusers. Images have channels first."""
+    """Outputs of our modules down to `depth`, by their names in diffusers. Images have channels first."""
 
     def run(variables, inputs):
-        kept = lambda block, _: 0 < len(block.path) <= depth  # noqa: E731
-        given = [inputs.pop(key) for key in ("x", "t", "ids") if key in inputs]
+        selected = lambda block, _: 0 < len(block.path) <= depth  # noqa: E731
+        arguments = [inputs.pop(key) for key in ("x", "t", "ids") if key in inputs]
         cond = [inputs] if inputs else []
-        return module.apply(variables, *given, *cond, capture_intermediates=kept, mutable=["intermediates"])[1]
+        return module.apply(variables, *arguments, *cond, capture_intermediates=selected, mutable=["intermediates"])[1]
 
-    found = {}
+    outputs = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(run)(variables, dict(inputs))["intermediates"]):
         block = tuple(key.key for key in path if hasattr(key, "key"))[:-1]
-        found.setdefault(torch_name((*block, "")).removesuffix("."), _channels_first(np.asarray(leaf)))
-    return found
+        outputs.setdefault(torch_name((*block, "")).removesuffix("."), _channels_first(np.asarray(leaf)))
+    return outputs
 
 
-def _peer_outputs(kind, network, folder, inputs):
+def _diffusers_outputs(component, network, folder, inputs):
     """Outputs of all modules in diffusers by name."""
     import torch
 
     variant = re.search(r"\.(fp16|bf16)\.", Path(network.source).name)
     options = {"variant": variant[1]} if variant else {}
-    of_peer = getattr(import_module(kind.library), kind.class_name(network.module))
-    model = of_peer.from_pretrained(folder, torch_dtype=torch.float32, **options).eval()
-    found = {}
+    model_class = getattr(import_module(component.library), component.class_name(network.module))
+    model = model_class.from_pretrained(folder, torch_dtype=torch.float32, **options).eval()
+    outputs = {}
 
-    def keep(block):
+    def recorder(block):
         def hook(module, arguments, out):
             out = out if isinstance(out, torch.Tensor) else out[0]
-            found[block] = out.float().numpy()
+            outputs[block] = out.float().numpy()
 
         return hook
 
     for block, module in model.named_modules():
-        module.register_forward_hook(keep(kind.qualified(block)))
+        module.register_forward_hook(recorder(component.qualified(block)))
     with torch.no_grad():
-        kind.run(model, {name: torch.tensor(_channels_first(np.asarray(value))) for name, value in inputs.items()})
-    return found
+        component.run(model, {name: torch.tensor(_channels_first(np.asarray(value))) for name, value in inputs.items()})
+    return outputs
 
 
 def _channels_first(array):

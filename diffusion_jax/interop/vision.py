@@ -16,17 +16,17 @@ from diffusion_jax.models.vision.vision import ImageEncoder
 WEIGHTS = "model"
 CLIP, DINO, SAFETY = "CLIPVisionModelWithProjection", "Dinov2Model", "StableDiffusionSafetyChecker"
 SIDE = 224  # pixels at which the features of DINOv2 are usually compared
-USUAL = {  # mean and deviation of pixels in [0, 1]
+USUAL_STATISTICS = {  # mean and deviation of pixels in [0, 1]
     "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "DINOv2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-OF_DINO = (  # its names -> those of CLIP, whose network it is
+DINO_NAMES = (  # pattern of a name in DINOv2 -> the name in CLIP; both have the same network
     (r"^embeddings\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^embeddings\.position_embeddings$", "vision_model.embeddings.position_embedding.weight"),
     (r"^embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
     (r"^encoder\.layer\.", "vision_model.encoder.layers."),
     (r"^layernorm", "vision_model.post_layernorm"),
-    (r"\.attention\.attention\.(query|key|value)", lambda found: f".self_attn.{found[1][0]}_proj"),
+    (r"\.attention\.attention\.(query|key|value)", lambda match: f".self_attn.{match[1][0]}_proj"),
     (r"\.attention\.output\.dense", ".self_attn.out_proj"),
     (r"\.norm([12])\.", r".layer_norm\1."),
 )
@@ -48,8 +48,8 @@ class LoadedEncoder(NamedTuple):
 
 
 def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> LoadedEncoder:
-    """The image encoder of a folder, with the mean and deviation of its preprocessor_config.json, or if there is none
-    with the usual ones.
+    """The image encoder of a folder, with the mean and deviation of its preprocessor_config.json, or the usual ones
+    without that file.
 
     folder: of a CLIP model with its projection (also in a whole CLIP model or a safety checker), or of DINOv2, which is
       set to images of 224 pixels.
@@ -66,8 +66,8 @@ def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> Loaded
     else:
         projection = {"projection_dim": config.get("projection_dim", 512)}
         config = config.get("vision_config", config)
-        known = {field: config[field] for field in ImageEncoder.__dataclass_fields__ if field in config}
-        fields = known | projection
+        clip_fields = {field: config[field] for field in ImageEncoder.__dataclass_fields__ if field in config}
+        fields = clip_fields | projection
         heads = ("vision_model.", "visual_projection.")
         tensors = {
             name.removeprefix("vision_model." if name.startswith("vision_model.vision_model.") else ""): tensor
@@ -77,16 +77,17 @@ def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> Loaded
     encoder, like = module_and_shapes(ImageEncoder, fields, source, lambda encoder: encoder.example_inputs())
     family = "DINOv2" if name == DINO else "CLIP"
     preprocessor = Path(folder) / "preprocessor_config.json"
-    given = read_json(preprocessor) if preprocessor.exists() else {}
+    preprocessing = read_json(preprocessor) if preprocessor.exists() else {}
     mean, deviation = (
-        tuple(given.get(field, usual)) for field, usual in zip(("image_mean", "image_std"), USUAL[family], strict=True)
+        tuple(preprocessing.get(field, usual))
+        for field, usual in zip(("image_mean", "image_std"), USUAL_STATISTICS[family], strict=True)
     )
     return LoadedEncoder(family, encoder, from_torch(tensors, file, like), mean, deviation, name == "CLIPModel")
 
 
 def _dino(config: Mapping, tensors: Mapping[str, np.ndarray], source: str | Path) -> tuple[dict, dict]:
-    """The fields and tensors of DINOv2 as those of CLIP's network: without the scales of its branches, which become
-    part of the linear map before, and with positions for the usual size.
+    """The fields and tensors of DINOv2, converted to CLIP's network. The scales of its branches are multiplied into the
+    linear map before them, and the positions are resized to the usual image size.
     """
     if config.get("use_swiglu_ffn") or not config.get("qkv_bias", True):
         raise ValueError(f"{source}: use_swiglu_ffn and qkv_bias=false are not supported")
@@ -105,40 +106,40 @@ def _dino(config: Mapping, tensors: Mapping[str, np.ndarray], source: str | Path
         "patch_bias": True,
     }
     scales = {name: tensor for name, tensor in tensors.items() if ".layer_scale" in name}
-    made = {}
+    renamed = {}
     for name, tensor in tensors.items():
         if name in scales or name == "embeddings.mask_token":
             continue
         scale = None
         for pattern, branch in ((r"(.*)\.attention\.output\.dense", 1), (r"(.*)\.mlp\.fc2", 2)):
-            if found := re.match(pattern, name):
-                scale = scales[f"{found[1]}.layer_scale{branch}.lambda1"]
+            if match := re.match(pattern, name):
+                scale = scales[f"{match[1]}.layer_scale{branch}.lambda1"]
         tensor = tensor if scale is None else (tensor.T * scale).T
-        for pattern, theirs in OF_DINO:
-            name = re.sub(pattern, theirs, name)
-        made[name] = tensor
+        for pattern, replacement in DINO_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
     first, positions = "vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding.weight"
-    made[first] = made[first].reshape(-1)
-    made[positions] = _resized(np.asarray(made[positions][0], np.float32), SIDE // patch)
-    return fields, made
+    renamed[first] = renamed[first].reshape(-1)
+    renamed[positions] = _resized(np.asarray(renamed[positions][0], np.float32), SIDE // patch)
+    return fields, renamed
 
 
 def _resized(positions: np.ndarray, side: int) -> np.ndarray:
     """Positions (1 + n · n, D) of the class token and a square of patches for a square of side · side patches."""
-    old = round((len(positions) - 1) ** 0.5)
-    weights = _bicubic(old, side)
-    square = np.einsum("yh,xw,hwd->yxd", weights, weights, positions[1:].reshape(old, old, -1))
+    old_side = round((len(positions) - 1) ** 0.5)
+    weights = _bicubic(old_side, side)
+    square = np.einsum("yh,xw,hwd->yxd", weights, weights, positions[1:].reshape(old_side, old_side, -1))
     return np.concatenate([positions[:1], square.reshape(side * side, -1)]).astype(np.float32)
 
 
-def _bicubic(old: int, new: int) -> np.ndarray:
+def _bicubic(old_side: int, new_side: int) -> np.ndarray:
     """(new, old): weights of cubic convolution (Keys 1981) with a = -0.75, as torch interpolates."""
-    weights, a = np.zeros((new, old)), -0.75
-    for i in range(new):
-        place = (i + 0.5) * old / new - 0.5
+    weights, a = np.zeros((new_side, old_side)), -0.75
+    for i in range(new_side):
+        place = (i + 0.5) * old_side / new_side - 0.5
         for j in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
             apart = abs(place - j)
             near = (a + 2) * apart**3 - (a + 3) * apart**2 + 1
             far = a * (apart**3 - 5 * apart**2 + 8 * apart - 4)
-            weights[i, np.clip(j, 0, old - 1)] += near if apart <= 1 else far
+            weights[i, np.clip(j, 0, old_side - 1)] += near if apart <= 1 else far
     return weights

@@ -89,7 +89,7 @@ def test_it_takes_a_lora(pipeline, tmp_path):
 
 
 def test_it_is_verified(pipeline, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "PEER", ("a package that is not there",))
+    monkeypatch.setattr(verify, "PEER_PACKAGES", ("a package that is not there",))
     save_pipeline(pipeline, tmp_path)
     assert verify.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.count(", all as ") == 3

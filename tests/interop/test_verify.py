@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_wrong_tensor_is_named(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "PEER", ("a package that is not there",))
+    monkeypatch.setattr(verify, "PEER_PACKAGES", ("a package that is not there",))
     assert verify.main([str(folder)]) == 0
     assert capsys.readouterr().out.count(", all as ") == 3
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -40,7 +40,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
 
 
 def test_every_block_agrees_with_the_peer(folder, capsys, monkeypatch):
-    for package in verify.PEER:
+    for package in verify.PEER_PACKAGES:
         pytest.importorskip(package)
     assert verify.main([str(folder)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if ", all as " not in line]

@@ -78,15 +78,15 @@ class Layout(NamedTuple):
     matches: config.json of the U-Net -> whether it is of this family.
     sample_size: of the U-Net, latents on a side.
     scaling_factor: of the autoencoder.
-    encoders: part -> prefix of its tensors, and how they are read.
-    whole: whether a file without one of the encoders is of another family.
+    encoders: part -> (prefix of its tensors, tensors -> Description).
+    needs_all_encoders: whether a file that lacks one of the encoders is of another family.
     """
 
     matches: Callable[[Config], bool]
     sample_size: int
     scaling_factor: float
     encoders: Mapping[str, tuple[str, Callable[[Tensors], Description]]]
-    whole: bool = False
+    needs_all_encoders: bool = False
 
     def read(self, tensors: Tensors) -> dict[str, Description] | None:
         """The parts of a file, None if it is of another family. Tensors that no part has (averaged copies, tables of
@@ -95,12 +95,16 @@ class Layout(NamedTuple):
         unet = _under(tensors, "model.diffusion_model.")
         if "input_blocks.0.0.weight" not in unet:
             return None
-        texts = {part: (_under(tensors, prefix), read) for part, (prefix, read) in self.encoders.items()}
+        texts = {part: (_under(tensors, prefix), describe) for part, (prefix, describe) in self.encoders.items()}
         parts = {"unet": _unet(unet, self.sample_size)}
-        if not self.matches(parts["unet"].config) or (self.whole and not all(texts[part][0] for part in texts)):
+        if not self.matches(parts["unet"].config) or (
+            self.needs_all_encoders and not all(texts[part][0] for part in texts)
+        ):
             return None
         parts["vae"] = _autoencoder(_under(tensors, "first_stage_model."), 8 * self.sample_size, self.scaling_factor)
-        return parts | {part: read(own) for part, (own, read) in texts.items() if own}
+        return parts | {
+            part: describe(encoder_tensors) for part, (encoder_tensors, describe) in texts.items() if encoder_tensors
+        }
 
 
 def fits(unet: UNet, autoencoder: AutoencoderKL) -> str:
@@ -111,17 +115,17 @@ def fits(unet: UNet, autoencoder: AutoencoderKL) -> str:
     return "expected a U-Net whose input is the noisy latents, or for inpainting also a mask and the known latents"
 
 
-def index_of(name: str, checked: bool) -> Callable[[UNet], dict]:
+def index_of(name: str, has_safety_checker: bool) -> Callable[[UNet], dict]:
     """module of the U-Net -> model_index.json without its parts.
 
-    name: of the pipeline's class in diffusers, without its end.
-    checked: whether the pipeline may have a safety checker.
+    name: beginning of the name of the pipeline's class in diffusers, such as "StableDiffusion".
+    has_safety_checker: whether the class of the pipeline supports a safety checker.
     """
-    without = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    no_checker = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 
     def index(unet: UNet) -> dict:
         kind = "Inpaint" if unet.known_channels else ""
-        return {"_class_name": f"{name}{kind}Pipeline"} | (without if checked else {})
+        return {"_class_name": f"{name}{kind}Pipeline"} | (no_checker if has_safety_checker else {})
 
     return index
 
@@ -140,10 +144,10 @@ def unet_name(name: str, layers: int) -> str:
         return name
     side, number, kind, resampling = match.groups()
     block, layer = divmod(int(number) - (side == "input"), layers + 1)
-    where = f"{'down' if side == 'input' else 'up'}_blocks.{block}"
+    prefix = f"{'down' if side == 'input' else 'up'}_blocks.{block}"
     if resampling:
-        return f"{where}.{'down' if side == 'input' else 'up'}samplers.0.conv{name[match.end() :]}"
-    return f"{where}.{('resnets', 'attentions')[int(kind)]}.{layer}.{name[match.end() :]}"
+        return f"{prefix}.{'down' if side == 'input' else 'up'}samplers.0.conv{name[match.end() :]}"
+    return f"{prefix}.{('resnets', 'attentions')[int(kind)]}.{layer}.{name[match.end() :]}"
 
 
 def _unet(tensors, sample_size):
@@ -224,20 +228,20 @@ def open_clip(tensors: Tensors, skip: int = 0, projection: bool = True) -> Descr
     skip: last layers to drop, which the denoiser does not use.
     projection: keep that of the pooled text.
     """
-    count, named = _count(tensors, "transformer.resblocks."), {}
+    count, renamed = _count(tensors, "transformer.resblocks."), {}
     skipped = tuple(f"transformer.resblocks.{count - 1 - i}." for i in range(skip))
     for name, tensor in tensors.items():
         if name.startswith(skipped) or (name == "text_projection" and not projection):
             continue
-        new = _rename(name, OPEN_CLIP)
-        if ".in_proj_" in new:  # q, k and v in one tensor
-            head, leaf = new.split("in_proj_")
-            named |= {
-                f"{head}{which}_proj.{leaf}": third for which, third in zip("qkv", np.split(tensor, 3), strict=True)
+        new_name = _rename(name, OPEN_CLIP)
+        if ".in_proj_" in new_name:  # q, k and v in one tensor
+            head, leaf = new_name.split("in_proj_")
+            renamed |= {
+                f"{head}{letter}_proj.{leaf}": third for letter, third in zip("qkv", np.split(tensor, 3), strict=True)
             }
         else:
-            named[new] = tensor.T if name == "text_projection" else tensor
-    return Description(_text_config(named, "gelu", "CLIPTextModel" + "WithProjection" * projection), named)
+            renamed[new_name] = tensor.T if name == "text_projection" else tensor
+    return Description(_text_config(renamed, "gelu", "CLIPTextModel" + "WithProjection" * projection), renamed)
 
 
 def _text_config(tensors, activation, name):
@@ -261,13 +265,13 @@ def _text_config(tensors, activation, name):
 
 def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
     """The tensors with this prefix, under their names without it."""
-    named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
-    return {name: tensor for name, tensor in named if not INERT.search(name)}
+    unprefixed = ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
+    return {name: tensor for name, tensor in unprefixed if not INERT.search(name)}
 
 
 def _rename(name, rules):
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
     return name
 
 

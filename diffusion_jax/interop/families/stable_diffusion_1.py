@@ -22,7 +22,7 @@ FAMILY = Family(
     autoencoder="vae",
     tokenizers={"text_encoder": "tokenizer"},
     prompt=Prompt(text=lambda output: output.last_hidden_state),
-    index=latent_diffusion.index_of("StableDiffusion", checked=True),
+    index=latent_diffusion.index_of("StableDiffusion", has_safety_checker=True),
     fits=latent_diffusion.fits,
     scheduler_changes={"clip_sample": False, "steps_offset": 1},
     safety_checker=load_safety_checker,

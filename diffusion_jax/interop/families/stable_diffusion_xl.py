@@ -47,7 +47,7 @@ FAMILY = Family(
         sized=True,
         null_is_zeros=lambda index: index.get("force_zeros_for_empty_prompt", True),
     ),
-    index=latent_diffusion.index_of("StableDiffusionXL", checked=False),
+    index=latent_diffusion.index_of("StableDiffusionXL", has_safety_checker=False),
     fits=latent_diffusion.fits,
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}),
     lora=latent_diffusion.LORA,
@@ -59,7 +59,9 @@ REFINER = FAMILY._replace(
     tokenizers={"text_encoder_2": "tokenizer_2"},
     prompt=None,  # its denoiser also wants an aesthetic score
     single_file=SingleFile(
-        LAYOUT._replace(encoders={"text_encoder_2": ("conditioner.embedders.0.model.", open_clip)}, whole=True).read,
+        LAYOUT._replace(
+            encoders={"text_encoder_2": ("conditioner.embedders.0.model.", open_clip)}, needs_all_encoders=True
+        ).read,
         latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"},
     ),
 )
