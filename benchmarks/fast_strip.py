@@ -27,7 +27,7 @@ def main() -> None:
         config = latent_cfg.get_config(preset)
         config.sample.update(steps=steps, batch_size=len(prompts))
         model, seeds = load_model(config.weights), range(len(prompts))
-        images += sample.drawn(config, model, prompts, seeds, config.sample.guidance)
+        images += sample.generate_pictures(config, model, prompts, seeds, config.sample.guidance)
         captions += [caption] * len(prompts)
     pictures.save(quick.picture("fast.png", small), pictures.grid(images, len(prompts), captions), {})
 

@@ -146,7 +146,7 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
         folder.mkdir(parents=True, exist_ok=True)
 
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[np.ndarray]:
-            return sample.drawn(config, model, prompts, seeds, scale)
+            return sample.generate_pictures(config, model, prompts, seeds, scale)
 
         def show(kind: str, captions: Sequence[str], images: Sequence[np.ndarray]) -> None:
             sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])

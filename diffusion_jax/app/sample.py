@@ -19,7 +19,7 @@ from diffusion_jax.core.guidance import Guidance
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
-from diffusion_jax.evaluation.batches import shared
+from diffusion_jax.evaluation.batches import map_over_hosts
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
@@ -164,11 +164,11 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
                 yield Generated(request.prompts[prompt], seed, np.zeros_like(image) if held_back else image)
 
 
-def drawn(
+def generate_pictures(
     config: ConfigDict, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], scale: float
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """A picture of each prompt by its seed, by the solver of config.sample, for measurements: on several hosts each
-    generates a share and gets all. Its memory does not depend on the number of pictures.
+    """Generate a picture for each prompt and seed by the solver of config.sample, for measurements. Each of several
+    hosts generates a share and gets all pictures. The memory does not depend on the number of pictures.
 
     scale: of guidance.
     """
@@ -182,7 +182,7 @@ def drawn(
         )
         return (result.image for result in generate(sample_request, model, size))
 
-    images = shared(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
+    images = map_over_hosts(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
     return iter(tqdm(images, desc="sampling", total=len(prompts), unit="picture"))
 
 
@@ -190,13 +190,13 @@ def _images(
     request: Request, model: DiffusionModel, cond: PyTree, keys: Key[Array, "batch"], callback: Callback
 ) -> jax.Array:
     """Generate one batch with the pipeline that the request needs."""
-    rest = (cond, keys, request.plan, request.guidance, callback)
+    arguments = (cond, keys, request.plan, request.guidance, callback)
     if request.image is None:
-        return text_to_image(model, *rest)
+        return text_to_image(model, *arguments)
     image = np.repeat(request.image[None], len(keys), axis=0)
     if request.mask is None:
-        return image_to_image(model, image, *rest)
-    return inpaint(model, image, request.mask[None], *rest)
+        return image_to_image(model, image, *arguments)
+    return inpaint(model, image, request.mask[None], *arguments)
 
 
 def sheet(config: ConfigDict, generated: Sequence[Generated]) -> np.ndarray:

@@ -29,7 +29,7 @@ def mapped(function: Callable[..., PyTree], *columns: Sequence[np.ndarray] | np.
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
-def shared(
+def map_over_hosts(
     work: Callable[[list], Iterable[np.ndarray]], items: Sequence, chunk: int, batch: int = 1
 ) -> Iterator[np.ndarray]:
     """Yield the output of `work` for each item, in order. Each of several hosts works on a share and gets all results.

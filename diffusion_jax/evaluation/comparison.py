@@ -33,9 +33,9 @@ from diffusion_jax.evaluation.distances import (
 from diffusion_jax.evaluation.summary import summary
 
 GROUPS = 10  # of pictures, for standard errors
-LEAST = 2 * GROUPS  # pictures in a set
+MIN_PICTURES = 2 * GROUPS  # in each set
 STATISTICS = ("mu", "sigma", "network", "count", "features", "indices")  # arrays of a file
-KEPT = 10_000  # pictures whose features are kept
+MAX_FEATURES = 10_000  # of pictures, kept in memory
 CHOICES = 100  # prompts of which one fits a picture
 NUM_NEIGHBOURS = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}  # neighbours that give a ball its radius
 
@@ -59,15 +59,15 @@ class Collected:
         return np.concatenate(self._features)
 
     def add(self, outputs: dict[str, Float[np.ndarray, "pictures _"]]) -> None:
-        """Add a batch of pictures. outputs: as `FeatureNetwork.of` returns. Raises ValueError for features
+        """Add a batch of pictures. outputs: as `FeatureNetwork.extract` returns. Raises ValueError for features
         that are not finite."""
         check_finite(outputs["features"])
         groups = (self.count + np.arange(len(outputs["features"]))) % GROUPS
         _add(self.moments, moments, outputs["features"], groups)
         if "logits" in outputs:
             _add(self.guesses, guesses, outputs["logits"], groups)
-        if self.count < KEPT:
-            self._features.append(np.array(outputs["features"][: KEPT - self.count], np.float32))
+        if self.count < MAX_FEATURES:
+            self._features.append(np.array(outputs["features"][: MAX_FEATURES - self.count], np.float32))
         self.count += len(groups)
 
 
@@ -168,8 +168,10 @@ def compare(sets: dict[str, Collected], real: Reference) -> dict:
     Raises ValueError for fewer than 20 pictures.
     """
     for name, pictures in sets.items():
-        if pictures.count < LEAST:
-            raise ValueError(f"distances need at least {LEAST} pictures in each set, got {pictures.count} of {name}")
+        if pictures.count < MIN_PICTURES:
+            raise ValueError(
+                f"distances need at least {MIN_PICTURES} pictures in each set, got {pictures.count} of {name}"
+            )
     report = {"frechet": {name: _frechet(pictures, real) for name, pictures in sets.items()}}
     if len(real.features):
         report["kernel"] = {name: kernel(pictures.features, real.features) for name, pictures in sets.items()}

@@ -15,7 +15,7 @@ from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
-from diffusion_jax.evaluation.batches import good_records, shared
+from diffusion_jax.evaluation.batches import good_records, map_over_hosts
 from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.model import DiffusionModel
 
@@ -62,7 +62,7 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
     results, numbered = [], enumerate(readable)
     with tqdm(desc="likelihood", total=total, unit="images") as bar:
         while part := list(itertools.islice(numbered, size * jax.process_count())):
-            results += shared(figures_of, part, size, size)
+            results += map_over_hosts(figures_of, part, size, size)
             bar.update(len(part))
     figures = {name: summary(values) for name, values in zip(names, np.stack(results, axis=1), strict=True)}
     units = {"of": "pixels", "unit": "bits/dim"} if _is_pixel_model(model) else {"of": "latents", "unit": "nats/dim"}

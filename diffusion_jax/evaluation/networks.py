@@ -37,15 +37,15 @@ class FeatureNetwork(NamedTuple):
 
     name: as in reports.
     resized: how pictures are resized for it, as in reports.
-    of: uint8 pictures (H, W, 3) of one size -> {"features": (N, D)}, of a classifier for the Inception Score also
-      "logits" (N, classes).
+    extract: uint8 pictures (H, W, 3) of one size -> {"features": (N, D)}; a classifier for the Inception Score also
+      gives "logits" (N, classes).
     weights: () -> a hash of its weights.
     texts: prompts -> (N, D) in the same space, for a whole CLIP model with its tokenizer. None for others.
     """
 
     name: str
     resized: str
-    of: Callable[[Sequence[np.ndarray]], dict[str, Float[np.ndarray, "pictures _"]]]
+    extract: Callable[[Sequence[np.ndarray]], dict[str, Float[np.ndarray, "pictures _"]]]
     weights: Callable[[], str]
     texts: Callable[[Sequence[str]], Float[np.ndarray, "prompts features"]] | None = None
 

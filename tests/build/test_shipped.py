@@ -45,7 +45,7 @@ def test_the_student_draws_in_one_call_what_the_demo_draws_in_twenty():
     def drawn(preset, folder, **values):
         config = latent_cfg.get_config(preset)
         config.sample.update(batch_size=3, **values)
-        images = sample.drawn(config, load_model(folder), prompts, range(3), config.sample.guidance)
+        images = sample.generate_pictures(config, load_model(folder), prompts, range(3), config.sample.guidance)
         return np.stack(list(images)).astype(float)
 
     demo, student = drawn("full", "weights/emoji", steps=20), drawn("fast", "weights/fast", steps=1)

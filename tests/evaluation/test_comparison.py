@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.evaluation import comparison
-from diffusion_jax.evaluation.batches import shared
+from diffusion_jax.evaluation.batches import map_over_hosts
 from diffusion_jax.evaluation.comparison import Collected, alignment, compare, load_reference, save_reference
 from diffusion_jax.evaluation.distances import frechet, guesses, inception_score, moments
 
@@ -67,7 +67,7 @@ def test_as_good_as_real_is_a_ratio_of_one(real):
 
 
 def test_what_is_kept_has_a_limit(monkeypatch):
-    monkeypatch.setattr(comparison, "KEPT", 50)
+    monkeypatch.setattr(comparison, "MAX_FEATURES", 50)
     pictures = collected(random_features(0), logits=random_features(1))
     assert len(pictures.features) == 50 and pictures.count == 300
     assert [group.count for group in pictures.moments] == [30] * 10 == [group.count for group in pictures.guesses]
@@ -80,12 +80,12 @@ def test_what_is_kept_has_a_limit(monkeypatch):
 
 def test_memory_does_not_grow_with_the_number_of_pictures(monkeypatch):
     """Pictures are made, shared and collected as in --mode=eval."""
-    monkeypatch.setattr(comparison, "KEPT", 64)
+    monkeypatch.setattr(comparison, "MAX_FEATURES", 64)
 
     def peak(count):
         tracemalloc.start()
         result = Collected()
-        for picture in shared(lambda some: (np.full(5000, i, np.float64) for i in some), range(count), 32, 8):
+        for picture in map_over_hosts(lambda some: (np.full(5000, i, np.float64) for i in some), range(count), 32, 8):
             result.add({"features": picture[None, :16]})
         memory = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

