@@ -46,7 +46,7 @@ class Progress(NamedTuple):
     previews: dict[int, np.ndarray]
 
 
-class Made(NamedTuple):
+class PictureDone(NamedTuple):
     """A picture is done. number: its place in the request."""
 
     number: int
@@ -54,12 +54,12 @@ class Made(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """The request is done: all of its pictures were Made, or an error says why not."""
+    """The request is done: all of its pictures are done, or an error says why not."""
 
     error: Refused | Failed | None = None
 
 
-Event = Queued | Progress | Made | Ended
+Event = Queued | Progress | PictureDone | Ended
 
 
 class Full(Exception):
@@ -247,10 +247,10 @@ class Engine:
             }
             job.tell(Progress(step.done, step.total, job_previews if job.previews != "none" else {}))
 
-    def _take_images(self, drawn: Drawn) -> None:
+    def _take_images(self, result: Drawn) -> None:
         self.seconds = MEMORY * self.seconds + (1 - MEMORY) * (monotonic() - self.started)
         self.busy = False
-        for (job, number), outcome in zip(self.running, drawn.outcomes, strict=True):
+        for (job, number), outcome in zip(self.running, result.outcomes, strict=True):
             if job.ended:
                 continue
             if not isinstance(outcome, np.ndarray):
@@ -259,7 +259,7 @@ class Engine:
                 job.tell(Ended(outcome))
                 continue
             job.left -= 1
-            job.tell(Made(number, outcome))
+            job.tell(PictureDone(number, outcome))
             if not job.left:
                 job.tell(Ended())
         self.running = []

@@ -21,9 +21,9 @@ from starlette.routing import Route
 
 from diffusion_jax.serve import uploads
 from diffusion_jax.serve.bodies import event_text, json_object
-from diffusion_jax.serve.engine import Ended, Made, Progress
+from diffusion_jax.serve.engine import Ended, PictureDone, Progress
 from diffusion_jax.serve.schema import Problem, checked, png
-from diffusion_jax.serve.service import Asked, Service, problem
+from diffusion_jax.serve.service import QueuedRequest, Service, problem
 
 NUMBERS = ("steps", "guidance", "strength", "seed")
 EXTRA_FIELDS = ("negative_prompt", "solver", "spacing", *NUMBERS)  # of `schema.Request`, that OpenAI's API lacks
@@ -140,24 +140,26 @@ def _about(body: Generation) -> dict[str, Any]:
     return about | {"usage": usage}
 
 
-async def _events(service: Service, http: Http, event: str, body: Generation, queued: Asked) -> AsyncIterator[str]:
+async def _events(
+    service: Service, http: Http, event: str, body: Generation, queued: QueuedRequest
+) -> AsyncIterator[str]:
     """The answer as server-sent events: up to partial_images previews, then the pictures."""
     about, previews_sent = {"created_at": int(time())} | _about(body), 0
-    async for happened in service.follow(http.is_disconnected, queued):
-        match happened:
+    async for update in service.follow(http.is_disconnected, queued):
+        match update:
             case Progress(previews=previews) if previews and previews_sent < (body.partial_images or 0):
                 image = png(previews[min(previews)], {})
-                yield _named(
+                yield _named_event(
                     f"{event}.partial_image", {"b64_json": image, "partial_image_index": previews_sent} | about
                 )
                 previews_sent += 1
-            case Made():
-                yield _named(f"{event}.completed", {"b64_json": await service.png(queued, happened)} | about)
+            case PictureDone():
+                yield _named_event(f"{event}.completed", {"b64_json": await service.png(queued, update)} | about)
             case Ended(error=error) if error:
-                wrong = problem(error)
-                yield _named("error", {"error": {"message": wrong.message, "code": str(wrong.status)}})
+                failure = problem(error)
+                yield _named_event("error", {"error": {"message": failure.message, "code": str(failure.status)}})
 
 
-def _named(name: str, values: dict[str, Any]) -> str:
+def _named_event(name: str, values: dict[str, Any]) -> str:
     """An event that also has its name inside, as this API's do."""
     return event_text(name, {"type": name} | values)

@@ -21,7 +21,6 @@ from diffusion_jax.serve.worker import Facts
 Kind = TypeVar("Kind", bound=BaseModel)
 LETTERS = 2000  # of a prompt
 SCALE = 30.0  # the largest guidance scale
-DRAWN = ("text", "edit", "style", "morph")  # tabs of the page, those that draw from a prompt
 NOT_IN_METADATA = {"image", "mask", "seed", "prompt", "num_images", "previews"}  # fields left out of a PNG's text
 
 
@@ -95,8 +94,8 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
 
     def changed_field(name: str, **changes) -> Any:
         """The field of `Request` with these changes."""
-        old = Request.model_fields[name]
-        return Field(**{"title": old.title, "description": old.description, "default": old.default} | changes)
+        field = Request.model_fields[name]
+        return Field(**{"title": field.title, "description": field.description, "default": field.default} | changes)
 
     scale = {"default": defaults["guidance"], "ge": 1.0, "le": SCALE}
     if not facts.guided:

@@ -19,11 +19,11 @@ from starlette.websockets import WebSocket
 
 from diffusion_jax.serve import description, openai, webui
 from diffusion_jax.serve.bodies import event_text, json_object
-from diffusion_jax.serve.engine import Ended, Made, Progress, Queued
+from diffusion_jax.serve.engine import Ended, PictureDone, Progress, Queued
 from diffusion_jax.serve.guard import Guard
 from diffusion_jax.serve.live import live
 from diffusion_jax.serve.schema import Problem, animation, png
-from diffusion_jax.serve.service import Asked, Service, problem
+from diffusion_jax.serve.service import QueuedRequest, Service, problem
 
 PAGE = Path(__file__).parent / "page"
 
@@ -39,39 +39,39 @@ def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) 
         async with service.engine.serving():
             yield
 
-    async def refused(http: Http, error: Problem | HTTPException) -> Response:
+    async def refuse(http: Http, error: Problem | HTTPException) -> Response:
         if isinstance(error, HTTPException):
             error = Problem(error.status_code, error.detail)
         service.metrics.refused.labels(str(error.status)).inc()
         return JSONResponse(_error(http, error), error.status, {"retry-after": str(error.retry)} if error.retry else {})
 
-    async def failed(http: Http, error: Exception) -> Response:
-        return await refused(http, Problem(500, "an error in the server; its log has more"))
+    async def report_failure(http: Http, error: Exception) -> Response:
+        return await refuse(http, Problem(500, "an error in the server; its log has more"))
 
     return Starlette(
         routes=[*_routes(service), *openai.routes(service), *webui.routes(service)],
         middleware=[Middleware(Guard, token=token, hosts=hosts, max_bytes=service.limits.max_upload)],
-        exception_handlers={Problem: refused, HTTPException: refused, Exception: failed},
+        exception_handlers={Problem: refuse, HTTPException: refuse, Exception: report_failure},
         lifespan=lifespan,
     )
 
 
 def _routes(service: Service) -> list[BaseRoute]:
     """The page and the API behind it."""
-    described = description.openapi(service.model, service.live_model)
+    document = description.openapi(service.model, service.live_model)
 
     async def page(http: Http) -> Response:
         return FileResponse(PAGE / "index.html")
 
     async def generate(http: Http) -> Response:
-        asked = await service.ask(await json_object(http))
-        return StreamingResponse(_events(service, http, asked), media_type="text/event-stream")
+        queued = await service.ask(await json_object(http))
+        return StreamingResponse(_events(service, http, queued), media_type="text/event-stream")
 
     async def model(http: Http) -> Response:
         facts = service.facts._replace(live=None)._asdict()
-        first, *others = [*service.sample.prompts, "", ""]
-        more = {"prompt": first, "other_prompt": others[0], "live_steps": service.live_steps}
-        return JSONResponse(facts | more)
+        first, *other_prompts = [*service.sample.prompts, "", ""]
+        defaults = {"prompt": first, "other_prompt": other_prompts[0], "live_steps": service.live_steps}
+        return JSONResponse(facts | defaults)
 
     async def canvas(socket: WebSocket) -> None:
         await live(service, socket)
@@ -85,7 +85,7 @@ def _routes(service: Service) -> list[BaseRoute]:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def openapi(http: Http) -> Response:
-        return JSONResponse(described)
+        return JSONResponse(document)
 
     return [
         Route("/", page),
@@ -99,30 +99,30 @@ def _routes(service: Service) -> list[BaseRoute]:
     ]
 
 
-async def _events(service: Service, http: Http, asked: Asked) -> AsyncIterator[str]:
-    """A request as server-sent events: queued, progress, picture, animation (of a morph), and done or error."""
-    job, frames = asked.job, {}
-    async for happened in service.follow(http.is_disconnected, asked):
-        match happened:
+async def _events(service: Service, http: Http, queued: QueuedRequest) -> AsyncIterator[str]:
+    """A request's events as server-sent events: queued, progress, picture, animation (of a morph), done or error."""
+    job, frames = queued.job, {}
+    async for event in service.follow(http.is_disconnected, queued):
+        match event:
             case Queued(position=position):
                 yield event_text("queued", {"position": position})
             case Progress(done=done, total=total, previews=previews):
-                shown = {number: await asyncio.to_thread(png, image, {}) for number, image in previews.items()}
-                yield event_text("progress", {"done": done, "total": total, "left": job.left, "previews": shown})
-            case Made(number=number, image=image):
+                pngs = {number: await asyncio.to_thread(png, image, {}) for number, image in previews.items()}
+                yield event_text("progress", {"done": done, "total": total, "left": job.left, "previews": pngs})
+            case PictureDone(number=number, image=image):
                 frames[number] = image
                 seed = job.pictures[number].seed
-                told = {"number": number, "seed": seed, "image": await service.png(asked, happened)}
-                yield event_text("picture", told | {"settings": service.texts(asked, number)})
+                content = {"number": number, "seed": seed, "image": await service.png(queued, event)}
+                yield event_text("picture", content | {"settings": service.texts(queued, number)})
             case Ended(error=None):
-                if asked.request.task == "morph":
+                if queued.request.task == "morph":
                     ordered = [frames[number] for number in sorted(frames)]
-                    whole = await asyncio.to_thread(animation, ordered, service.texts(asked, 0))
-                    yield event_text("animation", {"image": whole})
+                    animated = await asyncio.to_thread(animation, ordered, service.texts(queued, 0))
+                    yield event_text("animation", {"image": animated})
                 yield event_text("done", {})
             case Ended(error=error):
-                wrong = problem(error)
-                yield event_text("error", {"message": wrong.message, "status": wrong.status})
+                failure = problem(error)
+                yield event_text("error", {"message": failure.message, "status": failure.status})
 
 
 def _error(http: Http, error: Problem) -> dict[str, Any]:

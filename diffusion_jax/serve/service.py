@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from diffusion_jax.serve import schema
-from diffusion_jax.serve.engine import Ended, Engine, Event, Full, Job, Made
+from diffusion_jax.serve.engine import Ended, Engine, Event, Full, Job, PictureDone
 from diffusion_jax.serve.metrics import Metrics
 from diffusion_jax.serve.schema import Problem, Request
 from diffusion_jax.serve.worker import Facts, Failed, Refused
@@ -17,7 +17,7 @@ Gone = Callable[[], Awaitable[bool]]
 LOOK = 0.25  # seconds between two looks whether the client is still there
 
 
-class Asked(NamedTuple):
+class QueuedRequest(NamedTuple):
     """A request in the queue."""
 
     request: Request
@@ -39,7 +39,7 @@ class Service:
         self.live_model = schema.of_model(self.live_facts, config.serve, "LiveRequest")
         self.metrics = Metrics(engine)
 
-    async def ask(self, values: Any, live: bool = False) -> Asked:
+    async def ask(self, values: Any, live: bool = False) -> QueuedRequest:
         """Check a request and queue it. Raises Problem.
 
         values: of the fields of `schema.Request`.
@@ -50,11 +50,11 @@ class Service:
         if self.facts.needs_image and not pictures[0].shared.mask:
             raise Problem(400, "this model only inpaints: it needs an image and a mask", "mask")
         try:
-            return Asked(request, self.engine.submit(pictures, request.previews))
+            return QueuedRequest(request, self.engine.submit(pictures, request.previews))
         except Full as full:
             raise Problem(429, str(full), retry=full.seconds) from full
 
-    async def follow(self, gone: Gone, queued: Asked) -> AsyncIterator[Event]:
+    async def follow(self, gone: Gone, queued: QueuedRequest) -> AsyncIterator[Event]:
         """Yield the events of a request until it ends. If the client is gone, cancel the request.
 
         gone: returns whether the client is gone.
@@ -66,7 +66,7 @@ class Service:
                     event = await asyncio.wait_for(job.events.get(), LOOK)
                 except TimeoutError:
                     continue
-                if isinstance(event, Made):
+                if isinstance(event, PictureDone):
                     self.metrics.pictures.inc()
                 if event == Ended():
                     self.metrics.latency.labels(queued.request.task).observe(monotonic() - start)
@@ -76,17 +76,17 @@ class Service:
         finally:
             self.engine.cancel(job)
 
-    async def png(self, queued: Asked, done: Made) -> str:
+    async def png(self, queued: QueuedRequest, event: PictureDone) -> str:
         """A picture with its settings, PNG in base64."""
-        return await asyncio.to_thread(schema.png, done.image, self.texts(queued, done.number))
+        return await asyncio.to_thread(schema.png, event.image, self.texts(queued, event.number))
 
-    def texts(self, queued: Asked, number: int) -> dict[str, str]:
+    def texts(self, queued: QueuedRequest, number: int) -> dict[str, str]:
         """The settings of a picture, for its PNG text chunk."""
         picture = queued.job.pictures[number]
         facts = self.live_facts if picture.shared.live else self.facts
         return schema.texts(queued.request, picture, facts.origin)
 
-    async def draw(self, gone: Gone, values: Any, live: bool = False) -> tuple[Asked, list[str]]:
+    async def draw(self, gone: Gone, values: Any, live: bool = False) -> tuple[QueuedRequest, list[str]]:
         """The finished pictures of a request, PNG in base64. Raises Problem.
 
         gone: as in `follow`. values, live: as in `ask`.
@@ -94,7 +94,7 @@ class Service:
         queued = await self.ask(values, live)
         pictures = {}
         async for event in self.follow(gone, queued):
-            if isinstance(event, Made):
+            if isinstance(event, PictureDone):
                 pictures[event.number] = await self.png(queued, event)
             elif isinstance(event, Ended) and event.error:
                 raise problem(event.error)

@@ -1,4 +1,4 @@
-"""The API that clients of AUTOMATIC1111's web UI speak: /sdapi/v1/txt2img, img2img, and what they ask before."""
+"""The API of AUTOMATIC1111's web UI for its clients: /sdapi/v1/txt2img, img2img, and the lists that they read first."""
 
 import base64
 import json
@@ -12,11 +12,11 @@ from starlette.routing import Route
 
 from diffusion_jax.serve import uploads
 from diffusion_jax.serve.bodies import json_object
-from diffusion_jax.serve.engine import CANCELLED, Ended, Job, Made, Progress
+from diffusion_jax.serve.engine import CANCELLED, Ended, Job, PictureDone, Progress
 from diffusion_jax.serve.schema import Problem, Request, checked, png
 from diffusion_jax.serve.service import Service, problem
 
-SAMPLERS = {  # its name for a solver
+SAMPLERS = {  # solver -> its name in the web UI
     "ddpm": "DDPM",
     "ddim": "DDIM",
     "euler": "Euler",
@@ -31,11 +31,16 @@ SAMPLERS = {  # its name for a solver
     "plms": "PLMS",
     "consistency": "LCM",
 }
-SCHEDULERS = {"": "Automatic", "karras": "Karras", "trailing": "SGM Uniform", "leading": "Normal"}  # for a spacing
+SCHEDULERS = {
+    "": "Automatic",
+    "karras": "Karras",
+    "trailing": "SGM Uniform",
+    "leading": "Normal",
+}  # spacing -> its name there
 
 
 class TextToImage(BaseModel):
-    """POST /sdapi/v1/txt2img. Other fields of the API are taken and have no effect."""
+    """POST /sdapi/v1/txt2img. Other fields of the API are accepted and have no effect."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -75,12 +80,12 @@ def routes(service: Service) -> list[Route]:
     settings |= {"CLIP_stop_at_last_layers": 1, "sampler_name": SAMPLERS.get(solver, solver)}
 
     async def text_to_image(http: Http) -> Response:
-        asked = checked(TextToImage, await json_object(http), 422)
-        return await _answer(service, http, running, asked, {})
+        body = checked(TextToImage, await json_object(http), 422)
+        return await _answer(service, http, running, body, {})
 
     async def image_to_image(http: Http) -> Response:
-        asked = checked(ImageToImage, await json_object(http), 422)
-        return await _answer(service, http, running, asked, _images(service, asked))
+        body = checked(ImageToImage, await json_object(http), 422)
+        return await _answer(service, http, running, body, _images(service, body))
 
     async def interrupt(http: Http) -> Response:
         for job in running:
@@ -123,75 +128,75 @@ def _always(content: Any) -> Callable[[Http], Awaitable[Response]]:
 def _progress(running: dict[Job, Progress]) -> dict[str, Any]:
     """How far the first of the running jobs is, with a preview."""
     job, step = next(iter(running.items()), (None, Progress(0, 1, {})))
-    drawn = (1 - job.left / len(job.pictures)) if job else 0.0
-    part = min(drawn + step.done / step.total / len(job.pictures), 1.0) if job else 0.0
+    done_part = (1 - job.left / len(job.pictures)) if job else 0.0
+    part = min(done_part + step.done / step.total / len(job.pictures), 1.0) if job else 0.0
     state = {"skipped": False, "interrupted": False, "job": "txt2img" if job else "", "job_count": len(running)}
     state |= {"job_no": 0, "job_timestamp": "0", "sampling_step": step.done, "sampling_steps": step.total * bool(job)}
-    shown = png(step.previews[min(step.previews)], {}) if step.previews else None
-    return {"progress": part, "eta_relative": 0.0, "state": state, "current_image": shown, "textinfo": None}
+    preview = png(step.previews[min(step.previews)], {}) if step.previews else None
+    return {"progress": part, "eta_relative": 0.0, "state": state, "current_image": preview, "textinfo": None}
 
 
-def _images(service: Service, asked: ImageToImage) -> dict[str, Any]:
-    sent = {"image": asked.init_images[0]}
-    if asked.denoising_strength is not None:
-        sent["strength"] = asked.denoising_strength
-    if asked.mask is not None:
-        sent["mask"] = asked.mask
-        if asked.inpainting_mask_invert:
+def _images(service: Service, body: ImageToImage) -> dict[str, Any]:
+    values = {"image": body.init_images[0]}
+    if body.denoising_strength is not None:
+        values["strength"] = body.denoising_strength
+    if body.mask is not None:
+        values["mask"] = body.mask
+        if body.inpainting_mask_invert:
             try:
-                inverted = uploads.inverted(uploads.from_base64(asked.mask), service.limits.max_pixels)
+                inverted = uploads.inverted(uploads.from_base64(body.mask), service.limits.max_pixels)
             except ValueError as error:
                 raise Problem(422, f"mask: {error}", "mask") from error
-            sent["mask"] = base64.b64encode(inverted).decode()
-    return sent
+            values["mask"] = base64.b64encode(inverted).decode()
+    return values
 
 
-def _ours(name: str, table: Mapping[str, str]) -> str:
-    """Our name for one of theirs, in any case."""
-    known = {theirs.lower(): ours for ours, theirs in table.items()}
-    return known.get(name.lower(), name)
+def _internal_name(name: str, table: Mapping[str, str]) -> str:
+    """Our name for a name of the web UI, upper or lower case."""
+    names = {label.lower(): internal for internal, label in table.items()}
+    return names.get(name.lower(), name)
 
 
-def _values(asked: TextToImage, images: dict[str, Any]) -> dict[str, Any]:
+def _values(body: TextToImage, images: dict[str, Any]) -> dict[str, Any]:
     """The request in fields of `schema.Request`."""
-    values: dict[str, Any] = {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt} | images
-    values |= {"num_images": asked.batch_size * asked.n_iter, "previews": "some"}
-    if asked.seed != -1:
-        values["seed"] = asked.seed
-    sampler = asked.sampler_name or asked.sampler_index
-    chosen = {"steps": asked.steps, "guidance": asked.cfg_scale, "width": asked.width, "height": asked.height}
-    chosen["solver"] = _ours(sampler, SAMPLERS) if sampler else None
-    chosen["spacing"] = _ours(asked.scheduler, SCHEDULERS) if asked.scheduler else None
-    return values | {name: value for name, value in chosen.items() if value is not None}
+    values: dict[str, Any] = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} | images
+    values |= {"num_images": body.batch_size * body.n_iter, "previews": "some"}
+    if body.seed != -1:
+        values["seed"] = body.seed
+    sampler = body.sampler_name or body.sampler_index
+    optional = {"steps": body.steps, "guidance": body.cfg_scale, "width": body.width, "height": body.height}
+    optional["solver"] = _internal_name(sampler, SAMPLERS) if sampler else None
+    optional["spacing"] = _internal_name(body.scheduler, SCHEDULERS) if body.scheduler else None
+    return values | {name: value for name, value in optional.items() if value is not None}
 
 
 async def _answer(
-    service: Service, http: Http, running: dict[Job, Progress], asked: TextToImage, images: dict[str, Any]
+    service: Service, http: Http, running: dict[Job, Progress], body: TextToImage, images: dict[str, Any]
 ) -> Response:
-    """The pictures. After an interrupt, those that are done, or else what they were to become."""
-    queued = await service.ask(_values(asked, images))
-    job, made, shown = queued.job, {}, {}
+    """The answer with the pictures. After an interrupt, the last preview stands for a picture that is not done."""
+    queued = await service.ask(_values(body, images))
+    job, finished, previews = queued.job, {}, {}
     running[job] = Progress(0, 1, {})
     try:
         async for event in service.follow(http.is_disconnected, queued):
             match event:
                 case Progress():
-                    shown |= event.previews
-                    running[job] = event._replace(previews=dict(shown))
-                case Made(number=number):
-                    made[number] = await service.png(queued, event)
+                    previews |= event.previews
+                    running[job] = event._replace(previews=dict(previews))
+                case PictureDone(number=number):
+                    finished[number] = await service.png(queued, event)
                 case Ended(error=error) if error and error != CANCELLED:
                     raise problem(error)
     finally:
         del running[job]
-    made = {number: png(image, {}) for number, image in shown.items()} | made
-    pictures = [made[number] for number in sorted(made)]
-    info = _info(queued.request, job, asked)
-    sent = {"images": pictures if asked.send_images else [], "parameters": asked.model_dump(exclude={"mask"})}
-    return JSONResponse(sent | {"info": json.dumps(info)})
+    finished = {number: png(image, {}) for number, image in previews.items()} | finished
+    pictures = [finished[number] for number in sorted(finished)]
+    info = _info(queued.request, job, body)
+    content = {"images": pictures if body.send_images else [], "parameters": body.model_dump(exclude={"mask"})}
+    return JSONResponse(content | {"info": json.dumps(info)})
 
 
-def _info(request: Request, job: Job, asked: TextToImage) -> dict[str, Any]:
+def _info(request: Request, job: Job, body: TextToImage) -> dict[str, Any]:
     seeds = [picture.seed for picture in job.pictures]
     sampler = SAMPLERS.get(request.solver, request.solver)
     size = f"{request.width}x{request.height}"
@@ -208,6 +213,6 @@ def _info(request: Request, job: Job, asked: TextToImage) -> dict[str, Any]:
         "sampler_name": sampler,
         "cfg_scale": request.guidance,
         "steps": request.steps,
-        "batch_size": asked.batch_size,
+        "batch_size": body.batch_size,
         "infotexts": [f"{request.prompt}{negative}\n{about}, Seed: {seed}, Size: {size}" for seed in seeds],
     }

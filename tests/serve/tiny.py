@@ -13,7 +13,7 @@ import uvicorn
 from configs import digits
 from diffusion_jax import build
 from diffusion_jax.serve.drawing import Picture, Shared
-from diffusion_jax.serve.engine import Ended, Engine, Made
+from diffusion_jax.serve.engine import Ended, Engine, PictureDone
 from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
 from diffusion_jax.serve.worker import Loaded
@@ -104,7 +104,7 @@ async def ended(job):
     images = {}
     while True:
         event = await asyncio.wait_for(job.events.get(), 120)
-        if isinstance(event, Made):
+        if isinstance(event, PictureDone):
             images[event.number] = event.image
         if isinstance(event, Ended):
             return images, event.error
