@@ -21,8 +21,8 @@ from diffusion_jax.interop.inception import load_inception
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.interop.vision import load_image_encoder
-from diffusion_jax.models import inception
 from diffusion_jax.models.text.encoder import tokenize
+from diffusion_jax.models.vision import inception
 from diffusion_jax.models.vision.lpips import features
 
 CLASSIFIERS = {"alexnet": ("alex", 224), "vgg16": ("vgg", 112)}  # weights, and pixels a side
