@@ -12,6 +12,7 @@ import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import WorkStealingScheduling
 
 from tests import typechecking
 
@@ -26,10 +27,18 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--all"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="needs --all"))
+    if config.getoption("--all"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that no long test ends last
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="needs --all"))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A worker takes the tests in their order, so most modules stay on one and share what they compile and train."""
+    if config.getoption("dist") == "load":
+        return WorkStealingScheduling(config, log)
 
 
 def resident() -> float:
