@@ -1,5 +1,16 @@
-"""The tests. Most of their time goes into compiling small programs, so these are compiled in a hurry."""
+"""The tests. Most of their time goes into compiling small programs.
 
+So these are compiled in a hurry, and once for all processes of a run: they are kept until it ends, or in the folder
+that JAX_COMPILATION_CACHE_DIR names.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes started from here inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffusion_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

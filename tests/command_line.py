@@ -1,5 +1,8 @@
 """main.py run inside the tests' own process."""
 
+import contextlib
+import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,3 +28,20 @@ def run(monkeypatch, *arguments, cwd=ROOT) -> int:
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
     return ended.value.code or 0
+
+
+def succeed(*arguments, cwd=ROOT) -> str:
+    """What python main.py with these arguments says on its way to exit status 0.
+
+    Without the seconds that a process of its own takes to start; with the checks of types.
+    """
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger().addHandler(handler)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):
+            status = run(monkeypatch, *arguments, cwd=cwd)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert status == 0, said.getvalue()
+    return said.getvalue()

@@ -1,23 +1,58 @@
-"""Every public signature's shapes and types are checked while the tests run.
+"""Every signature's shapes and types are checked while the tests run. Tests that take minutes run with `--all`.
 
 Hypothesis draws the same examples on every run; `pytest --hypothesis-profile=default` draws new ones.
 """
 
+import ctypes
 import gc
+import os
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import WorkStealingScheduling
 
+from tests import typechecking
+
+typechecking.install()
 install_import_hook("diffusion_jax", "beartype.beartype")
 hypothesis.settings.register_profile("repeatable", derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the tests that take minutes, those marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that no long test ends last
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="needs --all"))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A worker takes the tests in their order, so most modules stay on one and share what they compile and train."""
+    if config.getoption("dist") == "load":
+        return WorkStealingScheduling(config, log)
+
+
+def resident() -> float:
+    """GiB of memory that this process occupies."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**30
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_dropped():
-    """After each module: all of them together would take a machine's memory."""
+    """After a module, if they take much: all of them together would take a machine's memory."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if not Path("/proc/self/statm").exists() or resident() > 1.5:
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)

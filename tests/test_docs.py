@@ -59,26 +59,39 @@ def is_python(text):
 BLOCKS = shell_blocks()
 
 
-def run(commands, folder, log, **environment):
-    """Run a block of commands through bash, each one by its quick form -> (succeeded, output)."""
-    script = SHELL + commands.replace(".venv/bin/", "")
-    environment = os.environ | {"QUICK_FORMS_SKIPPED": str(log), "QUICK_FORMS_PATH": os.environ["PATH"]} | environment
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+def done(command, folder, **environment):
+    """Run a command -> (succeeded, output)."""
+    made = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    return done.returncode == 0, done.stdout
+    return made.returncode == 0, made.stdout
+
+
+def quick_forms_of(commands, folder):
+    """Let bash read a block of commands -> (whether each has a quick form, output).
+
+    It writes the quick forms to FOLDER/commands and what is skipped to FOLDER/skipped.
+    """
+    script = SHELL + commands.replace(".venv/bin/", "")
+    files = {"QUICK_FORMS": str(folder / "commands"), "QUICK_FORMS_SKIPPED": str(folder / "skipped")}
+    return done(["bash", "-c", script], folder, **files)
 
 
 @pytest.mark.parametrize("place", BLOCKS)
 def test_every_command_has_a_quick_form(place, tmp_path):
-    succeeded, output = run(BLOCKS[place], ROOT, tmp_path / "log", QUICK_FORMS_DRY="1")
+    succeeded, output = quick_forms_of(BLOCKS[place], tmp_path)
     assert succeeded, f"{place}: {output}"
 
 
 def test_a_command_without_a_quick_form_is_named(tmp_path):
-    succeeded, output = run("pip install x && make docs\npip install y\n", ROOT, tmp_path / "log", QUICK_FORMS_DRY="1")
+    succeeded, output = quick_forms_of("pip install x && make docs\npip install y\n", tmp_path)
     assert not succeeded and "no quick form for: make docs\nAdd what makes it end in seconds to QUICK" in output
-    assert "install y" not in (tmp_path / "log").read_text()
+    assert "install y" not in (tmp_path / "skipped").read_text()
 
 
 def clone(folder):
@@ -103,12 +116,17 @@ def stand_ins(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", BLOCKS)
 def test_every_command_runs_from_a_fresh_clone(place, tmp_path, request, subtests):
-    commands, log = re.sub("/tmp/|/mnt/disk/", f"{tmp_path}/", BLOCKS[place]), tmp_path / "log"
+    commands = re.sub("/tmp/|/mnt/disk/", f"{tmp_path}/", BLOCKS[place])
     if any(name in commands for name in STAND_INS):
         for name, file in request.getfixturevalue("stand_ins").items():
             commands = commands.replace(name, file)
-    succeeded, output = run(commands, clone(tmp_path / "clone"), log, **HURRY)
+    succeeded, output = quick_forms_of(commands, tmp_path)
     assert succeeded, f"{place}: {output}"
+    if (tmp_path / "commands").exists():
+        run_all = [sys.executable, quick_forms.__file__, "--run-all", tmp_path / "commands"]
+        succeeded, output = done(run_all, clone(tmp_path / "clone"), **HURRY)
+        assert succeeded, f"{place}: {output}"
+    log = tmp_path / "skipped"
     for line in log.read_text().splitlines() if log.exists() else ():
         reason, command = line.split("\t")
         with subtests.test(command):

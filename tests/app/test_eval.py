@@ -19,7 +19,7 @@ from diffusion_jax.model import DiffusionModel, Network
 from tests import command_line, test_main
 from tests.test_main import TINY, finish, start
 
-compiled, trained = test_main.compiled, test_main.trained  # fixtures
+trained = test_main.trained  # a fixture
 PIXELS = codec.identity()
 
 
@@ -149,9 +149,9 @@ def test_bad_input_is_one_clear_line(expected, tmp_path, capfd, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eval_writes_its_figures_and_which_weights_they_are_of(compiled, trained):
+def test_eval_writes_its_figures_and_which_weights_they_are_of(trained):
     few = ["--config.eval.images=5", "--config.eval.steps=3", "--config.eval.terms=4", "--config.eval.batch_size=4"]
-    status, stderr = finish(start(compiled, "--mode=eval", f"--workdir={trained}", *few))
+    status, stderr = finish(start("--mode=eval", f"--workdir={trained}", *few))
     assert status == 0, stderr
     result = json.loads((trained / "eval" / "report.json").read_text())
     assert str(trained) in result["weights"] and "step 24" in result["weights"]
@@ -185,12 +185,11 @@ def of_open_mpi(rank, hosts):
 
 
 @pytest.mark.slow
-def test_devices_and_hosts_share_the_work_and_report_the_same(compiled, trained, tmp_path):
+def test_devices_and_hosts_share_the_work_and_report_the_same(trained, tmp_path):
     def begin(name, **options):
         workdir = tmp_path / name
         shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("eval"))
         return start(
-            compiled,
             "--mode=eval",
             MEASURES,
             *FEW,
@@ -218,12 +217,11 @@ def test_devices_and_hosts_share_the_work_and_report_the_same(compiled, trained,
 
 
 @pytest.mark.slow
-def test_distances_of_a_run(compiled, trained, tmp_path):
+def test_distances_of_a_run(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     flags = ["--mode=eval", "--config.eval.measures=('distances',)", *FEW, *DISTANCES, f"--workdir={tmp_path / 'run'}"]
-    status, stderr = finish(start(compiled, *flags, "--config.eval.scales=1,2,3"))
-    assert status == 0, stderr
-    assert "22 pictures in the 192 features of pixels" in stderr and "full rank" in stderr
+    said = command_line.succeed(*TINY, *flags, "--config.eval.scales=1,2,3")
+    assert "22 pictures in the 192 features of pixels" in said and "full rank" in said and "reference:" in said
     report = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["distances"]
     assert (report["pictures"], report["reference_pictures"], report["held_out"]) == (22, 30, "digits-validation")
     distances = report["guidance 2"]["pixels"]
@@ -237,25 +235,20 @@ def test_distances_of_a_run(compiled, trained, tmp_path):
     # from the statistics that this run cached, beside its own report; the second time nothing is computed anew
     cached = str(next((tmp_path / "run" / "cache").glob("statistics-*.npz")))
     again = ["--config.eval.statistics", f"('{cached}',)", f"--config.eval.beside=('{tmp_path / 'run'}',)"]
-    status, stderr = finish(start(compiled, *flags, "--config.eval.scales=2", *again))
-    assert status == 0, stderr
-    assert "reference:" not in stderr
+    assert "reference:" not in command_line.succeed(*TINY, *flags, "--config.eval.scales=2", *again)
     later = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["distances"]["guidance 2"]["pixels"]
     assert later == distances
     assert (tmp_path / "run" / "eval" / "report.html").read_text().count("<section>") == 2
 
 
 @pytest.mark.slow
-def test_averages_of_a_run_are_measured(compiled, tmp_path):
-    status, stderr = finish(start(compiled, "--mode=train", "--config.train.post_hoc", f"--workdir={tmp_path}"))
-    assert status == 0, stderr
+def test_averages_of_a_run_are_measured(tmp_path):
+    command_line.succeed(*TINY, "--mode=train", "--config.train.post_hoc", f"--workdir={tmp_path}")
     few = ["--mode=eval", *FEW, f"--workdir={tmp_path}"]
-    status, stderr = finish(start(compiled, *few, "--config.eval.averages=0.05,0.15"))
-    assert status == 0, stderr
+    command_line.succeed(*TINY, *few, "--config.eval.averages=0.05,0.15")
     lengths = json.loads((tmp_path / "eval" / "report.json").read_text())["likelihood"]
     assert list(lengths) == ["average 0.05", "average 0.15"]
-    status, stderr = finish(start(compiled, *few, "--config.eval.averages=0.05", "--config.eval.along"))
-    assert status == 0, stderr
+    command_line.succeed(*TINY, *few, "--config.eval.averages=0.05", "--config.eval.along")
     steps = json.loads((tmp_path / "eval" / "report.json").read_text())["likelihood"]
     assert list(steps) == ["step 6", "step 12", "step 18", "step 24"]
     assert steps["step 24"] == lengths["average 0.05"] != lengths["average 0.15"]
