@@ -93,7 +93,7 @@ def objective(
 
 
 def learns_from_teacher(section: ConfigDict) -> bool:
-    """Whether the targets of config.objective are made by a trained model."""
+    """Whether the targets of config.objective come from a trained model."""
     return section.name in DISTILLATIONS or section.taught
 
 

@@ -24,8 +24,8 @@ class Description(NamedTuple):
 class Component(NamedTuple):
     """A kind of network: how the folder of a part becomes a module, and back.
 
-    library: "diffusers" or "transformers", where the network comes from.
-    class_name: module -> its class there.
+    library: "diffusers" or "transformers", the library that has this network.
+    class_name: module -> the name of its class in that library.
     weights: name of the file of weights, without its ending.
     build: (config.json, its path) -> (module, shapes of its variables). Raises ValueError for an unsupported config.
     tensors: (tensors, module) -> the tensors under the names of the module's own variables (`names.torch_name`).
@@ -34,7 +34,7 @@ class Component(NamedTuple):
     inputs: module -> random inputs of it by name, for `verify`. "x", "t" and "ids" are arguments of its `apply`, the
       others its condition.
     run: (torch module, the same inputs as tensors, channels first) -> None. Calls the module.
-    qualified: path of a submodule there -> its path here.
+    qualified: path of a submodule in that library -> its path in ours.
     """
 
     library: str

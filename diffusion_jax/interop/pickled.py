@@ -2,7 +2,7 @@
 
 The archive has `<name>/data.pkl`, a pickled nested dict. In it each tensor is a call of torch functions on a reference
 to a storage. The bytes of each storage are in a file `<name>/data/<key>`. A pickle can call any function. This reader
-turns the few calls that describe tensors into plain tuples, and rejects every other name.
+turns the few calls that describe tensors into plain tuples, and rejects every other call.
 """
 
 import collections
@@ -90,7 +90,7 @@ def _read_storage(archive, root, storage):
 
 
 def _view(values, tensor):
-    """The strided view of its storage that a tensor is, checked against the bounds."""
+    """The tensor as a strided view of its storage, after a check of the bounds."""
     _, offset, shape, strides = tensor
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):

@@ -6,7 +6,7 @@ for example:
     unet/ vae/ text_encoder/ text_encoder_2/      networks, each a config.json and its tensors
     tokenizer/ tokenizer_2/                       vocabularies
     scheduler/                                    scheduler_config.json: the noise schedule and what is predicted
-    safety_checker/                               which images must not be shown
+    safety_checker/                               finds images that must not be shown
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The sampler that a published model comes with: a scheduler_config.json of diffusers as a plan.
+"""The sampler of a published model: convert its scheduler_config.json of diffusers to a plan.
 
 The plan does what diffusers 0.42 does, even where that differs from the paper; docs/samplers_peer.md lists the places.
 """
@@ -220,7 +220,7 @@ class Scheduler(NamedTuple):
     """What differs between the classes.
 
     path: (config, schedule, steps) -> the steps of the solver.
-    solver: (config, schedule, steps of the path that are left, steps) -> Plan.
+    solver: (config, schedule, steps of the path to run, number of steps) -> Plan.
     defaults: values of fields that the config leaves out, beside `DEFAULTS`.
     supported: field -> the values that can be used, the first one by default, beside `SUPPORTED`.
     fixed: values of fields that the class does not read.

@@ -188,7 +188,7 @@ def _read_safetensors(path):
 
 
 def _span(name, dtype, shape, data_offsets):
-    """(first byte, byte after the last, dtype, shape) of a header entry. Raises ValueError if they contradict."""
+    """(first byte, byte after the last, dtype, shape) of a header entry. Raises ValueError for a contradiction."""
     begin, end = data_offsets
     if not name.isprintable():
         raise ValueError(f"{name!r} is not the name of a tensor")

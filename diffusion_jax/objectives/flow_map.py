@@ -183,7 +183,7 @@ def _clean_target(path: Path, maps: Maps, u: Times, nearer: Times, state: State)
 def consistency_training(shrinks: float = 8.0) -> Method:
     """To clean data, along the path, with a gap that shrinks during training (Geng et al. 2024, ECT).
 
-    shrinks: how often the gap is halved. It begins as the whole step, which is plain regression of x0.
+    shrinks: number of times that the gap is halved. The first gap is the whole step: plain regression of x0.
     """
 
     def method(path: Path, maps: Maps) -> Target:
@@ -229,8 +229,8 @@ def mean_flow() -> Method:
 
 
 def continuous_consistency(warm_up: float = 0.5) -> Method:
-    """The same to clean data, a consistency model in continuous time (sCM, Lu & Song 2024). With a robust loss of 0.5
-    its tangents are normalized as in their section 4.1.
+    """`mean_flow` to clean data, a consistency model in continuous time (sCM, Lu & Song 2024). With a robust loss of
+    0.5 its tangents are normalized as in their section 4.1.
 
     warm_up: part of the training during which the derivative takes over from plain regression.
     """
@@ -260,7 +260,7 @@ def _derivative_target(path: Path, maps: Maps, u: Times, to: Times) -> Target:
 
 
 def lagrangian() -> Method:
-    """As `to` moves, the state there moves with the student's own flow (Lagrangian self-distillation, Boffi et al.
+    """As `to` moves, the predicted state follows the student's own flow (Lagrangian self-distillation, Boffi et al.
     2025).
     """
 

@@ -1,4 +1,4 @@
-"""The work that all interfaces of the server share: check a request, queue it, and follow it to its end."""
+"""What all APIs of the server do: check a request, queue it, and follow it to its end."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -12,8 +12,8 @@ from diffusion_jax.interop.family import Config, Family, Prompt, SingleFile
 
 
 def _added(outputs: Sequence, size: tuple[int, int]) -> dict[str, Array]:
-    """The vector of the whole prompt, and the sizes of an image that was neither scaled nor cropped: before scaling,
-    left top corner of the crop, and wanted (Podell et al. 2023, section 2.2).
+    """The pooled prompt, and the sizes of an image that is neither scaled nor cropped: original size, top left corner
+    of the crop, target size (Podell et al. 2023, section 2.2).
     """
     pooled = outputs[-1].pooled.astype(jnp.float32)
     return {"text_embeds": pooled, "time_ids": jnp.tile(jnp.float32([*size, 0, 0, *size]), (len(pooled), 1))}
