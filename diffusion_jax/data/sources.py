@@ -119,18 +119,14 @@ def emoji(
     trained = [drawing for drawing in drawings if is_trained_on(Scene(drawing))]
     if not trained:
         raise ValueError(f"nothing to train on: {', '.join(concepts)} are held out in {', '.join(styles or STYLES)}")
-    single_scenes = (
-        [single for drawing in trained for single in scenes_alone(drawing) if is_trained_on(single)]
-        if subset == ALONE
-        else []
-    )
-    total = SCENES.get(subset, len(single_scenes))
+    alone = [scene for drawing in trained for scene in scenes_alone(drawing) if is_trained_on(scene)]
+    total = SCENES.get(subset, len(alone))
     count = min(int(match[2] or total), total)
     draw_scene = held_out_scene if held_out else trained_scene
 
     def scene_and_rng(index: int) -> tuple[Scene, np.random.Generator]:
         rng = np.random.default_rng([int(held_out), index])
-        return single_scenes[index] if subset == ALONE else draw_scene(drawings, rng), rng
+        return alone[index] if subset == ALONE else draw_scene(drawings, rng), rng
 
     def read(index: int) -> Record:
         scene, rng = scene_and_rng(index)
@@ -139,10 +135,8 @@ def emoji(
     def read_mixed(index: int) -> Record:
         if index % 2:
             return {"image": paint(scene_and_rng(index)[0], size)}
-        rows = [
-            [paint(scene_and_rng(4 * index + 2 * row + column)[0], size // 2) for column in (0, 1)] for row in (0, 1)
-        ]
-        return {"image": np.concatenate([np.concatenate(row, axis=1) for row in rows])}
+        parts = [paint(scene_and_rng(4 * index + part)[0], size // 2) for part in range(4)]
+        return {"image": np.concatenate([np.concatenate(parts[row : row + 2], axis=1) for row in (0, 2)])}
 
     def captions(index: int) -> tuple[str, ...]:
         scene, rng = scene_and_rng(index)
