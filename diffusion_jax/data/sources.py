@@ -119,7 +119,8 @@ def emoji(
     trained = [drawing for drawing in drawings if is_trained_on(Scene(drawing))]
     if not trained:
         raise ValueError(f"nothing to train on: {', '.join(concepts)} are held out in {', '.join(styles or STYLES)}")
-    alone = [scene for drawing in trained for scene in scenes_alone(drawing) if is_trained_on(scene)]
+    drawings_alone = trained if subset == ALONE else []
+    alone = [scene for drawing in drawings_alone for scene in scenes_alone(drawing) if is_trained_on(scene)]
     total = SCENES.get(subset, len(alone))
     count = min(int(match[2] or total), total)
     draw_scene = held_out_scene if held_out else trained_scene
