@@ -47,12 +47,17 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 2**30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_dropped():
-    """After a module, if they take much: all of them together would take a machine's memory."""
-    yield
-    if not Path("/proc/self/statm").exists() or resident() > 1.5:
-        jax.clear_caches()
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
+after_dropping = 0.0  # GiB
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Drop compiled programs when they have come to take much: all of them together would take a machine's memory."""
+    global after_dropping
+    if not Path("/proc/self/statm").exists() or resident() < max(1.5, after_dropping + 0.3):
+        return
+    jax.clear_caches()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # gives the memory back to the system
+        libc.malloc_trim(0)
+    after_dropping = resident()
