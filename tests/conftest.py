@@ -17,7 +17,7 @@ from xdist.scheduler import WorkStealingScheduling
 from tests import typechecking
 
 typechecking.install()
-install_import_hook("diffusion_jax", "beartype.beartype")
+install_import_hook("diffusion_jax", "tests.typechecking.by_beartype")
 hypothesis.settings.register_profile("repeatable", derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
 
@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs --all"))
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to schedule
 def pytest_xdist_make_scheduler(config, log):
     """A worker takes the tests in their order, so most modules stay on one and share what they compile and train."""
     if config.getoption("dist") == "load":
@@ -47,12 +48,17 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 2**30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_dropped():
-    """After a module, if they take much: all of them together would take a machine's memory."""
-    yield
-    if not Path("/proc/self/statm").exists() or resident() > 1.5:
-        jax.clear_caches()
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
+after_dropping = 0.0  # GiB
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Drop compiled programs when they have come to take much: all of them together would take a machine's memory."""
+    global after_dropping
+    if not Path("/proc/self/statm").exists() or resident() < max(1.5, after_dropping + 0.3):
+        return
+    jax.clear_caches()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # gives the memory back to the system
+        libc.malloc_trim(0)
+    after_dropping = resident()

@@ -8,10 +8,11 @@ is first called, because a process calls few of the thousand functions that it i
 import functools
 import inspect
 
-import beartype
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 with_shapes = jaxtyping.jaxtyped
+by_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float too, as for other type checkers
 
 
 def has_shapes(function) -> bool:
@@ -32,7 +33,7 @@ def checked(function=None, *, typechecker):
     def check():
         if has_shapes(function):
             return with_shapes(function, typechecker=typechecker)
-        return beartype.beartype(function)
+        return typechecker(function)
 
     @functools.wraps(function)
     def call(*arguments, **named):

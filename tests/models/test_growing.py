@@ -1,5 +1,7 @@
 """A U-Net with outer levels around a trained one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,22 +26,27 @@ def unet(levels, layers=1):
 
 
 def shaken(tree):
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, moved)
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), tree)
+
+
+@functools.cache
+def networks(added):
+    """(network, params) of a network and of the one with levels added around it."""
+    inner, outer = network_of(unet(2)), network_of(unet(2 + added))
+    trained = shaken(inner.init(jax.random.key(0)))
+    fresh = outer.init(jax.random.key(1))
+    made = grown(*(jax.tree.map(np.array, tree) for tree in (trained, fresh)))
+    return (jax.jit(inner.apply), trained), (jax.jit(outer.apply), made)
 
 
 def difference(added, side):
     """Of what both networks say of the middle of one colour."""
-    inner, outer = network_of(unet(2)), network_of(unet(2 + added))
-    trained = shaken(inner.init(jax.random.key(0)))
-    fresh = outer.init(jax.random.key(1))
-    variables = grown(*(jax.tree.map(np.array, tree) for tree in (trained, fresh)))
+    inner, outer = networks(added)
     said, t = [], jnp.array([300.0])
-    for network, params, size in ((inner, trained, side), (outer, variables, side * 2**added)):
+    for (apply, params), size in ((inner, side), (outer, side * 2**added)):
         colours = jnp.broadcast_to(jnp.array([0.3, -0.7, 0.1]), (1, size, size, 3))
-        said.append(jax.jit(network.apply)(params, colours, t, {})[0, size // 2, size // 2])
+        said.append(apply(params, colours, t, {})[0, size // 2, size // 2])
     return float(jnp.abs(said[1] - said[0]).max())
 
 

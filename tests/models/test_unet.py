@@ -45,11 +45,8 @@ PIXELS_1 = PIXELS.clone(
 def randomised(unet, seed=0):
     """Variables without the zeros that training starts from."""
     shapes = jax.eval_shape(unet.init, jax.random.key(0), *unet.example_inputs())
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten(
-        [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.float32(0.1 * rng.normal(size=leaf.shape)), shapes)
 
 
 text_apply, pixels_apply = jax.jit(TEXT_1.apply), jax.jit(PIXELS_1.apply)
