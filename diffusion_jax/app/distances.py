@@ -224,7 +224,7 @@ def _save_sheets(folder: Path, first_images: Sequence[Picture], generated: Colle
         for image, nearest_rows in zip(
             first_images, nearest(reference.features, generated.features[:NUM_QUERIES], NUM_NEAREST), strict=False
         ):
-            records = (real.source[index] for index in reference.indices[nearest_rows])
+            records = (real.source[index] for index in reference.indices[nearest_rows].tolist())
             rows += [image, *(real.resize(record, np.random.default_rng(0))["image"] for record in records)]
         labels = ["generated", *(f"nearest {i + 1}" for i in range(NUM_NEAREST))] * (len(rows) // (1 + NUM_NEAREST))
         sheets["nearest_real"] = pictures.grid(rows, 1 + NUM_NEAREST, labels)

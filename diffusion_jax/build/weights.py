@@ -13,7 +13,7 @@ from diffusion_jax.build import fields, shipped
 from diffusion_jax.build.model import diffusion_model, has_denoiser
 from diffusion_jax.codec import Codec
 from diffusion_jax.interop import load_autoencoder, load_unet
-from diffusion_jax.interop.lora import load_lora, merge
+from diffusion_jax.interop.lora import DENOISER, load_lora, merge
 from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.training import averages
@@ -100,7 +100,7 @@ def load(
     folder = shipped.find(config.weights)
     if config.weights and (folder / LORA).exists():
         base, file = updated(config, model, teacher), folder / LORA
-        params = merge(base.params, load_lora(file)["unet"], 1.0, str(file))
+        params = merge(base.params, load_lora(file)[DENOISER], 1.0, str(file))
         return model._replace(params=params, codec=base.codec), config.weights
     if config.weights and folder.exists():
         unet, params = load_unet(folder / "unet")

@@ -6,6 +6,7 @@ ignores it: its prediction is the tangent of the path at x_t, right for small st
 consistency model is one whose `to` is clean data.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -31,7 +32,14 @@ def as_pytree(denoise: Denoise) -> Denoise:
     and so is one without a parameter `to`, which is then called without the target.
     """
     wrapped = Partial(denoise) if jax.tree_util.all_leaves([denoise]) else denoise
-    return wrapped if "to" in inspect.signature(wrapped).parameters else Partial(_without_target, wrapped)
+    return wrapped if _takes_target(denoise) else Partial(_without_target, wrapped)
+
+
+def _takes_target(denoise: Denoise) -> bool:
+    """Whether the function inside all partial applications has a parameter `to`."""
+    while isinstance(denoise, functools.partial):
+        denoise = getattr(denoise.func, "fun", denoise.func)  # JAX hides a partial application in another one
+    return "to" in inspect.signature(denoise).parameters
 
 
 def _without_target(

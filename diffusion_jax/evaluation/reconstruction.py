@@ -25,7 +25,7 @@ def evaluate_reconstruction(
 
     reconstruct: images in [-1, 1] -> the same through the first stage.
     batches: records with "image" (B, H, W, 3) uint8, perhaps with "style" (B,).
-    distances: weights of LPIPS, see `models.lpips.lpips`. None leaves it out.
+    distances: weights of LPIPS, see `models.vision.lpips.lpips`. None leaves it out.
     """
 
     @jax.jit

@@ -195,7 +195,7 @@ def evaluate_scenes(
     "diversity" of the names: the LPIPS distance of two pictures of one caption.
 
     generate: captions and seeds -> pictures.
-    distances: weights of LPIPS, see `models.lpips.lpips`.
+    distances: weights of LPIPS, see `models.vision.lpips.lpips`.
     seed: of the first picture of a kind; the others count up from it.
     show: called with each kind, its captions and its generated pictures.
     """

@@ -109,7 +109,7 @@ def text_encoder(
     layer: str = "last_hidden_state",
     dtype: DTypeLike = jnp.float32,
 ) -> TextEncoder:
-    """A published encoder and its tokenizer as a `models.text.TextEncoder`, e.g. from pipeline/text_encoder and
+    """A published encoder and its tokenizer as a `models.text.encoder.TextEncoder`, e.g. from pipeline/text_encoder and
     pipeline/tokenizer.
 
     Denoisers attend to the padding of CLIP like to any token, so its mask is True everywhere. T5's is not.

@@ -97,7 +97,7 @@ class Family(NamedTuple):
 
     name, licence, source: for people. source: paper or repository.
     recognises: (model_index.json, {part: config.json}) -> whether a folder is of this family.
-    parts: folder of each network -> its kind. All of them are needed.
+    parts: folder of each network -> its kind. Text encoders may be missing until prompts are read.
     denoiser, autoencoder: the names of these parts.
     tokenizers: folder of each text encoder -> folder of its tokenizer, in the order of the denoiser's condition.
     prompt: None for models that need more than a prompt; they can be loaded and saved, not sampled.

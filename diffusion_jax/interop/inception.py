@@ -30,7 +30,7 @@ TOWERS = {  # kind of block -> tower in TensorFlow -> branch in torch-fidelity; 
 
 
 def load_inception(path: str | Path, allow_pickle: bool = False) -> dict:
-    """The weights as `models.inception.inception` takes them, from the file of torch-fidelity or pytorch-fid
+    """The weights as `models.vision.inception.inception` takes them, from the file of torch-fidelity or pytorch-fid
     (`pt_inception-2015-12-05-6726825d.pth`, also as .safetensors), or from the original graph of TensorFlow
     (`classify_image_graph_def.pb`).
 

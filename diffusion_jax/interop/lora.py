@@ -151,21 +151,22 @@ def _alphas(path):
 
 def _place(name, pipeline):
     """(part, path joined with underscores) of the map `name` in a file."""
-    if pipeline is None:
-        return DENOISER, name.removeprefix(f"{DENOISER}.").replace(".", "_")
-    family, prefixes = pipeline.family, pipeline.family.lora.prefixes
+    parts, prefixes, denoiser = {DENOISER: None}, {}, DENOISER
+    if pipeline is not None:
+        family = pipeline.family
+        parts, prefixes, denoiser = family.parts, family.lora.prefixes, family.denoiser
     joined = next((prefix for prefix in prefixes if name.startswith(f"{prefix}_")), None)
     if joined:
         part = prefixes[joined]
         path = family.lora.path(part, name.removeprefix(f"{joined}_"), pipeline.denoiser.module)
     else:
         head, _, tail = name.partition(".")
-        part, path = (head, tail) if head in {*prefixes.values(), *family.parts} else (family.denoiser, name)
+        part, path = (head, tail) if head in {*prefixes.values(), *parts} else (denoiser, name)
         path = re.sub(r"base_model\.model\.|\.processor", "", path)
         path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files omit the index
         path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)
-    qualified = family.parts[part].qualified if part in family.parts else str
-    return part, qualified(path).replace(".", "_")
+    path = parts[part].qualified(path) if parts.get(part) else path
+    return part, path.replace(".", "_")
 
 
 def _product(update):

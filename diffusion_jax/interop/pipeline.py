@@ -154,8 +154,8 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
         component = family.parts[name]
         component.save(*part, folder / name, dtype)
         index[name] = [component.library, component.class_name(part.module)]
-    tokenizers = zip(family.tokenizers.values(), pipeline.tokenizers, strict=bool(pipeline.tokenizers))
-    for name, tokenizer in tokenizers:
+    folders = [tokenizer for encoder, tokenizer in family.tokenizers.items() if encoder in pipeline.parts]
+    for name, tokenizer in zip(folders, pipeline.tokenizers, strict=bool(pipeline.tokenizers)):
         _save_tokenizer(tokenizer, folder / name)
         index[name] = ["transformers", "CLIPTokenizer"]
     scheduler = scheduler_config(pipeline.scheduler, pipeline.schedule, pipeline.prediction)
@@ -171,7 +171,7 @@ def family_of(path: str | Path, allow_pickle: bool = False) -> Family:
 
 
 def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Network]]:
-    """The family of a folder or file, and its networks by part. A single file may lack some of them."""
+    """The family of a folder or file, and its networks by part; text encoders may be missing."""
     path = Path(path)
     if path.is_file():
         family, parts = read_single_file(path, allow_pickle)
@@ -179,9 +179,9 @@ def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family,
     else:
         family, configs = _family_and_configs(path)
         parts, sources = {}, {}
-        for name, component in family.parts.items():
-            tensors, sources[name] = read_tensors(path / name, component.weights, allow_pickle)
-            parts[name] = Description(configs[name], tensors)
+        for name, config in configs.items():
+            tensors, sources[name] = read_tensors(path / name, family.parts[name].weights, allow_pickle)
+            parts[name] = Description(config, tensors)
     networks = {}
     for name, (config, tensors) in parts.items():
         component = family.parts[name]
@@ -203,12 +203,12 @@ def _family_and_configs(path: Path) -> tuple[Family, dict[str, dict]]:
             f"{', '.join(used) or 'no parts'}"
         )
     for name in family.parts:
-        if name not in used:
+        if name not in used and name not in family.tokenizers:
             expected = ", ".join(family.parts)
             raise ValueError(f"{path / 'model_index.json'}: {family.name} has the parts {expected}, got no {name}")
-        if name not in configs:
+        if name in used and name not in configs:
             raise FileNotFoundError(f"{path / name / 'config.json'}: no such file")
-    return family, configs
+    return family, {name: configs[name] for name in family.parts if name in configs}
 
 
 def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, str]:

@@ -346,7 +346,7 @@ def flow_map(
         student_cond = drop_condition(cond, frozen["null_cond"], drop, drop_keys)
         scale = teacher.scale if teacher else 1.0
         if model.network.takes_scale:
-            scale = jax.vmap(lambda key: jax.random.uniform(key, minval=1.0, maxval=teacher.scale))(scale_keys)
+            scale = jax.vmap(lambda key: jax.random.uniform(key, minval=1.0, maxval=scale))(scale_keys)
             student_cond = student_cond | {"guidance": scale}
 
         output = _student(model, level, frozen["rest"], student_cond)

@@ -261,7 +261,15 @@ def to_by_name(params, x, level, cond, *, to):
 
 
 @pytest.mark.parametrize("wrap", [lambda denoise: denoise, wrapped])
-@pytest.mark.parametrize("denoise", [to_last, Partial(to_by_name, jnp.float32(1.0))])
+@pytest.mark.parametrize(
+    "denoise",
+    [
+        to_last,
+        Partial(to_by_name, jnp.float32(1.0)),
+        functools.partial(to_by_name, 1.0),
+        Partial(functools.partial(to_by_name, 1.0)),
+    ],
+)
 def test_a_denoiser_gets_the_target_as_its_parameter_to(denoise, wrap):
     def expected(x, level, cond, to):
         return process.Prediction(x * to.alpha, x)

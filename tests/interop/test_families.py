@@ -8,14 +8,17 @@ import pytest
 
 from diffusion_jax.core import schedules, solvers
 from diffusion_jax.interop import families, load_pipeline, load_tokenizer, save_pipeline, verify
+from diffusion_jax.interop.families import stable_diffusion_xl
 from diffusion_jax.interop.lora import merge_lora, save_lora
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.tensors import read_file, read_json, write_file, write_json
 from diffusion_jax.models import lora
+from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import text_to_image
 from diffusion_jax.pipelines.published import from_published
 from tests.interop import painters
-from tests.interop.test_pipeline import our_pipeline, vocabulary  # noqa: F401  (a fixture)
+from tests.interop.test_pipeline import ADDED, TEXT_2, UNET, filled, our_pipeline, vocabulary  # noqa: F401  (a fixture)
 
 
 def renamed(file):
@@ -93,6 +96,35 @@ def test_it_is_verified(pipeline, tmp_path, capsys, monkeypatch):
     save_pipeline(pipeline, tmp_path)
     assert verify.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.count(", all as ") == 3
+
+
+def test_a_pipeline_without_its_text_encoder_is_loaded_and_saved_but_not_sampled(tmp_path):
+    save_pipeline(our_pipeline(), tmp_path / "a")
+    index = read_json(tmp_path / "a" / "model_index.json")
+    write_json(tmp_path / "a" / "model_index.json", index | {"text_encoder": [None, None]})
+    pipeline = load_pipeline(tmp_path / "a")
+    assert list(pipeline.parts) == ["unet", "vae"]
+    save_pipeline(pipeline, tmp_path / "b")
+    assert list(load_pipeline(tmp_path / "b").parts) == ["unet", "vae"]
+    with pytest.raises(ValueError, match="expected a tokenizer for each of 0 text encoders"):
+        from_published(pipeline)
+
+
+def test_a_text_encoder_that_is_named_and_missing_is_one_line(tmp_path):
+    """A folder of SDXL without its first encoder's files is not taken for a refiner."""
+    unet, second = UNet(**UNET | ADDED), ClipTextEncoder(**TEXT_2)
+    parts = {"unet": filled(unet, *unet.example_inputs()), "text_encoder_2": filled(second, *second.example_inputs())}
+    save_pipeline(our_pipeline(parts, stable_diffusion_xl.FAMILY), tmp_path)
+    assert load_pipeline(tmp_path).family == stable_diffusion_xl.FAMILY
+    (tmp_path / "text_encoder" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"text_encoder/config.json: no such file"):
+        load_pipeline(tmp_path)
+    index = read_json(tmp_path / "model_index.json")
+    write_json(tmp_path / "model_index.json", index | {"text_encoder": [None, None]})
+    refiner = load_pipeline(tmp_path)
+    assert refiner.family == stable_diffusion_xl.REFINER
+    with pytest.raises(ValueError, match="the refiner of Stable Diffusion XL needs more than a prompt"):
+        from_published(refiner)
 
 
 def test_what_no_card_recognises_is_one_line(tmp_path):

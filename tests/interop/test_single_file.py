@@ -351,7 +351,10 @@ def test_names_joined_by_underscores():
     ("change", "message"),
     [
         (lambda held: {"other.weight": np.zeros(1)}, "expected a whole checkpoint of one of"),
-        (lambda held: {n: t for n, t in held.items() if "op" not in n}, "lacks or misshapes tensors"),
+        (
+            lambda held: {n: t for n, t in held.items() if "op" not in n},
+            "lacks or misshapes tensors of Stable Diffusion 1",
+        ),
         (lambda held: {n: t for n, t in held.items() if "first_stage" not in n}, "lacks or misshapes tensors"),
         (lambda held: {n: t for n, t in held.items() if "middle_block.1" not in n}, "lacks or misshapes tensors"),
     ],

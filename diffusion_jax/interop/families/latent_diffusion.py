@@ -4,13 +4,14 @@ Such a file has no configs. Infer the architecture from tensor shapes, and the r
 are renamed as in diffusers and transformers, so that the code for folders can build every part.
 """
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.interop.family import Config, Description, LoraNames, Tensors
+from diffusion_jax.interop.family import Description, LoraNames, Tensors
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import UNet
 
@@ -75,36 +76,46 @@ KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encod
 class Layout(NamedTuple):
     """What differs between the families in a single file.
 
-    matches: config.json of the U-Net -> whether it is of this family.
+    matches: tensors of the U-Net -> whether it is of this family.
     sample_size: of the U-Net, latents on a side.
     scaling_factor: of the autoencoder.
-    encoders: part -> (prefix of its tensors, tensors -> Description).
-    needs_all_encoders: whether a file that lacks one of the encoders is of another family.
+    encoders: (part, prefix of its tensors, tensors -> Description). A part may have several layouts.
+    needs_encoder: whether a file without any of them is of another family.
     """
 
-    matches: Callable[[Config], bool]
+    matches: Callable[[Tensors], bool]
     sample_size: int
     scaling_factor: float
-    encoders: Mapping[str, tuple[str, Callable[[Tensors], Description]]]
-    needs_all_encoders: bool = False
+    encoders: Sequence[tuple[str, str, Callable[[Tensors], Description]]]
+    needs_encoder: bool = False
 
     def read(self, tensors: Tensors) -> dict[str, Description] | None:
         """The parts of a file, None if it is of another family. Tensors that no part has (averaged copies, tables of
         the schedule) are ignored.
         """
         unet = _under(tensors, "model.diffusion_model.")
-        if "input_blocks.0.0.weight" not in unet:
+        if "input_blocks.0.0.weight" not in unet or not self.matches(unet):
             return None
-        texts = {part: (_under(tensors, prefix), describe) for part, (prefix, describe) in self.encoders.items()}
-        parts = {"unet": _unet(unet, self.sample_size)}
-        if not self.matches(parts["unet"].config) or (
-            self.needs_all_encoders and not all(texts[part][0] for part in texts)
-        ):
+        texts = [(part, _under(tensors, prefix), describe) for part, prefix, describe in self.encoders]
+        encoders = {part: describe(named) for part, named, describe in texts if named}
+        if self.needs_encoder and not encoders:
             return None
-        parts["vae"] = _autoencoder(_under(tensors, "first_stage_model."), 8 * self.sample_size, self.scaling_factor)
-        return parts | {
-            part: describe(encoder_tensors) for part, (encoder_tensors, describe) in texts.items() if encoder_tensors
+        autoencoder = _under(tensors, "first_stage_model.")
+        return {
+            "unet": _unet(unet, self.sample_size),
+            "vae": _autoencoder(autoencoder, 8 * self.sample_size, self.scaling_factor),
+            **encoders,
         }
+
+
+def has_vector(unet: Tensors) -> bool:
+    """Whether a U-Net is told a vector of the prompt and the sizes of the image."""
+    return "label_emb.0.0.weight" in unet
+
+
+def has_linear_maps(unet: Tensors) -> bool:
+    """Whether linear maps surround the transformers of a U-Net, instead of 1x1 convolutions."""
+    return np.ndim(unet.get("middle_block.1.proj_in.weight")) == 2
 
 
 def fits(unet: UNet, autoencoder: AutoencoderKL) -> str:
@@ -286,3 +297,8 @@ def _lora_path(part, path, unet):
 
 
 LORA = LoraNames(prefixes=KOHYA, path=_lora_path)
+
+ONE_ENCODER = (  # of Stable Diffusion 1, and of 2, whose denoiser does not use the last layer
+    ("text_encoder", "cond_stage_model.transformer.", clip),
+    ("text_encoder", "cond_stage_model.model.", functools.partial(open_clip, skip=1, projection=False)),
+)

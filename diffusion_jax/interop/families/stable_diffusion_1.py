@@ -2,15 +2,15 @@
 
 from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
 from diffusion_jax.interop.families import latent_diffusion
-from diffusion_jax.interop.families.latent_diffusion import Layout, clip
+from diffusion_jax.interop.families.latent_diffusion import Layout, has_linear_maps, has_vector
 from diffusion_jax.interop.family import Family, Prompt, SingleFile
 from diffusion_jax.interop.safety import load_safety_checker
 
 LAYOUT = Layout(
-    matches=lambda unet: not unet["addition_embed_type"] and not unet["use_linear_projection"],
+    matches=lambda unet: not has_vector(unet) and not has_linear_maps(unet),
     sample_size=64,
     scaling_factor=0.18215,
-    encoders={"text_encoder": ("cond_stage_model.transformer.", clip)},
+    encoders=latent_diffusion.ONE_ENCODER,
 )
 FAMILY = Family(
     name="Stable Diffusion 1",

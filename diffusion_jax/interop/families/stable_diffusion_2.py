@@ -1,17 +1,14 @@
 """Stable Diffusion 2.0 and 2.1: as 1, with OpenCLIP's text encoder, and for 768 pixels v instead of eps."""
 
 from diffusion_jax.interop.families import latent_diffusion, stable_diffusion_1
-from diffusion_jax.interop.families.latent_diffusion import Layout, open_clip
+from diffusion_jax.interop.families.latent_diffusion import Layout, has_linear_maps, has_vector
 from diffusion_jax.interop.family import SingleFile
 
 LAYOUT = Layout(
-    matches=lambda unet: not unet["addition_embed_type"] and unet["use_linear_projection"],
+    matches=lambda unet: not has_vector(unet) and has_linear_maps(unet),
     sample_size=64,
     scaling_factor=0.18215,
-    # the denoiser does not use the last layer
-    encoders={
-        "text_encoder": ("cond_stage_model.model.", lambda tensors: open_clip(tensors, skip=1, projection=False))
-    },
+    encoders=latent_diffusion.ONE_ENCODER,
 )
 FAMILY = stable_diffusion_1.FAMILY._replace(
     name="Stable Diffusion 2",

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
 from diffusion_jax.interop.families import latent_diffusion
-from diffusion_jax.interop.families.latent_diffusion import Layout, clip, open_clip
+from diffusion_jax.interop.families.latent_diffusion import Layout, clip, has_vector, open_clip
 from diffusion_jax.interop.family import Config, Family, Prompt, SingleFile
 
 
@@ -23,14 +23,18 @@ def _is_wide(configs: dict[str, Config]) -> bool:
     return configs.get("unet", {}).get("addition_embed_type") == "text_time"
 
 
+def _encoders(index: Config) -> list[str]:
+    return [name for name in ("text_encoder", "text_encoder_2") if index.get(name, [None])[0]]
+
+
 LAYOUT = Layout(
-    matches=lambda unet: unet["addition_embed_type"] is not None,
+    matches=has_vector,
     sample_size=128,
     scaling_factor=0.13025,
-    encoders={
-        "text_encoder": ("conditioner.embedders.0.transformer.", clip),
-        "text_encoder_2": ("conditioner.embedders.1.model.", open_clip),
-    },
+    encoders=(
+        ("text_encoder", "conditioner.embedders.0.transformer.", clip),
+        ("text_encoder_2", "conditioner.embedders.1.model.", open_clip),
+    ),
 )
 FAMILY = Family(
     name="Stable Diffusion XL",
@@ -54,13 +58,13 @@ FAMILY = Family(
 )
 REFINER = FAMILY._replace(
     name="the refiner of Stable Diffusion XL",
-    recognises=lambda index, configs: _is_wide(configs) and "text_encoder" not in configs,
+    recognises=lambda index, configs: _is_wide(configs) and _encoders(index) == ["text_encoder_2"],
     parts={"unet": UNET, "vae": AUTOENCODER, "text_encoder_2": TEXT_ENCODER},
     tokenizers={"text_encoder_2": "tokenizer_2"},
     prompt=None,  # its denoiser also wants an aesthetic score
     single_file=SingleFile(
         LAYOUT._replace(
-            encoders={"text_encoder_2": ("conditioner.embedders.0.model.", open_clip)}, needs_all_encoders=True
+            encoders=(("text_encoder_2", "conditioner.embedders.0.model.", open_clip),), needs_encoder=True
         ).read,
         latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"},
     ),
