@@ -18,7 +18,7 @@ lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, 
   scm *        consistency training in continuous time
   lsd          any step, by the derivative in its end
   taught_ect *, taught_scm *, taught_soflow, taught_mean_flow
-               the same, and instead of data they follow the teacher's guided way
+               the same, and instead of data they follow the teacher's guided path
 """
 
 from ml_collections import ConfigDict

@@ -78,12 +78,12 @@ def objective(
         raise ValueError("objective.name=denoising has no teacher: leave out config.teacher")
     if method is None and model.network.flow_map:
         raise ValueError(
-            "objective.name=denoising trains a network that is not told where a step ends: set "
+            "objective.name=denoising trains a network without an input for the level where a step ends: set "
             f"model.target_embedding=False, or objective.name to one of {', '.join(FLOW_MAPS | DISTILLATIONS)}"
         )
     if method is None and model.network.takes_scale:
         raise ValueError(
-            "objective.name=denoising trains a network that is not told the guidance scale: set "
+            "objective.name=denoising trains a network without an input for the guidance scale: set "
             f"model.time_cond_proj_dim=None, or objective.name to one of {', '.join(DISTILLATIONS)}"
         )
     loss = _flow_map(section, model, steps, method(section), teacher) if method else _denoising(section, model)
@@ -108,12 +108,13 @@ def _flow_map(
 ) -> Callable:
     if not model.network.flow_map and section.name not in CLEAN_TARGET_METHODS:
         raise ValueError(
-            f"objective.name={section.name} trains a network that is told where a step ends: set "
+            f"objective.name={section.name} needs a network with an input for the level where a step ends: set "
             f"model.target_embedding=True, or train by {', '.join(CLEAN_TARGET_METHODS)}"
         )
     if section.taught and section.name not in PATH_METHODS:
         raise ValueError(
-            f"objective.taught is for the methods that follow a way: {', '.join(PATH_METHODS)}; got {section.name}"
+            "objective.taught is for the methods that follow a path from noise to data: "
+            f"{', '.join(PATH_METHODS)}; got {section.name}"
         )
     is_taught = learns_from_teacher(section)
     if is_taught and model.network.takes_scale and section.scale <= 1:

@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 
 from diffusion_jax.data.colours import COLOURS
-from diffusion_jax.data.plurals import is_countable, plural
+from diffusion_jax.data.plurals import is_countable, is_plural, plural
 from diffusion_jax.data.scenes import Drawing, Scene
 
 STYLE_PREFIXES = {  # words for a style before the noun phrase
@@ -115,5 +115,7 @@ def colours_in(phrase: str) -> list[str]:
 
 
 def with_article(phrase: str) -> str:
-    """The phrase with "a" or "an"."""
+    """The phrase with "a" or "an", without one if it is a plural."""
+    if is_plural(phrase):
+        return phrase
     return f"{'an' if phrase[0].lower() in 'aeiou' else 'a'} {phrase}"

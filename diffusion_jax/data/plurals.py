@@ -22,12 +22,19 @@ IRREGULAR = {
     "person": "people",
     "child": "children",
 }
+SINGULAR = ("ananas", "lens", "rhinoceros")
 
 
 def is_countable(phrase: str) -> bool:
     """Whether `plural` knows the plural of the phrase: one or two words of lower-case letters, the last a singular."""
     last = phrase.split()[-1]
     return re.fullmatch(r"[a-z]+( [a-z]+)?", phrase) is not None and not last.endswith(("s", "ing", "ed"))
+
+
+def is_plural(phrase: str) -> bool:
+    """Whether the noun before any preposition or participle is a plural: "french fries", not "owl with big eyes"."""
+    noun = re.split(r" (?:and|at|for|from|in|of|on|that|under|until|who|with|you|[a-z]+ing) ", phrase)[0].split()[-1]
+    return re.search("[^sui]s$", noun) is not None and noun not in SINGULAR
 
 
 def plural(phrase: str) -> str:

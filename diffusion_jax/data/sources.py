@@ -145,7 +145,7 @@ def emoji(
 
     description = f"{'+'.join(sorted(styles or STYLES))}/{len({drawing.name for drawing in drawings})} concepts"
     return Source(
-        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes3/{description}/{split}",
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes4/{description}/{split}",
         size=count,
         read=read_mixed if subset == "mixed" else read,
         captions=() if subset == "mixed" else Captions(count, captions),

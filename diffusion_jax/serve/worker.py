@@ -275,9 +275,8 @@ def _answer(
 
             def show(step: Step, number: int = batch.number) -> bool:
                 connection.send(step)
-                return (
-                    connection.poll() and connection.recv().number == number
-                )  # the only message that can come now is a Cancel
+                # the only message that can come now is a Cancel
+                return connection.poll() and connection.recv().number == number
 
             connection.send(Drawn(_draw(artists, model_facts, batch, show)))
         connection.send(Compiled(programs[COMPILED], len(warming)))

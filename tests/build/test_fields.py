@@ -141,7 +141,7 @@ DISAGREEING = {
     ],
     "config.autoencoder must have the field checkpoint for kind=kl": [DIGITS, "--config.autoencoder.kind=kl"],
     "no first stage to train": [AUTOENCODER, "--config.autoencoder.kind=identity", "--mode=train"],
-    "objective.name=shortcut trains a network that is told where a step ends": [
+    "objective.name=shortcut needs a network with an input for the level where a step ends": [
         DIGITS,
         "--config.objective.name=shortcut",
         "--mode=train",
@@ -151,13 +151,13 @@ DISAGREEING = {
         "--config.objective.name=guidance_distillation",
         "--mode=train",
     ],
-    "objective.name=denoising trains a network that is not told where a step ends": [
+    "objective.name=denoising trains a network without an input for the level where a step ends": [
         FEW_STEP,
         "--config.objective.name=denoising",
         "--config.teacher=",
         "--mode=train",
     ],
-    "objective.taught is for the methods that follow a way: consistency_training, soflow": [
+    "objective.taught is for the methods that follow a path from noise to data: consistency_training, soflow": [
         "--config=configs/few_step.py:digits/shortcut",
         "--config.objective.taught=True",
         "--config.teacher=",
@@ -170,7 +170,7 @@ DISAGREEING = {
         "--config.teacher=",
         "--mode=train",
     ],
-    "trains a network that is not told the guidance scale": [
+    "trains a network without an input for the guidance scale": [
         "--config=configs/few_step.py:digits/scale",
         "--config.objective.name=denoising",
         "--config.teacher=",

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from diffusion_jax.data import scenes
-from diffusion_jax.data.captions import ARTICLES, caption, everyday_words, paraphrases, words_for
+from diffusion_jax.data.captions import ARTICLES, caption, everyday_words, paraphrases, with_article, words_for
 from diffusion_jax.data.colours import COLOURS, MainHue, rgb_of, to_lab
 from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable, plural
@@ -193,6 +193,22 @@ def test_plurals(one, several):
 @pytest.mark.parametrize("phrase", ["cup of tea", "scissors", "woman running", "flag: Japan", "OK hand"])
 def test_what_has_no_plural_here(phrase):
     assert not is_countable(phrase)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "expected"),
+    [
+        ("french fries", "french fries"),
+        ("two slices of bread", "two slices of bread"),
+        ("owl with big eyes", "an owl with big eyes"),
+        ("bald eagle spreading its wings", "a bald eagle spreading its wings"),
+        ("bus", "a bus"),
+        ("dress", "a dress"),
+        ("lens", "a lens"),
+    ],
+)
+def test_a_plural_has_no_article(phrase, expected):
+    assert with_article(phrase) == expected
 
 
 def test_a_caption_of_two_colours_is_refused():

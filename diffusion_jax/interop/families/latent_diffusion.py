@@ -109,7 +109,7 @@ class Layout(NamedTuple):
 
 
 def has_vector(unet: Tensors) -> bool:
-    """Whether a U-Net is told a vector of the prompt and the sizes of the image."""
+    """Whether a U-Net is conditioned on a vector of the prompt and the sizes of the image."""
     return "label_emb.0.0.weight" in unet
 
 
