@@ -30,13 +30,24 @@ def run(monkeypatch, *arguments, cwd=ROOT) -> int:
     return ended.value.code or 0
 
 
+class _Writer(logging.Handler):
+    """Writes messages to a text stream. No StreamHandler, because absl removes those of standard error."""
+
+    def __init__(self, stream: io.TextIOBase):
+        super().__init__()
+        self.stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream.write(self.format(record) + "\n")
+
+
 def succeed(*arguments, cwd=ROOT) -> str:
     """What python main.py with these arguments says on its way to exit status 0.
 
     Without the seconds that a process of its own takes to start; with the checks of types.
     """
     said = io.StringIO()
-    handler = logging.StreamHandler(said)
+    handler = _Writer(said)
     logging.getLogger().addHandler(handler)
     try:
         with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):

@@ -28,7 +28,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--all"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that no long test ends last
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)  # so that no long test ends last
         return
     for item in items:
         if item.get_closest_marker("slow"):
@@ -55,7 +56,7 @@ after_dropping = 0.0  # GiB
 def pytest_runtest_teardown():
     """Drop compiled programs when they have come to take much: all of them together would take a machine's memory."""
     global after_dropping
-    if not Path("/proc/self/statm").exists() or resident() < max(1.5, after_dropping + 0.3):
+    if not Path("/proc/self/statm").exists() or resident() < max(2.2, after_dropping + 0.4):
         return
     jax.clear_caches()
     gc.collect()
