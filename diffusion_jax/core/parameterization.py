@@ -68,9 +68,9 @@ class Parameterization:
         return level.sigma / abs(level.alpha * q - level.sigma * p)
 
 
-eps = Parameterization(lambda level: (0.0, 1.0))
+eps = Parameterization(lambda level: (0.0, 1.0))  # Ho et al. 2020, eq. 15
 x0 = Parameterization(lambda level: (1.0, 0.0))
-v = Parameterization(lambda level: (-level.sigma, level.alpha))
+v = Parameterization(lambda level: (-level.sigma, level.alpha))  # Salimans & Ho 2022, appendix D
 flow = Parameterization(lambda level: (-1.0, 1.0))
 NAMED = {"eps": eps, "x0": x0, "v": v, "flow": flow}  # the names that configs and checkpoints use
 

@@ -75,24 +75,6 @@ def split(
     return Prediction(x0=(q * x_t - sigma * out) / determinant, eps=(alpha * out - p * x_t) / determinant)
 
 
-def from_eps(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
-    """The network predicts eps: x0 = (x_t - sigma eps) / alpha (Ho et al. 2020, eq. 15)."""
-    return split(x_t, out, level, 0.0, 1.0)
-
-
-def from_x0(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
-    """The network predicts x0: eps = (x_t - alpha x0) / sigma."""
-    return split(x_t, out, level, 1.0, 0.0)
-
-
-def from_v(x_t: Float[Array, "batch *shape"], out: Float[Array, "batch *shape"], level: NoiseLevel) -> Prediction:
-    """The network predicts v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D), for any alpha and sigma.
-
-    x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2),  eps = (sigma x_t + alpha v) / (alpha^2 + sigma^2).
-    """
-    return split(x_t, out, level, -level.sigma, level.alpha)
-
-
 def snr(level: NoiseLevel) -> ArrayLike:
     """Signal-to-noise ratio, alpha^2 / sigma^2."""
     return (level.alpha / level.sigma) ** 2

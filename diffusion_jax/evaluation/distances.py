@@ -122,17 +122,6 @@ def _polynomial(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def kernel_of_subsets(
-    x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"], subsets: int, size: int, seed: int
-) -> Float[np.ndarray, " subsets"]:
-    """`kernel` of random subsets of `size` pictures of each set, whose mean and deviation are usually reported."""
-    if size > min(len(x), len(y)):
-        raise ValueError(f"subsets of {size} pictures need as many in both sets, got {len(x)} and {len(y)}")
-    rng = np.random.RandomState(seed)  # the generator, and order, of the implementations that papers use
-    pairs = ([features[rng.choice(len(features), size, replace=False)] for features in (x, y)] for _ in range(subsets))
-    return np.array([kernel(*pair).value for pair in pairs])
-
-
 class Guesses(NamedTuple):
     """The class probabilities of a set of pictures, as sums that can be added.
 

@@ -15,11 +15,11 @@ def noised():
     return x0, eps, level, process.add_noise(x0, eps, level)
 
 
-@pytest.mark.parametrize("convert", [process.from_eps, process.from_x0, process.from_v])
-def test_each_prediction_gives_back_what_was_noised(convert, noised):
+@pytest.mark.parametrize("name", ["eps", "x0", "v"])
+def test_each_prediction_gives_back_what_was_noised(name, noised):
     x0, eps, level, x_t = noised
-    out = {process.from_eps: eps, process.from_x0: x0, process.from_v: process.velocity(x0, eps, level)}[convert]
-    prediction = convert(x_t, out, level)
+    out = {"eps": eps, "x0": x0, "v": process.velocity(x0, eps, level)}[name]
+    prediction = parameterization.NAMED[name].predict(x_t, out, level)
     # dividing by the small one of alpha and sigma magnifies float32 rounding
     np.testing.assert_allclose(prediction.x0, x0, atol=1e-4)
     np.testing.assert_allclose(prediction.eps, eps, atol=1e-4)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import process, schedules, solvers
+from diffusion_jax.core import parameterization, process, schedules, solvers
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.pipelines import text_to_image
 from tests.pipelines.painter import LATENTS, PIXELS, SCHEDULE, keys, painted, told
@@ -42,7 +42,7 @@ def test_phi_of_0_and_an_interval_of_everything_change_nothing():
 
 def test_phi_of_1_keeps_the_contrast_of_the_condition_alone():
     def scaled(x, level, cond):
-        return process.from_x0(x, x * cond["grey"], level)
+        return parameterization.x0.predict(x, x * cond["grey"], level)
 
     for phi, contrast in [(0.0, 1.5), (1.0, 0.5)]:
         prediction = guided(scaled, Guidance(3.0, rescale=phi), told(0.0))(X, LEVEL, told(0.5, 0.5))
