@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import betaincinv
 
 from diffusion_jax.core import solvers
 from diffusion_jax.core.process import CLEAN, NoiseLevel
@@ -119,7 +119,7 @@ def _ramp(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | 
     if config.get("use_exponential_sigmas") or config.get("use_lu_lambdas"):
         return np.exp(np.log(high) + part * (np.log(low) - np.log(high)))
     if config.get("use_beta_sigmas"):
-        return low + (high - low) * stats.beta.ppf(1 - part, 0.6, 0.6)
+        return low + (high - low) * betaincinv(0.6, 0.6, 1 - part)
     return None
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from diffusion_jax import parallel
@@ -32,6 +31,8 @@ class RunLog:
         )
         self._folder = workdir / "samples"
         if self._main:
+            from tensorboardX import SummaryWriter  # imports torch too, where it is installed: seconds
+
             workdir.mkdir(parents=True, exist_ok=True)
             self._lines = _reopen(workdir / "metrics.jsonl", start)
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
