@@ -6,6 +6,7 @@ In processes of its own where signals, devices or the exit of a process matter, 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from tests import command_line
@@ -22,7 +24,9 @@ from tests.command_line import ROOT
 
 TINY = [
     "--config=configs/digits.py",
-    "--config.model.block_out_channels=8,16",
+    "--config.model.block_out_channels=(8,)",
+    "--config.model.down_block_types=('AttnDownBlock2D',)",
+    "--config.model.up_block_types=('AttnUpBlock2D',)",
     "--config.model.norm_num_groups=4",
     "--config.model.attention_head_dim=8",
     "--config.train.batch_size=8",
@@ -88,11 +92,16 @@ def wait_until(condition, process, seconds=300):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The work directory of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("trained")
-    status, stderr = finish(start("--mode=train", f"--workdir={workdir}"))
-    assert status == 0, stderr
-    return workdir
+    """The work directory of a run that nothing disturbed: trained once for all processes of the tests, then copied."""
+    folder = tmp_path_factory.getbasetemp()
+    original = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained once"
+    with FileLock(f"{original}.lock"):
+        if not original.exists():
+            unfinished = tmp_path_factory.mktemp("training")
+            status, stderr = finish(start("--mode=train", f"--workdir={unfinished}"))
+            assert status == 0, stderr
+            unfinished.rename(original)
+    return shutil.copytree(original, tmp_path_factory.mktemp("trained") / "run")
 
 
 def sampled(workdir, *flags, devices=1):

@@ -23,7 +23,8 @@ SHARED = Shared("generate", (8, 8), "dpmpp_2m", "", steps=4)
 
 def config(**serve):
     result = digits.get_config()
-    result.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+    result.model.update(block_out_channels=(8,), norm_num_groups=4, attention_head_dim=8, mid_block_type=None)
+    result.model.update(down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",))
     result.sample.update(prompts=("3", "7"), steps=4)
     result.serve.update(batch_size=3, queue=6, max_side=16, max_images=8, max_steps=1000, max_upload=500_000)
     result.serve.update(serve)
