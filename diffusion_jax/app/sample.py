@@ -1,6 +1,6 @@
 """--mode=sample: generate the images of config.sample, batch by batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,15 @@ from diffusion_jax.build import weights
 from diffusion_jax.core.guidance import Guidance
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data.batching import filled_batches
-from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
+from diffusion_jax.data.transforms import (
+    BadRecord,
+    centred,
+    centred_mask,
+    check_one_size,
+    decode,
+    decode_mask,
+    to_uint8,
+)
 from diffusion_jax.evaluation.batches import map_over_hosts
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
@@ -120,18 +128,15 @@ def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarr
     section = config.sample
     if not section.image:
         return None, None
-    resize, rng = crop(*size, upscale=True), np.random.default_rng(0)  # a centre crop, so rng is unused
-    image, mask = _read(section.image, "sample.image"), None
-    if section.mask:
-        mask = _read(section.mask, "sample.mask")
-        if mask.shape != image.shape:
-            sizes = [f"{width}x{height}" for height, width, _ in (mask.shape, image.shape)]
-            raise ValueError(f"sample.mask is {sizes[0]} pixels and sample.image {sizes[1]}: they must be of one size")
-        mask = resize({"image": mask}, rng)["image"][..., :1] > 127
-    return resize({"image": image}, rng)["image"], mask
+    image = _read(decode, section.image, "sample.image")
+    if not section.mask:
+        return centred(image, size), None
+    mask = _read(decode_mask, section.mask, "sample.mask")
+    check_one_size(mask, image, ("sample.mask", "sample.image"))
+    return centred(image, size), centred_mask(mask, size)
 
 
-def _read(path: str, field: str) -> np.ndarray:
+def _read(decode: Callable[[str], np.ndarray], path: str, field: str) -> np.ndarray:
     try:
         return decode(path)
     except BadRecord as error:
