@@ -56,7 +56,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _of_first_stage(config: ConfigDict, workdir: Path, folder: Path) -> dict:
     report = first_stage.evaluate(config, workdir)
-    logging.info("PSNR %.2f dB, LPIPS %.4f", report["psnr"]["mean"], report["lpips"]["mean"])
+    logging.info(
+        "reconstructions: PSNR %.2f dB (higher is better), LPIPS %.4f (lower is better)",
+        report["psnr"]["mean"],
+        report["lpips"]["mean"],
+    )
     return {"weights": str(workdir), "reconstruction": report}
 
 
@@ -112,9 +116,10 @@ def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
     def measure(model: DiffusionModel, folder: Path) -> dict:
         report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
         logging.info(
-            "flow %.4f, bound %.4f %s of the %s of %d images of %s",
-            *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),
-            report["data"],
+            "likelihood of the %s of %d images of %s, lower is better: at most %.4f %s by the variational bound, "
+            "%.4f by the probability flow (docs/likelihood.md)",
+            *(report["of"], report["images"], report["data"], report["bound"]["mean"], report["unit"]),
+            report["flow"]["mean"],
         )
         return report
 

@@ -9,7 +9,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Key, PyTree, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion_jax import build, parallel, pictures
 from diffusion_jax.app import first_stage
@@ -28,6 +27,7 @@ from diffusion_jax.data.transforms import (
     to_uint8,
 )
 from diffusion_jax.evaluation.batches import map_over_hosts
+from diffusion_jax.messages import Progress, with_progress
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
@@ -152,12 +152,12 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
     size = parallel.divisible(min(batch_size, len(jobs)))
     model = model.placed()
     total = plan.num_rows * -(-len(jobs) // size)
-    with tqdm(total=total, desc="sampling", unit="step", disable=not progress) as bar:
+    with Progress("sampling", total, "step", shown=progress) as bar:
         for i, (count, batch) in enumerate(filled_batches(jobs, size)):
 
             def show(done: int, x0: jax.Array, before: int = i * plan.num_rows) -> None:
                 jax.block_until_ready(x0)
-                bar.update(before + done - bar.n)
+                bar.update(before + done - bar.done)
 
             prompt_indices, seeds = np.array(batch).T
             cond = jax.tree.map(lambda leaf: leaf[prompt_indices], request.cond)  # noqa: B023
@@ -188,7 +188,7 @@ def generate_pictures(
         return (result.image for result in generate(sample_request, model, size))
 
     images = map_over_hosts(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
-    return iter(tqdm(images, desc="sampling", total=len(prompts), unit="picture"))
+    return with_progress(images, "sampling", len(prompts), "picture")
 
 
 def _images(
