@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -76,10 +77,9 @@ class Progress:
 
     def _start_clock(self, done: int) -> None:
         self._compiling = False
-        self._bar.set_description(self._name, refresh=False)
-        self._bar.reset()
+        self._bar.start_t = self._bar.last_print_t = time.time()
         self._bar.initial = self._bar.n = self._bar.last_print_n = done
-        self._bar.refresh()
+        self._bar.set_description(self._name)
 
 
 def with_progress(items: Iterable[Item], name: str, total: int, unit: str) -> Iterator[Item]:
