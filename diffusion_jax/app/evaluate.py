@@ -99,13 +99,15 @@ def _points(section: ConfigDict, workdir: Path) -> dict[str, tuple[int, float]]:
     steps = averages.steps(workdir / "averages")
     if not steps:
         raise FileNotFoundError(f"no averages in {workdir / 'averages'}: train with --config.train.post_hoc")
-    for length in section.averages:
-        averages.exponent(length)
     if not section.along:
-        return {f"average {length:g}": (steps[-1], length) for length in section.averages}
-    if len(section.averages) > 1:
+        points = {f"average {length:g}": (steps[-1], length) for length in section.averages}
+    elif len(section.averages) > 1:
         raise ValueError(f"eval.along measures one average along the run, got eval.averages={tuple(section.averages)}")
-    return {f"step {step}": (step, section.averages[0]) for step in steps}
+    else:
+        points = {f"step {step}": (step, section.averages[0]) for step in steps}
+    for step, length in points.values():
+        averages.factors(workdir / "averages", step, length)  # raises for what cannot be made
+    return points
 
 
 def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
