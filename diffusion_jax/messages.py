@@ -1,8 +1,14 @@
-"""Text of errors and reports."""
+"""Text of errors and reports, and progress bars."""
 
 import json
 import math
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 def one_line(error: BaseException) -> str:
@@ -24,3 +30,61 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress:
+    """A progress bar that says "compiling" until the first update, and counts time and speed from there.
+
+    name, unit: texts of the bar.
+    total: what is to do, None if that is not known.
+    start: what is done already.
+    shown: False for no bar.
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str, start: int = 0, shown: bool = True):
+        self._name, self._compiling = name, True
+        self._bar = tqdm(
+            desc=f"{name}, compiling",
+            total=total,
+            unit=unit,
+            initial=start,
+            disable=not shown,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    @property
+    def done(self) -> int:
+        return self._bar.n
+
+    def update(self, count: int = 1, about: str = "") -> None:
+        """Add what is done. The first time, it must have ended on the device. about: text behind the bar."""
+        if not self._compiling:
+            self._bar.update(count)
+        elif count:
+            self._start_clock(self._bar.n + count)
+        if about:
+            self._bar.set_postfix_str(about)
+
+    def _start_clock(self, done: int) -> None:
+        self._compiling = False
+        self._bar.start_t = self._bar.last_print_t = time.time()
+        self._bar.initial = self._bar.n = self._bar.last_print_n = done
+        self._bar.set_description(self._name)
+
+
+def with_progress(items: Iterable[Item], name: str, total: int, unit: str) -> Iterator[Item]:
+    """The items, with a progress bar of them. An item has ended on the device when it comes."""
+    with Progress(name, total, unit) as progress:
+        for item in items:
+            progress.update()
+            yield item

@@ -77,7 +77,7 @@ def _prompts(flag: str) -> tuple[str, ...]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt: expected a file of text in UTF-8, got {path} ({error})") from error
 

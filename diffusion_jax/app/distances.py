@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion_jax import build, parallel, pictures
 from diffusion_jax.app import sample
@@ -24,6 +23,7 @@ from diffusion_jax.evaluation.comparison import MIN_PICTURES, Collected, Referen
 from diffusion_jax.evaluation.distances import nearest
 from diffusion_jax.evaluation.networks import FeatureNetwork, feature_network
 from diffusion_jax.evaluation.reconstruction import first_stage
+from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel
 
 CHUNK = 256  # pictures at a time
@@ -182,10 +182,12 @@ def _collect(
 ) -> list[Collected]:
     """The pictures in the features of each network. label, total: of a progress bar; none without a label."""
     sets = [Collected() for _ in networks]
-    bar = iter(tqdm(images, desc=label, total=total, unit="picture", disable=not label))
-    while chunk := list(itertools.islice(bar, CHUNK)):
-        for network, collected in zip(networks, sets, strict=True):
-            collected.add(network.extract(chunk))
+    images = iter(images)
+    with Progress(label, total, "picture", shown=bool(label)) as progress:
+        while chunk := list(itertools.islice(images, CHUNK)):
+            for network, collected in zip(networks, sets, strict=True):
+                collected.add(network.extract(chunk))
+            progress.update(len(chunk))
     return sets
 
 
@@ -238,5 +240,7 @@ def _log(report: dict, scale: float) -> None:
         ratio = frechet.get("ratio", {}).get("value", float("nan"))
         figures = (frechet["generated"]["value"], frechet["held_out"]["value"], ratio)
         logging.info(
-            "guidance %g, %s: Frechet distance %.4g, of held-out pictures %.4g, ratio %.3f", scale, name, *figures
+            "guidance %g, %s: Frechet distance to the reference %.4g, of held-out pictures %.4g, ratio %.3f "
+            "(1 is as good as real)",
+            *(scale, name, *figures),
         )

@@ -56,7 +56,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _of_first_stage(config: ConfigDict, workdir: Path, folder: Path) -> dict:
     report = first_stage.evaluate(config, workdir)
-    logging.info("PSNR %.2f dB, LPIPS %.4f", report["psnr"]["mean"], report["lpips"]["mean"])
+    logging.info(
+        "reconstructions: PSNR %.2f dB (higher is better), LPIPS %.4f (lower is better)",
+        report["psnr"]["mean"],
+        report["lpips"]["mean"],
+    )
     return {"weights": str(workdir), "reconstruction": report}
 
 
@@ -95,13 +99,15 @@ def _points(section: ConfigDict, workdir: Path) -> dict[str, tuple[int, float]]:
     steps = averages.steps(workdir / "averages")
     if not steps:
         raise FileNotFoundError(f"no averages in {workdir / 'averages'}: train with --config.train.post_hoc")
-    for length in section.averages:
-        averages.exponent(length)
     if not section.along:
-        return {f"average {length:g}": (steps[-1], length) for length in section.averages}
-    if len(section.averages) > 1:
+        points = {f"average {length:g}": (steps[-1], length) for length in section.averages}
+    elif len(section.averages) > 1:
         raise ValueError(f"eval.along measures one average along the run, got eval.averages={tuple(section.averages)}")
-    return {f"step {step}": (step, section.averages[0]) for step in steps}
+    else:
+        points = {f"step {step}": (step, section.averages[0]) for step in steps}
+    for step, length in points.values():
+        averages.factors(workdir / "averages", step, length)  # raises for what cannot be made
+    return points
 
 
 def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
@@ -112,9 +118,10 @@ def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
     def measure(model: DiffusionModel, folder: Path) -> dict:
         report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
         logging.info(
-            "flow %.4f, bound %.4f %s of the %s of %d images of %s",
-            *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),
-            report["data"],
+            "likelihood of the %s of %d images of %s, lower is better: at most %.4f %s by the variational bound, "
+            "%.4f by the probability flow (docs/likelihood.md)",
+            *(report["of"], report["images"], report["data"], report["bound"]["mean"], report["unit"]),
+            report["flow"]["mean"],
         )
         return report
 

@@ -1,6 +1,6 @@
 """--mode=sample: generate the images of config.sample, batch by batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Key, PyTree, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion_jax import build, parallel, pictures
 from diffusion_jax.app import first_stage
@@ -18,8 +17,17 @@ from diffusion_jax.build import weights
 from diffusion_jax.core.guidance import Guidance
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data.batching import filled_batches
-from diffusion_jax.data.transforms import BadRecord, crop, decode, to_uint8
+from diffusion_jax.data.transforms import (
+    BadRecord,
+    centred,
+    centred_mask,
+    check_one_size,
+    decode,
+    decode_mask,
+    to_uint8,
+)
 from diffusion_jax.evaluation.batches import map_over_hosts
+from diffusion_jax.messages import Progress, with_progress
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
@@ -120,18 +128,15 @@ def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarr
     section = config.sample
     if not section.image:
         return None, None
-    resize, rng = crop(*size, upscale=True), np.random.default_rng(0)  # a centre crop, so rng is unused
-    image, mask = _read(section.image, "sample.image"), None
-    if section.mask:
-        mask = _read(section.mask, "sample.mask")
-        if mask.shape != image.shape:
-            sizes = [f"{width}x{height}" for height, width, _ in (mask.shape, image.shape)]
-            raise ValueError(f"sample.mask is {sizes[0]} pixels and sample.image {sizes[1]}: they must be of one size")
-        mask = resize({"image": mask}, rng)["image"][..., :1] > 127
-    return resize({"image": image}, rng)["image"], mask
+    image = _read(decode, section.image, "sample.image")
+    if not section.mask:
+        return centred(image, size), None
+    mask = _read(decode_mask, section.mask, "sample.mask")
+    check_one_size(mask, image, ("sample.mask", "sample.image"))
+    return centred(image, size), centred_mask(mask, size)
 
 
-def _read(path: str, field: str) -> np.ndarray:
+def _read(decode: Callable[[str], np.ndarray], path: str, field: str) -> np.ndarray:
     try:
         return decode(path)
     except BadRecord as error:
@@ -147,12 +152,12 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
     size = parallel.divisible(min(batch_size, len(jobs)))
     model = model.placed()
     total = plan.num_rows * -(-len(jobs) // size)
-    with tqdm(total=total, desc="sampling", unit="step", disable=not progress) as bar:
+    with Progress("sampling", total, "step", shown=progress) as bar:
         for i, (count, batch) in enumerate(filled_batches(jobs, size)):
 
             def show(done: int, x0: jax.Array, before: int = i * plan.num_rows) -> None:
                 jax.block_until_ready(x0)
-                bar.update(before + done - bar.n)
+                bar.update(before + done - bar.done)
 
             prompt_indices, seeds = np.array(batch).T
             cond = jax.tree.map(lambda leaf: leaf[prompt_indices], request.cond)  # noqa: B023
@@ -183,7 +188,7 @@ def generate_pictures(
         return (result.image for result in generate(sample_request, model, size))
 
     images = map_over_hosts(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
-    return iter(tqdm(images, desc="sampling", total=len(prompts), unit="picture"))
+    return with_progress(images, "sampling", len(prompts), "picture")
 
 
 def _images(

@@ -196,7 +196,7 @@ SAMPLE = {
     "dynamic_threshold": Field(0.0, number(), "Percentile in (0, 1], for models of pixels; 0 for none."),
     "image": Field("", text, "Path of a picture to start from."),
     "strength": Field(0.6, number(0, 1), "How much of the image changes."),
-    "mask": Field("", text, "Path of a picture, white where the image is generated, at any strength."),
+    "mask": Field("", text, "Path of a mask of its size, white or opaque where the image is generated."),
     "resample": Field(1, whole(1, 100), "RePaint's repeats of each step."),
     "tile": Field(0, whole(0), "Decode large images in tiles with this side in pixels; 0 for whole images."),
     "num_images": Field(1, whole(1, IMAGES), "Number of images for each prompt."),

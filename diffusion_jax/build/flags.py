@@ -42,11 +42,20 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _with_found_config(argv: list[str]) -> list[str]:
-    """`argv` with the file of `--config=FILE` or `--config FILE` replaced by the path that `shipped.find` finds."""
+    """`argv` with the file of `--config=FILE` or `--config FILE` replaced by the path that `shipped.find` finds.
+
+    Raises ValueError for a file that cannot be opened.
+    """
 
     def with_found_file(value: str) -> str:
         file, colon, preset = value.partition(":")
-        return f"{shipped.find(file)}{colon}{preset}"
+        found = shipped.find(file)
+        try:
+            found.open().close()
+        except OSError as error:
+            example = "name a config file, e.g. --config=configs/latent_cfg.py"
+            raise ValueError(f"--config: {error.strerror}: {file!r}; {example}") from error
+        return f"{found}{colon}{preset}"
 
     arguments = argv[:1]
     for word in argv[1:]:

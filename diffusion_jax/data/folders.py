@@ -1,22 +1,32 @@
 """Find the pictures of a folder, and their captions or classes."""
 
+import csv
 import hashlib
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+METADATA = {  # files of captions, and their form in errors
+    "metadata.jsonl": '{"file_name": "...", "text": "..."}',
+    "metadata.csv": "the columns file_name and text",
+}
+DECODER = 2  # changes whenever `transforms.decode` gives other pixels
+
+Caption = str | tuple[str, ...]
 
 
 class Listing(NamedTuple):
     """The pictures of a folder, as paths relative to it.
 
-    captions, labels: one for each picture, or empty.
+    captions, labels: one for each picture, or empty. If a picture has several captions, all captions are tuples.
     classes: the names of the classes.
     """
 
     files: list[Path]
-    captions: list[str]
+    captions: list[Caption]
     labels: list[int]
     classes: list[str]
 
@@ -24,21 +34,28 @@ class Listing(NamedTuple):
 def list_pictures(root: Path) -> Listing:
     """List the pictures below a folder. Captions or labels come from the first of these that exists.
 
-    metadata.jsonl: lines {"file_name": "cats/1.png", "text": "a cat"}, the imagefolder convention; only these pictures.
+    metadata.jsonl or metadata.csv, in the folder or below, the imagefolder convention: lines {"file_name":
+      "cats/1.png", "text": "a cat"}, relative to the folder of the metadata; only these pictures. A list of texts is
+      several captions.
     1.txt beside every 1.png: its caption.
     cats/1.png: every picture is in a subfolder, its class.
 
+    Follows links to folders. Skips hidden files and folders.
     Raises FileNotFoundError if there is no folder or no picture, or if a picture or a caption is missing.
-    Raises ValueError for a line of metadata.jsonl in another form, and for text that is not UTF-8.
+    Raises ValueError for metadata in another form, for a picture that two files of metadata name, and for text that is
+    not UTF-8.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
-    captions = _metadata(root)
-    if captions is None:
-        files = _find(root)
+    found = sorted(file.relative_to(root) for file in _files(root))
+    captions = _metadata(root, [file for file in found if file.name in METADATA])
+    if not captions:
+        files = [file for file in found if file.suffix.lower() in SUFFIXES]
+        if not files:
+            raise FileNotFoundError(f"{root} has no pictures ({' '.join(SUFFIXES)})")
         captions = _sidecars(root, files)
     if captions:
-        return Listing([file for file, _ in captions], [caption for _, caption in captions], [], [])
+        return Listing([file for file, _ in captions], _alike([caption for _, caption in captions]), [], [])
     if any(len(file.parts) == 1 for file in files):
         return Listing(files, [], [], [])
     classes = sorted({file.parts[0] for file in files})
@@ -49,40 +66,77 @@ def digest(root: Path, listing: Listing) -> str:
     """A hash of captions and pictures. Uses file sizes and times for the pictures, because reading them takes long."""
     stats = [(root / file).stat() for file in listing.files]
     content = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(listing.files, stats, strict=True)]
-    return hashlib.sha256(json.dumps([content, listing.captions]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([DECODER, content, listing.captions]).encode()).hexdigest()
 
 
-def _find(root: Path) -> list[Path]:
-    """The pictures below root, sorted by name. Skips hidden files and folders."""
-    files = (file.relative_to(root) for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
-    files = sorted(file for file in files if not any(part.startswith(".") for part in file.parts))
-    if not files:
-        raise FileNotFoundError(f"{root} has no pictures ({' '.join(SUFFIXES)})")
-    return files
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files below a folder. above: the folders that lead to it. A link to one of them is not followed."""
+    trail = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in trail:
+            yield from _files(path, trail)
 
 
-def _metadata(root: Path) -> list[tuple[Path, str]] | None:
-    """(picture, caption) from metadata.jsonl, or None without that file."""
-    metadata = root / "metadata.jsonl"
-    if not metadata.exists():
-        return None
-    captions = []
-    for number, line in enumerate(_text(metadata).splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            captions.append((Path(entry["file_name"]), str(entry["text"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            form = '{"file_name": "...", "text": "..."}'
-            raise ValueError(f"{metadata} line {number}: expected {form}, got {line[:80]}") from error
-    if not captions:
-        raise ValueError(f"{metadata} is empty: write its lines or remove it")
-    missing = [file for file, _ in captions if not (root / file).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{metadata} names pictures that are missing ({len(missing)}): {_first_few(missing)}")
+def _metadata(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
+    """(picture, caption) from files of metadata."""
+    captions: list[tuple[Path, Caption]] = []
+    named_by: dict[Path, Path] = {}
+    for file in files:
+        of_file = [(file.parent / picture, caption) for picture, caption in _lines(root / file)]
+        missing = [picture for picture, _ in of_file if not (root / picture).is_file()]
+        if missing:
+            names = _first_few(missing)
+            raise FileNotFoundError(f"{root / file} names pictures that are missing ({len(missing)}): {names}")
+        for picture, _ in of_file:
+            if named_by.setdefault(picture, file) != file:
+                raise ValueError(f"{root / picture}: {named_by[picture]} and {file} name it; leave it in one of them")
+        captions += of_file
     return captions
 
 
-def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, str]]:
+def _lines(metadata: Path) -> list[tuple[Path, Caption]]:
+    """(picture, caption) from the lines of metadata, the picture relative to its folder."""
+    text, captions = _text(metadata), []
+    if metadata.suffix == ".csv":
+        try:
+            lines = list(csv.DictReader(io.StringIO(text), strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{metadata}: expected CSV, got an error: {error}") from error
+    else:  # str.splitlines would also split inside of texts, at U+2028 for example
+        lines = text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            captions.append(_entry(json.loads(line) if isinstance(line, str) else line))
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+            what = "line" if isinstance(line, str) else "row"
+            form = METADATA[metadata.name]
+            raise ValueError(f"{metadata} {what} {number}: expected {form}, got {str(line)[:80]}") from error
+    if not captions:
+        raise ValueError(f"{metadata} is empty: write its lines or remove it")
+    return captions
+
+
+def _entry(entry: Any) -> tuple[Path, Caption]:
+    """(picture, caption) from one line. Raises KeyError or TypeError for one in another form."""
+    texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
+    is_list = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+    if not is_list or None in entry:  # csv keeps what is beyond the last column under None
+        raise TypeError
+    return Path(entry["file_name"]), texts[0] if len(texts) == 1 else tuple(texts)
+
+
+def _alike(captions: list[Caption]) -> list[Caption]:
+    """The captions, all of them tuples if some are."""
+    if not any(isinstance(caption, tuple) for caption in captions):
+        return captions
+    return [caption if isinstance(caption, tuple) else (caption,) for caption in captions]
+
+
+def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
     """(picture, caption) from the text files beside the pictures, or empty if there are none."""
     uncaptioned = [file for file in files if not (root / file).with_suffix(".txt").exists()]
     if len(uncaptioned) == len(files):
@@ -96,7 +150,7 @@ def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, str]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected text in UTF-8 ({error}); save it as such") from error
 

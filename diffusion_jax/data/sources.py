@@ -224,7 +224,8 @@ def folder(path: str | PathLike) -> Source:
     def read(index: int) -> Record:
         record: Record = {"image": decode(root / listing.files[index])}
         if listing.captions:
-            record["caption"] = listing.captions[index]
+            caption = listing.captions[index]
+            record["caption"] = caption[0] if isinstance(caption, tuple) else caption
         if listing.labels:
             record["label"] = listing.labels[index]
         return record

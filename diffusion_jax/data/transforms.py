@@ -2,18 +2,34 @@
 
 import io
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Array, Bool, Float, UInt8
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from diffusion_jax.messages import first_line
 
 Record = dict
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million, above which PIL suspects an attack on memory
 MAX_RATIO = 32  # of the sides of a picture: longer ones take minutes to resize, and a crop shows almost nothing
+LIGHT = 127  # a mask is above this where it marks
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = (b"tRNS", b"iCCP", b"eXIf")  # the optional ones that decide about pixels, with texts of these names:
+PNG_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+TURNS = {  # value of EXIF's orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SRGB = ImageCms.createProfile("sRGB")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` checks the size itself
 Transform = Callable[[Record, np.random.Generator], Record]
 
@@ -22,34 +38,79 @@ class BadRecord(ValueError):
     """A record that cannot be used. The message says why. Readers skip the record and log it."""
 
 
-def decode(image: str | PathLike | bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Read a picture from its file or its encoded bytes: upright by its EXIF tag, transparency on white, 8-bit RGB.
-
-    Raises BadRecord if it is truncated, not a picture, too large or too elongated.
-    """
-    return rgb(upright(image))
-
-
-def upright(
+def decode(
     image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
-) -> Image.Image:
-    """Read a picture from its file or its encoded bytes, upright by its EXIF tag. Of an animation, the first frame.
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Read a picture from its file or its encoded bytes: 8-bit sRGB, upright by its EXIF tag, transparency on white.
+
+    Colours are converted by the ICC profile, if there is one that fits. Grey of 16 bits keeps its high byte. Grey of
+    floats goes from 0, black, to 1, white. Of an animation, the first frame is read.
 
     max_pixels: larger pictures are not decoded.
     formats: that PIL may try, None for all.
-    Raises BadRecord if it is truncated, not a picture, too large or too elongated.
+    Raises BadRecord if it is truncated, not a picture, too large, too elongated, or of numbers out of range.
     """
+    return _read(image, _on_white, max_pixels, formats)
+
+
+def decode_mask(
+    image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> UInt8[np.ndarray, "height width"]:
+    """Read a mask: its alpha, unless that is 255 everywhere, else its grey levels. Light marks, see `LIGHT`.
+
+    Arguments and errors are those of `decode`.
+    """
+    return _read(image, _marks, max_pixels, formats)
+
+
+def decode_alpha(
+    image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> UInt8[np.ndarray, "height width"]:
+    """Read the alpha of a picture, 255 everywhere if it has none. Arguments and errors are those of `decode`."""
+    return _read(image, _alpha, max_pixels, formats)
+
+
+def _read(
+    image: str | PathLike | bytes,
+    convert: Callable[[Image.Image], Image.Image],
+    max_pixels: int,
+    formats: Sequence[str] | None,
+) -> np.ndarray:
+    """The pixels of the decoded, converted and then turned picture. Whatever a decoder raises is a bad record."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        with Image.open(io.BytesIO(_without_metadata(data)), formats=formats) as opened:
             _check_size(*opened.size, max_pixels)
             opened.load()
-            return ImageOps.exif_transpose(opened)
+            turn, converted = _turn(opened), convert(opened)
+            return np.asarray(converted if turn is None else converted.transpose(turn))
     except UnidentifiedImageError as error:
         raise BadRecord("not a picture of a known format") from error
     except BadRecord:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of damaged pictures raise anything
         raise BadRecord(f"not a readable picture ({first_line(error)})") from error
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without metadata: PIL fails if that is damaged or large. Other formats unchanged."""
+    if not data.startswith(PNG):
+        return data
+    kept, start = [PNG], len(PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, name, content, checksum
+        if _decides(data[start + 4 : end - 4], data[end - 4 : end]):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _decides(chunk: bytes, checksum: bytes) -> bool:
+    """Whether a chunk of a PNG, its name and content, decides about pixels. Damaged optional chunks do not."""
+    if chunk[:1].isupper():
+        return True
+    decides = chunk.startswith(PNG_CHUNKS) or chunk[4:].startswith(PNG_TEXTS)
+    return decides and zlib.crc32(chunk) == int.from_bytes(checksum, "big")
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -59,18 +120,85 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadRecord(f"{width}x{height} pixels, expected sides of at most {MAX_RATIO} to 1")
 
 
-def rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """8-bit RGB, with transparency on white."""
-    return np.asarray(_rgb(image))
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright, or None if it is upright or its EXIF tags cannot be read."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged tags, of any kind
+        return None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to its low byte
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+def _on_white(image: Image.Image) -> Image.Image:
+    """sRGB, with transparency on white."""
+    colours = _srgb(_eight_bits(image), image.info.get("icc_profile"))
+    if not image.has_transparency_data:
+        return colours
+    colours.putalpha(_alpha(image))
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+
+
+def _marks(image: Image.Image) -> Image.Image:
+    """The mask that a picture is, mode L."""
+    alpha = _alpha(image)
+    return _eight_bits(image).convert("L") if alpha.getextrema() == (255, 255) else alpha
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    """The alpha of a picture, mode L, 255 everywhere if it has none."""
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], np.uint8(0), np.uint8(255)))
+    return image.convert("RGBA").getchannel("A")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture's colours without alpha, mode L, RGB or CMYK. Raises BadRecord for grey levels out of range."""
+    if image.mode.startswith(("I", "F")):
+        values, white = np.asarray(image), 1 if image.mode == "F" else 0xFFFF
+        if not (values.min() >= 0 and values.max() <= white):  # not a number is out of range
+            raise BadRecord(f"grey levels from {values.min():g} to {values.max():g}, expected 0 to {white}")
+        levels = np.round(values * 255) if image.mode == "F" else values >> 8
+        return Image.fromarray(levels.astype(np.uint8))
+    if image.mode in ("1", "L", "LA"):
+        return image.convert("L")
+    if image.mode == "CMYK":
+        return image
+    return image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB")
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """sRGB by an ICC profile. A profile that is damaged or of other colours says nothing, as in browsers."""
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+        except (OSError, ImageCms.PyCMSError):
+            pass
     return image.convert("RGB")
+
+
+def centred(image: UInt8[np.ndarray, "..."], size: tuple[int, int]) -> UInt8[np.ndarray, "..."]:
+    """A picture or a mask, resized to cover `size`, height and width, and cropped at its centre."""
+    return crop(*size, upscale=True)({"image": image}, np.random.default_rng(0))["image"]  # rng is unused
+
+
+def check_one_size(
+    mask: UInt8[np.ndarray, "height width"],
+    image: UInt8[np.ndarray, "rows columns 3"],
+    names: tuple[str, str] = ("it", "the image"),
+) -> None:
+    """Raise ValueError unless a mask has the size of its picture. names: of both in the error."""
+    if mask.shape != image.shape[:2]:
+        sizes = [f"{width}x{height}" for height, width in (mask.shape, image.shape[:2])]
+        raise ValueError(f"{names[0]} is {sizes[0]} pixels and {names[1]} {sizes[1]}: they must be of one size")
+
+
+def centred_mask(
+    levels: UInt8[np.ndarray, "height width"], size: tuple[int, int]
+) -> Bool[np.ndarray, "rows columns 1"]:
+    """True where a mask marks, resized and cropped as its picture is by `centred`."""
+    return centred(levels, size)[..., None] > LIGHT
 
 
 def crop(height: int, width: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, UInt8
-from tqdm import tqdm
 
 from diffusion_jax import parallel
 from diffusion_jax.core import likelihood
@@ -17,6 +16,7 @@ from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
 from diffusion_jax.evaluation.batches import good_records, map_over_hosts
 from diffusion_jax.evaluation.summary import summary
+from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel
 
 REPORTED = ("images", "steps", "probes", "terms", "batch_size", "seed")  # settings that change the results
@@ -60,7 +60,7 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
         return np.stack([np.asarray(values) for values in figures.values()], axis=1)
 
     results, numbered = [], enumerate(readable)
-    with tqdm(desc="likelihood", total=total, unit="images") as bar:
+    with Progress("likelihood", total, "images") as bar:
         while part := list(itertools.islice(numbered, size * jax.process_count())):
             results += map_over_hosts(figures_of, part, size, size)
             bar.update(len(part))

@@ -35,8 +35,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"config.serve.host={section.host} can be reached by others: set config.serve.token_file to a file with a "
             "token that they must send, or leave the host out"
         )
-    family = socket.AF_INET6 if ":" in section.host else socket.AF_INET
-    listening = socket.create_server((section.host, section.port), family=family)
+    listening = _listening(section.host, section.port)
     engine = Engine(functools.partial(worker.load, config, workdir), section.queue)
     try:
         facts = engine.start()
@@ -58,11 +57,27 @@ def run(config: ConfigDict, workdir: Path) -> None:
         engine.stop()
 
 
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address. Raises ValueError for one that cannot be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason, _, _ = str(error.strerror).partition(" (while")
+        raise ValueError(
+            f"cannot listen at config.serve.host={host}, config.serve.port={port}: {reason}; set another one, port 0 "
+            "for any that is free"
+        ) from error
+
+
 def _token(file: str) -> str:
-    """The token in a file, or "" without one. Raises ValueError for an empty file."""
+    """The token in a file, or "" without one. Raises ValueError for a file that cannot be read, and an empty one."""
     if not file:
         return ""
-    token = Path(file).read_text(encoding="utf-8").strip()
+    try:
+        token = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config.serve.token_file: expected a file of text, got {file} ({error})") from error
     if not token or not token.isascii() or not token.isprintable():
         raise ValueError(f"config.serve.token_file: expected one line of ASCII in {file}")
     return token

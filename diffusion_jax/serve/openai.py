@@ -4,15 +4,12 @@ Fields of `schema.Request` that this API lacks, such as steps or seed, may be se
 """
 
 import base64
-import io
 import json
 import re
 from collections.abc import AsyncIterator
 from time import time
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as Http
@@ -92,16 +89,16 @@ async def _images(service: Service, form: FormData) -> dict[str, str]:
     if "image" not in files:
         raise Problem(400, "image: a file is needed", "image")
     image = await files["image"].read()
-    mask = await files["mask"].read() if "mask" in files else image
+    field = "mask" if "mask" in files else "image"
+    marked = await files["mask"].read() if "mask" in files else image
     try:
-        mask = uploads.mask_of_transparency(mask, service.limits.max_pixels)
+        mask = uploads.mask_of_transparency(marked, service.limits.max_pixels)
     except ValueError as error:
-        field = "mask" if "mask" in files else "image"
         raise Problem(400, f"{field}: {error}", field) from error
-    encoded = {"image": base64.b64encode(image).decode()}
-    if "mask" in files or np.any(np.asarray(Image.open(io.BytesIO(mask)))):
-        encoded["mask"] = base64.b64encode(mask).decode()
-    return encoded
+    if mask is None and field == "mask":
+        raise Problem(400, "mask: expected transparency where the image is edited, got none", "mask")
+    encoded = {"image": image} | ({"mask": mask} if mask else {})
+    return {name: base64.b64encode(data).decode() for name, data in encoded.items()}
 
 
 def _values(service: Service, body: Generation, images: dict[str, str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from diffusion_jax import pictures
 from diffusion_jax.build.fields import SEEDS
+from diffusion_jax.data.transforms import centred, centred_mask, check_one_size
 from diffusion_jax.serve import uploads
 from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared
 from diffusion_jax.serve.worker import Facts
@@ -65,7 +66,11 @@ class Request(BaseModel):
     other_seed: int | None = Field(None, ge=0, lt=SEEDS, title="Last seed", description="morph: the seed it ends with.")
     num_images: int = Field(1, ge=1, title="Pictures", description="How many. Their seeds count up.")
     image: str | None = Field(None, description="PNG, JPEG, WebP, GIF or BMP in base64, or as a data URL.")
-    mask: str | None = Field(None, description="The same, light where the image is drawn anew.")
+    mask: str | None = Field(
+        None,
+        description="The same, of the image's size. Its light parts are drawn anew; of a mask with transparency, those "
+        "that are not transparent.",
+    )
     previews: Literal["none", "some", "all"] = Field("none", description="Whether to show what it will become.")
 
     @model_validator(mode="after")
@@ -136,8 +141,7 @@ def to_pictures(request: Request, max_pixels: int, live: bool = False) -> list[P
     live: whether it is a frame of the live canvas.
     """
     size = request.height, request.width
-    image = _decoded(uploads.picture, "image", request.image, size, max_pixels)
-    mask = _decoded(uploads.mask, "mask", request.mask, size, max_pixels)
+    image, mask = _image_and_mask(request, size, max_pixels)
     shared = Shared(
         task=request.task,
         size=size,
@@ -169,11 +173,21 @@ def to_pictures(request: Request, max_pixels: int, live: bool = False) -> list[P
     ]
 
 
-def _decoded(read, field: str, text: str | None, size: tuple[int, int], max_pixels: int) -> np.ndarray | None:
-    if text is None:
-        return None
+def _image_and_mask(
+    request: Request, size: tuple[int, int], max_pixels: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The image, (H, W, 3) uint8, and the mask, (H, W, 1), True where it is light, both of `size`, or None."""
+    if request.image is None:
+        return None, None
+    field = "image"
     try:
-        return read(uploads.from_base64(text), size, max_pixels)
+        image = uploads.picture(uploads.from_base64(request.image), max_pixels)
+        if request.mask is None:
+            return centred(image, size), None
+        field = "mask"
+        mask = uploads.mask(uploads.from_base64(request.mask), max_pixels)
+        check_one_size(mask, image)
+        return centred(image, size), centred_mask(mask, size)
     except ValueError as error:
         raise Problem(400, f"{field}: {error}", field) from error
 

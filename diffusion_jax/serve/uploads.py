@@ -5,13 +5,12 @@ import binascii
 import io
 
 import numpy as np
-from jaxtyping import Bool, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image
 
-from diffusion_jax.data.transforms import crop, rgb, upright
+from diffusion_jax.data.transforms import decode, decode_alpha, decode_mask
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-LIGHT = 127  # a mask is above this where the picture is generated
 
 
 def from_base64(text: str) -> bytes:
@@ -24,34 +23,33 @@ def from_base64(text: str) -> bytes:
         raise ValueError("expected a picture in base64") from error
 
 
-def picture(data: bytes, size: tuple[int, int], max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture, resized to cover `size`, height and width, and cropped at its centre.
+def picture(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
+    """The picture, at most `max_pixels` in all. Raises ValueError for data that is not a picture that can be used."""
+    return decode(data, max_pixels, FORMATS)
 
-    max_pixels: larger pictures are not decoded.
-    Raises ValueError for data that is not a picture, and for a picture that cannot be used.
+
+def mask(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "height width"]:
+    """The mask, see `decode_mask`. Limit and errors as in `picture`."""
+    return decode_mask(data, max_pixels, FORMATS)
+
+
+def mask_of_transparency(data: bytes, max_pixels: int) -> bytes | None:
+    """A mask, PNG, that is light where the picture is transparent; None if it is nowhere. Errors as in `picture`."""
+    alpha = decode_alpha(data, max_pixels, FORMATS)
+    return _png(255 - alpha) if alpha.min() < 255 else None
+
+
+def mask_of_size(data: bytes, size: tuple[int, int], max_pixels: int, invert: bool) -> bytes:
+    """The mask, PNG, stretched to `size`, height and width. Errors as in `picture`.
+
+    invert: mark what the mask does not mark.
     """
-    image = rgb(upright(data, max_pixels, FORMATS))
-    return crop(*size, upscale=True)({"image": image}, np.random.default_rng(0))[
-        "image"
-    ]  # a centre crop: rng is unused
+    levels = Image.fromarray(mask(data, max_pixels))
+    stretched = np.asarray(levels.resize(size[::-1], Image.Resampling.LANCZOS))
+    return _png(255 - stretched if invert else stretched)
 
 
-def mask(data: bytes, size: tuple[int, int], max_pixels: int) -> Bool[np.ndarray, "height width 1"]:
-    """True where the mask is light, resized and cropped as `picture` does. Errors as there."""
-    return picture(data, size, max_pixels)[..., :1] > LIGHT
-
-
-def mask_of_transparency(data: bytes, max_pixels: int) -> bytes:
-    """A mask, PNG, that is light where the picture is transparent. Errors as in `picture`."""
-    return _png(ImageOps.invert(upright(data, max_pixels, FORMATS).convert("RGBA").getchannel("A")))
-
-
-def inverted(data: bytes, max_pixels: int) -> bytes:
-    """A mask, PNG, that is light where this one is dark. Errors as in `picture`."""
-    return _png(ImageOps.invert(upright(data, max_pixels, FORMATS).convert("L")))
-
-
-def _png(image: Image.Image) -> bytes:
+def _png(levels: UInt8[np.ndarray, "height width"]) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG")
+    Image.fromarray(levels).save(file, "PNG")
     return file.getvalue()

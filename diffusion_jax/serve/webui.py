@@ -63,7 +63,7 @@ class ImageToImage(TextToImage):
     """POST /sdapi/v1/img2img. The image is resized to cover the size, and cropped."""
 
     init_images: list[str] = Field(min_length=1, description="Pictures in base64; the first is used.")
-    mask: str | None = Field(None, description="Light where the image is drawn anew.")
+    mask: str | None = Field(None, description="Its light parts are drawn anew, or its opaque ones.")
     inpainting_mask_invert: Literal[0, 1] = 0
     denoising_strength: float | None = None
 
@@ -141,14 +141,20 @@ def _images(service: Service, body: ImageToImage) -> dict[str, Any]:
     if body.denoising_strength is not None:
         values["strength"] = body.denoising_strength
     if body.mask is not None:
-        values["mask"] = body.mask
-        if body.inpainting_mask_invert:
-            try:
-                inverted = uploads.inverted(uploads.from_base64(body.mask), service.limits.max_pixels)
-            except ValueError as error:
-                raise Problem(422, f"mask: {error}", "mask") from error
-            values["mask"] = base64.b64encode(inverted).decode()
+        values["mask"] = _mask(body, service.limits.max_pixels)
     return values
+
+
+def _mask(body: ImageToImage, max_pixels: int) -> str:
+    """The mask in base64, stretched to the size of the image as the web UI does."""
+    field = "init_images"
+    try:
+        size = uploads.picture(uploads.from_base64(body.init_images[0]), max_pixels).shape[:2]
+        field = "mask"
+        mask = uploads.mask_of_size(uploads.from_base64(body.mask), size, max_pixels, bool(body.inpainting_mask_invert))
+    except ValueError as error:
+        raise Problem(422, f"{field}: {error}", field) from error
+    return base64.b64encode(mask).decode()
 
 
 def _internal_name(name: str, table: Mapping[str, str]) -> str:

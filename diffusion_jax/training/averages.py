@@ -1,9 +1,11 @@
 """Averages of the weights, whose length is chosen after training (post-hoc EMA, Karras et al. 2024, section 3).
 
 Training keeps two averages whose weight grows as a power of the step, and saves them along the run. An average of
-another length is the combination of the saved ones whose weights over the steps are nearest to its own.
+another length is the combination of the saved ones whose weights over the steps are nearest to its own. A length that
+they come too far from is refused.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 LENGTHS = (0.05, 0.10)  # of the averages kept, as `exponent` takes them
 LONGEST = 0.28  # near 1 / sqrt(12), the deviation of a flat average
+MISFIT = 0.15  # the largest of a combination, see `combinations`
+OTHERS = tuple(round(0.005 * i, 3) for i in range(1, 57))  # lengths to try instead of one that cannot be given
 
 
 def exponent(length: float) -> float:
@@ -75,7 +79,26 @@ def load(folder: Path, step: int, length: float, like: PyTree) -> PyTree:
     step: of the run, at which averages were saved.
     length: standard deviation of its weights over the steps, as a part of the run so far (sigma_rel).
     like: a pytree of the same structure and shapes.
-    Raises ValueError for a length out of range and for files that do not fit, FileNotFoundError without averages.
+    Raises what `factors` raises, and ValueError for files that do not fit.
+    """
+    total = {path: np.zeros(leaf.shape) for path, leaf in _flat_leaves(like)}
+    for saved_step, averages in itertools.groupby(factors(folder, step, length).items(), lambda item: item[0].step):
+        tensors = _read(folder / f"{saved_step}.safetensors", total)
+        for average, factor in averages:
+            for path in total:
+                total[path] += factor * tensors[f"{average.name}/{path}"]
+    leaves = [jnp.asarray(values, jnp.float32) for values in total.values()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def factors(folder: Path, step: int, length: float) -> dict[_Saved, np.float64]:
+    """What each saved average counts in that of a length at a step, in the order of their steps. They sum to 1.
+
+    They are float64, and their products with averages in half precision are too.
+
+    step, length: as in `load`.
+    Raises ValueError for a length out of range, and for one that the saved averages cannot give; FileNotFoundError
+    without averages of this step.
     """
     saved_steps = [saved_step for saved_step in steps(folder) if saved_step <= step]
     if not saved_steps or saved_steps[-1] != step:
@@ -83,43 +106,53 @@ def load(folder: Path, step: int, length: float, like: PyTree) -> PyTree:
         raise FileNotFoundError(
             f"no averages of step {step} in {folder}, there are {available}: train with --config.train.post_hoc"
         )
-    saved_averages = [_Saved(saved_step, f"{each_length:.2f}") for saved_step in saved_steps for each_length in LENGTHS]
-    factors = combination(
-        [(average.step, exponent(float(average.name))) for average in saved_averages], (step, exponent(length))
-    )
-    total = {path: np.zeros(leaf.shape) for path, leaf in _flat_leaves(like)}
-    for saved_step in saved_steps:
-        tensors = _read(folder / f"{saved_step}.safetensors", total)
-        for average, factor in zip(saved_averages, factors, strict=True):
-            if average.step == saved_step:
-                for path in total:
-                    total[path] += factor * tensors[f"{average.name}/{path}"]
-    leaves = [jnp.asarray(values, jnp.float32) for values in total.values()]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    saved = [_Saved(saved_step, f"{each_length:.2f}") for saved_step in saved_steps for each_length in LENGTHS]
+    averages = [(average.step, exponent(float(average.name))) for average in saved]
+    found, (misfit,) = combinations(averages, [(step, exponent(length))])
+    if misfit > MISFIT:
+        _, misfits = combinations(averages, [(step, exponent(other)) for other in OTHERS])
+        nearest = min(
+            (other for other, fit in zip(OTHERS, misfits, strict=True) if fit <= MISFIT),
+            key=lambda other: abs(other - length),
+        )
+        raise ValueError(
+            f"the averages in {folder}, saved at {len(saved_steps)} steps up to {step}, cannot give one of length "
+            f"{length:g}: the nearest is {nearest:g}; a smaller train.checkpoint_every saves more of them"
+        )
+    return dict(zip(saved, found[:, 0], strict=True))
 
 
-def combination(averages: Sequence[tuple[int, float]], target: tuple[int, float]) -> Float[np.ndarray, " averages"]:
-    """Factors of the averages. Their weighted sum is nearest to the target in the weights over steps (appendix C.3).
+def combinations(
+    averages: Sequence[tuple[int, float]], targets: Sequence[tuple[int, float]]
+) -> tuple[Float[np.ndarray, "averages targets"], Float[np.ndarray, " targets"]]:
+    """(factors, misfits): the weighted sums of averages that are nearest to the targets in the weights over steps.
 
-    averages, target: (step, exponent) of averages.
+    They are those of Karras et al. 2024, appendix C.3, with the condition that the factors of a target sum to 1: an
+    average of weights that do not change is these weights.
+
+    averages, targets: (step, exponent) of averages.
+    misfits: the deviation from the target's weights over the steps, as a part of these, both as root mean squares.
     """
-    overlaps = np.array([[_overlap(a, b) for b in averages] for a in averages])
-    return np.linalg.lstsq(overlaps, np.array([_overlap(a, target) for a in averages]), rcond=1e-12)[0]
+    overlaps, onto = _overlaps(averages, averages), _overlaps(averages, targets)
+    # the last average stands for what the factors of the others leave of 1, so the unknowns count differences from it
+    differences = overlaps[:-1, :-1] - overlaps[:-1, -1:] - overlaps[-1:, :-1] + overlaps[-1, -1]
+    others = np.linalg.lstsq(differences, onto[:-1] - onto[-1:] - overlaps[:-1, -1:] + overlaps[-1, -1], rcond=1e-12)[0]
+    found = np.concatenate([others, 1 - others.sum(0, keepdims=True)])
+    squares = np.array([_overlaps([target], [target])[0, 0] for target in targets])
+    errors = squares - 2 * np.sum(found * onto, axis=0) + np.sum(found * (overlaps @ found), axis=0)
+    return found, np.sqrt(np.maximum(errors, 0) / squares)
 
 
-def _overlap(a: tuple[int, float], b: tuple[int, float]) -> float:
-    """The integral of the product of two averages' weights, (gamma + 1) tau^gamma / t^(gamma + 1) for tau in [0, t]."""
-    (t_a, gamma_a), (t_b, gamma_b) = a, b
-    both, shorter = gamma_a + gamma_b + 1, min(t_a, t_b)
+def _overlaps(
+    rows: Sequence[tuple[int, float]], columns: Sequence[tuple[int, float]]
+) -> Float[np.ndarray, "rows columns"]:
+    """Integrals of products of two averages' weights, (gamma + 1) tau^gamma / t^(gamma + 1) for tau in [0, t]."""
+    t_a, gamma_a = np.array(rows, np.float64).T[..., None]
+    t_b, gamma_b = np.array(columns, np.float64).T
+    both, shorter = gamma_a + gamma_b + 1, np.minimum(t_a, t_b)
     # (shorter / t)^(gamma + 1) of each, so that no power overflows
-    return (
-        (gamma_a + 1)
-        * (gamma_b + 1)
-        / both
-        / shorter
-        * (shorter / t_a) ** (gamma_a + 1)
-        * (shorter / t_b) ** (gamma_b + 1)
-    )
+    powers = (shorter / t_a) ** (gamma_a + 1) * (shorter / t_b) ** (gamma_b + 1)
+    return (gamma_a + 1) * (gamma_b + 1) / both / shorter * powers
 
 
 def _flat_leaves(tree: PyTree) -> list[tuple[str, Any]]:

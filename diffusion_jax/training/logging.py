@@ -4,12 +4,12 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from diffusion_jax import parallel
-from diffusion_jax.messages import as_json
+from diffusion_jax.messages import Progress, as_json
 
 
 class RunLog:
@@ -18,17 +18,10 @@ class RunLog:
     def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, name: str):
         self.batch_size = batch_size
         self._pending: list[dict] = []
-        self._since = time.perf_counter()
+        self._since: float | None = None  # when the first pending step began, or the first step of all ended
+        self._untimed = 1  # of the pending steps: the first one waits for compilation
         self._main = parallel.is_main()
-        self._bar = tqdm(
-            total=steps,
-            initial=start,
-            desc=name,
-            unit="step",
-            disable=not self._main,
-            dynamic_ncols=True,
-            smoothing=0.1,
-        )
+        self._progress = Progress(name, steps, "step", start, shown=self._main)
         self._folder = workdir / "samples"
         if self._main:
             from tensorboardX import SummaryWriter  # imports torch too, where it is installed: seconds
@@ -41,7 +34,7 @@ class RunLog:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._bar.close()
+        self._progress.close()
         if self._main:
             self._lines.close()
             self._board.close()
@@ -49,17 +42,22 @@ class RunLog:
     def step(self, metrics: dict) -> None:
         """Record one more step.
 
-        metrics: scalars on the device. This call does not wait for them.
+        metrics: scalars on the device. This call does not wait for them, except the first time.
         """
+        if self._since is None:
+            jax.block_until_ready(metrics)
+            self._since = time.perf_counter()
         self._pending.append(metrics)
-        self._bar.update()
+        self._progress.update()
 
     def write(self, step: int) -> None:
         """Write the means over the steps since the last call, and the speed (images/s)."""
         values = parallel.to_host(self._pending)
         now = time.perf_counter()
         means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-        means["images_per_second"] = len(values) * self.batch_size / (now - self._since)
+        timed, self._untimed = len(values) - self._untimed, 0
+        if timed:
+            means["images_per_second"] = timed * self.batch_size / (now - self._since)
         means |= {name: int(values[-1][name]) for name in ("bad_steps", "bad_in_row")}
         self._pending, self._since = [], now
         if self._main:
@@ -67,7 +65,8 @@ class RunLog:
             self._lines.flush()
             for name, value in means.items():
                 self._board.add_scalar(name, value, step)
-            self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s")
+            speed = f", {means['images_per_second']:.0f} images/s" if timed else ""
+            self._progress.update(0, f"loss {means['loss']:.4f}{speed}")
 
     def image(self, step: int, image: np.ndarray) -> None:
         """Save an (H, W, 3) uint8 picture of samples as a file and in TensorBoard."""

@@ -104,12 +104,93 @@ def test_missing_pictures_and_captions_are_named(tmp_path):
         sources.folder(tmp_path)
 
 
-@pytest.mark.parametrize("line", ['{"file_name": "a.png"}', "a.png a", "[1]", ""])
+TEXT = '{"file_name": "a.png", "text": %s}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "a.png"}',
+        "a.png a",
+        "[1]",
+        "",
+        *(TEXT % text for text in ("null", "7", "[]", '["a", null]', "{}")),
+    ],
+)
 def test_bad_lines_of_metadata_are_named(tmp_path, line):
     paint(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"metadata\.jsonl line 2: expected .*file_name.*, got "):
         sources.folder(tmp_path)
+
+
+@pytest.mark.parametrize("row", ["a.png", "a.png,a cat, sitting"])
+def test_bad_rows_of_metadata_are_named(tmp_path, row):
+    paint(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,a\n{row}\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv row 2: expected the columns file_name and text, got "):
+        sources.folder(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"a cat\n')
+    with pytest.raises(ValueError, match=r"metadata\.csv: expected CSV, got an error: unexpected end of data"):
+        sources.folder(tmp_path)
+
+
+@pytest.mark.parametrize("character", "\u2028\u2029\x85")
+def test_only_a_newline_ends_a_line(tmp_path, character):
+    paint(tmp_path / "a.png")
+    caption = f"one{character}two"
+    line = json.dumps({"file_name": "a.png", "text": caption}, ensure_ascii=False)
+    for end in ("", "\n", "\r\n"):
+        (tmp_path / "metadata.jsonl").write_bytes((line + end).encode())
+        assert sources.folder(tmp_path).captions == [caption]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    paint(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-8-sig")
+    assert sources.folder(tmp_path).captions == ["a cat"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\r\na.png,a dog\r\n", encoding="utf-8-sig")
+    assert sources.folder(tmp_path).captions == ["a dog"]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text(TEXT % '"a bird"', encoding="utf-8-sig")
+    assert sources.folder(tmp_path).captions == ["a bird"]
+
+
+def test_a_list_of_texts_is_several_captions(tmp_path):
+    for name in "abc":
+        paint(tmp_path / f"{name}.png")
+    lines = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": ["two", "three"]}]
+    lines.append({"file_name": "c.png", "text": ["four"]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = sources.folder(tmp_path)
+    assert source.captions == [("one",), ("two", "three"), ("four",)]
+    assert source[1]["caption"] == "two"
+    assert sources.with_captions(source)[1]["caption"] == ("two", "three")
+
+
+def test_metadata_may_be_in_a_folder_below_and_of_either_form(tmp_path):
+    paint(tmp_path / "train" / "deep" / "a.png", 5)
+    paint(tmp_path / "test" / "b.png", 6)
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "deep/a.png", "text": "a"}')
+    (tmp_path / "test" / "metadata.csv").write_text('text,file_name\n"b, ""quoted""",b.png\n')
+    source = sources.folder(tmp_path)
+    assert {source[i]["caption"]: int(source[i]["image"][0, 0, 0]) for i in range(2)} == {"a": 5, 'b, "quoted"': 6}
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "test/b.png", "text": "b"}')
+    with pytest.raises(ValueError, match=r"b\.png: metadata\.jsonl and test/metadata\.csv name it"):
+        sources.folder(tmp_path)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    paint(root / "cat" / "1.png")
+    paint(other / "2.png")
+    (root / "dog").symlink_to(other)
+    (root / "cat" / "up").symlink_to(root)
+    (other / "cat").symlink_to(root / "cat")
+    (root / "cat" / "dog").symlink_to(other)
+    source = sources.folder(root)
+    names = [file.removeprefix(f"{root}/") for file in source.files]
+    assert names == ["cat/1.png", "cat/dog/2.png", "dog/2.png", "dog/cat/1.png"] and source.num_classes == 2
 
 
 def test_empty_metadata(tmp_path):

@@ -1,13 +1,24 @@
 """Any picture becomes the right square, or a bad record that says why."""
 
 import io
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
-from diffusion_jax.data.transforms import BadRecord, decode, to_float, to_uint8, variants
+from diffusion_jax.data.transforms import (
+    SRGB,
+    BadRecord,
+    centred_mask,
+    decode,
+    decode_mask,
+    to_float,
+    to_uint8,
+    variants,
+)
 from diffusion_jax.data.transforms import crop as crop_to
 
 
@@ -127,3 +138,170 @@ def test_float_and_back_is_exact(xp):
 def test_pictures_that_take_minutes_to_resize_are_bad(width, height, reason):
     with pytest.raises(BadRecord, match=f"{width}x{height} pixels, expected .*{reason}"):
         decode(encode(Image.new("1", (width, height))))
+
+
+def of_form(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def with_chunk(png: bytes, name: bytes, content: bytes, checksum: bytes | None = None) -> bytes:
+    """The PNG with one more chunk after its header."""
+    checksum = zlib.crc32(name + content).to_bytes(4, "big") if checksum is None else checksum
+    return png[:33] + len(content).to_bytes(4, "big") + name + content + checksum + png[33:]
+
+
+def test_tags_that_nobody_reads_do_not_decide_about_a_jpeg():
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 6
+    tags[ExifTags.Base.XResolution] = 72.0
+    rational, text = b"\x01\x1a\0\5", b"\x01\x1a\0\2"
+    assert rational in tags.tobytes()
+    for exif in (tags.tobytes(), tags.tobytes().replace(rational, text)):
+        assert decode(of_form(Image.new("RGB", (16, 8)), "JPEG", exif=exif)).shape == (16, 8, 3)
+    assert decode(of_form(Image.new("RGB", (16, 8)), "JPEG", exif=b"Exif\0\0 no tags")).shape == (8, 16, 3)
+
+
+def test_damaged_or_large_metadata_does_not_decide_about_a_png():
+    colours = coordinates(4, 6)
+    png = encode(Image.fromarray(colours))
+    compressed = zlib.compress(b"x" * (2 << 20))
+    for name, content, checksum in [
+        (b"zTXt", b"Comment\0\0" + compressed, None),
+        (b"iTXt", b"Comment\0\1\0\0\0" + compressed, None),
+        (b"tEXt", b"Comment\0x", b"bad!"),
+        (b"eXIf", b"no tags", None),
+        (b"eXIf", b"MM\0*", b"bad!"),
+        (b"iCCP", b"name\0\0damaged", None),
+        (b"pHYs", b"\0", None),
+        (b"sRGB", b"", None),
+    ]:
+        np.testing.assert_array_equal(decode(with_chunk(png, name, content, checksum)), colours)
+    turned = b"XML:com.adobe.xmp\0\0\0\0\0<tiff:Orientation>6</tiff:Orientation>"
+    assert decode(with_chunk(png, b"iTXt", turned)).shape == (6, 4, 3)
+    with pytest.raises(BadRecord):
+        decode(png[:33] + b"\xff" * 8 + png[33:])
+
+
+def test_whatever_a_decoder_raises_is_a_bad_record(monkeypatch):
+    png = encode(Image.new("RGB", (4, 4)))
+    for error in (TypeError("a"), KeyError(), ZeroDivisionError(), OverflowError("b\nc"), MemoryError()):
+
+        def fails(*_, raised=error):
+            raise raised
+
+        monkeypatch.setattr(PngImageFile, "load", fails)
+        with pytest.raises(BadRecord, match="not a readable picture"):
+            decode(png)
+
+
+def test_floats_are_black_at_0_and_white_at_1():
+    levels = np.array([[0, 51, 102, 255]], np.uint8)
+    tiff = of_form(Image.fromarray(levels.astype(np.float32) / 255), "TIFF")
+    np.testing.assert_array_equal(decode(tiff)[..., 0], levels)
+    for bad in (np.nan, 1.5, -0.1):
+        with pytest.raises(BadRecord, match=r"grey levels from .*, expected 0 to 1"):
+            decode(of_form(Image.fromarray(np.full((2, 2), bad, np.float32)), "TIFF"))
+    with pytest.raises(BadRecord, match="grey levels from 0 to 70000, expected 0 to 65535"):
+        decode(of_form(Image.fromarray(np.array([[0, 70000]], np.int32)), "TIFF"))
+
+
+def matrix_profile(red, green, blue, gamma: float) -> bytes:
+    """An ICC profile of version 2 with these primaries, XYZ relative to D50, and a power law."""
+
+    def fixed(values):
+        return b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in values)
+
+    curve = b"curv\0\0\0\0\0\0\0\1" + round(gamma * 256).to_bytes(2, "big") + b"\0\0"
+    white = (0.9642, 1.0, 0.8249)
+    tags = {b"rXYZ": red, b"gXYZ": green, b"bXYZ": blue, b"wtpt": white}
+    tags = {name: b"XYZ \0\0\0\0" + fixed(values) for name, values in tags.items()}
+    tags |= {name: curve for name in (b"rTRC", b"gTRC", b"bTRC")}
+    tags |= {b"desc": b"desc" + bytes(7) + b"\2a\0" + bytes(78), b"cprt": b"text\0\0\0\0a\0\0\0"}
+    table, content, start = len(tags).to_bytes(4, "big"), b"", 132 + 12 * len(tags)
+    for name, tag in tags.items():
+        tag += bytes(-len(tag) % 4)
+        table += name + (start + len(content)).to_bytes(4, "big") + len(tag).to_bytes(4, "big")
+        content += tag
+    header = bytes(8) + b"\2\x10\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28) + fixed(white) + bytes(48)
+    profile = header + table + content
+    return len(profile).to_bytes(4, "big") + profile[4:]
+
+
+SRGB_IN_D50 = np.array([[0.4360, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+
+
+def srgb_of(linear: np.ndarray) -> np.ndarray:
+    """IEC 61966-2-1, equation 5: linear light to 0..255."""
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0) ** (1 / 2.4) - 0.055)
+    return 255 * np.clip(encoded, 0, 1)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "RGBA", "P"])
+def test_a_profile_is_converted_to_srgb(form):
+    # the primaries of sRGB turned round, and a gamma of 1: linear light with red, green and blue exchanged
+    profile = matrix_profile(*SRGB_IN_D50.T[[1, 2, 0]], gamma=1.0)
+    colour = np.array([40, 120, 200], np.uint8)
+    image = Image.new("RGB", (8, 8), tuple(colour.tolist()))
+    if form == "RGBA":
+        image = image.convert("RGBA")
+    if form == "P":
+        image = image.quantize(2)
+    file = of_form(image, form if form in ("JPEG", "TIFF") else "PNG", icc_profile=profile)
+    np.testing.assert_allclose(decode(file)[0, 0], srgb_of(colour[[2, 0, 1]] / 255), atol=3 if form == "JPEG" else 1)
+
+
+def test_a_profile_of_srgb_changes_nothing_and_one_that_does_not_fit_says_nothing():
+    image = coordinates(4, 6)
+    profile = ImageCms.ImageCmsProfile(SRGB).tobytes()
+    for unchanged in (profile, b"damaged", b"", profile[:200]):
+        np.testing.assert_array_equal(decode(encode(Image.fromarray(image), icc_profile=unchanged)), image)
+    grey = Image.fromarray(image[..., 0])
+    np.testing.assert_array_equal(decode(encode(grey, icc_profile=profile))[..., 0], image[..., 0])
+
+
+def mask_forms() -> dict[str, bytes]:
+    """One mask, the left half of 8 x 6, as programs write it."""
+    marked = np.zeros((6, 8), bool)
+    marked[:, :4] = True
+    grey = Image.fromarray(marked * np.uint8(255))
+    black, white = (Image.new("L", grey.size, level) for level in (0, 255))
+    palette = Image.fromarray(marked.astype(np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    keyed = palette.copy()
+    keyed.putpalette([9, 9, 9, 0, 0, 0])
+    return {
+        "1": encode(grey.convert("1")),
+        "L": encode(grey),
+        "RGB": encode(grey.convert("RGB")),
+        "16 bits": encode(Image.fromarray(marked * np.uint16(65535))),
+        "floats": of_form(Image.fromarray(marked.astype(np.float32)), "TIFF"),
+        "CMYK": of_form(grey.convert("RGB").convert("CMYK"), "TIFF"),
+        "palette": encode(palette),
+        "JPEG": of_form(grey, "JPEG", quality=95),
+        "opaque RGBA": encode(grey.convert("RGBA")),
+        "opaque LA": encode(grey.convert("LA")),
+        "black strokes": encode(Image.merge("RGBA", (black, black, black, grey))),
+        "white strokes": encode(Image.merge("RGBA", (white, white, white, grey))),
+        "grey strokes": encode(Image.merge("LA", (black, grey))),
+        "palette, one colour transparent": encode(keyed, transparency=0),
+        "WebP": of_form(Image.merge("RGBA", (black, black, black, grey)), "WEBP", lossless=True),
+    }
+
+
+@pytest.mark.parametrize("form", mask_forms())
+def test_a_mask_marks_the_same_in_every_form(form):
+    levels = decode_mask(mask_forms()[form])
+    mask = centred_mask(levels, (6, 8))
+    assert levels.dtype == np.uint8 and mask.shape == (6, 8, 1)
+    assert mask[:, :4].all() and not mask[:, 4:].any()
+    assert np.array_equal(centred_mask(255 - levels, (6, 8)), ~mask)
+
+
+def test_a_mask_is_turned_as_its_picture_but_not_converted_by_a_profile():
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 6
+    bright = matrix_profile(*SRGB_IN_D50.T, gamma=0.2)
+    levels = decode_mask(encode(Image.new("RGB", (6, 2), (100, 100, 100)), exif=tags, icc_profile=bright))
+    assert levels.shape == (6, 2) and (levels == 100).all()

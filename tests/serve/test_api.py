@@ -355,6 +355,43 @@ def test_edits_take_the_mask_from_transparency(client):
     assert client.post("/v1/images/edits", files={"image": b"none"}, data={"prompt": "3"}).status_code == 400
 
 
+def strokes(invert=False):
+    """The half mask as black strokes on transparency."""
+    return np.dstack([np.zeros((8, 8, 3), np.uint8), half_mask(invert)])
+
+
+def test_every_api_reads_a_mask_of_strokes_by_its_own_meaning(client):
+    kept = np.s_[:, 4:]
+    (result,) = pictures(client, image=encoded(SEEN), mask=encoded(strokes()))
+    np.testing.assert_array_equal(np.asarray(result)[kept], SEEN[kept])
+    ask = {"prompt": "3", "width": 8, "height": 8, "steps": 3, "init_images": [encoded(SEEN)]}
+    for mask, invert in [(strokes(), 0), (strokes(invert=True), 1), (strokes()[::2, ::2], 0)]:  # the last is stretched
+        fields = {"mask": encoded(mask), "inpainting_mask_invert": invert}
+        answer = client.post("/sdapi/v1/img2img", json=ask | fields).json()
+        result = np.asarray(opened(answer["images"][0]))
+        np.testing.assert_array_equal(result[kept], SEEN[kept])
+        assert np.any(result[:, :4] != SEEN[:, :4])
+    files = {"image": base64.b64decode(encoded(SEEN)), "mask": base64.b64decode(encoded(strokes(invert=True)))}
+    answer = client.post("/v1/images/edits", files=files, data={"prompt": "3", "size": "8x8", "steps": "3"})
+    np.testing.assert_array_equal(np.asarray(opened(answer.json()["data"][0]["b64_json"]))[kept], SEEN[kept])
+
+
+def test_masks_that_mark_nothing_or_have_another_size_are_refused(client):
+    def edit(mask):
+        files = {"image": base64.b64decode(encoded(SEEN)), "mask": base64.b64decode(encoded(mask))}
+        return client.post("/v1/images/edits", files=files, data={"prompt": "3"})
+
+    opaque = np.dstack([SEEN, np.full((8, 8), 255, np.uint8)])
+    answers = {"expected transparency": [edit(SEEN), edit(half_mask()), edit(opaque)]}
+    ask = {"prompt": "3", "image": encoded(SEEN), "mask": encoded(half_mask()[:4])}
+    sizes = "it is 8x4 pixels and the image 8x8: they must be of one size"
+    answers[sizes] = [edit(strokes()[:4]), client.post("/api/generate", json=ask)]
+    for message, refused in answers.items():
+        for answer in refused:
+            assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(f"mask: {message}")
+            assert answer.json()["error"]["param"] == "mask"
+
+
 def test_the_web_ui_api_takes_what_its_plugins_send(client):
     ask = {
         "prompt": "3",

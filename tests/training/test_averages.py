@@ -66,3 +66,47 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "5.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"5.safetensors cannot be read: .*; remove it"):
         averages.load(tmp_path, 5, 0.1, like)
+
+
+def save_constant(folder, steps):
+    for step in steps:
+        averages.save(folder, step, averages.initial({"w": jnp.ones(2)}))
+
+
+@pytest.mark.parametrize("length", [0.03, 0.05, 0.08, 0.15, 0.2, 0.25])
+def test_weights_that_do_not_change_are_their_own_average(length, tmp_path):
+    save_constant(tmp_path, range(50, 701, 50))  # as in docs/evaluation.md
+    np.testing.assert_allclose(averages.load(tmp_path, 700, length, {"w": jnp.ones(2)})["w"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "steps, length, nearest", [((700,), 0.2, 0.13), ((700,), 0.01, 0.035), (range(50, 701, 50), 0.28, 0.265)]
+)
+def test_a_length_that_the_saved_ones_cannot_give_is_refused_with_the_nearest(steps, length, nearest, tmp_path):
+    save_constant(tmp_path, steps)
+    with pytest.raises(
+        ValueError, match=rf"saved at {len(steps)} steps .* of length {length}: the nearest is"
+    ) as error:
+        averages.load(tmp_path, 700, length, {"w": jnp.ones(2)})
+    assert f"the nearest is {nearest};" in str(error.value)
+    averages.load(tmp_path, 700, nearest, {"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="cannot give"):
+        averages.load(tmp_path, 700, nearest + np.sign(length - nearest) * 0.005, {"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("length", [0.03, 0.15, 0.2])
+def test_the_factors_are_the_least_squares_among_those_that_sum_to_1(length):
+    """Against the profiles at 100,000 points, and a Lagrange multiplier for the sum."""
+    kept = [(step, averages.exponent(each)) for step in (200, 400, 700) for each in averages.LENGTHS]
+    tau = (np.arange(100_000) + 0.5) * 700 / 100_000
+
+    def profile(step, gamma):
+        return np.where(tau < step, (gamma + 1) * np.minimum(tau / step, 1) ** gamma / step, 0)
+
+    profiles, target = np.stack([profile(*average) for average in kept], axis=1), averages.exponent(length)
+    gram = np.block([[profiles.T @ profiles, np.ones((6, 1))], [np.ones((1, 6)), np.zeros((1, 1))]])
+    expected = np.linalg.solve(gram, [*(profiles.T @ profile(700, target)), 1])[:6]
+    factors, (misfit,) = averages.combinations(kept, [(700, target)])
+    np.testing.assert_allclose(factors[:, 0], expected, rtol=1e-3, atol=1e-3)
+    difference = profiles @ expected - profile(700, target)
+    assert misfit == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(profile(700, target)), rel=1e-3)

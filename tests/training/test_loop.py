@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -211,3 +212,16 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(whole, tmp_path):
 def test_no_checkpoint_is_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         Checkpoints(tmp_path / "checkpoints").restore_ema(linear.initial())
+
+
+def test_the_first_step_compiles_and_is_no_part_of_the_speed(tmp_path, capsys):
+    class Slow(Batches):
+        def __next__(self):
+            if not self.given:
+                time.sleep(1)
+            return super().__next__()
+
+    fit(tmp_path, Slow(), steps=4, log_every=1, checkpoint_every=4, batch_size=8)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "images_per_second" not in lines[0] and all(line["images_per_second"] > 8 for line in lines[1:])
+    assert "linear, compiling:   0%" in capsys.readouterr().err
