@@ -85,10 +85,12 @@ class LoraNames(NamedTuple):
     """Names of the updated maps in files of LoRA.
 
     prefixes: beginning of the names that join the path with underscores -> the part.
-    path: (part, path joined with underscores, module of the denoiser) -> the path in the layout of the folder.
+    dotted: beginning of the names with dots, apart from the names of the parts themselves -> the part.
+    path: (part, path with underscores or dots, module of the denoiser) -> the path in the layout of the folder.
     """
 
     prefixes: Mapping[str, str] = MappingProxyType({})
+    dotted: Mapping[str, str] = MappingProxyType({})
     path: Callable[[str, str, Any], str] = lambda part, path, denoiser: path
 
 
