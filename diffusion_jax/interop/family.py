@@ -109,6 +109,7 @@ class Family(NamedTuple):
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
     single_file: None if there is no such layout.
     lora: names in files of low-rank updates.
+    embeddings: names of tensors in files of learned words -> the text encoder that reads them.
     """
 
     name: str
@@ -126,3 +127,4 @@ class Family(NamedTuple):
     safety_checker: Callable[[Path, bool], Any] | None = None
     single_file: SingleFile | None = None
     lora: LoraNames = LoraNames()
+    embeddings: Mapping[str, str] = MappingProxyType({})

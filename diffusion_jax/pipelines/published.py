@@ -16,7 +16,7 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.interop.prompts import emphasise
+from diffusion_jax.interop.prompts import emphasise, spelled
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, network_of, none_held_back
 from diffusion_jax.models.text.encoder import tokenize
@@ -161,8 +161,10 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
 
     def of_captions(captions: Sequence[str]) -> PyTree:
         ids = [
-            tokenize(captions, tokenizer, tokenizer.padding["length"])[0][:, None] for tokenizer in published.tokenizers
+            tokenize([spelled(caption, tokenizer) for caption in captions], tokenizer, tokenizer.padding["length"])[0]
+            for tokenizer in published.tokenizers
         ]
+        ids = [rows[:, None] for rows in ids]
         return embed_in_batches(ids, np.ones(ids[0].shape, np.float32))
 
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))

@@ -64,6 +64,8 @@ def embed(prompts, tokenizer):
         ("a) red] cat:1.3)", [("a) red] cat:1.3)", 1)]),
         ("[red:1.3]", [("red:1.3", DOWN)]),
         ("()", [("", 1)]),
+        ("a and (b:1.2) | c, <b> [a:b]", [("a and ", 1), ("b", 1.2), (" | c, <b> ", 1), ("a:b", DOWN)]),
+        (r"\[a:b:0.5\]", [("[a:b:0.5]", 1)]),
     ],
 )
 def test_grammar(prompt, pieces):
@@ -89,6 +91,49 @@ def test_long_prompts_come_in_chunks(tokenizer):
         "[BEGIN] j a [END] [PAD] [PAD] [PAD]",
     ]
     np.testing.assert_array_equal(weights, [[1, 1, 1, 3, 3, 3, 1], [1, 3, 3, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rows"),
+    [
+        ("a BREAK b", ["a [END] [PAD] [PAD] [PAD] [PAD]", "b [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("a b c d e BREAK f", ["a b c d e [END]", "f [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("a b c d e f BREAK g", [
+            "a b c d e [END]", "f [END] [PAD] [PAD] [PAD] [PAD]", "g [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("a BREAK", ["a [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("BREAK a", ["[END] [PAD] [PAD] [PAD] [PAD] [PAD]", "a [END] [PAD] [PAD] [PAD] [PAD]"]),
+    ],
+)  # fmt: skip
+def test_break_begins_a_chunk(prompt, rows, tokenizer):
+    ids, _ = chunk(parse(prompt), tokenizer)
+    assert [" ".join(WORDS[i] for i in row) for row in ids] == [f"[BEGIN] {row}" for row in rows]
+
+
+def test_weights_reach_over_a_break(tokenizer):
+    ids, weights = chunk(parse("a (b\nBREAK c:2) d"), tokenizer)
+    assert [" ".join(WORDS[i] for i in row[1:3]) for row in ids] == ["a b", "c d"]
+    np.testing.assert_array_equal(weights[:, 1:3], [[1, 2], [2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a cat AND a dog", "AND combines several prompts"),
+        ("a cat AND a dog :1.2", "AND combines several prompts"),
+        ("a [cat:dog:0.5]", r"\[cat:dog:0.5\] changes between steps"),
+        ("a [(red:1.3) cat:[big] dog:.25 ]", "changes between steps"),
+        ("a [cat:12]", "changes between steps"),
+        ("a [cat::1.0]", "changes between steps"),
+        ("a ([cat|dog] x:1.2)", r"\[cat\|dog\] changes between steps"),
+        ("a cat <lora:style:1>", "<lora:style:1> names a file, .* config.loras"),
+        ("<lyco:x:0.5:0.7> cat", "names a file"),
+        ("<hypernet:x>", "names a file"),
+    ],
+)
+def test_other_syntax_is_refused_in_a_line(prompt, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        parse(prompt)
+    assert "\n" not in str(raised.value)
 
 
 def test_other_tokenizers_are_refused():
