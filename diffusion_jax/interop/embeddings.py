@@ -68,7 +68,7 @@ def _words(
             return {word or path.stem: content}
         if "string_to_param" not in content:
             return state_dict(content)
-        tensor = content["string_to_param"]["*"]
+        (tensor,) = content["string_to_param"].values()
         return dict.fromkeys([word] if word else [path.stem, str(content.get("name") or path.stem)], tensor)
 
     tensors = read_file(path, allow_pickle, select)

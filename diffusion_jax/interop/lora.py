@@ -58,7 +58,10 @@ OTHERS = {
     r"\.(lora_[AB]|lora_up|lora_down).*\.bias$": "a LoRA with biases (lora_bias)",
     r"\.scalar$": "a LyCORIS with trained scalars (use_scalar)",
     r"\.modules_to_save\.|\.original_module\.": "whole layers of peft's modules_to_save",
+    r"\.reshape_weight$": "a LoRA of maps of another shape",
     r"^(lora_)?control(net|_model)": "a Control-LoRA",
+    r"_custom_diffusion\.": "Custom Diffusion",
+    r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
 }
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
+from tokenizers import Tokenizer
 
 from diffusion_jax.codec import autoencoder_kl, check_size, fingerprint
 from diffusion_jax.conditioning import Conditioning
@@ -171,9 +172,13 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
     if prompt.null_is_zeros(published.index):
         null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds") if name in null}
     return Conditioning(
-        cache_key=functools.partial(fingerprint, params),
+        cache_key=lambda: fingerprint({"params": params, "tokenizers": [*map(_as_bytes, published.tokenizers)]}),
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,
         for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sized else current,
     )
+
+
+def _as_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    return np.frombuffer(tokenizer.to_str().encode(), np.uint8)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.interop import load_pipeline
+from diffusion_jax.interop import load_pipeline, save_pipeline
 from diffusion_jax.interop.embeddings import add_embeddings
 from diffusion_jax.interop.families import stable_diffusion_xl
 from diffusion_jax.interop.prompts import chunked
@@ -161,6 +161,13 @@ def test_words_for_one_encoder_of_two_and_words_twice_are_refused(of_two, pipeli
         add_embeddings(pipeline._replace(tokenizers=()), tmp_path / "toy.safetensors")
 
 
+def test_a_saved_pipeline_has_its_words(pipeline, tmp_path):
+    write_file(tmp_path / "cat.safetensors", {"emb_params": TWO})
+    save_pipeline(add_embeddings(pipeline, tmp_path / "cat.safetensors"), tmp_path / "saved")
+    after = load_pipeline(tmp_path / "saved")
+    np.testing.assert_array_equal(rows(after, "a cat b"), in_prompt(pipeline, TWO, pipeline))
+
+
 @pytest.mark.slow  # imports diffusers
 def test_text_embeddings_are_those_of_the_peer(vocabulary, tmp_path):  # noqa: F811
     torch = pytest.importorskip("torch")
@@ -168,8 +175,12 @@ def test_text_embeddings_are_those_of_the_peer(vocabulary, tmp_path):  # noqa: F
     write_file(tmp_path / "toy.safetensors", {"<toy>": TWO})
     ours = add_embeddings(load_pipeline(tmp_path / "theirs"), tmp_path / "toy.safetensors")
     whole.load_textual_inversion(tmp_path / "toy.safetensors")
+    save_pipeline(ours, tmp_path / "ours")
+    back = type(whole).from_pretrained(tmp_path / "ours")
     with torch.no_grad():
+        again = back.encode_prompt("a <toy> b", "cpu", 1, do_classifier_free_guidance=False)[0].numpy()
         theirs = whole.encode_prompt("a <toy> b", "cpu", 1, do_classifier_free_guidance=False)[0].numpy()
+    np.testing.assert_allclose(again, theirs, rtol=1e-4, atol=1e-5)
     conditioning = from_published(ours, (8, 8)).conditioning
     np.testing.assert_allclose(conditioning.of_prompts(["a <toy> b"])["text"], theirs, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(

@@ -229,3 +229,38 @@ def test_is_what_the_peer_fuses(vocabulary, tmp_path):  # noqa: F811
     }
     for name, tensor in weights(merged.text_encoders[0]).items():
         np.testing.assert_allclose(tensor, theirs[name.removeprefix("text_model.")], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("writer", "changes"),
+    [("pipeline", {"use_dora": True}), ("model", {"use_rslora": True, "alpha_pattern": {"attn1.to_q": 9}})],
+)
+def test_is_what_the_peer_trained_and_saved(changes, writer, vocabulary, tmp_path):  # noqa: F811
+    """Linear maps and convolutions; the settings are in the header, in two ways."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    whole = published("sd", vocabulary, tmp_path / "pipeline")
+    pipeline = load_pipeline(tmp_path / "pipeline")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_out.0", "conv1", "time_emb_proj"], **changes
+    )
+    whole.unet.add_adapter(config)
+    for parameter in whole.unet.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.rand_like(parameter)
+    if writer == "model":
+        whole.unet.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
+    else:
+        from diffusers.training_utils import _collate_lora_metadata
+        from diffusers.utils import convert_state_dict_to_diffusers
+
+        layers = convert_state_dict_to_diffusers(peft.utils.get_peft_model_state_dict(whole.unet))
+        whole.save_lora_weights(
+            tmp_path, layers, weight_name="lora.safetensors", **_collate_lora_metadata({"unet": whole.unet})
+        )
+    merged = weights(merge_lora(pipeline, tmp_path / "lora.safetensors", SCALE).denoiser)
+    whole.unet.fuse_lora(lora_scale=SCALE)
+    theirs = {name.replace(".base_layer", ""): tensor for name, tensor in whole.unet.state_dict().items()}
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor, theirs[name].numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+    before = weights(pipeline.denoiser)[f"{CONV}.weight"]
+    assert np.abs(merged[f"{CONV}.weight"] - before).max() > 0.05

@@ -213,6 +213,9 @@ def test_settings_of_training_and_new_ones_that_are_off_change_nothing(tmp_path)
         ("map.scalar", "scalars"),
         ("map.modules_to_save.weight", "modules_to_save"),
         ("lora_controlnet", "Control-LoRA"),
+        ("map.reshape_weight", "another shape"),
+        ("map.processor.to_k_custom_diffusion.weight", "Custom Diffusion"),
+        ("ip_adapter.1.to_k_ip.weight", "IP-Adapter"),
         ("map.weight", "not a tensor of a LoRA, LoHa or LoKr"),
     ],
 )
