@@ -119,7 +119,6 @@ def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0
     """The pipeline with the updates of a file in its weights.
 
     scale: factor of the updates. -1 removes those of scale 1 again, except of DoRA, which also sets lengths.
-
     Raises ValueError for updates of unknown maps or of another shape, and the errors of `load_lora`.
     """
     updates = load_lora(path, pipeline)
@@ -183,10 +182,8 @@ def _update(roles: dict, name: str, settings: Settings | None) -> Update:
     """The update of one map. name: its path with dots, for the patterns of the settings."""
     roles = dict(roles)
     alpha, magnitude = roles.pop("alpha", None), roles.pop("dora_scale", None)
-    if "lora_magnitude_vector" in roles:
-        magnitude = roles.pop("lora_magnitude_vector").reshape(
-            -1
-        )  # for each output, also where peft writes (1, out, 1, 1)
+    if "lora_magnitude_vector" in roles:  # one number for each output, of convolutions in the shape (1, out, 1, 1)
+        magnitude = roles.pop("lora_magnitude_vector").reshape(-1)
     kind = kind_of(roles)
     rank, rank_stabilized = rank_of(kind, roles), False
     if alpha is not None:
