@@ -504,7 +504,7 @@ def test_each_encoder_reads_its_own_tokens_and_weights(vocabulary, tmp_path):
         model.text_encoders, (one, other), (2, 1), (np.s_[..., :8], np.s_[..., 8:]), strict=True
     ):  # th a th a th a, which would fit into one chunk, and t h a t h a t h a
         ids, weights = weighted.chunked(["(tha:1.5) tha tha"], tokenizer, at_least)
-        expected = weighted.emphasise(part.module.apply(part.params, ids[0]).penultimate, weights)
+        expected = weighted.emphasise(part.module.apply(part.params, jnp.asarray(ids[0])).penultimate, weights)
         np.testing.assert_allclose(text[columns], expected, atol=1e-6)
 
 
