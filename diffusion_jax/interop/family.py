@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.interop.prompts import chunked
+from diffusion_jax.interop.prompts import chunked_for_each
 
 Tensors = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]  # content of a JSON file
@@ -52,7 +52,7 @@ class Component(NamedTuple):
 class Prompt(NamedTuple):
     """How prompts become the condition of the denoiser.
 
-    tokens: (prompts, tokenizer) -> ids and weights, each (B, chunks, L).
+    tokens: (prompts, tokenizers) -> for each text encoder ids and weights, each (B, chunks, L).
     text: output of a text encoder -> (B * chunks, L, D). The embeddings of several encoders are concatenated on D.
     added: (outputs of the text encoders for the first chunk, (height, width)) -> further leaves (B, ...) of the
       condition.
@@ -61,7 +61,7 @@ class Prompt(NamedTuple):
     """
 
     text: Callable[[Any], Array]
-    tokens: Callable[..., tuple[np.ndarray, np.ndarray]] = chunked
+    tokens: Callable[..., Sequence[tuple[np.ndarray, np.ndarray]]] = chunked_for_each
     added: Callable[[Sequence[Any], tuple[int, int]], dict[str, Array]] = lambda outputs, size: {}
     sized: bool = False
     null_is_zeros: Callable[[Config], bool] = lambda index: False

@@ -139,8 +139,24 @@ def spelled(text: str, tokenizer: Tokenizer) -> str:
     return re.sub(rf"(?<!\w)({words})(?!\w)", lambda match: spellings[match[0].lower()], text, flags=re.IGNORECASE)
 
 
+def chunked_for_each(
+    prompts: Sequence[str], tokenizers: Sequence[Tokenizer]
+) -> list[tuple[Int[np.ndarray, "batch chunks _"], Float[np.ndarray, "batch chunks _"]]]:
+    """Token ids and weights of prompts for each tokenizer, as in `chunked`.
+
+    Tokenizers may cut a text into different tokens. All get as many chunks as the one that needs most, because the
+    embeddings of several encoders are concatenated token by token.
+    """
+    of_each = [chunked(prompts, tokenizer) for tokenizer in tokenizers]
+    most = max(ids.shape[1] for ids, _ in of_each)
+    return [
+        of_one if of_one[0].shape[1] == most else chunked(prompts, tokenizer, most)
+        for of_one, tokenizer in zip(of_each, tokenizers, strict=True)
+    ]
+
+
 def chunked(
-    prompts: Sequence[str], tokenizer: Tokenizer
+    prompts: Sequence[str], tokenizer: Tokenizer, at_least: int = 1
 ) -> tuple[Int[np.ndarray, "batch chunks length"], Float[np.ndarray, "batch chunks length"]]:
     """Token ids and weights of prompts in this module's grammar, in chunks.
 
@@ -148,10 +164,11 @@ def chunked(
     are empty.
 
     tokenizer: as in `chunk`.
+    at_least: least number of chunks.
     """
     prompt_chunks = [chunk(parse(prompt), tokenizer) for prompt in prompts]
     empty = chunk([], tokenizer)
-    max_chunks = max(len(ids) for ids, _ in prompt_chunks)
+    max_chunks = max(at_least, *(len(ids) for ids, _ in prompt_chunks))
     ids, weights = (
         np.stack(
             [

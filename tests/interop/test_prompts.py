@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diffusion_jax.interop.prompts import chunk, chunked, emphasise, parse
+from diffusion_jax.interop.prompts import chunk, chunked, chunked_for_each, emphasise, parse
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", *"abcdefghij", ","]
 LENGTH = 7  # room for 5
@@ -171,3 +171,18 @@ def test_a_prompt_does_not_depend_on_its_batch(tokenizer):
         np.testing.assert_allclose(together[i, : alone.shape[1]], alone[0], rtol=1e-5)
     np.testing.assert_array_equal(together[0, LENGTH:], together[2, LENGTH:])  # both end in an empty chunk
     np.testing.assert_array_equal(together[2, :LENGTH], together[2, LENGTH:])
+
+
+def test_each_encoder_has_its_own_tokens_weights_and_chunks():
+    """The second tokenizer cuts words into letters: its chunks are more, and its weights lie elsewhere."""
+    whole, letters = (word_tokenizer("[BEGIN]", "$A", "[END]") for _ in range(2))
+    whole.add_tokens(["ab", "cd"])
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    (ids, weights), (of_letters, letter_weights) = chunked_for_each(["ab (cd:1.5)", "cd ab cd"], [whole, letters])
+    assert ids.shape == weights.shape == of_letters.shape == letter_weights.shape == (2, 2, LENGTH)
+    np.testing.assert_array_equal(weights[0, 0], [1, 1, 1.5, 1, 1, 1, 1])
+    alone, alone_weights = chunked(["ab (cd:1.5)", "cd ab cd"], letters)
+    np.testing.assert_array_equal(of_letters, alone)
+    np.testing.assert_array_equal(letter_weights, alone_weights)
+    assert 1.5 in letter_weights[0] and not np.array_equal(weights, letter_weights)
+    np.testing.assert_array_equal(ids[:, 1], np.repeat(chunk([], whole)[0], 2, axis=0))
