@@ -9,6 +9,10 @@ FOLDER is what diffusers saves (model_index.json, unet/, vae/, …), or one .saf
 which --config.tokenizers=FOLDER gives the tokenizers of its family. Inpainting models, whose U-Net sees the mask, need
 --config.sample.image and --config.sample.mask.
 
+--config.loras="('FILE@0.8', …)" adds files of LoRA, LoCon, DoRA, LoHa and LoKr to the weights, with these factors.
+--config.embeddings="('FILE', 'FILE@WORD', …)" adds the learned words of textual inversion, which prompts use by name:
+that in the file, or the name of the file, or WORD.
+
 Fine-tuning trains the whole U-Net on a folder of images with captions (any data source will do): about 14 GB for
 Stable Diffusion 1 with its optimizer and average in float32, and activations on top. `configs/lora.py` needs less. The
 run's weights are then used by sample and export with the same --workdir. This was tried on a small model

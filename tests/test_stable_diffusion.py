@@ -75,6 +75,17 @@ def test_prompts_become_pictures_of_the_size_asked_for(run, tmp_path):
     assert other.shape == (12, 8, 3) and np.any(other != first[1])
 
 
+@pytest.mark.slow
+def test_learned_words_are_drawn_by_name(run, tmp_path):
+    draw = ["--mode=sample", "--config.sample.steps=2", "--config.sample.guidance=60", "--prompt=a (toy:1.2)"]
+    run("stable_diffusion", *draw)
+    (before,) = pictures(tmp_path / "stable_diffusion")
+    write_file(tmp_path / "x.safetensors", {"emb_params": np.float32(20 * np.eye(2, 8))})
+    run("stable_diffusion", *draw, f"--config.embeddings=('{tmp_path}/x.safetensors@toy',)")
+    (after,) = pictures(tmp_path / "stable_diffusion")
+    assert np.any(before != after)
+
+
 def flagging_everything(folder):
     """Write a random safety checker to which every image shows what must not be shown."""
     encoder = ImageEncoder(8, 8, 6, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7)
@@ -206,6 +217,9 @@ BAD = {
     "tile must be a multiple of 8 pixels, or 0 for none, got 3": ["--config.sample.tile=3"],
     "expected FILE or FILE@SCALE with a finite number, got 'x@y'": ["--config.loras=('x@y',)"],
     "expected FILE or FILE@SCALE with a finite number, got 'x@nan'": ["--config.loras=('x@nan',)"],
+    "nowhere.safetensors: no such file": ["--config.embeddings=('nowhere.safetensors@word',)"],
+    "prompt: AND combines several prompts in web interfaces": ["--prompt=a cat AND a dog"],
+    "prompt: <lora:x:1> names a file, which prompts cannot load": ["--config.sample.negative_prompt=<lora:x:1>"],
     "unknown dtype 'float8'; known: bfloat16, float32": ["--config.dtype=float8"],
     "steps must be in 1..1000": ["--config.sample.steps=1001"],
     "prediction: expected one of eps, v, x0, got 'w'": ["--config.prediction=w"],

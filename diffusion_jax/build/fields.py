@@ -75,6 +75,9 @@ PUBLISHED = {
     "allow_pickle": Field(False, flag, "Also read .bin and .ckpt files. Only tensors are read from them."),
     "safety_checker": Field(True, flag, "Hold back images that the checkpoint's safety checker flags, if it has one."),
     "loras": Field((), each(text), "Files that are added to the weights, each FILE or FILE@SCALE."),
+    "embeddings": Field(
+        (), each(text), "Files of learned words (textual inversion), each FILE or FILE@WORD to call its word WORD."
+    ),
     "remat": Field(True, flag, "Recompute activations in the backward pass instead of keeping them."),
 }
 

@@ -1,6 +1,7 @@
 """Config -> the model: network, codec, conditioning, schedule, parameterization, adapter."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from diffusion_jax.core import parameterization, schedules
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.interop import PublishedPipeline, load_pipeline
+from diffusion_jax.interop.embeddings import add_embeddings
 from diffusion_jax.interop.folders import autoencoder_of, read_config
 from diffusion_jax.interop.lora import merge_lora
 from diffusion_jax.interop.text import minilm
@@ -88,7 +90,7 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 
 
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
-    """The checkpoint of a config with the LoRAs it names.
+    """The checkpoint of a config with the LoRAs and the learned words it names.
 
     training: float32 variables, unless only a LoRA is trained.
     """
@@ -105,6 +107,9 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
     )
     for file in config.loras:
         pipeline = merge_lora(pipeline, *_file_and_scale(file))
+    for file in config.embeddings:
+        path, _, word = (file, "", "") if Path(file).is_file() or "@" not in file else file.rpartition("@")
+        pipeline = add_embeddings(pipeline, path, word, config.allow_pickle)
     return pipeline
 
 

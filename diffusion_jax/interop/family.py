@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.interop.prompts import chunked
+from diffusion_jax.interop.prompts import chunked_for_each
 
 Tensors = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]  # content of a JSON file
@@ -52,7 +52,7 @@ class Component(NamedTuple):
 class Prompt(NamedTuple):
     """How prompts become the condition of the denoiser.
 
-    tokens: (prompts, tokenizer) -> ids and weights, each (B, chunks, L).
+    tokens: (prompts, tokenizers) -> for each text encoder ids and weights, each (B, chunks, L).
     text: output of a text encoder -> (B * chunks, L, D). The embeddings of several encoders are concatenated on D.
     added: (outputs of the text encoders for the first chunk, (height, width)) -> further leaves (B, ...) of the
       condition.
@@ -61,7 +61,7 @@ class Prompt(NamedTuple):
     """
 
     text: Callable[[Any], Array]
-    tokens: Callable[..., tuple[np.ndarray, np.ndarray]] = chunked
+    tokens: Callable[..., Sequence[tuple[np.ndarray, np.ndarray]]] = chunked_for_each
     added: Callable[[Sequence[Any], tuple[int, int]], dict[str, Array]] = lambda outputs, size: {}
     sized: bool = False
     null_is_zeros: Callable[[Config], bool] = lambda index: False
@@ -85,10 +85,12 @@ class LoraNames(NamedTuple):
     """Names of the updated maps in files of LoRA.
 
     prefixes: beginning of the names that join the path with underscores -> the part.
-    path: (part, path joined with underscores, module of the denoiser) -> the path in the layout of the folder.
+    dotted: beginning of the names with dots, apart from the names of the parts themselves -> the part.
+    path: (part, path with underscores or dots, module of the denoiser) -> the path in the layout of the folder.
     """
 
     prefixes: Mapping[str, str] = MappingProxyType({})
+    dotted: Mapping[str, str] = MappingProxyType({})
     path: Callable[[str, str, Any], str] = lambda part, path, denoiser: path
 
 
@@ -107,6 +109,7 @@ class Family(NamedTuple):
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
     single_file: None if there is no such layout.
     lora: names in files of low-rank updates.
+    embeddings: names of tensors in files of learned words -> the text encoder that reads them.
     """
 
     name: str
@@ -124,3 +127,4 @@ class Family(NamedTuple):
     safety_checker: Callable[[Path, bool], Any] | None = None
     single_file: SingleFile | None = None
     lora: LoraNames = LoraNames()
+    embeddings: Mapping[str, str] = MappingProxyType({})

@@ -1,21 +1,18 @@
-"""Low-rank updates of published models (LoRA, Hu et al. 2021), added to their weights.
+"""Updates of published models in files of LoRA and its relatives, applied to their weights.
 
-    W <- W + scale · (alpha / rank) · up · down       a linear map: down (rank, in), up (out, rank)
-                                                      a convolution: down (rank, in, h, w), up (out, rank, 1, 1)
-
-There are two naming schemes for the updated maps. Kohya's files join the path with underscores, and use the path of the
-original code for SDXL. Files of diffusers and peft use dots:
+`weight_updates` has the formulas: LoRA, LoCon, DoRA, LoHa, LoKr. There are two naming schemes for the updated maps.
+Kohya's and LyCORIS' files join the path with underscores, and use the path of the original code for SDXL. Files of
+diffusers, peft and ComfyUI use dots, the last with the path of the original code:
 
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, ….lora_up.weight, ….alpha
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
+    diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +21,48 @@ from jax.tree_util import tree_leaves_with_path as tree_leaves
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from diffusion_jax.interop.names import torch_name
+from diffusion_jax.interop.adapter_config import Settings, read_settings
+from diffusion_jax.interop.names import kernel_from_torch, kernel_to_torch, torch_name
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.interop.tensors import read_file, read_metadata, write_file
-from diffusion_jax.messages import first_line
+from diffusion_jax.interop.tensors import read_file, write_file
+from diffusion_jax.interop.weight_updates import KINDS, Update, kind_of, rank_of, updated
 
 DENOISER = "unet"  # its name in files for models trained with this library
-# Suffixes of tensor names, and which part of an update they mean.
+_NAME = r"(?:\.[^.]+)?"  # peft's name of the adapter, such as "default", which diffusers leaves out
+# What a tensor is, by the end of its name.
 ROLES = {
-    ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora.down.weight": "down", "_lora.down.weight": "down",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora.up.weight": "up", "_lora.up.weight": "up",
-    ".lora_linear_layer.up.weight": "up",
-    ".alpha": "alpha",
+    "lora_down": rf"(\.lora_down|\.lora_A{_NAME}|[._]lora\.down|\.lora_linear_layer\.down)\.weight",
+    "lora_up": rf"(\.lora_up|\.lora_B{_NAME}|[._]lora\.up|\.lora_linear_layer\.up)\.weight",
+    "lora_mid": r"\.lora_mid\.weight",
+    **{
+        factor: rf"\.{factor}{_NAME}" for kind in ("LoHa", "LoKr") for factor in sorted(KINDS[kind].names)
+    },
+    "alpha": r"\.alpha",
+    "dora_scale": r"\.dora_scale",
+    "lora_magnitude_vector": rf"\.lora_magnitude_vector{_NAME}(?:\.weight)?",
 }  # fmt: skip
-
-
-class Update(NamedTuple):
-    """down (rank, in, …), up (out, rank, …), and alpha, which is the rank if the file does not give it."""
-
-    down: np.ndarray
-    up: np.ndarray
-    alpha: float
+# Tensors of files that look alike and that are not supported, by a part of their names.
+OTHERS = {
+    r"^bundle_emb\.": "embeddings of words (textual inversion) bundled with a LoRA, which config.embeddings takes in "
+    "files of their own",
+    r"^(emb_params|clip_[lg]|string_to_param.*)$": "embeddings of words (textual inversion), for config.embeddings",
+    r"\.(diff|diff_b|set_weight)$": "full differences of weights (LyCORIS' Full)",
+    r"\.[wb]_norm$": "updates of norms (LyCORIS' Norm)",
+    r"\.boft_": "orthogonal updates (BOFT)",
+    r"\.oft_": "orthogonal updates (OFT)",
+    r"\.[ab][12]\.weight$|\.bm[12]\.weight$": "updates of GLoRA",
+    r"\.on_input$|\.ia3_": "scales of activations (IA3)",
+    r"\.lora_embedding_[AB]": "low-rank updates of an embedding",
+    r"\.lora_E": "updates of AdaLoRA",
+    r"\.vera_lambda": "updates of VeRA",
+    r"\.(lora_[AB]|lora_up|lora_down).*\.bias$": "a LoRA with biases (lora_bias)",
+    r"\.scalar$": "a LyCORIS with trained scalars (use_scalar)",
+    r"\.modules_to_save\.|\.original_module\.": "whole layers of peft's modules_to_save",
+    r"\.reshape_weight$": "a LoRA of maps of another shape",
+    r"^(lora_)?control(net|_model)": "a Control-LoRA",
+    r"_custom_diffusion\.": "Custom Diffusion",
+    r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
+}
 
 
 def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> dict[str, dict[str, Update]]:
@@ -53,26 +70,28 @@ def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> di
 
     A map is named by its path joined with underscores, because the names in every file can be converted to that.
     pipeline: its family says how names in the file are read. None for a model trained with this library.
-    Raises ValueError for tensors that are not part of a LoRA and for incomplete updates.
+    Raises ValueError for tensors of another kind, for incomplete updates and for settings that are not supported.
     """
-    tensors_by_target: dict[tuple[str, str], dict] = {}
+    roles_by_place: dict[tuple[str, str], dict] = {}
+    names = {}  # place -> path with dots, where the file has dots
     tensors = read_file(path)
-    alphas = _alphas(path)
+    _refuse_others(path, tensors)
     for name, tensor in tensors.items():
-        suffix = next((suffix for suffix in ROLES if name.endswith(suffix)), None)
-        if suffix is None:
-            raise ValueError(
-                f"{path}: {name} is not a tensor of a LoRA; expected names that end in one of {', '.join(ROLES)}"
-            )
-        place = _place(name.removesuffix(suffix), pipeline)
-        tensors_by_target.setdefault(place, {})[ROLES[suffix]] = tensor
+        head, role = _role(path, name)
+        part, target = _place(head, pipeline)
+        place = part, target.replace(".", "_")
+        roles = roles_by_place.setdefault(place, {})
+        if role in roles:
+            raise ValueError(f"{path}: {part} {target} has two tensors of {role}, such as those of two adapters")
+        roles[role], names[place] = tensor, target
+    settings = read_settings(path, pipeline.family.denoiser if pipeline else DENOISER)
     parts: dict[str, dict[str, Update]] = {}
-    for (part, target), tensors in tensors_by_target.items():
-        down, up = (tensors.get(half, np.zeros(())) for half in ("down", "up"))
-        if min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1] or len(down) == 0:
-            raise ValueError(f"{path}: {part} {target} needs both halves of an update, of one rank")
-        alpha = tensors.get("alpha", alphas.get(f"{part}.lora_alpha", len(down)))
-        parts.setdefault(part, {})[target] = Update(down, up, np.asarray(alpha, np.float64).item())
+    for (part, target), roles in roles_by_place.items():
+        try:
+            update = _update(roles, names[part, target], settings.get(part))
+        except ValueError as error:
+            raise ValueError(f"{path}: {part} {target} {error}") from None
+        parts.setdefault(part, {})[target] = update
     return parts
 
 
@@ -97,8 +116,9 @@ def save_lora(
 
 
 def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0) -> PublishedPipeline:
-    """The pipeline with the updates of a file added to its weights. Scale -1 removes updates of scale 1.
+    """The pipeline with the updates of a file in its weights.
 
+    scale: factor of the updates. -1 removes those of scale 1 again, except of DoRA, which also sets lengths.
     Raises ValueError for updates of unknown maps or of another shape, and the errors of `load_lora`.
     """
     updates = load_lora(path, pipeline)
@@ -113,7 +133,7 @@ def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0
 
 
 def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: str) -> PyTree:
-    """Add updates, named as by `load_lora`, to the kernels of Flax variables.
+    """Apply updates, named as by `load_lora`, to the kernels of Flax variables.
 
     source: the file, for messages.
     """
@@ -124,14 +144,12 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
         target = torch_name(path).removesuffix(".weight").replace(".", "_")
         if path[-1] != "kernel" or target not in remaining:
             return leaf
-        change = _product(remaining.pop(target))
-        if math.prod(change.shape[2:]) == 1:  # a linear map may be stored as a 1x1 convolution, and vice versa
-            change = change.reshape(*change.shape[:2], *(1,) * (leaf.ndim - 2))
-        if change.ndim == leaf.ndim:
-            change = change.T if change.ndim == 2 else change.transpose(2, 3, 1, 0)
-        if change.shape != leaf.shape:
-            raise ValueError(f"{source}: the update of {target} makes {change.shape}, the map has {leaf.shape}")
-        return (leaf.astype(jnp.float32) + scale * change).astype(leaf.dtype)
+        weight = kernel_to_torch(path, np.asarray(leaf, np.float32))
+        try:
+            weight = updated(weight, remaining.pop(target), scale)
+        except ValueError as error:
+            raise ValueError(f"{source}: the update of {target} {error}") from None
+        return jnp.asarray(kernel_from_torch(path, weight), leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(merged, params)
     if remaining:
@@ -141,36 +159,66 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
     return params
 
 
-def _alphas(path):
-    """The alphas that diffusers writes into the header of a file: {"unet.lora_alpha": 8, …}."""
-    try:
-        return dict(json.loads(read_metadata(path).get("lora_adapter_metadata", "{}")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: malformed lora_adapter_metadata in its header: {first_line(error)}") from None
+def _refuse_others(path, tensors):
+    for pattern, kind in OTHERS.items():
+        name = next((name for name in tensors if re.search(pattern, name)), None)
+        if name:
+            raise ValueError(f"{path}: {name} belongs to {kind}; supported are LoRA, LoCon, DoRA, LoHa and LoKr")
+
+
+def _role(path, name):
+    """(name of the map, role) of a tensor."""
+    for role, pattern in ROLES.items():
+        match = re.fullmatch(f"(.+?)(?:{pattern})", name)
+        if match:
+            return match[1], role
+    raise ValueError(
+        f"{path}: {name} is not a tensor of a LoRA, LoHa or LoKr; expected names that end in .lora_down.weight, "
+        ".lora_A.weight, .hada_w1_a, .lokr_w1, .alpha or the like"
+    )
+
+
+def _update(roles: dict, name: str, settings: Settings | None) -> Update:
+    """The update of one map. name: its path with dots, for the patterns of the settings."""
+    roles = dict(roles)
+    alpha, magnitude = roles.pop("alpha", None), roles.pop("dora_scale", None)
+    if "lora_magnitude_vector" in roles:  # one number for each output, of convolutions in the shape (1, out, 1, 1)
+        magnitude = roles.pop("lora_magnitude_vector").reshape(-1)
+    kind = kind_of(roles)
+    rank, rank_stabilized = rank_of(kind, roles), False
+    if alpha is not None:
+        alpha = _number(alpha)
+    if settings:
+        alpha_of_settings, rank_of_settings = settings.of(name)
+        alpha, rank = alpha_of_settings if alpha is None else alpha, rank or rank_of_settings
+        rank_stabilized = settings.rank_stabilized
+        if settings.is_dora not in (None, magnitude is not None):
+            found = "no magnitude" if magnitude is None else "a magnitude"
+            raise ValueError(f"has {found}, but the setting use_dora of the file is {settings.is_dora}")
+    return Update(kind, roles, alpha, rank, rank_stabilized, magnitude)
+
+
+def _number(alpha):
+    if alpha.size != 1 or not math.isfinite(number := float(alpha.reshape(()))):
+        raise ValueError(f"has an alpha of shape {alpha.shape}; expected one finite number")
+    return number
 
 
 def _place(name, pipeline):
-    """(part, path joined with underscores) of the map `name` in a file."""
-    parts, prefixes, denoiser = {DENOISER: None}, {}, DENOISER
+    """(part, path) of the map `name` in a file; the path has dots if the name has."""
+    parts, prefixes, dotted, denoiser = {DENOISER: None}, {}, {}, DENOISER
     if pipeline is not None:
         family = pipeline.family
-        parts, prefixes, denoiser = family.parts, family.lora.prefixes, family.denoiser
-    joined = next((prefix for prefix in prefixes if name.startswith(f"{prefix}_")), None)
-    if joined:
-        part = prefixes[joined]
-        path = family.lora.path(part, name.removeprefix(f"{joined}_"), pipeline.denoiser.module)
-    else:
-        head, _, tail = name.partition(".")
-        part, path = (head, tail) if head in {*prefixes.values(), *parts} else (denoiser, name)
-        path = re.sub(r"base_model\.model\.|\.processor", "", path)
-        path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files omit the index
-        path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)
-    path = parts[part].qualified(path) if parts.get(part) else path
-    return part, path.replace(".", "_")
-
-
-def _product(update):
-    """alpha / rank · up · down, (out, in) or (out, in, height, width)."""
-    down, up = (np.asarray(half, np.float32) for half in (update.down, update.up))
-    product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
-    return update.alpha / len(down) * product.reshape(len(up), *down.shape[1:])
+        parts, denoiser = family.parts, family.denoiser
+        prefixes, dotted = family.lora.prefixes, family.lora.dotted
+    name = re.sub(r"base_model\.model\.|\.processor", "", name)
+    begins = {f"{prefix}_": part for prefix, part in prefixes.items()}
+    begins |= {f"{prefix}.": part for prefix, part in dotted.items()}
+    begins |= {f"{part}.": part for part in (*prefixes.values(), *parts)}
+    begin = next((begin for begin in begins if name.startswith(begin)), "")
+    part, path = begins.get(begin, denoiser), name.removeprefix(begin)
+    if pipeline is not None:
+        path = family.lora.path(part, path, pipeline.denoiser.module)
+    path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files omit the index
+    path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)
+    return part, parts[part].qualified(path) if parts.get(part) else path

@@ -37,7 +37,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 def to_torch(params: PyTree) -> dict[str, np.ndarray]:
     """Flax variables {"params": ...} -> a torch state dict of numpy arrays of the same type, as views if possible."""
-    return {torch_name(path): _kernel_to_torch(path, np.asarray(leaf)) for path, leaf in _leaves(params)}
+    return {torch_name(path): kernel_to_torch(path, np.asarray(leaf)) for path, leaf in _leaves(params)}
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dtype: DTypeLike | None = None) -> PyTree:
@@ -60,7 +60,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
 
     def convert(path, leaf):
         tensor = tensors[torch_name(path)]
-        kernel = _kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
+        kernel = kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
         # a copy: the tensor may be part of a mapped file, whose memory is then released
         array = copy(kernel)
         release(tensor)
@@ -99,26 +99,30 @@ def modern(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {_modern(name): tensor for name, tensor in tensors.items()}
 
 
+def kernel_to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """The tensor of the parameter at `path`: kernels are transposed, (in, out) -> (out, in), (h, w, in, out) ->
+    (out, in, h, w).
+    """
+    if path[-1] != "kernel":
+        return array
+    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+
+
+def kernel_from_torch(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    """The inverse of `kernel_to_torch`."""
+    if path[-1] != "kernel":
+        return tensor
+    return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
+
+
 def _leaves(params):
     """(path below "params", leaf) in the order of jax.tree.leaves."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         yield tuple(key.key for key in keys[1:]), leaf
 
 
-def _kernel_to_torch(path, array):
-    if path[-1] != "kernel":
-        return array
-    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
-
-
-def _kernel_from_torch(path, tensor):
-    if path[-1] != "kernel":
-        return tensor
-    return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
-
-
 def _shape_in_torch(path, shape):
-    return _kernel_to_torch(path, np.broadcast_to(np.zeros((), bool), shape)).shape
+    return kernel_to_torch(path, np.broadcast_to(np.zeros((), bool), shape)).shape
 
 
 def _modern(name):

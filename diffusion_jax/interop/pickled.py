@@ -8,8 +8,9 @@ turns the few calls that describe tensors into plain tuples, and rejects every o
 import collections
 import pickle
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
@@ -36,9 +37,22 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a .bin, .ckpt, .pt or .pth file by name, from its `state_dict` if it has one.
+class _ParameterDict(dict):
+    """torch's dict of parameters, without torch."""
 
+    def __setstate__(self, state):
+        self.update(state["_parameters"])
+
+
+def state_dict(content: Any) -> Mapping[str, Any]:
+    """The `state_dict` of an unpickled file if it has one, else all that it has."""
+    return content.get("state_dict", content)
+
+
+def read_pickle(path: str | Path, select: Callable[[Any], Mapping[str, Any]] = state_dict) -> dict[str, np.ndarray]:
+    """The tensors of a .bin, .ckpt, .pt or .pth file by name.
+
+    select: unpickled content -> what to read of it. Values that are no tensors are left out.
     Raises ValueError for another format, for a file with anything but tensors, and for malformed files.
     """
     try:
@@ -49,8 +63,7 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
                 raise ValueError("expected little-endian numbers")
             with archive.open(program) as file:
                 content = _TensorUnpickler(file).load()
-            content = content.get("state_dict", content)
-            tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, _Tensor)}
+            tensors = {name: tensor for name, tensor in select(content).items() if isinstance(tensor, _Tensor)}
             storages = {tensor.storage for tensor in tensors.values()}
             values = {storage: _read_storage(archive, root, storage) for storage in storages}
             return {name: _view(values[tensor.storage], tensor) for name, tensor in tensors.items()}
@@ -72,6 +85,10 @@ class _TensorUnpickler(pickle.Unpickler):
                 return lambda tensor, *_: tensor
             case "collections", "OrderedDict":
                 return collections.OrderedDict
+            case "torch.nn.modules.container", "ParameterDict":
+                return _ParameterDict
+            case "__builtin__" | "builtins", "set":
+                return set
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a tensor")
 
     def persistent_load(self, reference):

@@ -26,6 +26,7 @@ from diffusion_jax.interop import families
 from diffusion_jax.interop.family import Description, Family
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.safety import SafetyChecker
+from diffusion_jax.interop.schedulers import with_defaults
 from diffusion_jax.interop.single_file import read_single_file
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
@@ -216,8 +217,9 @@ def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, 
 
     source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind.
     """
+    config = with_defaults(config)
     kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    start, end = config.get("beta_start"), config.get("beta_end")
     try:
         if config.get("trained_betas") is not None:
             schedule = schedules.from_betas(config["trained_betas"])

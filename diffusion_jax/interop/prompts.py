@@ -3,10 +3,14 @@
     (word)       its tokens count 1.1 times          ((word))     1.1 · 1.1 times
     (word:1.3)   1.3 times                           [word]       1 / 1.1 times
     \\( \\) \\[ \\] \\\\   the characters themselves
+    a BREAK b        b begins a new chunk
 
 Brackets nest and their weights multiply. A bracket that is never closed extends to the end of the prompt. A closing
 bracket without an opening one is a plain character, and so is a colon not followed by a number and a round bracket. Any
 other backslash is dropped.
+
+Other syntax of these interfaces is refused: AND (several prompts), [a:b:0.5] and [a|b] (prompts that change between
+steps), <lora:name:1> (files).
 """
 
 import re
@@ -19,14 +23,30 @@ from tokenizers import Tokenizer
 
 EMPHASIS = 1.1
 ROUND, SQUARE = "()", "[]"
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
+REFUSED = {
+    r"\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
+    r"<\w+:[^<>]*>": "names a file, which prompts cannot load; name LoRAs in config.loras and learned words in "
+    "config.embeddings",
+}
+# the end of [a:b:0.5], [a:0.5], [a::12], and anything with alternatives, [a|b]: a share of the steps, or a step
+SCHEDULED = re.compile(r":\s*(0?\.\d+|[01]\.0*|\d+)\s*$|(?<!\\)\|")
 # escaped character | closing bracket with its weight | bracket | other text
 SYMBOLS = re.compile(r"(\\[\\()\[\]]?)|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|([()\[\]])|[^\\()\[\]:]+|:")
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    """Split a prompt into (text, weight) pieces, merging neighbours of equal weight. An empty prompt is [("", 1.0)]."""
+    """Split a prompt into (text, weight) pieces, merging neighbours of equal weight. An empty prompt is [("", 1.0)].
+
+    Raises ValueError for syntax that is not supported.
+    """
+    for pattern, reason in REFUSED.items():
+        found = re.search(pattern, prompt)
+        if found:
+            raise ValueError(f"prompt: {found[0]} {reason}")
     pieces: list[tuple[str, float]] = []
-    opened: dict[str, list[int]] = {ROUND: [], SQUARE: []}  # index of the piece after each open bracket
+    # of each open bracket: index of the piece after it, and its place in the prompt
+    opened: dict[str, list[tuple[int, int]]] = {ROUND: [], SQUARE: []}
     implied = {ROUND: EMPHASIS, SQUARE: 1 / EMPHASIS}
 
     def multiply(start: int, factor: float):
@@ -36,15 +56,26 @@ def parse(prompt: str) -> list[tuple[str, float]]:
         escaped, number, bracket = symbol.groups()
         kind = SQUARE if bracket and bracket in SQUARE else ROUND
         if bracket and bracket == kind[0]:
-            opened[kind].append(len(pieces))
+            opened[kind].append((len(pieces), symbol.start()))
         elif (bracket or number) and opened[kind]:
-            multiply(opened[kind].pop(), implied[kind] if number is None else float(number))
+            start, place = opened[kind].pop()
+            if kind == SQUARE:
+                _refuse_schedule(prompt[place : symbol.end()])
+            multiply(start, implied[kind] if number is None else float(number))
         else:
             pieces.append((escaped[1:] if escaped else symbol.group(), 1.0))
     for kind, starts in opened.items():
-        for start in starts:
+        for start, _ in starts:
             multiply(start, implied[kind])
     return _joined(pieces)
+
+
+def _refuse_schedule(bracketed):
+    if SCHEDULED.search(bracketed[1:-1]):
+        raise ValueError(
+            f"prompt: {bracketed} changes between steps in web interfaces, which is not supported; write \\[ and \\] "
+            "for the characters"
+        )
 
 
 def _joined(pieces):
@@ -72,9 +103,15 @@ def chunk(
             f"weighted prompts: expected CLIP's tokenizer, with a start and an end token, got {num_special} such tokens"
         )
     begin, end, *padding = tokenizer.encode("").ids
-    tokens = [(token, weight) for text, weight in pieces for token in _token_ids(text, tokenizer)]
-    chunk_length = len(padding)
-    parts = [tokens[start : start + chunk_length] for start in range(0, max(len(tokens), 1), chunk_length)]
+    sections: list[list[tuple[int, float]]] = [[]]
+    for text, weight in pieces:
+        first, *others = BREAK.split(text)
+        sections[-1] += [(token, weight) for token in _token_ids(first, tokenizer)]
+        sections += [[(token, weight) for token in _token_ids(other, tokenizer)] for other in others]
+    if len(sections) > 1 and not sections[-1]:  # nothing after the last BREAK
+        sections.pop()
+    length = len(padding)
+    parts = [tokens[start : start + length] for tokens in sections for start in range(0, max(len(tokens), 1), length)]
     rows = [[(begin, 1.0), *part, (end, 1.0), *((pad, 1.0) for pad in padding[len(part) :])] for part in parts]
     ids, weights = np.moveaxis(np.array(rows), -1, 0)
     return ids.astype(np.int32), weights.astype(np.float32)
@@ -82,13 +119,44 @@ def chunk(
 
 def _token_ids(text, tokenizer):
     """Ids of a text of any length, without start and end token."""
-    first = tokenizer.encode(text, add_special_tokens=False)
+    first = tokenizer.encode(spelled(text, tokenizer), add_special_tokens=False)
     parts = (first, *first.overflowing)
     return [i for part in parts for i, real in zip(part.ids, part.attention_mask, strict=True) if real]
 
 
+def spelled(text: str, tokenizer: Tokenizer) -> str:
+    """The text with all tokens of its learned words (`embeddings`): "word" becomes "word word_1 word_2"."""
+    spellings = {}
+    for word in (token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special):
+        tokens = [word]
+        while tokenizer.token_to_id(f"{word}_{len(tokens)}") is not None:
+            tokens.append(f"{word}_{len(tokens)}")
+        if len(tokens) > 1:
+            spellings[word.lower()] = " ".join(tokens)
+    if not spellings:
+        return text
+    words = "|".join(re.escape(word) for word in sorted(spellings, key=len, reverse=True))
+    return re.sub(rf"(?<!\w)({words})(?!\w)", lambda match: spellings[match[0].lower()], text, flags=re.IGNORECASE)
+
+
+def chunked_for_each(
+    prompts: Sequence[str], tokenizers: Sequence[Tokenizer]
+) -> list[tuple[Int[np.ndarray, "batch chunks _"], Float[np.ndarray, "batch chunks _"]]]:
+    """Token ids and weights of prompts for each tokenizer, as in `chunked`.
+
+    Tokenizers may cut a text into different tokens. All get as many chunks as the one that needs most, because the
+    embeddings of several encoders are concatenated token by token.
+    """
+    of_each = [chunked(prompts, tokenizer) for tokenizer in tokenizers]
+    most = max(ids.shape[1] for ids, _ in of_each)
+    return [
+        of_one if of_one[0].shape[1] == most else chunked(prompts, tokenizer, most)
+        for of_one, tokenizer in zip(of_each, tokenizers, strict=True)
+    ]
+
+
 def chunked(
-    prompts: Sequence[str], tokenizer: Tokenizer
+    prompts: Sequence[str], tokenizer: Tokenizer, at_least: int = 1
 ) -> tuple[Int[np.ndarray, "batch chunks length"], Float[np.ndarray, "batch chunks length"]]:
     """Token ids and weights of prompts in this module's grammar, in chunks.
 
@@ -96,10 +164,11 @@ def chunked(
     are empty.
 
     tokenizer: as in `chunk`.
+    at_least: least number of chunks.
     """
     prompt_chunks = [chunk(parse(prompt), tokenizer) for prompt in prompts]
     empty = chunk([], tokenizer)
-    max_chunks = max(len(ids) for ids, _ in prompt_chunks)
+    max_chunks = max(at_least, *(len(ids) for ids, _ in prompt_chunks))
     ids, weights = (
         np.stack(
             [

@@ -18,8 +18,12 @@ from diffusion_jax.core.schedules import DiscreteSchedule
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.core.solvers.plan import X0, Row, Step, Z, joined, stack, state
 
+# diffusers does not limit steps from pure noise
+heun, dpm_solver, plms = (
+    functools.partial(solver, noise_alone=np.inf) for solver in (solvers.heun, solvers.dpm_solver, solvers.plms)
+)
 FEW_STEPS = 15  # with fewer steps, multistep solvers lower their order at the end
-ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use for noise alone
+ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use instead of infinity
 
 
 def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, strength: float = 1.0) -> Plan:
@@ -42,7 +46,7 @@ def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, stre
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
     scheduler = SCHEDULERS[name]
-    config = DEFAULTS | scheduler.defaults | dict(config) | scheduler.fixed
+    config = DEFAULTS | scheduler.defaults | {field: config[field] for field in config.keys() & scheduler.reads}
     for field, values in (SUPPORTED | scheduler.supported).items():
         _check(config, field, values)
     grid = scheduler.path(config, schedule, steps)
@@ -51,6 +55,12 @@ def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, stre
     if scheduler.path is _euler_path and not skipped and config["timestep_spacing"] != "leading":
         return plan._replace(initial=plan.start.sigma)
     return plan
+
+
+def with_defaults(config: Mapping) -> dict:
+    """The content of a scheduler_config.json, with what its class uses for noise levels that the file leaves out."""
+    name = config.get("_class_name")
+    return {**BETAS, **SCHEDULERS[name].defaults, **config} if name in SCHEDULERS else dict(config)
 
 
 def _check(config: Mapping, field: str, values: tuple) -> None:
@@ -62,16 +72,21 @@ def _check(config: Mapping, field: str, values: tuple) -> None:
         )
 
 
-def _times(config: Mapping, T: int, steps: int, extra: int = 0) -> np.ndarray:
-    """The time steps, falling. extra: further steps in the grid; the cleanest ones are left out."""
-    spacing, count = config["timestep_spacing"], steps + extra
+def _times(config: Mapping, T: int, steps: int, extra: int = 0, skipped: int = 0) -> np.ndarray:
+    """The time steps, falling, of a schedule of T.
+
+    extra: further steps in the grid; the cleanest ones are left out.
+    skipped: noisiest time steps that are not used. Those of the spacing "trailing" stay as far apart as without it.
+    """
+    spacing, count, stride = config["timestep_spacing"], steps + extra, T / steps
+    T = T - skipped
     if spacing == "linspace":
         return np.linspace(0, T - 1, count)[::-1][:steps]
     if spacing == "leading":
         up = np.arange(count)[::-1][:steps] * float(T // count)
         return np.minimum(up + config["steps_offset"], T - 1)
     if spacing == "trailing":
-        t = np.round(np.arange(T, 0, -T / steps)) - 1
+        t = np.round(np.arange(T, 0, -stride)) - 1
         return t[t >= 0]
     raise ValueError(f"timestep_spacing must be linspace, leading or trailing, got {spacing!r}")
 
@@ -107,7 +122,7 @@ def _in_sigma(s: np.ndarray, t: np.ndarray, last: float) -> list[Step]:
 def _table(schedule: DiscreteSchedule) -> np.ndarray:
     """sigma / alpha of all time steps, rising."""
     level = schedule(np.arange(schedule.num_steps))
-    return level.sigma / np.maximum(level.alpha, level.sigma / ALMOST_NOISE)
+    return level.sigma / np.where(level.alpha > 0, level.alpha, level.sigma / ALMOST_NOISE)
 
 
 def _ramp(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | None:
@@ -143,8 +158,8 @@ def _dpm_path(
     smooth_cosine: on a cosine schedule, truncate the times of a ramp instead of rounding them.
     """
     table = _table(schedule)
-    noisiest = schedule.num_steps - np.searchsorted(-np.log(table[::-1]), config["lambda_min_clipped"])
-    t = np.round(_times(config, int(noisiest), steps, extra=1))
+    too_noisy = int(np.searchsorted(-np.log(table[::-1]), config["lambda_min_clipped"]))
+    t = np.round(_times(config, schedule.num_steps, steps, extra=1, skipped=too_noisy))
     s = np.interp(t, np.arange(len(table)), table)
     least_noisy = table[0]
     ramp = _ramp(config, table[-1], table[0], steps)
@@ -168,7 +183,7 @@ def _plain(solver: Callable[..., Plan]) -> Callable[..., Plan]:
 
 
 def _pndm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
-    return (solvers.plms if len(grid) > 1 else solvers.ddim)(schedule, len(grid), grid)
+    return plms(schedule, len(grid), grid) if len(grid) > 1 else solvers.ddim(schedule, len(grid), grid)
 
 
 def _lcm(config: Mapping, schedule: DiscreteSchedule, grid: list[Step], steps: int) -> Plan:
@@ -198,7 +213,7 @@ def _dpm_singlestep(config: Mapping, schedule: DiscreteSchedule, grid: list[Step
     """Pairs of steps, the last one alone where the order falls or the steps are odd."""
     if config["solver_order"] == 1:
         return solvers.ddim(schedule, len(grid), grid)
-    solver = solvers.dpm_solver if config["algorithm_type"] == "dpmsolver" else solvers.dpmpp_2s
+    solver = dpm_solver if config["algorithm_type"] == "dpmsolver" else solvers.dpmpp_2s
     first = (steps - len(grid)) % 2  # a pair of which an image's strength left out one
     last = len(grid) - bool(config["lower_order_final"] or steps % 2)
     parts = [part for part in (grid[:first], grid[first:last], grid[max(first, last) :]) if part]
@@ -221,53 +236,80 @@ class Scheduler(NamedTuple):
 
     path: (config, schedule, steps) -> the steps of the solver.
     solver: (config, schedule, steps of the path to run, number of steps) -> Plan.
+    reads: the fields that the class reads, of those that matter here. Those of other classes are ignored.
     defaults: values of fields that the config leaves out, beside `DEFAULTS`.
     supported: field -> the values that can be used, the first one by default, beside `SUPPORTED`.
-    fixed: values of fields that the class does not read.
     """
 
     path: Callable[[Mapping, DiscreteSchedule, int], list[Step]]
     solver: Callable[[Mapping, DiscreteSchedule, list[Step], int], Plan]
+    reads: frozenset[str]
     defaults: Mapping[str, Any] = MappingProxyType({})
     supported: Mapping[str, tuple] = MappingProxyType({})
-    fixed: Mapping[str, Any] = MappingProxyType({})
+
+
+def _reads(fields: str) -> frozenset[str]:
+    return frozenset(f"_class_name prediction_type beta_schedule {fields}".split())
 
 
 # fmt: off
+BETAS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 DEFAULTS = {
     "timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": True, "final_sigmas_type": "zero",
     "original_inference_steps": 50, "timestep_scaling": 10.0, "lambda_min_clipped": -np.inf,
     "algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True,
 }
-SUPPORTED = {"thresholding": (False,), "use_flow_sigmas": (False,), "clip_sample": (False,)}
+SUPPORTED = {
+    "thresholding": (False,), "use_flow_sigmas": (False,), "clip_sample": (False,), "euler_at_final": (False,),
+    "interpolation_type": ("linear",), "timestep_type": ("discrete",), "predict_x0": (True,),
+    "disable_corrector": ([],), "solver_p": (None,),
+}
+SPACED = "timestep_spacing steps_offset"
+RAMPS = f"{SPACED} use_karras_sigmas use_exponential_sigmas use_beta_sigmas sigma_min sigma_max"
+ORDERED = f"{RAMPS} solver_order solver_type algorithm_type lower_order_final thresholding use_flow_sigmas"
+DDIM = _reads(f"{SPACED} set_alpha_to_one thresholding clip_sample")
+PNDM = _reads(f"{SPACED} set_alpha_to_one skip_prk_steps")
+DDPM = _reads(f"{SPACED} variance_type thresholding clip_sample")
+LCM = _reads("original_inference_steps timestep_scaling thresholding clip_sample")
+EULER = _reads(f"{RAMPS} final_sigmas_type interpolation_type timestep_type")
+UNRAMPED = _reads(SPACED)
+HEUN = _reads(f"{RAMPS} clip_sample")
+LMS = _reads(RAMPS)
+MULTI = _reads(f"{ORDERED} use_lu_lambdas final_sigmas_type lambda_min_clipped variance_type euler_at_final")
+SINGLE = _reads(f"{ORDERED} final_sigmas_type lambda_min_clipped variance_type") - set(SPACED.split())
+UNIPC = _reads(f"{ORDERED} final_sigmas_type predict_x0 disable_corrector solver_p") - {"algorithm_type"}
+DEIS = _reads(ORDERED) - {"solver_type", "algorithm_type"}
+
 LEADING = {"timestep_spacing": "leading"}
 CLIPPED = LEADING | {"clip_sample": True}
 PRK = LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False}
+LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
+DISTILLED = LATENT | {"beta_schedule": "scaled_linear"}
 PAIRS = {"lower_order_final": False}
+NOISY = {"final_sigmas_type": "sigma_min"}
 PLMS = {"timestep_spacing": ("leading",), "skip_prk_steps": (True,), "prediction_type": ("epsilon",)}
 SMALL = {"variance_type": ("fixed_small", "fixed_small_log")}
-DISCRETE = {"interpolation_type": ("linear",), "timestep_type": ("discrete",)}
-MIDPOINT = {"solver_type": ("midpoint", "bh1", "bh2", "logrho")}  # those of other classes are replaced by midpoint
-MULTISTEP = MIDPOINT | {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"), "euler_at_final": (False,)}
+GIVEN = {"variance_type": (None,)}  # the network does not predict it
+MIDPOINT = GIVEN | {"solver_type": ("midpoint", "bh1", "bh2", "logrho")}  # those of other classes mean midpoint
+MULTISTEP = MIDPOINT | {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis")}
 SINGLESTEP = MIDPOINT | {"solver_order": (2, 1), "algorithm_type": ("dpmsolver++", "dpmsolver", "deis")}
-UNIPC = {"lower_order_final": (True,), "predict_x0": (True,), "disable_corrector": ([],), "solver_p": (None,)}
+LOWERED = {"lower_order_final": (True,)}
+EULER_A = _plain(solvers.euler_ancestral)
 ON_RAMP = functools.partial(_dpm_path, ends_on_ramp=True)
 SMOOTH = functools.partial(_dpm_path, smooth_cosine=True)
 SCHEDULERS = {
-    #                                             path         solver                           defaults  supported
-    "DDIMScheduler":                    Scheduler(_table_path, _plain(solvers.ddim),            CLIPPED),
-    "PNDMScheduler":                    Scheduler(_table_path, _pndm,                           PRK,      PLMS),
-    "DDPMScheduler":                    Scheduler(_ddpm_path,  _plain(solvers.ddpm),            CLIPPED,  SMALL),
-    "LCMScheduler":                     Scheduler(_lcm_path,   _lcm,                            LEADING),
-    "EulerDiscreteScheduler":           Scheduler(_euler_path, _plain(solvers.euler),           {},       DISCRETE),
-    "EulerAncestralDiscreteScheduler":  Scheduler(_euler_path, _plain(solvers.euler_ancestral), {},       DISCRETE),
-    "HeunDiscreteScheduler":            Scheduler(_euler_path, _plain(solvers.heun),            {},       DISCRETE),
-    "LMSDiscreteScheduler":             Scheduler(_euler_path, _plain(solvers.lms),             {},       DISCRETE),
-    "DPMSolverMultistepScheduler":      Scheduler(SMOOTH,      _dpm_multistep,                  {},       MULTISTEP),
-    "DPMSolverSinglestepScheduler":     Scheduler(_dpm_path,   _dpm_singlestep,                 PAIRS,    SINGLESTEP,
-                                                  fixed={"timestep_spacing": "linspace"}),
-    "UniPCMultistepScheduler":          Scheduler(ON_RAMP,     _unipc,                          {},       UNIPC),
-    "DEISMultistepScheduler":           Scheduler(ON_RAMP,     _deis,
-                                                  fixed={"final_sigmas_type": "sigma_min"}),
+    #                                            path         solver                 reads     defaults   supported
+    "DDIMScheduler":                   Scheduler(_table_path, _plain(solvers.ddim),  DDIM,     CLIPPED),
+    "PNDMScheduler":                   Scheduler(_table_path, _pndm,                 PNDM,     PRK,       PLMS),
+    "DDPMScheduler":                   Scheduler(_ddpm_path,  _plain(solvers.ddpm),  DDPM,     CLIPPED,   SMALL),
+    "LCMScheduler":                    Scheduler(_lcm_path,   _lcm,                  LCM,      DISTILLED),
+    "EulerDiscreteScheduler":          Scheduler(_euler_path, _plain(solvers.euler), EULER),
+    "EulerAncestralDiscreteScheduler": Scheduler(_euler_path, EULER_A,               UNRAMPED),
+    "HeunDiscreteScheduler":           Scheduler(_euler_path, _plain(heun),          HEUN,     LATENT),
+    "LMSDiscreteScheduler":            Scheduler(_euler_path, _plain(solvers.lms),   LMS),
+    "DPMSolverMultistepScheduler":     Scheduler(SMOOTH,      _dpm_multistep,        MULTI,    {},        MULTISTEP),
+    "DPMSolverSinglestepScheduler":    Scheduler(_dpm_path,   _dpm_singlestep,       SINGLE,   PAIRS,     SINGLESTEP),
+    "UniPCMultistepScheduler":         Scheduler(ON_RAMP,     _unipc,                UNIPC,    {},        LOWERED),
+    "DEISMultistepScheduler":          Scheduler(ON_RAMP,     _deis,                 DEIS,     NOISY),
 }
 # fmt: on

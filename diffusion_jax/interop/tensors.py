@@ -9,14 +9,15 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from diffusion_jax.interop.pickled import read_pickle
+from diffusion_jax.interop.pickled import read_pickle, state_dict
 from diffusion_jax.messages import first_line
 
 DTYPES = {
@@ -49,9 +50,12 @@ def read_tensors(folder: str | Path, stem: str, allow_pickle: bool = False) -> t
     raise FileNotFoundError(f"{folder / stem}.safetensors: no such file; expected the weights of one model there")
 
 
-def read_file(path: str | Path, allow_pickle: bool = False) -> dict[str, np.ndarray]:
+def read_file(
+    path: str | Path, allow_pickle: bool = False, select: Callable[[Any], Mapping[str, Any]] = state_dict
+) -> dict[str, np.ndarray]:
     """The tensors of one file. .safetensors are memory-mapped and read-only; .bin, .ckpt, .pt, .pth use `read_pickle`.
 
+    select: as in `read_pickle`.
     Raises FileNotFoundError, and ValueError for a malformed file or a pickle without allow_pickle.
     """
     path = Path(path)
@@ -66,7 +70,7 @@ def read_file(path: str | Path, allow_pickle: bool = False) -> dict[str, np.ndar
             f"{path} is a pickle, which may contain code; look for a .safetensors file, or set allow_pickle to "
             "read only its tensors, without running its code"
         )
-    return read_pickle(path)
+    return read_pickle(path, select)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

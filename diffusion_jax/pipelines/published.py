@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
+from tokenizers import Tokenizer
 
 from diffusion_jax.codec import autoencoder_kl, check_size, fingerprint
 from diffusion_jax.conditioning import Conditioning
@@ -16,7 +17,7 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.interop.prompts import emphasise
+from diffusion_jax.interop.prompts import emphasise, spelled
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, network_of, none_held_back
 from diffusion_jax.models.text.encoder import tokenize
@@ -102,7 +103,7 @@ def generator(
 
     run(weights, ids, token_weights, keys, rows, scale) -> images (B, height, width, 3) in about [-1, 1].
     ids: for each text encoder (2B, chunks, L), the prompts, then as many negative prompts, from `family.prompt.tokens`.
-    token_weights: (2B, chunks, L), likewise.
+    token_weights: for each text encoder (2B, chunks, L), likewise.
     keys: (B,).
     rows: `sampling.rows(plan, at_least)`. Plans of up to at_least rows, other scales and prompts use the same program.
     scale: of guidance, () or (B,).
@@ -116,7 +117,7 @@ def generator(
         "codec": model.codec.params,
     }
 
-    def run(weights: PyTree, ids: list, token_weights: Array, keys: Array, rows: sampling.Rows, scale: Array) -> Array:
+    def run(weights: PyTree, ids: list, token_weights: list, keys: Array, rows: sampling.Rows, scale: Array) -> Array:
         all_conds = embed(weights["texts"], ids, token_weights)
         cond, negative = (
             {name: leaf[half] for name, leaf in all_conds.items()} for half in (np.s_[: len(keys)], np.s_[len(keys) :])
@@ -130,17 +131,24 @@ def generator(
 
 
 def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Callable[..., PyTree]:
-    """A pure function (variables, ids (B, chunks, L) of each text encoder, weights (B, chunks, L)) -> cond."""
+    """A pure function (variables, ids, weights) -> cond. Arguments are lists with an entry for each text encoder.
+
+    ids, weights: (B, chunks, L).
+    """
     prompt = published.family.prompt
     encoders = [part.module.clone(dtype=dtype) for part in published.text_encoders]
 
-    def embed(params: Sequence[PyTree], ids: Sequence, weights) -> PyTree:
+    def embed(params: Sequence[PyTree], ids: Sequence, weights: Sequence) -> PyTree:
         outputs = [
             encoder.apply(variables, jnp.reshape(rows, (-1, rows.shape[-1])))
             for encoder, variables, rows in zip(encoders, params, ids, strict=True)
         ]
-        texts = [emphasise(prompt.text(output).astype(jnp.float32), weights) for output in outputs]
-        first = jax.tree.map(lambda leaf: leaf.reshape(*weights.shape[:2], *leaf.shape[1:])[:, 0], outputs)
+        texts = [
+            emphasise(prompt.text(output).astype(jnp.float32), of_tokens)
+            for output, of_tokens in zip(outputs, weights, strict=True)
+        ]
+        chunks = ids[0].shape[1]
+        first = jax.tree.map(lambda leaf: leaf[::chunks], outputs)
         return {"text": jnp.concatenate(texts, axis=-1), **prompt.added(first, size)}
 
     return embed
@@ -150,28 +158,33 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
     prompt, embed = published.family.prompt, jax.jit(_embedder(published, size, dtype))
     params = [part.params for part in published.text_encoders]
 
-    def embed_in_batches(ids: Sequence[np.ndarray], weights: np.ndarray) -> PyTree:
-        batches = [np.s_[start : start + PROMPT_BATCH] for start in range(0, len(weights), PROMPT_BATCH)]
-        conds = [embed(params, [rows[batch] for rows in ids], weights[batch]) for batch in batches]
+    def embed_in_batches(tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> PyTree:
+        count = len(tokens[0][0])
+        batches = [np.s_[start : start + PROMPT_BATCH] for start in range(0, count, PROMPT_BATCH)]
+        conds = [embed(params, *zip(*((ids[i], weights[i]) for ids, weights in tokens), strict=True)) for i in batches]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *conds)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        ids, weights = zip(*(prompt.tokens(prompts, tokenizer) for tokenizer in published.tokenizers), strict=True)
-        return embed_in_batches(ids, weights[0])
+        return embed_in_batches(prompt.tokens(prompts, published.tokenizers))
 
     def of_captions(captions: Sequence[str]) -> PyTree:
         ids = [
-            tokenize(captions, tokenizer, tokenizer.padding["length"])[0][:, None] for tokenizer in published.tokenizers
+            tokenize([spelled(caption, tokenizer) for caption in captions], tokenizer, tokenizer.padding["length"])[0]
+            for tokenizer in published.tokenizers
         ]
-        return embed_in_batches(ids, np.ones(ids[0].shape, np.float32))
+        return embed_in_batches([(rows[:, None], np.ones(rows[:, None].shape, np.float32)) for rows in ids])
 
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))
     if prompt.null_is_zeros(published.index):
         null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds") if name in null}
     return Conditioning(
-        cache_key=functools.partial(fingerprint, params),
+        cache_key=lambda: fingerprint({"params": params, "tokenizers": [*map(_as_bytes, published.tokenizers)]}),
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,
         for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sized else current,
     )
+
+
+def _as_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    return np.frombuffer(tokenizer.to_str().encode(), np.uint8)

@@ -12,7 +12,6 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from unittest import mock
 
 import diffusers
 import jax
@@ -22,7 +21,7 @@ import torch
 
 from diffusion_jax.core import schedules, solvers
 from diffusion_jax.core.process import NoiseLevel
-from diffusion_jax.core.solvers import HISTORY, Plan, singlestep
+from diffusion_jax.core.solvers import HISTORY, Plan
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 
@@ -304,14 +303,9 @@ def _on_grid(steps: int, spacing: str) -> bool:
 published_3m = functools.partial(solvers.dpmpp_3m, curvature=1.0)
 
 
-def unlimited(solver: Callable[..., Plan]) -> Callable[..., Plan]:
+def unlimited(solver: Callable[..., Plan], **options) -> Callable[..., Plan]:
     """The solver without our limit on steps from pure noise, which applies on cosine."""
-
-    def build(*arguments, **options) -> Plan:
-        with mock.patch.object(singlestep, "NOISE_ALONE", np.inf):
-            return solver(*arguments, **options)
-
-    return build
+    return functools.partial(solver, noise_alone=np.inf, **options)
 
 
 def heun_in_the_middle(scheduler, row: int) -> None:
@@ -416,10 +410,8 @@ PEERS = {
     ),
     "heun": Peer(unlimited(solvers.heun), diffusers.HeunDiscreteScheduler, exploding=True),
     "dpm_solver 1": _singlestep(functools.partial(solvers.dpm_solver, order=1), 1, "dpmsolver"),
-    "dpm_solver 2": _singlestep(unlimited(functools.partial(solvers.dpm_solver, order=2)), 2, "dpmsolver"),
-    "dpm_solver 3": _singlestep(
-        unlimited(functools.partial(solvers.dpm_solver, order=3)), 3, "dpmsolver", before_step=heun_in_the_middle
-    ),
+    "dpm_solver 2": _singlestep(unlimited(solvers.dpm_solver, order=2), 2, "dpmsolver"),
+    "dpm_solver 3": _singlestep(unlimited(solvers.dpm_solver, order=3), 3, "dpmsolver", before_step=heun_in_the_middle),
     "dpmpp_1": _multistep(solvers.dpmpp_1, 1),
     "dpmpp_2s": _singlestep(solvers.dpmpp_2s, 2, "dpmsolver++"),
     "dpmpp_2m": _multistep(solvers.dpmpp_2m, 2),

@@ -104,6 +104,54 @@ def test_names_of_the_original_code(pipeline, tmp_path):
     }
 
 
+def test_names_with_dots_of_the_original_code(pipeline, tmp_path):
+    """ComfyUI's: the denoiser as in the checkpoint of one file, and text encoders as it holds them in memory."""
+    down, up = halves((4, 5))
+    expected = {
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0": ("unet", MAP),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q": (
+            "unet",
+            MAP.replace("to_out.0", "to_q"),
+        ),
+        "diffusion_model.input_blocks.1.0.in_layers.2": ("unet", CONV),
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj": ("text_encoder", TEXT_MAP),
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.1.self_attn.q_proj": ("text_encoder_2", TEXT_MAP),
+        "base_model.model.unet.down_blocks.0.resnets.0.time_emb_proj": (
+            "unet",
+            "down_blocks.0.resnets.0.time_emb_proj",
+        ),
+        "lycoris_down_blocks_0_resnets_0_conv2": ("unet", "down_blocks_0_resnets_0_conv2"),
+    }
+    held = {f"{name}.{half}.weight": tensor for name in expected for half, tensor in (("lora_A", down), ("lora_B", up))}
+    write_file(tmp_path / "lora.safetensors", held)
+    found = {(part, m) for part, maps in load_lora(tmp_path / "lora.safetensors", pipeline).items() for m in maps}
+    assert found == {(part, path.replace(".", "_")) for part, path in expected.values()}
+
+
+def test_dora_and_lokr_are_merged_by_their_names(pipeline, tmp_path):
+    """A DoRA of a text encoder and LoKr of a convolution, by the names of diffusers and LyCORIS."""
+    text, conv = (weights(part)[f"{name}.weight"] for part, name in (
+        (pipeline.text_encoders[0], TEXT_MAP), (pipeline.denoiser, CONV)))  # fmt: skip
+    down, up = halves(text.shape)
+    length = np.linspace(1, 2, len(text), dtype=np.float32)
+    head = f"text_encoder.{TEXT_MAP.replace('q_proj', 'to_q')}"
+    held = {
+        f"{head}_lora.down.weight": down,
+        f"{head}_lora.up.weight": up,
+        f"{head}.lora_magnitude_vector": length,
+    }
+    first, second = np.float32([[1, -1]]), np.ones((len(conv), conv.shape[1] // 2, *conv.shape[2:]), np.float32)
+    names = (f"lora_unet_{CONV.replace('.', '_')}.{factor}" for factor in ("lokr_w1", "lokr_w2"))
+    held |= dict(zip(names, (first, second), strict=True))
+    write_file(tmp_path / "x.safetensors", held)
+    merged = merge_lora(pipeline, tmp_path / "x.safetensors", SCALE)
+    direction = text + SCALE * up @ down
+    expected = length[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    np.testing.assert_allclose(weights(merged.text_encoders[0])[f"{TEXT_MAP}.weight"], expected, rtol=1e-5, atol=1e-6)
+    sign = np.repeat(np.float32([1, -1]), conv.shape[1] // 2)[:, None, None]
+    np.testing.assert_allclose(weights(merged.denoiser)[f"{CONV}.weight"], conv + SCALE * sign, rtol=1e-5, atol=1e-6)
+
+
 def test_what_was_merged_can_be_taken_out(pipeline, tmp_path):
     down, up = halves(weights(pipeline.denoiser)[f"{MAP}.weight"].shape)
     write_file(tmp_path / "x.safetensors", dict(zip(SPELLINGS["peft"]("unet", MAP), (down, up), strict=True)))
@@ -130,12 +178,17 @@ DOWN, UP = np.zeros((RANK, 16), np.float32), np.zeros((16, RANK), np.float32)
     [
         ({"unet.nowhere.lora_A.weight": DOWN, "unet.nowhere.lora_B.weight": UP}, "1 updates of maps that .* nowhere"),
         ({f"unet.{MAP}.lora_A.weight": DOWN}, "needs both halves of an update, of one rank"),
+        (
+            {f"unet.{MAP}.lora_A.weight": DOWN, f"unet.{MAP}.lora_B.a.weight": UP, f"unet.{MAP}.lora_B.b.weight": UP},
+            "two tensors of lora_up, such as those of two adapters",
+        ),
         ({f"unet.{MAP}.lora_A.weight": DOWN, f"unet.{MAP}.lora_B.weight": UP[:, :2]}, "of one rank"),
         ({f"unet.{MAP}.lora_A.weight": DOWN[:, :4], f"unet.{MAP}.lora_B.weight": UP}, "the map has"),
         ({f"unet.{MAP}.lora_A.weight": DOWN[:0], f"unet.{MAP}.lora_B.weight": UP[:, :0]}, "of one rank"),
         ({f"unet.{MAP}.lora_A.weight": DOWN[..., None], f"unet.{MAP}.lora_B.weight": UP[..., :2]}, "of one rank"),
         ({f"unet.{MAP}.lora_A.weight": np.zeros((RANK, 4, 4)), f"unet.{MAP}.lora_B.weight": UP}, "the map has"),
-        ({f"unet.{MAP}.hada_w1_a": DOWN}, "hada_w1_a is not a tensor of a LoRA"),
+        ({f"unet.{MAP}.hada_w1_a": DOWN}, "needs both halves of an update"),
+        ({f"unet.{MAP}.diff": DOWN}, "diff belongs to full differences of weights .*; supported are LoRA, LoCon, DoRA"),
         ({"lora_te2_x.lora_down.weight": DOWN, "lora_te2_x.lora_up.weight": UP}, "text_encoder_2, which this pipeline"),
     ],
 )
@@ -176,3 +229,38 @@ def test_is_what_the_peer_fuses(vocabulary, tmp_path):  # noqa: F811
     }
     for name, tensor in weights(merged.text_encoders[0]).items():
         np.testing.assert_allclose(tensor, theirs[name.removeprefix("text_model.")], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("writer", "changes"),
+    [("pipeline", {"use_dora": True}), ("model", {"use_rslora": True, "alpha_pattern": {"attn1.to_q": 9}})],
+)
+def test_is_what_the_peer_trained_and_saved(changes, writer, vocabulary, tmp_path):  # noqa: F811
+    """Linear maps and convolutions; the settings are in the header, in two ways."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    whole = published("sd", vocabulary, tmp_path / "pipeline")
+    pipeline = load_pipeline(tmp_path / "pipeline")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_out.0", "conv1", "time_emb_proj"], **changes
+    )
+    whole.unet.add_adapter(config)
+    for parameter in whole.unet.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.rand_like(parameter)
+    if writer == "model":
+        whole.unet.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
+    else:
+        from diffusers.training_utils import _collate_lora_metadata
+        from diffusers.utils import convert_state_dict_to_diffusers
+
+        layers = convert_state_dict_to_diffusers(peft.utils.get_peft_model_state_dict(whole.unet))
+        whole.save_lora_weights(
+            tmp_path, layers, weight_name="lora.safetensors", **_collate_lora_metadata({"unet": whole.unet})
+        )
+    merged = weights(merge_lora(pipeline, tmp_path / "lora.safetensors", SCALE).denoiser)
+    whole.unet.fuse_lora(lora_scale=SCALE)
+    theirs = {name.replace(".base_layer", ""): tensor for name, tensor in whole.unet.state_dict().items()}
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor, theirs[name].numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+    before = weights(pipeline.denoiser)[f"{CONV}.weight"]
+    assert np.abs(merged[f"{CONV}.weight"] - before).max() > 0.05

@@ -17,7 +17,7 @@ from diffusion_jax.interop import prompts as weighted
 from diffusion_jax.interop.families import stable_diffusion_1, stable_diffusion_xl
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of, scheduler_config
-from diffusion_jax.interop.tensors import read_file, write_file
+from diffusion_jax.interop.tensors import read_file, write_file, write_json
 from diffusion_jax.models import lora
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.text.clip import ClipTextEncoder
@@ -483,6 +483,31 @@ def test_weighted_and_long_prompts_of_both_encoders(vocabulary, tmp_path):
     assert pipeline.shape == (6, 4, 4)
 
 
+def our_wide_pipeline(tokenizers):
+    """A tiny pipeline of two text encoders."""
+    unet, second = UNet(**UNET | ADDED), ClipTextEncoder(**TEXT_2)
+    parts = {"unet": filled(unet, *unet.example_inputs()), "text_encoder_2": filled(second, *second.example_inputs())}
+    index = {"force_zeros_for_empty_prompt": False}
+    return our_pipeline(parts, stable_diffusion_xl.FAMILY, tokenizers=tokenizers, index=index)
+
+
+def test_each_encoder_reads_its_own_tokens_and_weights(vocabulary, tmp_path):
+    """As in SDXL, where "!" pads the second encoder: the first reads "!!" as one token, the second as two."""
+    shutil.copytree(vocabulary, tmp_path / "other")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 9, "pad_token": "t"}
+    write_json(tmp_path / "other" / "tokenizer_config.json", settings)
+    one, other = load_tokenizer(vocabulary), load_tokenizer(tmp_path / "other")
+    model = our_wide_pipeline((one, other))
+    text = from_published(model).conditioning.of_prompts(["(tha:1.5) tha tha"])["text"]
+    assert text.shape == (1, 18, 20)
+    for part, tokenizer, at_least, columns in zip(
+        model.text_encoders, (one, other), (2, 1), (np.s_[..., :8], np.s_[..., 8:]), strict=True
+    ):  # th a th a th a, which would fit into one chunk, and t h a t h a t h a
+        ids, weights = weighted.chunked(["(tha:1.5) tha tha"], tokenizer, at_least)
+        expected = weighted.emphasise(part.module.apply(part.params, jnp.asarray(ids[0])).penultimate, weights)
+        np.testing.assert_allclose(text[columns], expected, atol=1e-6)
+
+
 def test_the_times_are_those_of_the_peer(vocabulary, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     model = our_pipeline()
@@ -501,20 +526,13 @@ def test_one_program_makes_the_images_of_the_parts(kind, vocabulary, tmp_path):
     tokenizer = load_tokenizer(vocabulary)
     model = our_pipeline(tokenizers=(tokenizer,))
     if kind == "sdxl":
-        unet, second = UNet(**UNET | ADDED), ClipTextEncoder(**TEXT_2)
-        parts = {
-            "unet": filled(unet, *unet.example_inputs()),
-            "text_encoder_2": filled(second, *second.example_inputs()),
-        }
-        index = {"force_zeros_for_empty_prompt": False}
-        model = our_pipeline(parts, stable_diffusion_xl.FAMILY, tokenizers=(tokenizer, tokenizer), index=index)
+        model = our_wide_pipeline((tokenizer, tokenizer))
     pipeline = from_published(model)
     run, weights = generator(model)
     for i, plan in enumerate([solvers.dpmpp_2m(model.schedule, 5), solvers.ddpm(model.schedule, 3)]):
         prompts, scale, keys = [f"a (cat{'s' * i}:1.2)", "dogs"], 3.0 + i, jax.random.split(jax.random.key(i), 2)
-        chunked = [weighted.chunked([*prompts, "", ""], tokenizer) for tokenizer in model.tokenizers]
-        ids, of_tokens = [ids for ids, _ in chunked], chunked[0][1]
-        made = run(weights, ids, of_tokens, keys, sampling.rows(plan, 6), scale)
+        chunks = weighted.chunked_for_each([*prompts, "", ""], model.tokenizers)
+        made = run(weights, *map(list, zip(*chunks, strict=True)), keys, sampling.rows(plan, 6), scale)
         expected = text_to_image(pipeline, pipeline.conditioning.of_prompts(prompts), keys, plan, scale)
         np.testing.assert_allclose(made, expected, atol=1e-4)
     assert run._cache_size() == 1

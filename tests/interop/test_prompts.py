@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diffusion_jax.interop.prompts import chunk, chunked, emphasise, parse
+from diffusion_jax.interop.prompts import chunk, chunked, chunked_for_each, emphasise, parse
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", *"abcdefghij", ","]
 LENGTH = 7  # room for 5
@@ -64,6 +64,8 @@ def embed(prompts, tokenizer):
         ("a) red] cat:1.3)", [("a) red] cat:1.3)", 1)]),
         ("[red:1.3]", [("red:1.3", DOWN)]),
         ("()", [("", 1)]),
+        ("a and (b:1.2) | c, <b> [a:b]", [("a and ", 1), ("b", 1.2), (" | c, <b> ", 1), ("a:b", DOWN)]),
+        (r"\[a:b:0.5\]", [("[a:b:0.5]", 1)]),
     ],
 )
 def test_grammar(prompt, pieces):
@@ -89,6 +91,49 @@ def test_long_prompts_come_in_chunks(tokenizer):
         "[BEGIN] j a [END] [PAD] [PAD] [PAD]",
     ]
     np.testing.assert_array_equal(weights, [[1, 1, 1, 3, 3, 3, 1], [1, 3, 3, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rows"),
+    [
+        ("a BREAK b", ["a [END] [PAD] [PAD] [PAD] [PAD]", "b [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("a b c d e BREAK f", ["a b c d e [END]", "f [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("a b c d e f BREAK g", [
+            "a b c d e [END]", "f [END] [PAD] [PAD] [PAD] [PAD]", "g [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("a BREAK", ["a [END] [PAD] [PAD] [PAD] [PAD]"]),
+        ("BREAK a", ["[END] [PAD] [PAD] [PAD] [PAD] [PAD]", "a [END] [PAD] [PAD] [PAD] [PAD]"]),
+    ],
+)  # fmt: skip
+def test_break_begins_a_chunk(prompt, rows, tokenizer):
+    ids, _ = chunk(parse(prompt), tokenizer)
+    assert [" ".join(WORDS[i] for i in row) for row in ids] == [f"[BEGIN] {row}" for row in rows]
+
+
+def test_weights_reach_over_a_break(tokenizer):
+    ids, weights = chunk(parse("a (b\nBREAK c:2) d"), tokenizer)
+    assert [" ".join(WORDS[i] for i in row[1:3]) for row in ids] == ["a b", "c d"]
+    np.testing.assert_array_equal(weights[:, 1:3], [[1, 2], [2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a cat AND a dog", "AND combines several prompts"),
+        ("a cat AND a dog :1.2", "AND combines several prompts"),
+        ("a [cat:dog:0.5]", r"\[cat:dog:0.5\] changes between steps"),
+        ("a [(red:1.3) cat:[big] dog:.25 ]", "changes between steps"),
+        ("a [cat:12]", "changes between steps"),
+        ("a [cat::1.0]", "changes between steps"),
+        ("a ([cat|dog] x:1.2)", r"\[cat\|dog\] changes between steps"),
+        ("a cat <lora:style:1>", "<lora:style:1> names a file, .* config.loras"),
+        ("<lyco:x:0.5:0.7> cat", "names a file"),
+        ("<hypernet:x>", "names a file"),
+    ],
+)
+def test_other_syntax_is_refused_in_a_line(prompt, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        parse(prompt)
+    assert "\n" not in str(raised.value)
 
 
 def test_other_tokenizers_are_refused():
@@ -126,3 +171,18 @@ def test_a_prompt_does_not_depend_on_its_batch(tokenizer):
         np.testing.assert_allclose(together[i, : alone.shape[1]], alone[0], rtol=1e-5)
     np.testing.assert_array_equal(together[0, LENGTH:], together[2, LENGTH:])  # both end in an empty chunk
     np.testing.assert_array_equal(together[2, :LENGTH], together[2, LENGTH:])
+
+
+def test_each_encoder_has_its_own_tokens_weights_and_chunks():
+    """The second tokenizer cuts words into letters: its chunks are more, and its weights lie elsewhere."""
+    whole, letters = (word_tokenizer("[BEGIN]", "$A", "[END]") for _ in range(2))
+    whole.add_tokens(["ab", "cd"])
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    (ids, weights), (of_letters, letter_weights) = chunked_for_each(["ab (cd:1.5)", "cd ab cd"], [whole, letters])
+    assert ids.shape == weights.shape == of_letters.shape == letter_weights.shape == (2, 2, LENGTH)
+    np.testing.assert_array_equal(weights[0, 0], [1, 1, 1.5, 1, 1, 1, 1])
+    alone, alone_weights = chunked(["ab (cd:1.5)", "cd ab cd"], letters)
+    np.testing.assert_array_equal(of_letters, alone)
+    np.testing.assert_array_equal(letter_weights, alone_weights)
+    assert 1.5 in letter_weights[0] and not np.array_equal(weights, letter_weights)
+    np.testing.assert_array_equal(ids[:, 1], np.repeat(chunk([], whole)[0], 2, axis=0))

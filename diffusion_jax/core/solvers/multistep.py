@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from diffusion_jax.core.process import NoiseLevel
-from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.core.schedules import NOISE_ALONE, Schedule
 from diffusion_jax.core.solvers.plan import EPS, PAST, X0, Plan, Row, Spacing, Step, Z, path, stack, state
 from diffusion_jax.core.solvers.singlestep import differs, finite
 
@@ -182,11 +182,12 @@ def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: in
     return _multistep(grid, [_order(order, orders, "lms")] * len(grid), update, EPS)
 
 
-def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", noise_alone: float = NOISE_ALONE) -> Plan:
     """Pseudo linear multistep (Liu et al. 2022, eq. 12): DDIM along the Adams-Bashforth mean of up to 4 predictions.
 
     The first step is taken twice, the second time along (e + e_1) / 2 as in Heun's method. steps + 1 network calls;
     `steps` if there is only one step, or if the first starts from pure noise.
+    noise_alone: sigma / alpha from which a level is pure noise.
     """
     adams = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     rows, main_rows = [], []  # main_rows: the rows whose predictions later rows use
@@ -199,7 +200,7 @@ def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
         if level.alpha > 0:
             change = change + next.alpha * level.sigma / level.alpha * (EPS - e)
         rows.append(Row(level, next, next.alpha * X0 + change, EPS))
-        if i == 0 and differs(level, next):
+        if i == 0 and differs(level, next, noise_alone):
             slope = next.sigma - next.alpha * level.sigma / level.alpha
             rows.append(Row(next, next, state(next) + slope * (EPS - PAST[0]) / 2, EPS))
     return stack(rows)

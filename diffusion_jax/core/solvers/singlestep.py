@@ -3,10 +3,12 @@
 A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda. The state at
 the start of a step is not stored. It is linear in the trial state and the prediction there, and is written in them.
 Where h is infinite (to sigma' = 0, or from alpha = 0) a step is of first order and has one stage. Solvers of the noise
-prediction do the same from a level that is pure noise in practice: two predictions there hardly differ, and h
-multiplies their difference (by thousands on the cosine schedule, whose last sigma / alpha is 20,000).
+prediction do the same from a level that is pure noise in practice, whose sigma / alpha is at least `noise_alone`: two
+predictions there hardly differ, and h multiplies their difference (by thousands on the cosine schedule, whose last
+sigma / alpha is 20,000).
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -23,9 +25,9 @@ def finite(level: NoiseLevel, next: NoiseLevel) -> bool:
     return bool(level.alpha > 0 and next.sigma > 0)
 
 
-def differs(level: NoiseLevel, next: NoiseLevel) -> bool:
+def differs(level: NoiseLevel, next: NoiseLevel, noise_alone: float = NOISE_ALONE) -> bool:
     """Whether a noise prediction at `level` depends enough on the image to be compared with the next one."""
-    return finite(level, next) and bool(level.sigma < NOISE_ALONE * level.alpha)
+    return finite(level, next) and bool(level.sigma < noise_alone * level.alpha)
 
 
 def first_order(level: NoiseLevel, next: NoiseLevel, memory: np.ndarray = X0) -> Row:
@@ -33,22 +35,29 @@ def first_order(level: NoiseLevel, next: NoiseLevel, memory: np.ndarray = X0) ->
     return Row(level, next, state(next), memory)
 
 
-def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
+def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing", noise_alone: float = NOISE_ALONE) -> Plan:
     """Heun's method on d(x / alpha) / ds = eps, s = sigma / alpha (Karras et al. 2022, algorithm 1).
 
     x_1 / alpha' = x / alpha + (s' - s) eps;   x' / alpha' = x / alpha + (s' - s) (eps + eps_1) / 2
     2 steps - 1 network calls.
+    noise_alone: sigma / alpha from which steps are of first order.
     """
     rows = []
     for level, next in path(schedule, steps, spacing):
         rows.append(first_order(level, next, EPS))
-        if differs(level, next):
+        if differs(level, next, noise_alone):
             ds = next.sigma / next.alpha - level.sigma / level.alpha
             rows.append(Row(next, next, state(next) + next.alpha * ds * (EPS - PAST[0]) / 2, EPS))
     return stack(rows)
 
 
-def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 2) -> Plan:
+def dpm_solver(
+    schedule: Schedule,
+    steps: int,
+    spacing: Spacing = "trailing",
+    order: int = 2,
+    noise_alone: float = NOISE_ALONE,
+) -> Plan:
     """DPM-Solver of order 1, 2 or 3, singlestep (Lu et al. 2022, algorithms 1, 2 and 4). `steps` network calls.
 
     Stages are at levels of the grid, r_i = (lambda_i - lambda) / h: `steps` levels are grouped into steps of `order`
@@ -57,11 +66,13 @@ def dpm_solver(schedule: Schedule, steps: int, spacing: Spacing = "trailing", or
       u_2 = alpha_2 / alpha x - sigma_2 phi(r_2 h) e - sigma_2 r_2 / r_1 (phi(r_2 h) / (r_2 h) - 1) (e_1 - e)
       2nd: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / (2 r_1) phi(h) (e_1 - e)
       3rd: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / r_2 (phi(h) / h - 1) (e_2 - e)
+    noise_alone: sigma / alpha from which steps are of first order.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"dpm_solver has orders 1, 2 and 3, got {order}")
     rows = []
-    for levels in _groups(path(schedule, steps, spacing), order, differs):
+    can_join = functools.partial(differs, noise_alone=noise_alone)
+    for levels in _groups(path(schedule, steps, spacing), order, can_join):
         (s, *stages, t), lam = levels, [level.logsnr / 2 for level in levels]
         h = lam[-1] - lam[0]
         r = [(stage - lam[0]) / h for stage in lam[1:-1]]

@@ -70,7 +70,20 @@ SCHEDULER = {  # how all of them were trained
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-KOHYA = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+KOHYA = {
+    "lora_unet": "unet",
+    "lycoris": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+}
+COMFY = {
+    "diffusion_model": "unet",
+    "model.diffusion_model": "unet",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_h.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+}
 
 
 class Layout(NamedTuple):
@@ -292,11 +305,11 @@ def _count(tensors, prefix):
 
 
 def _lora_path(part, path, unet):
-    """Files for SDXL use the names of the original code."""
+    """Files of kohya for SDXL and those of ComfyUI use the names of the original code."""
     return unet_name(path, int(np.max(unet.layers_per_block))) if part == "unet" else path
 
 
-LORA = LoraNames(prefixes=KOHYA, path=_lora_path)
+LORA = LoraNames(prefixes=KOHYA, dotted=COMFY, path=_lora_path)
 
 ONE_ENCODER = (  # of Stable Diffusion 1, and of 2, whose denoiser does not use the last layer
     ("text_encoder", "cond_stage_model.transformer.", clip),

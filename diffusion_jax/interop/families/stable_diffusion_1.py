@@ -28,4 +28,5 @@ FAMILY = Family(
     safety_checker=load_safety_checker,
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}),
     lora=latent_diffusion.LORA,
+    embeddings={"emb_params": "text_encoder", "clip_l": "text_encoder"},
 )

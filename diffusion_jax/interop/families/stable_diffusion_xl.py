@@ -55,6 +55,7 @@ FAMILY = Family(
     fits=latent_diffusion.fits,
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}),
     lora=latent_diffusion.LORA,
+    embeddings={"clip_l": "text_encoder", "clip_g": "text_encoder_2"},
 )
 REFINER = FAMILY._replace(
     name="the refiner of Stable Diffusion XL",

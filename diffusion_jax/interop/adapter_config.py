@@ -1,0 +1,128 @@
+"""The settings of an adapter as peft writes them: LoraConfig, LoHaConfig and LoKrConfig.
+
+They stand in the header of a .safetensors file under "lora_adapter_metadata", flat, with the part of the pipeline
+before each name (diffusers), or in adapter_config.json beside adapter_model.safetensors (peft).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from diffusion_jax.interop.tensors import read_json, read_metadata
+from diffusion_jax.messages import first_line
+
+HEADER = "lora_adapter_metadata"
+# Which maps are trained, how the factors began and how they were trained: the factors themselves tell the result.
+WITHOUT_EFFECT = {
+    "r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",  # read below
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout",
+    "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d", "decompose_both",
+    "decompose_factor", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "megatron_config", "megatron_core", "runtime_config", "ensure_weight_tying", "auto_mapping", "task_type",
+    "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+# Initial factors that leave the weights of the model as they are. Others, such as PiSSA, are subtracted from them.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lycoris")
+SUPPORTED = {
+    "peft_type": ("LORA", "LOHA", "LOKR"),
+    "bias": ("none",),
+    "init_lora_weights": PLAIN_STARTS,
+    "init_weights": PLAIN_STARTS,
+}
+
+
+class Settings(NamedTuple):
+    """What the settings of one part say about the numbers of its updates.
+
+    alpha, rank: of every map that the patterns do not name.
+    alpha_pattern, rank_pattern: regular expression for the end of a map's path -> its value.
+    rank_stabilized: the scale is alpha / sqrt(rank) instead of alpha / rank.
+    is_dora: whether the updates have magnitudes, None if the settings do not say it.
+    """
+
+    alpha: float
+    rank: int
+    alpha_pattern: Mapping[str, float] = MappingProxyType({})
+    rank_pattern: Mapping[str, int] = MappingProxyType({})
+    rank_stabilized: bool = False
+    is_dora: bool | None = None
+
+    def of(self, path: str) -> tuple[float, int]:
+        """(alpha, rank) of the map at a path with dots."""
+        return _matching(self.alpha_pattern, path, self.alpha), _matching(self.rank_pattern, path, self.rank)
+
+
+def read_settings(path: str | Path, default_part: str) -> dict[str, Settings]:
+    """The settings of a file of updates by part of the pipeline; none if it has none.
+
+    default_part: the part that settings without a part are for.
+    Raises ValueError for settings that are malformed, unknown, or change the numbers in a way that is not supported.
+    """
+    path = Path(path)
+    beside, source = path.with_name("adapter_config.json"), path
+    try:
+        content = json.loads(read_metadata(path).get(HEADER) or "{}") if path.suffix == ".safetensors" else {}
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: malformed {HEADER} in its header: {first_line(error)}") from None
+    if not content and path.stem == "adapter_model" and beside.is_file():
+        content, source = read_json(beside), beside
+    fields: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        part, _, name = key.rpartition(".")
+        fields.setdefault(part or default_part, {})[name] = value
+    return {part: _settings(values, source) for part, values in fields.items()}
+
+
+def _settings(fields, source):
+    for name, value in fields.items():
+        if value is None or value is False or value in ("", [], {}):
+            continue
+        if name in SUPPORTED and value not in SUPPORTED[name]:
+            expected = ", ".join(map(str, SUPPORTED[name]))
+            raise ValueError(f"{source}: its setting {name} is {value!r}; supported: {expected}")
+        if name not in WITHOUT_EFFECT | SUPPORTED.keys():
+            raise ValueError(f"{source}: its setting {name} = {value!r} is not supported")
+    try:
+        return Settings(
+            alpha=_number(fields.get("lora_alpha", fields.get("alpha", 8))),  # 8 is the default of peft
+            rank=_rank(fields.get("r", 8)),
+            alpha_pattern={key: _number(value) for key, value in (fields.get("alpha_pattern") or {}).items()},
+            rank_pattern={key: _rank(value) for key, value in (fields.get("rank_pattern") or {}).items()},
+            rank_stabilized=_flag(fields, "use_rslora"),
+            is_dora=_flag(fields, "use_dora") if "use_dora" in fields else None,
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{source}: malformed settings of its adapter: {first_line(error)}") from None
+
+
+def _number(value):
+    if not math.isfinite(value):
+        raise ValueError(f"alpha: expected a finite number, got {value}")
+    return float(value)
+
+
+def _rank(value):
+    if value < 1:
+        raise ValueError(f"rank: expected at least 1, got {value}")
+    return int(value)
+
+
+def _flag(fields, name):
+    value = fields.get(name) or False
+    if value not in (True, False):
+        raise ValueError(f"{name}: expected true or false, got {value!r}")
+    return value
+
+
+def _matching(pattern, path, default):
+    """The value of the first key that matches the end of a path, as peft reads such patterns."""
+    try:
+        return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    except re.error as error:
+        raise ValueError(f"malformed pattern of maps in its settings: {first_line(error)}") from None

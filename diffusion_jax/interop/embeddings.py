@@ -1,0 +1,116 @@
+"""Learned words of text encoders (textual inversion, Gal et al. 2022): a word stands for one or several vectors.
+
+    {"<cat-toy>": (width,) or (count, width)}             diffusers; the word is the name of the tensor
+    {"emb_params": …}, {"clip_l": …, "clip_g": …}         kohya; the word is the name of the file
+    {"name": …, "string_to_param": {"*": …}}              web interfaces, a pickle; the word is either of both names
+
+The vectors become rows of the token embedding, and the word a token. Further vectors are the tokens word_1, word_2, …,
+as in diffusers; `prompts.spelled` puts them after their word.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from tokenizers import AddedToken, Tokenizer
+
+from diffusion_jax.interop.pickled import state_dict
+from diffusion_jax.interop.pipeline import Part, PublishedPipeline
+from diffusion_jax.interop.tensors import read_file
+from diffusion_jax.models.text.clip import OLD_EOS
+
+TABLE = "token_embedding"  # module of a text encoder
+
+
+def add_embeddings(
+    pipeline: PublishedPipeline, path: str | Path, word: str = "", allow_pickle: bool = False
+) -> PublishedPipeline:
+    """The pipeline with the words of a file. Prompts and captions use them by name, in any case of letters.
+
+    word: another name for the word of the file.
+    allow_pickle: see `read_file`.
+    Raises FileNotFoundError, and ValueError for a file without learned words, for words that exist already, and for
+    vectors that a text encoder of the pipeline lacks or cannot read.
+    """
+    family, path = pipeline.family, Path(path)
+    if len(pipeline.tokenizers) != len(pipeline.text_encoders) or not pipeline.tokenizers:
+        raise ValueError(f"{path}: learned words need the tokenizers of the model; name a folder that has them")
+    encoders = [name for name in family.tokenizers if name in pipeline.parts]
+    parts, tokenizers = dict(pipeline.parts), list(pipeline.tokenizers)
+    for name, vectors in _words(path, family.embeddings, encoders, word, allow_pickle).items():
+        for i, encoder in enumerate(encoders):
+            if encoder not in vectors:
+                raise ValueError(
+                    f"{path}: {name} has no vectors for {encoder} of {family.name}; it was made for another model"
+                )
+            try:
+                parts[encoder], tokenizers[i] = _with_word(parts[encoder], tokenizers[i], name, vectors[encoder])
+            except ValueError as error:
+                raise ValueError(f"{path}: {name} {error}") from None
+    return pipeline._replace(parts=parts, tokenizers=tuple(tokenizers))
+
+
+def _words(
+    path: Path, names: Mapping[str, str], encoders: list[str], word: str, allow_pickle: bool
+) -> dict[str, dict[str, np.ndarray]]:
+    """word -> text encoder -> vectors, (count, width).
+
+    names: of tensors -> the text encoder.
+    """
+
+    def select(content: Any) -> Mapping[str, Any]:
+        """A pickle of a web interface as a dict of words."""
+        if not isinstance(content, Mapping):
+            return {word or path.stem: content}
+        if "string_to_param" not in content:
+            return state_dict(content)
+        (tensor,) = content["string_to_param"].values()
+        return dict.fromkeys([word] if word else [path.stem, str(content.get("name") or path.stem)], tensor)
+
+    tensors = read_file(path, allow_pickle, select)
+    if not tensors:
+        raise ValueError(f"{path}: expected learned words of textual inversion, got a file without tensors")
+    vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items() if tensor.ndim in (1, 2)}
+    if vectors.keys() != tensors.keys():
+        first = min(tensors.keys() - vectors.keys())
+        raise ValueError(
+            f"{path}: expected learned words of textual inversion, a few vectors each, got {first} of shape "
+            f"{tensors[first].shape}"
+        )
+    if vectors.keys() <= names.keys():
+        return {word or path.stem: {names[name]: rows for name, rows in vectors.items()}}
+    if word and len(vectors) > 1:
+        raise ValueError(f"{path} has the words {', '.join(sorted(vectors))}: only a single one can be called {word}")
+    return {word or name: {encoders[0]: rows} for name, rows in vectors.items()}
+
+
+def _with_word(part: Part, tokenizer: Tokenizer, word: str, vectors: np.ndarray) -> tuple[Part, Tokenizer]:
+    """The text encoder with the vectors as further rows of its token embedding, and the tokenizer with the word."""
+    names = [word, *(f"{word}_{i}" for i in range(1, len(vectors)))]
+    taken = {token.content.lower() for token in tokenizer.get_added_tokens_decoder().values()}
+    if not word.strip() or not taken.isdisjoint(name.lower() for name in (*names, f"{word}_{len(vectors)}")):
+        raise ValueError("is a token of the model already, or the beginning of one; call it by another name")
+    if vectors.shape[-1] != part.module.hidden_size or 0 in vectors.shape:
+        raise ValueError(
+            f"has vectors of shape {vectors.shape}, but the text encoder reads {part.module.hidden_size} numbers each; "
+            "it was made for another model"
+        )
+    end = tokenizer.encode("").ids[1]
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
+    ids = [tokenizer.token_to_id(name) for name in names]
+    size = max(part.module.vocab_size, max(ids) + 1)
+
+    def grown(keys: tuple, leaf: PyTree) -> PyTree:
+        if len(keys) < 2 or keys[-2].key != TABLE:
+            return leaf
+        rows = jnp.zeros((size - len(leaf), leaf.shape[-1]), leaf.dtype)
+        return jnp.concatenate([leaf, rows]).at[np.array(ids)].set(jnp.asarray(vectors, leaf.dtype))
+
+    ends = {"eos_token_id": end} if part.module.eos_token_id == OLD_EOS else {}  # the largest id no longer ends a text
+    module = part.module.clone(vocab_size=size, **ends)
+    return Part(module, jax.tree_util.tree_map_with_path(grown, part.params)), tokenizer
