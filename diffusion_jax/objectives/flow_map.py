@@ -91,7 +91,7 @@ class Path(NamedTuple):
         return jax.jvp(self.level, (u,), (jnp.ones_like(u),))[1]
 
     def draw(self, number: int) -> Times:
-        """The time of a random level for each example, in [0, 1): a schedule has no slope at its very end. Each `number`
+        """The time of a random level for each example, in [0, 1): a schedule has no slope at its very end. Each number
         gives independent ones.
         """
         return jnp.clip(self.levels_at(self._keys(number)), 0.0, 1 - 1e-5)
