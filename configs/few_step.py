@@ -31,7 +31,7 @@ METHODS = {  # -> objective, solver
     "scale": ({"name": "guidance_distillation"}, ""),
     "distillation": ({"name": "distillation", "segments": 16}, "ddim"),
     "lcm": ({"name": "consistency_distillation", "segments": 25}, "consistency"),
-    "ect": ({"name": "consistency_training", "shrinks": 4.0}, "consistency"),
+    "ect": ({"name": "consistency_training"}, "consistency"),
     "soflow": ({"name": "soflow", "plain": 0.5}, "ddim"),
     "shortcut": ({"name": "shortcut", "plain": 0.5}, "ddim"),
     "mean_flow": ({"name": "mean_flow", "plain": 0.5, "robust": 0.5}, "ddim"),
@@ -72,7 +72,7 @@ def get_config(preset: str = "shortcut") -> ConfigDict:
     if of_lora:
         config.lora = common.lora()
         config.lora.update(rank=32, alpha=32.0, targets=ALL_MAPS)
-    config.objective.update(objective)
+    config.objective.update(objective | {"levels": "", "weight": ""})  # those of the method
     if method == FREE_SCALE:
         config.model.time_cond_proj_dim = 64
         config.objective.update(scale=MOST, drop=0.0)

@@ -140,11 +140,17 @@ OBJECTIVE = {
     "name": Field("denoising", text, "What is trained: denoising, or a method of docs/few_steps.md."),
     "prediction": Field("v", text, "What the network predicts: eps, x0, v, flow or edm. A checkpoint has its own."),
     "sigma_data": Field(0.5, positive, "For prediction=edm: the standard deviation of the data."),
-    "weight": Field("uniform", text, "Weight of the error at each noise level: uniform, min_snr or truncated."),
+    "weight": Field(
+        "",
+        text,
+        "Weight of the error at each noise level: uniform, relative, inverse_noise, min_snr or truncated; empty: "
+        "uniform, and for few steps that of the method.",
+    ),
     "levels": Field(
         "",
         text,
-        "Noise levels in training: uniform, laplace, lognormal, logit_normal; empty: lognormal on edm, else uniform.",
+        "Noise levels in training: uniform, even, laplace, lognormal, lognormal_ect, lognormal_scm, logit_normal; "
+        "empty: lognormal on edm, else uniform, and for few steps those of the method.",
     ),
     "drop": Field(0.1, number(0, 1), "Probability of training without the condition, for guidance."),
     "segments": Field(16, whole(1, 1000), "Distillation: steps of the student, each as two of its teacher."),
@@ -189,7 +195,10 @@ SAMPLE = {
     "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Order; None for the solver's."),
     "eta": Field(functools.partial(placeholder, float), optional(number(0)), "Added noise; None for the solver's."),
     "spacing": Field(
-        "", text, "Spacing of the steps; empty: karras on edm, else trailing; published: the times of its authors."
+        "",
+        text,
+        "Spacing of the steps; empty: karras on edm, but for consistency and models of few steps, else trailing; "
+        "published: the times of its authors.",
     ),
     "guidance": Field(1.0, number(0), "Scale of classifier-free guidance; 1 for none."),
     "negative_prompt": Field("", text, "What to move away from; empty for no condition."),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
@@ -141,8 +142,18 @@ def lora_scale(config: ConfigDict) -> float:
 
 def network(config: ConfigDict) -> UNet:
     """The untrained network of config.model."""
-    smoothing = {"time_smoothing": 0.0} if config.objective.prediction == "edm" else {}  # whose times are short
-    return UNet(**(smoothing | _fields(config.model)))
+    return UNet(**({"time_smoothing": _time_smoothing(config)} | _fields(config.model)))
+
+
+def _time_smoothing(config: ConfigDict) -> float:
+    """A twentieth of the way from data to noise in the network's unit of time, where its time is slowest.
+
+    That is 50 of 1000 steps, and next to nothing where the time is sigma or its logarithm, which have no fast waves.
+    """
+    base, parts = schedule(config), np.linspace(0, 1, 101)[1:]
+    with np.errstate(divide="ignore"):  # of the noise by the data, at pure noise
+        _, t = _parameterization(config).inputs(jnp.zeros((100, 1)), base(base.at(parts)))
+    return round(0.05 * 100 * float(np.abs(np.diff(t)).min()), 3)
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderKL:

@@ -24,12 +24,17 @@ from diffusion_jax.objectives.denoising import denoising, frozen_parts
 
 LEVELS = {
     "uniform": levels.uniform,
+    "even": levels.even,
     "laplace": levels.laplace,
     "lognormal": levels.lognormal,
+    "lognormal_ect": functools.partial(levels.lognormal, mean=-1.1, std=2.0),  # Geng et al. 2024
+    "lognormal_scm": functools.partial(levels.lognormal, mean=-1.0, std=1.4),  # Lu & Song 2024
     "logit_normal": levels.logit_normal,
 }
 WEIGHTS = {
     "uniform": levels.uniform_weight,
+    "relative": levels.relative_weight,
+    "inverse_noise": levels.inverse_noise_weight,
     "min_snr": levels.min_snr_weight,
     "truncated": levels.truncated_snr_weight,
 }
@@ -47,6 +52,10 @@ CLEAN_TARGET_METHODS = (  # an ordinary network can learn these
     "consistency_distillation",
     "guidance_distillation",
 )
+EMPHASIS = {  # method -> its levels and weight by default, where they are not "even" and "relative"
+    "consistency_training": ("lognormal_ect", "inverse_noise"),
+    "continuous_consistency": ("lognormal_scm", "relative"),
+}
 PATH_METHODS = ("consistency_training", "soflow", "mean_flow", "continuous_consistency")  # these follow a path
 DISTILLATIONS = {
     "distillation": lambda section: flow_map.distillation(section.segments),
@@ -98,9 +107,16 @@ def learns_from_teacher(section: ConfigDict) -> bool:
 
 
 def _denoising(section: ConfigDict, model: DiffusionModel) -> Callable:
-    weight = choose(WEIGHTS, section.weight, "loss weight")
-    name = section.levels or ("lognormal" if is_edm(model) else "uniform")
-    return denoising(model, weight, section.drop, choose(LEVELS, name, "distribution of noise levels"))
+    emphasis = _emphasis(section, "lognormal" if is_edm(model) else "uniform", "uniform")
+    return denoising(model, emphasis.weight, section.drop, emphasis.levels)
+
+
+def _emphasis(section: ConfigDict, default_levels: str, default_weight: str) -> flow_map.Emphasis:
+    """The levels and the weight of config.objective; the defaults if it leaves them empty."""
+    return flow_map.Emphasis(
+        choose(LEVELS, section.levels or default_levels, "distribution of noise levels"),
+        choose(WEIGHTS, section.weight or default_weight, "loss weight"),
+    )
 
 
 def _flow_map(
@@ -132,7 +148,8 @@ def _flow_map(
     if teacher is not None:
         check_teacher(teacher, model)
     guide = flow_map.Teacher(teacher, section.scale, section.taught) if is_taught else None
-    return flow_map.flow_map(model, method, steps, section.drop, section.plain, section.robust, guide)
+    emphasis = _emphasis(section, *EMPHASIS.get(section.name, ("even", "relative")))
+    return flow_map.flow_map(model, method, steps, section.drop, section.plain, section.robust, guide, emphasis)
 
 
 def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:

@@ -13,10 +13,11 @@ from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines.generate import check_guidance
 
+CONSISTENCY = "consistency"  # the solver whose every network call goes to clean data
 SOLVERS = {
     name: getattr(solvers, name)
     for name in (
-        *("ddpm", "ddim", "euler", "euler_ancestral", "consistency", "heun", "dpm_solver", "dpmpp_1", "dpmpp_2s"),
+        *("ddpm", "ddim", "euler", "euler_ancestral", CONSISTENCY, "heun", "dpm_solver", "dpmpp_1", "dpmpp_2s"),
         *("dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "unipc", "deis", "plms", "lms"),
     )
 }
@@ -78,7 +79,8 @@ def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
                 )
             options[name] = section[name]
     schedule = model.useful_schedule
-    spacing = section.spacing or ("karras" if is_edm(model) and not model.network.flow_map else "trailing")
+    whole_steps = section.solver == CONSISTENCY or model.network.flow_map  # the last one, too, is as long as others
+    spacing = section.spacing or ("karras" if is_edm(model) and not whole_steps else "trailing")
     if spacing in model.published_times:
         spacing = model.published_times[spacing](section.steps)
     times = solvers.strength_times(schedule, section.steps, strength, spacing)
@@ -87,7 +89,7 @@ def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
 
 def is_consistency(config: ConfigDict) -> bool:
     """Whether each network call goes to clean data. Such a model works with no other solver."""
-    return config.sample.solver == "consistency"
+    return config.sample.solver == CONSISTENCY
 
 
 def is_edm(model: DiffusionModel) -> bool:

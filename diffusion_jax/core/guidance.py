@@ -224,7 +224,8 @@ def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denois
 def _interval(
     guided: Denoise, plain: Denoise, low: Array, high: Array, x: Array, level: NoiseLevel, cond: PyTree, to: To = None
 ) -> Prediction:
-    inside = (level.sigma > low * level.alpha) & (level.sigma <= high * level.alpha)
+    noise = jnp.divide(level.sigma, level.alpha)  # infinite for pure noise: inside an interval up to infinity
+    inside = (noise > low) & (noise <= high)
     if jnp.ndim(inside):
         both = guided(x, level, cond, to=to), plain(x, level, cond, to=to)
         return jax.tree.map(lambda a, b: jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), a, b), *both)

@@ -45,6 +45,9 @@ class Schedule(Protocol):
     def at(self, fraction: ArrayLike) -> ArrayLike:
         """The time at a fraction, in (0, 1], of the way to t_max. Even steps of the fraction are good solver steps."""
 
+    def fraction_of(self, t: ArrayLike) -> ArrayLike:
+        """The fraction at which the time is t: the inverse of `at`."""
+
     def until(self, t: float) -> "Schedule":
         """The same schedule without the times above t, which must be one of its times."""
 
@@ -135,6 +138,10 @@ class DiscreteSchedule:
         """fraction (T - 1)."""
         return fraction * self.t_max
 
+    def fraction_of(self, t: ArrayLike) -> ArrayLike:
+        """t / (T - 1)."""
+        return t / max(self.t_max, 1.0)
+
     def until(self, t: float) -> "DiscreteSchedule":
         """The same schedule without the steps above t, in [0, T-1]."""
         return replace(self, logsnr_table=self.logsnr_table[: int(t) + 1])
@@ -165,8 +172,17 @@ class EDMSchedule:
 
     def at(self, fraction: ArrayLike) -> ArrayLike:
         """Even in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
-        low, high = self.t_min ** (1 / RHO), self.t_max ** (1 / RHO)
+        low, high = self._ramp
         return _xp(fraction).clip((low + fraction * (high - low)) ** RHO, self.t_min, self.t_max)
+
+    def fraction_of(self, t: ArrayLike) -> ArrayLike:
+        """The fraction of the way from sigma_min^(1/7) to sigma_max^(1/7)."""
+        low, high = self._ramp
+        return (t ** (1 / RHO) - low) / (high - low)
+
+    @property
+    def _ramp(self) -> tuple[float, float]:
+        return self.t_min ** (1 / RHO), self.t_max ** (1 / RHO)
 
     def until(self, t: float) -> "EDMSchedule":
         """The same schedule with sigma_max = t."""
@@ -200,6 +216,10 @@ class FlowSchedule:
     def at(self, fraction: ArrayLike) -> ArrayLike:
         """fraction t_max, and not below t_min."""
         return _xp(fraction).maximum(fraction * self.t_max, self.t_min)
+
+    def fraction_of(self, t: ArrayLike) -> ArrayLike:
+        """t / t_max."""
+        return t / self.t_max
 
     def until(self, t: float) -> "FlowSchedule":
         """The same schedule with t_max = t."""

@@ -17,7 +17,9 @@ def grown(inner: PyTree, outer: PyTree) -> PyTree:
 
     A new level starts as the mean of four pixels on the way down and as their copy on the way up. Its shortcuts pass
     the inner features through, and its residual branches start at zero, as everywhere. So at first the network predicts
-    what the inner one predicts at half the size, except at edges.
+    what the inner one predicts at half the size, for the same time, except at edges. For clean pictures this is right.
+    For noisy ones it is only a start: the mean of four pixels has half of the noise that belongs to the time
+    (Hoogeboom et al. 2023, section 3.1), and the new levels have yet to learn the noise within the four.
     """
     added = _levels(outer) - _levels(inner)
     if added <= 0 or not _levels(inner):

@@ -7,7 +7,7 @@ method                    target
 distillation              two steps of the teacher (Salimans & Ho 2022; the student is the next teacher)
 consistency_distillation  the student, after one step of the teacher; to = clean data (Song et al. 2023; with guidance
                           in the teacher, Luo et al. 2023)
-consistency_training      the student, a little further on the path; to = clean data (Geng et al. 2024)
+consistency_training      the student, a little further on the path; to = clean data (ECT, Geng et al. 2024)
 soflow                    the same for any `to` (Luo et al. 2025)
 shortcut                  two half steps of the student (Frans et al. 2024; Boffi et al. 2025)
 mean_flow                 the student, corrected by its derivative along the path (Geng et al. 2025)
@@ -15,11 +15,20 @@ continuous_consistency    the same; to = clean data (sCM, Lu & Song 2024)
 lagrangian                the student, corrected by its derivative in `to` (Boffi et al. 2025)
 guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
 
-Errors are those of the network's output, as in plain regression, and count the same at every level. Weighted as errors
-of the state, those at low noise would count too little, and what is learned there is the target everywhere else.
+Errors are those of the network's output, as in plain regression. `Emphasis` says which levels are drawn and how much
+their errors count. Weighted as errors of the state, those at low noise would count too little, and what is learned
+there is the target everywhere else.
 
 consistency_training, soflow, mean_flow and continuous_consistency follow a path: the straight one from data to noise,
 or the guided teacher's. Times u run from 0, clean data, to 1, the schedule's noisiest level, as `Schedule.at`.
+
+Training must also lead back to the exact map from maps near it. For a method that moves the start u of a step, an error
+e of the output, so b e of the state (see `Maps.coefficients`), changes by
+
+    -(c b' / b + c d/du) e,    c the reach of the step,
+
+with d/du along the path. There the density p(x | u) is conserved, so the symmetric part of the operator is
+c b' / b - c' / 2 = -b^2 (c / b^2)' / 2: errors shrink where c / b^2 falls with u. See `_reach`.
 """
 
 import functools
@@ -38,6 +47,7 @@ from diffusion_jax.core.process import NoiseLevel, Prediction, add_noise, expand
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.objectives.denoising import data_and_noise, drop_condition
+from diffusion_jax.objectives.levels import Levels, Weight, even, relative_weight
 
 Times = Float[Array, "batch"]
 State = Float[Array, "batch *shape"]
@@ -52,7 +62,9 @@ class Path(NamedTuple):
     ends: u -> (x0, eps), the ends of the straight line through the state at u: data and noise, or the teacher's
       prediction.
     level: u -> NoiseLevel.
-    keys: (B,), for the times that a method draws.
+    time_of: sigma / alpha -> the u of this level; the schedule's least noisy time for all ratios below it.
+    levels_at: keys (B,) -> u of levels drawn for training.
+    keys: (B,), for what a method draws.
     progress: fraction of the training that is done, in [0, 1].
     """
 
@@ -60,6 +72,8 @@ class Path(NamedTuple):
     eps: State
     ends: Callable[[Times], tuple[State, State]]
     level: Callable[[Times], NoiseLevel]
+    time_of: Callable[[Times], Times]
+    levels_at: Callable[[Key[Array, "batch"]], Times]
     keys: Key[Array, "batch"]
     progress: Float[Array, ""]
 
@@ -71,9 +85,23 @@ class Path(NamedTuple):
         """The state at `to` on the straight line through the state at u (see `ends`)."""
         return add_noise(*self.ends(u), self.level(to))
 
+    def slope(self, u: Times) -> NoiseLevel:
+        """d level / du. That of clean data is taken beside it."""
+        u = jnp.maximum(u, MIN_STEP)
+        return jax.jvp(self.level, (u,), (jnp.ones_like(u),))[1]
+
+    def draw(self, number: int) -> Times:
+        """The time of a random level for each example, in [0, 1): a schedule has no slope at its very end. Each number
+        gives independent ones.
+        """
+        return jnp.clip(self.levels_at(self._keys(number)), 0.0, 1 - 1e-5)
+
     def uniform(self, number: int) -> Times:
         """A random number in [0, 1) for each example. Each `number` gives independent ones."""
-        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number)))(self.keys)
+        return jax.vmap(jax.random.uniform)(self._keys(number))
+
+    def _keys(self, number: int) -> Key[Array, "batch"]:
+        return jax.vmap(lambda key: jax.random.fold_in(key, number))(self.keys)
 
 
 class Maps(NamedTuple):
@@ -128,6 +156,20 @@ class Teacher(NamedTuple):
     defines_path: bool = False
 
 
+class Emphasis(NamedTuple):
+    """Which levels training draws, and how much the errors at each of them count.
+
+    levels: (schedule, keys (B,)) -> NoiseLevel of (B,), from `objectives.levels`. Methods with a grid take the grid's
+      interval that contains the level, the others the level itself.
+    weight: (level, parameterization) -> (B,), from `objectives.levels`, of the squared error of the output. It
+      multiplies the weight of the method's target.
+    """
+
+    levels: Levels = even
+    weight: Weight = relative_weight
+
+
+EVEN = Emphasis()
 Method = Callable[[Path, Maps], Target]
 
 
@@ -154,7 +196,7 @@ def distillation(segments: int) -> Method:
     """Steps of 1 / segments of the path, each as two of the teacher (Salimans & Ho 2022, algorithm 2)."""
 
     def method(path: Path, maps: Maps) -> Target:
-        u = (jnp.floor(path.uniform(0) * segments) + 1) / segments
+        u = (_interval(path, segments) + 1) / segments
         to, middle = jnp.maximum(u - 1 / segments, 0.0), u - 0.5 / segments
         to = jnp.where(to < MIN_STEP, 0.0, to)
         return _target_towards(path, maps, u, to, maps.teacher(maps.teacher(path.at(u), u, middle), middle, to))
@@ -166,11 +208,16 @@ def consistency_distillation(segments: int) -> Method:
     """To clean data, from neighbours on a grid of `segments` steps (Song et al. 2023, algorithm 2; Luo et al. 2023)."""
 
     def method(path: Path, maps: Maps) -> Target:
-        number = jnp.floor(path.uniform(0) * segments)
+        number = _interval(path, segments)
         u, nearer = (number + 1) / segments, number / segments
         return _clean_target(path, maps, u, nearer, maps.teacher(path.at(u), u, nearer))
 
     return method
+
+
+def _interval(path: Path, segments: int) -> Times:
+    """The number, from 0, of the interval of a grid of `segments` that contains a random level."""
+    return jnp.floor(path.draw(0) * segments)
 
 
 def _clean_target(path: Path, maps: Maps, u: Times, nearer: Times, state: State) -> Target:
@@ -183,27 +230,40 @@ def _clean_target(path: Path, maps: Maps, u: Times, nearer: Times, state: State)
 def consistency_training(shrinks: float = 8.0) -> Method:
     """To clean data, along the path, with a gap that shrinks during training (Geng et al. 2024, ECT).
 
+    In t = sigma / alpha the student's target is its prediction from r = t (1 - n(t) / 2^a), at least 0, n(t) = 1 + 8
+    sigmoid(-t), after a halvings (their section 3.2). The target's weight is t / (t - r), so that steps of all gaps
+    count alike; their 1 / (t - r) on the state is this with `levels.inverse_noise_weight`.
+
     shrinks: number of times that the gap is halved. The first gap is the whole step: plain regression of x0.
     """
 
     def method(path: Path, maps: Maps) -> Target:
-        u = jnp.maximum(path.uniform(0), MIN_STEP)
-        nearer = u * (1 - 0.5 ** jnp.floor(path.progress * (shrinks + 1)))
+        u = jnp.maximum(path.draw(0), MIN_STEP)
+        level = path.level(u)
+        t = level.sigma / jnp.maximum(level.alpha, 1e-4)  # pure noise has a t, too
+        halvings = jnp.floor(path.progress * (shrinks + 1))
+        gap = jnp.minimum((1 + 8 * jax.nn.sigmoid(-t)) * 0.5**halvings, 1.0)
+        nearer = path.time_of(t * (1 - gap))
+        nearer = jnp.where(nearer > MIN_STEP, jnp.minimum(nearer, u), 0.0)
         target = _clean_target(path, maps, u, nearer, path.state_on_line(u, nearer))
-        return target._replace(weight=target.weight * u / (u - nearer))
+        return target._replace(weight=target.weight / gap)
 
     return method
 
 
 def soflow(shrinks: float = 8.0) -> Method:
-    """To any level, along the path, with a gap that shrinks during training (Luo et al. 2025)."""
+    """To any level, along the path, with a gap that shrinks during training (Luo et al. 2025).
+
+    The weight makes up for a step whose end is not as far as its time, as on curved schedules (see `_reach`).
+    """
 
     def method(path: Path, maps: Maps) -> Target:
         u, to = _random_step(path)
         nearer = u + (to - u) * jnp.maximum(0.5 ** (path.progress * shrinks), 2.0**-shrinks)
         # the student's prediction for the rest, joined to the straight piece before it
         state = maps.student(path.state_on_line(u, nearer), nearer, to)
-        return _target_towards(path, maps, u, to, state)
+        target = _target_towards(path, maps, u, to, state)
+        return target._replace(weight=target.weight * _reach(path, u, to, moving=u) / (u - to))
 
     return method
 
@@ -221,7 +281,8 @@ def shortcut() -> Method:
 
 
 def mean_flow() -> Method:
-    """The state at `to` does not change as its start moves along the path (Geng et al. 2025, of any alpha and sigma).
+    """The state at `to` does not change as its start moves along the path (MeanFlow, Geng et al. 2025, for any
+    schedule).
 
     The method raises ValueError for predictions of x0; so does `continuous_consistency`.
     """
@@ -236,7 +297,7 @@ def continuous_consistency(warm_up: float = 0.5) -> Method:
     """
 
     def method(path: Path, maps: Maps) -> Target:
-        u = jnp.maximum(path.uniform(0), MIN_STEP)
+        u = jnp.maximum(path.draw(0), MIN_STEP)
         target = _derivative_target(path, maps, u, jnp.zeros_like(u))
         part = jnp.minimum(path.progress / warm_up, 1.0) if warm_up else 1.0
         regression = maps.parameterization.target(*path.ends(u), path.level(u))
@@ -256,7 +317,7 @@ def _derivative_target(path: Path, maps: Maps, u: Times, to: Times) -> Target:
         return maps.student_and_output(path.state_on_line(u, start), start, to)
 
     _, change, out = jax.jvp(student_from, (u,), (jnp.ones_like(u),), has_aux=True)
-    return _corrected_target(path, maps, u, to, out, change, moving_time=u)
+    return _corrected_target(path, maps, u, to, out, change, moving=u)
 
 
 def lagrangian() -> Method:
@@ -272,33 +333,44 @@ def lagrangian() -> Method:
         )
         ends = maps.parameterization.predict(state, maps.output(state, to, to), path.level(to))
         _, flow = jax.jvp(lambda end: add_noise(*ends, path.level(end)), (to,), (jnp.ones_like(to),))
-        return _corrected_target(path, maps, u, to, out, flow - change, moving_time=to)
+        return _corrected_target(path, maps, u, to, out, flow - change, moving=to)
 
     return method
 
 
-def _corrected_target(
-    path: Path, maps: Maps, u: Times, to: Times, out: State, excess: State, moving_time: Times
-) -> Target:
-    """The target that removes an excess from the state at `to`, assuming that the excess is constant along the step.
+def _corrected_target(path: Path, maps: Maps, u: Times, to: Times, out: State, excess: State, moving: Times) -> Target:
+    """The target that removes an excess from the state at `to`: out - (reach / b) excess.
 
-    excess: change of the state that should not be there, as the time `moving_time` grows by 1.
-    On a schedule of straight lines, such as flow, it is the output for which the derivative is right (Geng et al. 2025,
-    eq. 6). On others the latter has a pole: cosine's whole step.
+    excess: change of the state that should not be there, as the time `moving` grows by 1.
+    On flow this is the output for which the derivative is right (MeanFlow, Geng et al. 2025, eq. 6), and on a schedule
+    that preserves the variance, for v, that of sCM, where the whole step's gain is -cos(phi) (Lu & Song 2024, eq. 8).
+    """
+    _, b = maps.coefficients(u, to)
+    gain = _reach(path, u, to, moving) / b
+    return Target(u, to, out - expand(gain, out) * excess, jnp.ones_like(u))
+
+
+def _reach(path: Path, u: Times, to: Times, moving: Times) -> Times:
+    """How far a step goes, in the time `moving`, its start u or its end `to`.
+
+    In the plane of (alpha, sigma), with the chord C of the step and the tangents T and T' at the moving and the other
+    end, it is C.T / |T|^2 cos(T, T'): u - to on a straight line at constant speed, such as flow, and sin(d) cos(d) of
+    the angle d of the step on a circle, in the time of the angle. So reach / b^2 falls, and errors shrink. With the
+    length of the chord instead they grow on steps of more than 70 degrees of the circle.
     """
     start, end = path.level(u), path.level(to)
-    length = jnp.hypot(start.alpha - end.alpha, start.sigma - end.sigma)
-    _, slope = jax.jvp(path.level, (moving_time,), (jnp.ones_like(moving_time),))
-    _, b = maps.coefficients(u, to)
-    gain = length / jnp.hypot(slope.alpha, slope.sigma) / b
-    return Target(u, to, out - expand(gain, out) * excess, jnp.ones_like(u))
+    tangent, first, last = path.slope(moving), path.slope(u), path.slope(to)
+    along = (start.alpha - end.alpha) * tangent.alpha + (start.sigma - end.sigma) * tangent.sigma
+    turned = first.alpha * last.alpha + first.sigma * last.sigma
+    speeds = jnp.hypot(first.alpha, first.sigma) * jnp.hypot(last.alpha, last.sigma)
+    return along / (tangent.alpha**2 + tangent.sigma**2) * turned / speeds
 
 
 def guidance_distillation() -> Method:
     """The output of the guided teacher at every level (Meng et al. 2023, section 3.1)."""
 
     def method(path: Path, maps: Maps) -> Target:
-        u = jnp.maximum(path.uniform(0), MIN_STEP)
+        u = jnp.maximum(path.draw(0), MIN_STEP)
         # the tangent of the teacher's path, as the step to a level near by
         to = jnp.maximum(u - 10 * MIN_STEP, 0.0)
         target = _target_towards(path, maps, u, to, maps.teacher(path.at(u), u, to))
@@ -308,8 +380,8 @@ def guidance_distillation() -> Method:
 
 
 def _random_step(path: Path) -> tuple[Times, Times]:
-    """u and a target nearer to clean data, uniform on the triangle; one target in four is clean data itself."""
-    first, second = path.uniform(0), path.uniform(1)
+    """u and a target nearer to clean data, two random levels in order; one target in four is clean data itself."""
+    first, second = path.draw(0), path.draw(1)
     u, to = jnp.maximum(first, second), jnp.minimum(first, second)
     u = jnp.maximum(u, 2 * MIN_STEP)
     to = jnp.where((path.uniform(2) < 0.25) | (u - to < MIN_STEP), 0.0, to)
@@ -324,6 +396,7 @@ def flow_map(
     plain: float = 0.0,
     robust: float = 0.0,
     teacher: Teacher | None = None,
+    emphasis: Emphasis = EVEN,
 ) -> Callable:
     """The loss of a method, E weight |target - output|^2 / (|target - output|^2 + c)^robust.
 
@@ -334,9 +407,17 @@ def flow_map(
     robust: in [0, 1], how much large errors count less; 0.5 for continuous_consistency and, instead of the 1 of its eq.
       22, for mean_flow.
     teacher: for the methods of distillation and those that follow its path.
+    emphasis: the levels that are drawn, and the weight of each; it is a factor of the loss's weight.
     The loss takes params, frozen, batch and keys as that of `denoising.denoising`.
     """
-    level = level_function(model.useful_schedule)
+    schedule = model.useful_schedule
+    level = level_function(schedule)
+
+    def time_of(ratio: Times) -> Times:
+        return schedule.fraction_of(schedule.t_of_logsnr(-2 * jnp.log(ratio)))
+
+    def levels_at(keys: Key[Array, "batch"]) -> Times:
+        return schedule.fraction_of(schedule.t_of_logsnr(emphasis.levels(schedule, keys).logsnr))
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
         split = jax.vmap(lambda key: jax.random.split(key, 6))(keys).T
@@ -351,7 +432,7 @@ def flow_map(
 
         output = _student(model, level, frozen["rest"], student_cond)
         predict = _predictions(teacher.model, level, frozen, cond, scale) if teacher else None
-        path = Path(x0, eps, lambda u: (x0, eps), level, path_keys, frozen["step"] / total)
+        path = Path(x0, eps, lambda u: (x0, eps), level, time_of, levels_at, path_keys, progress=frozen["step"] / total)
         if teacher and teacher.defines_path:
             path = path._replace(ends=lambda u: predict(add_noise(x0, eps, level(u)), u, u))
         maps = Maps(
@@ -368,7 +449,8 @@ def flow_map(
         target = jax.lax.stop_gradient(target)
         error = jnp.square(target.out - output(params, path.at(target.u), target.u, target.to))
         error = jnp.mean(error, axis=range(1, x0.ndim))
-        weight = target.weight * jax.lax.stop_gradient(error + 1e-3) ** -robust
+        weight = target.weight * emphasis.weight(level(target.u), model.parameterization)
+        weight = weight * jax.lax.stop_gradient(error + 1e-3) ** -robust
         return jnp.mean(weight * error), {"mse": jnp.mean(error)}
 
     return loss
@@ -397,6 +479,6 @@ def _predictions(
 
 def _with_regression(target: Target, path: Path, maps: Maps, mask: Array) -> Target:
     """The target, with plain regression for the examples where `mask`, (B,), is True."""
-    u = jnp.maximum(path.uniform(3), MIN_STEP)
+    u = jnp.maximum(path.draw(3), MIN_STEP)
     regression = Target(u, u, maps.parameterization.target(*path.ends(u), path.level(u)), jnp.ones_like(u))
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, regression)

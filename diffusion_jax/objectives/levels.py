@@ -29,13 +29,22 @@ def uniform(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
     return schedule(jax.vmap(time)(keys))
 
 
+def even(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
+    """Any level of the schedule, as dense as the steps of a solver are: uniform in the fraction of `Schedule.at`."""
+    return schedule(schedule.at(jax.vmap(jax.random.uniform)(keys)))
+
+
 def laplace(schedule: Schedule, keys: Key[Array, "batch"], mean: float = 0.0, scale: float = 0.5) -> NoiseLevel:
     """Log-SNR from Laplace(mean, scale), dense around equal parts of image and noise (Hang et al. 2024, table 1)."""
     return _at(schedule, mean + scale * jax.vmap(jax.random.laplace)(keys))
 
 
 def lognormal(schedule: Schedule, keys: Key[Array, "batch"], mean: float = -1.2, std: float = 1.2) -> NoiseLevel:
-    """log(sigma / alpha) from N(mean, std^2), as in EDM (Karras et al. 2022, table 1)."""
+    """log(sigma / alpha) from N(mean, std^2), by default that of EDM (Karras et al. 2022, table 1).
+
+    Few-step methods use it with a mean of -1.1 and a std of 2.0 (ECT, Geng et al. 2024, appendix) and with -1.0 and 1.4
+    (sCM, Lu & Song 2024, section 4.2 and appendix).
+    """
     return _at(schedule, -2 * (mean + std * jax.vmap(jax.random.normal)(keys)))
 
 
@@ -52,6 +61,20 @@ def _at(schedule: Schedule, logsnr: Float[Array, "batch"]) -> NoiseLevel:
 def uniform_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
     """Weight 1 on the squared error of the network's output (L_simple, Ho et al. 2020, eq. 14)."""
     return jnp.ones_like(level.sigma)
+
+
+def relative_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
+    """1 / (p^2 + q^2): the squared error of the output p x0 + q eps relative to its variance, for data of variance 1.
+
+    It is uniform but for edm and for v on a schedule that does not preserve the variance, where v grows like sigma.
+    """
+    p, q = parameterization.coefficients(level)
+    return jnp.broadcast_to(1 / (p**2 + q**2), jnp.shape(level.sigma))
+
+
+def inverse_noise_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
+    """alpha / sigma on the squared error of x0 (the 1 / t of ECT, Geng et al. 2024, section 3.2)."""
+    return _on_x0(level.alpha / level.sigma, level, parameterization)
 
 
 def min_snr_weight(level: NoiseLevel, parameterization: Parameterization, gamma: float = 5.0) -> Float[Array, "batch"]:

@@ -13,6 +13,7 @@ from diffusion_jax import build
 from diffusion_jax.core.process import expand
 from diffusion_jax.core.solvers.plan import SPACINGS
 from diffusion_jax.model import Network
+from diffusion_jax.models.layers import sinusoidal_embedding
 from diffusion_jax.pipelines import generate
 
 STD = 0.4  # of the data, independent normal numbers
@@ -113,6 +114,92 @@ def test_every_objective_has_a_loss_and_a_gradient(prediction, schedule, space):
         loss, params, frozen = build.objective.objective(section, model, jax.random.key(0))
         value, slope = jax.value_and_grad(lambda p: loss(p, frozen, batch, keys)[0])(params)  # noqa: B023
         assert value > 0 and jnp.isfinite(value) and jnp.isfinite(slope) and slope != 0, (levels, weight)
+
+
+def levels_of(section, model, size=4000):
+    """(log(sigma / alpha), loss) of the levels that training with config.objective draws."""
+    times = []
+
+    def apply(params, x, t, cond, keys=None):
+        times.append(t)
+        return params * jnp.ones_like(x)
+
+    model = model._replace(network=Network(apply, lambda key: jnp.float32(0.0)))
+    loss, params, frozen = build.objective.objective(section, model, jax.random.key(0))
+    images = jax.random.randint(jax.random.key(1), (size, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    batch = {"latent": images, "cond": model.conditioning.of_prompts(["3"] * size)}
+    value, _ = loss(params, frozen | {"step": 0}, batch, jax.random.split(jax.random.key(2), size))
+    level = model.schedule(times[-1])  # the last call is the student's, the ones before are the target's
+    return np.log(level.sigma / level.alpha), float(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "mean", "std"),
+    [
+        ("continuous_consistency", "", -1.0, 1.4),  # Lu & Song 2024
+        ("consistency_training", "", -1.1, 2.0),  # Geng et al. 2024
+        ("consistency_training", "lognormal_scm", -1.0, 1.4),
+        ("continuous_consistency", "lognormal", -1.2, 1.2),  # Karras et al. 2022
+    ],
+)
+def test_few_step_training_draws_the_levels_of_its_paper_or_those_that_are_set(name, levels, mean, std):
+    model, section = model_of("v", "cosine", "pixels"), config_of("v", "cosine").objective
+    section.update(name=name, levels=levels, weight="")
+    ratio, _ = levels_of(section, model)
+    quarters = mean + std * np.array([-0.6745, 0, 0.6745])
+    np.testing.assert_allclose(np.quantile(ratio, [0.25, 0.5, 0.75]), quarters, atol=0.12)
+
+
+def test_few_step_training_weighs_errors_as_it_is_told():
+    """v's error at a level counts alpha sigma times as much when that of x0 counts alpha / sigma times."""
+    model, section = model_of("v", "cosine", "pixels"), config_of("v", "cosine").objective
+    section.update(name="continuous_consistency", warm_up=1.0, levels="laplace", drop=0.0)  # at first plain regression
+    values = {}
+    for weight in ("relative", "uniform", "inverse_noise"):
+        section.weight = weight
+        _, values[weight] = levels_of(section, model, size=1000)
+    assert values["relative"] == pytest.approx(values["uniform"], rel=1e-4)
+    assert 0.4 * values["uniform"] < values["inverse_noise"] < 0.5 * values["uniform"]  # alpha sigma is 1/2 at most
+
+
+@pytest.mark.parametrize("is_map", [False, True])
+def test_a_consistency_model_of_edm_spends_no_call_on_clean_data(is_map):
+    """Whether the network is an ordinary one or a map: the solver says how long its last step is."""
+    model, config = model_of("edm", "edm", "pixels"), config_of("edm", "edm")
+    model = model._replace(network=model.network._replace(flow_map=is_map))
+    config.sample.update(solver="consistency", steps=4)
+    sigma = build.sampling.plan(config, model).level.sigma
+    np.testing.assert_allclose(sigma, model.schedule.at(np.array([1, 0.75, 0.5, 0.25])))
+    assert sigma[-1] > 10 * model.schedule.t_min
+    config.sample.solver = "ddim"
+    assert (build.sampling.plan(config, model).level.sigma[-1] > 10 * model.schedule.t_min) == is_map
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "T", "expected"),
+    [
+        ("cosine", "v", 1000, 50),
+        ("flow", "flow", 1000, 50),
+        ("linear", "eps", 100, 5),
+        ("edm", "v", 1000, 0),
+        ("edm", "edm", 1000, 0),
+        ("cosine", "edm", 1000, 0),
+    ],
+)
+def test_the_derivative_in_time_is_smoothed_in_the_network_s_unit_of_time(schedule, prediction, T, expected):
+    """Over a tenth of its steps; not at all where the time is sigma or its logarithm."""
+    config = config_of(prediction, schedule)
+    config.schedule.T = T
+    smoothing = build.model.network(config).time_smoothing
+    np.testing.assert_allclose(smoothing, expected, rtol=0.02, atol=0.1)
+    if not expected:
+        slopes = [
+            jax.jvp(lambda t, s=s: sinusoidal_embedding(t, 32, smoothing=s), (jnp.ones(1),), (jnp.ones(1),))[1]
+            for s in (smoothing, 0.0)
+        ]
+        np.testing.assert_allclose(*slopes, atol=0.01)
+    config.model.time_smoothing = 7.0
+    assert build.model.network(config).time_smoothing == 7
 
 
 def first_update(kind, leaves, scale=1.0):

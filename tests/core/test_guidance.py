@@ -74,6 +74,20 @@ def test_guidance_holds_in_its_interval_only():
         assert_equal(guidance.interval(guided, denoise, low, high)(X, LEVEL, COND), CONDITIONAL)
 
 
+def test_an_interval_up_to_infinity_guides_pure_noise():
+    """Of one image and of a batch; a finite end leaves it out."""
+    noise = schedules.zero_terminal_snr(schedules.linear())(jnp.float32(999))
+    assert noise.alpha == 0
+
+    def spoken(x, level, cond):  # eps does not determine x0 there
+        return process.from_v(x, jnp.sin(x) + cond, level)
+
+    guided = guidance.classifier_free(spoken, 4.0, NULL)
+    for level in (noise, jax.tree.map(lambda value: jnp.full(3, value), noise)):
+        for high, expected in [(np.inf, guided), (1e6, spoken)]:
+            assert_equal(guidance.interval(guided, spoken, 0.5, high)(X, level, COND), expected(X, level, COND))
+
+
 def test_cfg_pp_puts_back_the_unconditional_noise():
     out = guidance.cfg_pp(denoise, 0.6, NULL)(X, LEVEL, COND)
     np.testing.assert_allclose(out.eps, UNCONDITIONAL.eps, rtol=1e-5)

@@ -65,6 +65,26 @@ def test_weights_of_all_predictions_are_one_weight_on_x0(weight):
             np.testing.assert_allclose(value, expected[weight], rtol=1e-3)
 
 
+def test_the_relative_weight_divides_by_the_variance_of_the_target():
+    """For data of variance 1. That of v is sigma^2 + alpha^2, of which edm has much and cosine 1."""
+    for schedule, t in (
+        (schedules.cosine(), jnp.arange(0.0, 1000, 99)),
+        (schedules.edm(), jnp.geomspace(0.002, 80, 9)),
+    ):
+        level = schedule(t)
+        variances = {"eps": 1.0, "x0": 1.0, "v": level.alpha**2 + level.sigma**2, "flow": 2.0}
+        for name, variance in variances.items():
+            weight = levels.relative_weight(level, parameterization.NAMED[name])
+            np.testing.assert_allclose(weight * variance, np.ones(len(t)), rtol=1e-5)
+
+
+def test_the_inverse_noise_weight_is_one_over_sigma_on_x0():
+    """With edm's outputs, x0 = c_skip x + c_out F, c_out = s sigma / n (Karras et al. 2022, table 1)."""
+    sigma = np.geomspace(0.01, 50, 9)
+    weight = levels.inverse_noise_weight(schedules.edm()(jnp.asarray(sigma)), parameterization.edm(0.5))
+    np.testing.assert_allclose(weight, (0.5 * sigma) ** 2 / (sigma**2 + 0.25) / sigma, rtol=1e-5)
+
+
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 def test_min_snr_is_finite_at_zero_terminal_snr(prediction):
     level = process.NoiseLevel(t=jnp.array([999.0]), alpha=jnp.array([0.0]), sigma=jnp.array([1.0]))

@@ -138,6 +138,12 @@ def test_parts_of_the_way_are_times(name):
     np.testing.assert_allclose(schedule.at(jnp.asarray(parts)), times, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", CUT)
+def test_the_part_of_the_way_is_known_from_the_time(name):
+    schedule, parts = CUT[name], np.linspace(1 / 500, 1, 500)
+    np.testing.assert_allclose(schedule.fraction_of(schedule.at(parts)), parts, rtol=1e-9)
+
+
 def test_the_whole_way_is_no_further_than_the_last_time():
     for sigma_max in np.arange(1.0, 100.0).tolist():
         assert schedules.edm(sigma_max=sigma_max).at(1.0) <= sigma_max

@@ -57,6 +57,18 @@ def test_one_colour_is_seen_as_by_the_inner_network(added):
     assert large < 0.08 and large < 0.35 * small
 
 
+def test_the_inner_network_sees_a_clean_picture_at_half_the_size_and_half_of_the_noise():
+    """The promise of `grown` is about what the inner network is given: the mean of four pixels."""
+    _, (_, made) = networks(1)
+    kernel = made["params"]["down_blocks_0"]["downsamplers_0"]["conv"]["kernel"]
+    x = np.random.default_rng(0).normal(size=(1, 64, 64, kernel.shape[2])).astype(np.float32)
+    halved = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(halved, x.reshape(1, 32, 2, 32, 2, -1).mean((2, 4)), atol=1e-5)
+    assert abs(halved.std() / x.std() - 0.5) < 0.02
+
+
 def test_a_network_of_as_many_levels_is_itself():
     params = network_of(unet(2)).init(jax.random.key(0))
     assert grown(params, params) is params

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion_jax import codec
@@ -15,7 +16,7 @@ from diffusion_jax.core.process import CLEAN, NoiseLevel, expand
 from diffusion_jax.core.sampling import initial_noise, sample
 from diffusion_jax.model import DiffusionModel, Network, network_of
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.objectives import flow_map
+from diffusion_jax.objectives import flow_map, levels
 from diffusion_jax.objectives.flow_map import level_function
 
 MEAN, STD = jnp.array([1.0, -0.5, 0.2]), jnp.array([0.5, 0.3, 0.8])
@@ -43,6 +44,12 @@ SCHEDULES = {
     "zero_terminal_snr": (schedules.zero_terminal_snr(schedules.linear()), parameterization.v),
     "edm": (schedules.edm(0.01, 20.0), parameterization.edm(0.6)),
 }
+OTHERS = {  # tried where a method may diverge
+    "linear, v": (schedules.linear(), parameterization.v),
+    "edm, v": (schedules.edm(), parameterization.v),
+    "cosine, edm": (schedules.cosine(), parameterization.edm(0.6)),
+    "sigmoid, flow": (schedules.sigmoid(), parameterization.flow),
+}
 TOTALS = {"flow": lambda to: to.alpha + to.sigma, "edm": lambda to: to.alpha}  # 1 on the schedule
 
 
@@ -66,12 +73,18 @@ def level_of_target_time(time):
     return NoiseLevel(0.0 * time, jnp.cos(angle), jnp.sin(angle))
 
 
-def made_model(name, wrong=0.0, of_steps=False):
-    """Two models: one says the exact map plus params times a bump; the other, a teacher, is the exact denoiser.
+def waves(params, x, level, to):
+    """params times a bump; `to` is a time of a target."""
+    return params * (jnp.sin(3 * x[:, ::-1]) + jnp.cos(to / 300)[:, None])
 
+
+def made_model(name, wrong=0.0, of_steps=False, bump=waves):
+    """Two models: one says the exact map plus a bump, the other, a teacher, is the exact denoiser.
+
+    wrong: params of the bump.
     of_steps: the bump vanishes where a step has no length.
     """
-    schedule, says = SCHEDULES[name]
+    schedule, says = (SCHEDULES | OTHERS)[name]
 
     def out_of(x, level, to):
         """The output of the exact map. The target comes by its angle, so its scale is restored."""
@@ -91,10 +104,10 @@ def made_model(name, wrong=0.0, of_steps=False):
         return function(params, seen, seen * expand(scale, seen), level, cond).reshape(x.shape)
 
     def student(params, seen, x, level, cond):
-        bump = jnp.sin(3 * seen[:, ::-1]) + jnp.cos(cond["to"] / 300)[:, None]
+        error = bump(params, seen, level, cond["to"])
         if of_steps:
-            bump *= expand(1 - cond["to"] / target_time(level), bump)
-        return out_of(x, level, level_of_target_time(cond["to"])) + params * bump
+            error *= expand(1 - cond["to"] / target_time(level), error)
+        return out_of(x, level, level_of_target_time(cond["to"])) + error
 
     def teacher(params, seen, x, level, cond):
         x0 = exact_x0(x, level)
@@ -103,7 +116,8 @@ def made_model(name, wrong=0.0, of_steps=False):
 
     def model(function, is_map):
         network = Network(functools.partial(flat, function), flow_map=is_map)
-        return DiffusionModel(network, jnp.float32(wrong), schedule, says, codec.identity(), unconditional(), (1, 1))
+        params = jax.tree.map(jnp.float32, wrong)
+        return DiffusionModel(network, params, schedule, says, codec.identity(), unconditional(), (1, 1))
 
     return model(student, True), model(teacher, False)
 
@@ -148,6 +162,168 @@ def test_the_exact_map_is_where_training_ends(name, method):
 def test_the_derivative_along_the_way_does_not_determine_x0(method):
     with pytest.raises(ValueError, match="need a network that predicts eps, v, flow or edm, got x0"):
         gradient("linear", method, batch=2)
+
+
+def linear_effect(name, method, other_end, by_end=False, size=400):
+    """(angle, c1, c2, weight), each (size,): what a method makes of an error e of the output, -(c1 e + c2 de/dangle).
+
+    The data are zero, where the exact output is zero, so a target of any output e shows the change of e. The times of a
+    step's start run over the whole schedule, or those of its end if `by_end`; the other end is at `other_end`.
+    """
+    schedule, says = (SCHEDULES | OTHERS)[name]
+    if says is parameterization.eps:
+        schedule = schedules.below(schedule)
+    moving = jnp.linspace(0.004 if by_end else max(other_end, 0.004), other_end if by_end else 1.0, size + 4)[2:-2]
+    level = level_function(schedule)
+    key = next(k for k in jax.random.split(jax.random.key(0), 9) if jax.random.uniform(jax.random.fold_in(k, 2)) > 0.5)
+    first = jax.random.key_data(jax.random.fold_in(key, 0))
+    zero = jnp.zeros((size, 1))
+
+    def drawn(keys):
+        return jnp.where((jax.random.key_data(keys) == first).all(-1), moving, other_end)
+
+    path = flow_map.Path(
+        zero,
+        zero,
+        lambda u: (zero, zero),
+        level,
+        lambda ratio: schedule.fraction_of(schedule.t_of_logsnr(-2 * jnp.log(ratio))),
+        drawn,
+        jnp.repeat(key[None], size, axis=0),
+        jnp.float32(0.9999),
+    )
+
+    def target_of(error):
+        def output(x, u, to):  # no error of the velocity itself, which plain regression teaches
+            return jnp.where(u == to, 0.0, error(to if by_end else u))[:, None] + 0 * x
+
+        maps = flow_map.Maps(output, says, lambda u, to: says.step(level(u), level(to)), None)
+        return METHODS[method][0](path, maps)
+
+    one, ramp = target_of(jnp.ones_like), target_of(lambda u: u)
+    at = moving if by_end else one.u
+    scale = one.weight * (2.0**8 if method == "soflow" else 1.0)  # of its last gap
+    c1 = scale * (1 - one.out[:, 0])
+    c2 = scale * (at - ramp.out[:, 0]) - c1 * at
+    speed = jax.jvp(lambda u: jnp.arctan2(level(u).sigma, level(u).alpha), (at,), (jnp.ones_like(at),))[1]
+    angle = jnp.arctan2(level(at).sigma, level(at).alpha)
+    weight = levels.relative_weight(level(one.u), says)
+    return tuple(np.asarray(value, np.float64) for value in (angle, c1, c2 * speed, weight))
+
+
+def contraction(angle, c1, c2, weight):
+    """The symmetric part of the operator c1 + c2 d/dangle, of errors that count with `weight`; c1 - c2' / 2 for 1."""
+    return c1 - np.gradient(weight * c2, angle) / (2 * weight)
+
+
+@pytest.mark.parametrize(
+    ("method", "other_end"),
+    [
+        ("mean_flow", 0.0),
+        ("mean_flow", 0.3),
+        ("continuous_consistency", 0.0),
+        ("consistency_training", 0.0),
+        ("soflow", 0.0),
+        ("soflow", 0.3),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", [name for name, (_, says) in (SCHEDULES | OTHERS).items() if says is not parameterization.x0]
+)
+def test_errors_shrink_along_the_path_on_every_schedule(name, method, other_end):
+    """p(x | angle) is conserved along the path, so an error shrinks where the symmetric part is positive. For v on a
+    schedule that preserves the variance, with sCM's gain, it is 1/2 everywhere.
+    """
+    angle, c1, c2, weight = linear_effect(name, method, other_end)
+    number = contraction(angle, c1, c2, weight)[2:-2]
+    assert number.min() > 0.1, number.min()
+    if (SCHEDULES | OTHERS)[name][1] is parameterization.v and method != "soflow":
+        np.testing.assert_allclose(number, 0.5, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, says) in (SCHEDULES | OTHERS).items() if says is not parameterization.eps]
+)
+def test_errors_shrink_along_the_end_of_a_step(name):
+    """The Lagrangian method. An eps of zero is that of no data, so this prediction is left out."""
+    assert contraction(*linear_effect(name, "lagrangian", 1.0, by_end=True))[2:-2].min() > 0.1
+
+
+@pytest.mark.parametrize("name", ["edm, v", "cosine", "flow"])
+def test_consistency_training_has_the_gap_and_the_weight_of_its_paper(name):
+    """ECT (Geng et al. 2024): r = t (1 - n(t) / 2^a), n(t) = 1 + 8 sigmoid(-t), and 1 / (t - r) on the error of x0."""
+    schedule, says = (SCHEDULES | OTHERS)[name]
+    level, asked = level_function(schedule), []
+    u = jnp.linspace(0.05, 0.99, 40)
+    zero = jnp.zeros((40, 1))
+
+    def output(x, u, to):
+        asked.append(u)
+        return zero
+
+    maps = flow_map.Maps(output, says, lambda u, to: says.step(level(u), level(to)), None)
+    time_of = lambda ratio: schedule.fraction_of(schedule.t_of_logsnr(-2 * jnp.log(ratio)))  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 40)
+    for halvings in (0, 1, 4, 8):
+        progress = jnp.float32((halvings + 0.5) / 9)
+        path = flow_map.Path(zero, zero, lambda u: (zero, zero), level, time_of, lambda keys: u, keys, progress)
+        target = flow_map.consistency_training(8.0)(path, maps)
+        start, nearer = (NoiseLevel(*(np.float64(v) for v in level(times))) for times in (u, asked[-1]))
+        t = start.sigma / start.alpha
+        r = np.maximum(t * (1 - (1 + 8 / (1 + np.exp(t))) / 2**halvings), 0)
+        seen = r > 1.1 * float(level(jnp.array([2e-3])).sigma[0])  # less noise than this is taken for none
+        np.testing.assert_allclose((nearer.sigma / nearer.alpha)[seen], r[seen], rtol=0.01)
+        weight = np.asarray(target.weight * levels.inverse_noise_weight(level(u), says))
+        _, b = says.step(level(u), level(0 * u))
+        np.testing.assert_allclose(weight, np.asarray(b) ** 2 / (t - r), rtol=1e-3)
+
+
+def small_network(params, x, level, to):
+    """A bump with many parameters: a network of one layer."""
+    angles = jnp.stack([target_time(level), to], axis=-1) * jnp.pi / 2000
+    h = jnp.concatenate([x, jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.tanh(h @ params["in"] + params["bias"]) @ params["out"]
+
+
+DIVERGED = [  # what the length of the chord, as the reach of a step, kept away from the exact map, and relatives
+    *(("linear, v", method) for method in ("continuous_consistency", "mean_flow", "lagrangian", "soflow")),
+    *((name, "continuous_consistency") for name in ("cosine", "edm, v")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method"), DIVERGED)
+def test_a_short_training_leads_back_to_the_exact_map(name, method, steps=400, batch=512):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"in": 1.5 * jax.random.normal(keys[0], (7, 32)), "bias": jax.random.normal(keys[1], 32)}
+    params["out"] = 0.2 * jax.random.normal(keys[2], (32, 3))
+    student, teacher = made_model(name, params, of_steps=method == "lagrangian", bump=small_network)
+    function, options = METHODS[method]
+    # the teacher's path, which is exact, so that the error alone is seen, not the noise of its estimate
+    guide = None if method == "lagrangian" else flow_map.Teacher(teacher, defines_path=True)
+    loss = flow_map.flow_map(student, function, steps, teacher=guide, **options)
+    optimizer = optax.adam(2e-3)
+    frozen = {"codec": {}, "conditioning": None, "null_cond": {}, "rest": {}, "teacher": teacher.params}
+
+    def step(carry, number):
+        params, state = carry
+        drawn = jax.random.split(jax.random.fold_in(keys[3], number), batch + 1)
+        x0 = MEAN + STD * jax.random.normal(drawn[0], (batch, *SHAPE))
+        gone_by = frozen | {"step": jnp.maximum(number, 3 * steps // 4)}  # as late in a training
+        gradient = jax.grad(lambda p: loss(p, gone_by, {"latent": x0, "cond": {}}, drawn[1:])[0])(params)
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    after = jax.jit(lambda: jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))[0][0])()
+    plan, noise = solvers.consistency(student.useful_schedule, 16), jax.random.split(jax.random.key(1), 1000)
+    x = initial_noise(noise, SHAPE, plan.start)
+
+    def distance(params):
+        samples = sample(student.denoiser(params), plan, x, noise, {}).reshape(-1, 3)
+        moments = np.abs(samples.mean(0) - MEAN), np.abs(samples.std(0) - STD)
+        return float(np.max(moments))
+
+    assert distance(after) < 0.25 * distance(params), (distance(params), distance(after))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
