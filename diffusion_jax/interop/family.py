@@ -73,11 +73,14 @@ class SingleFile(NamedTuple):
     read: tensors -> the parts, or None for a file of another family. Raises KeyError, IndexError or ValueError for a
       file of the family with missing or misshapen tensors.
     scheduler: scheduler_config.json of the family.
+    states: (tensors, header) -> those of its fields that the file states otherwise, in marker tensors and in the
+      metadata of its header. Raises ValueError for a statement that is not supported.
     ask: advice in the error for a file that does not say what its network predicts; "" if `scheduler` says it.
     """
 
     read: Callable[[Tensors], dict[str, Description] | None]
     scheduler: Config
+    states: Callable[[Tensors, Mapping[str, str]], Config] = lambda tensors, header: {}
     ask: str = ""
 
 

@@ -27,7 +27,7 @@ from diffusion_jax.interop.family import Description, Family
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.safety import SafetyChecker
 from diffusion_jax.interop.schedulers import with_defaults
-from diffusion_jax.interop.single_file import read_single_file
+from diffusion_jax.interop.single_file import read_checkpoint
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.messages import first_line
@@ -112,9 +112,8 @@ def load_pipeline(
     path = Path(path)
     if prediction not in (None, *PREDICTIONS.values()):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
-    family, networks = read_networks(path, allow_pickle)
-    scheduler, index = _settings(path, family)
-    if path.is_file() and prediction is None and family.single_file.ask:
+    family, networks, scheduler, index = _read(path, allow_pickle)
+    if path.is_file() and family.single_file.ask and not (prediction or "prediction_type" in scheduler):
         raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
     schedule, default_prediction = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
     folders = [Path(tokenizers or path) / folder for name, folder in family.tokenizers.items() if name in networks]
@@ -168,17 +167,27 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
 def family_of(path: str | Path, allow_pickle: bool = False) -> Family:
     """The family of a folder or file. Raises the errors of `load_pipeline`."""
     path = Path(path)
-    return read_single_file(path, allow_pickle)[0] if path.is_file() else _family_and_configs(path)[0]
+    return read_checkpoint(path, allow_pickle).family if path.is_file() else _family_and_configs(path)[0]
 
 
 def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Network]]:
     """The family of a folder or file, and its networks by part; text encoders may be missing."""
-    path = Path(path)
+    return _read(Path(path), allow_pickle)[:2]
+
+
+def _read(path: Path, allow_pickle: bool) -> tuple[Family, dict[str, Network], Mapping, dict]:
+    """The family and the networks of a folder or file, scheduler_config.json, and model_index.json without the parts.
+
+    A file has no model_index.json.
+    """
     if path.is_file():
-        family, parts = read_single_file(path, allow_pickle)
-        sources = dict.fromkeys(parts, str(path))
+        family, parts, scheduler = read_checkpoint(path, allow_pickle)
+        index, sources = {}, dict.fromkeys(parts, str(path))
     else:
         family, configs = _family_and_configs(path)
+        scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+        entries = read_json(path / "model_index.json")
+        index = {name: value for name, value in entries.items() if not isinstance(value, list)}
         parts, sources = {}, {}
         for name, config in configs.items():
             tensors, sources[name] = read_tensors(path / name, family.parts[name].weights, allow_pickle)
@@ -188,7 +197,7 @@ def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family,
         component = family.parts[name]
         module, like = component.build(config, sources[name])
         networks[name] = Network(module, like, component.tensors(tensors, module), sources[name])
-    return family, networks
+    return family, networks, scheduler, index
 
 
 def _family_and_configs(path: Path) -> tuple[Family, dict[str, dict]]:
@@ -252,15 +261,6 @@ def scheduler_config(config: Mapping, schedule: DiscreteSchedule, prediction: st
         "trained_betas": np.minimum(betas, 1 - 1e-12).tolist(),
         "rescale_betas_zero_snr": bool(np.isneginf(schedule.logsnr_table[-1])),
     }
-
-
-def _settings(path, family):
-    """(scheduler_config.json, model_index.json without its parts). For a single file, the settings of its family."""
-    if path.is_file():
-        return family.single_file.scheduler, {}
-    index = read_json(path / "model_index.json")
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    return scheduler, {name: value for name, value in index.items() if not isinstance(value, list)}
 
 
 def _is_used(entry):

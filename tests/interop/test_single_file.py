@@ -1,18 +1,22 @@
 """Checkpoints in one file: tiny ones with the original names become the state dicts of diffusers and transformers."""
 
+import functools
 import re
 import types
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
+from diffusion_jax.core import schedules
 from diffusion_jax.interop import single_file
 from diffusion_jax.interop.families import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
 from diffusion_jax.interop.families.latent_diffusion import unet_name
 from diffusion_jax.interop.folders import autoencoder_of, unet_of
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.single_file import read_single_file
+from diffusion_jax.interop.pipeline import schedule_of
+from diffusion_jax.interop.single_file import read_checkpoint, read_single_file
 from diffusion_jax.interop.tensors import write_file
 
 UNET = {"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "block_out_channels": [32, 64]}
@@ -193,13 +197,14 @@ def text_parts(family):
     return held | open_clip(second, "conditioner.embedders.1.model."), [first, second]
 
 
+@functools.cache
 def checkpoint(family):
     """(tensors of a whole checkpoint in one file, its parts as they were before)."""
     config = UNETS[family]
     unet, autoencoder = random_tensors(unet_of, config), random_tensors(autoencoder_of, AUTOENCODER)
     text, encoders = text_parts(family)
     held = {"model.diffusion_model." + ldm_unet_name(name, config): tensor for name, tensor in unet.items()}
-    held |= ldm_autoencoder(autoencoder) | text | {"alphas_cumprod": np.ones(1000, np.float32)}
+    held |= ldm_autoencoder(autoencoder) | text | {"alphas_cumprod": np.float32(schedules.scaled_linear().alphas_bar)}
     return held, [unet, autoencoder, *encoders]
 
 
@@ -357,6 +362,10 @@ def test_names_joined_by_underscores():
         ),
         (lambda held: {n: t for n, t in held.items() if "first_stage" not in n}, "lacks or misshapes tensors"),
         (lambda held: {n: t for n, t in held.items() if "middle_block.1" not in n}, "lacks or misshapes tensors"),
+        (lambda held: held | {"edm_mean": np.zeros(4), "edm_std": np.ones(4)}, "has others: edm_mean, edm_std change"),
+        (lambda held: held | {"edm_vpred.sigma_max": np.ones(1)}, "has others: edm_vpred.sigma_max change"),
+        (lambda held: held | {"control_model.zero_convs.0.0.weight": np.zeros(1)}, "has others: control_model.zero"),
+        (lambda held: held | {"alphas_cumprod": np.linspace(1, 0, 1000)}, "alphas_cumprod is the table of another"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
@@ -364,3 +373,72 @@ def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         read_single_file(tmp_path / "x.safetensors")
     assert "\n" not in str(raised.value)
+
+
+NORMAL, ZERO = schedules.scaled_linear(), schedules.zero_terminal_snr(schedules.scaled_linear())
+EMPTY = np.zeros(0, np.float16)
+
+
+def sigmas(schedule):
+    level = schedule(np.arange(1000))
+    return np.float32(level.sigma / np.maximum(level.alpha, 1e-4))
+
+
+@pytest.mark.parametrize(
+    ("family", "tensors", "header", "prediction", "schedule"),
+    [
+        ("sdxl", {}, {}, "eps", NORMAL),
+        ("sdxl", {"v_pred": EMPTY}, {}, "v", NORMAL),
+        ("sdxl", {"v_pred": EMPTY, "ztsnr": EMPTY}, {}, "v", ZERO),
+        ("sd1", {"v_pred": EMPTY, "ztsnr": EMPTY}, {}, "v", ZERO),
+        ("sdxl", {}, {"modelspec.prediction_type": "v"}, "v", NORMAL),
+        ("sdxl", {}, {"modelspec.prediction_type": "epsilon", "modelspec.title": "any"}, "eps", NORMAL),
+        ("sdxl", {"v_pred": EMPTY}, {"modelspec.prediction_type": "epsilon"}, "v", NORMAL),
+        ("sdxl", {}, {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "v", ZERO),
+        ("sdxl", {}, {"ss_v_parameterization": "False", "ss_zero_terminal_snr": "None"}, "eps", NORMAL),
+        ("sd1", {}, {"modelspec.timestep_range": "0,1000", "modelspec.encoder_layer": "1"}, "eps", NORMAL),
+        ("sd2", {}, {"modelspec.prediction_type": "v"}, "v", NORMAL),
+        ("sd2", {}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v", NORMAL),
+        ("sd2", {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, "eps", NORMAL),
+        ("sd1", {"alphas_cumprod": np.float16(ZERO.alphas_bar)}, {}, "eps", ZERO),
+        ("sd1", {"alphas_cumprod": NORMAL.alphas_bar.astype(ml_dtypes.bfloat16)}, {}, "eps", NORMAL),
+        ("sdxl", {"denoiser.sigmas": sigmas(NORMAL)}, {}, "eps", NORMAL),
+        ("sdxl", {"model_ema.decay": np.ones(()), "betas": np.ones(1000)}, {}, "eps", NORMAL),
+    ],
+)
+def test_what_a_file_states(family, tensors, header, prediction, schedule, tmp_path):
+    """Empty marker tensors, tables of noise levels and the header say what is predicted on which schedule."""
+    write_file(tmp_path / "x.safetensors", checkpoint(family)[0] | tensors, metadata=header)
+    stated = read_checkpoint(tmp_path / "x.safetensors").scheduler
+    found, predicted = schedule_of(stated, "test")
+    assert predicted == prediction
+    np.testing.assert_allclose(found.logsnr_table, schedule.logsnr_table)
+    assert stated["timestep_spacing"] == ("trailing" if schedule is ZERO else "leading")
+
+
+def test_a_table_of_an_xl_denoiser_has_zero_terminal_snr(tmp_path):
+    held = {name: tensor for name, tensor in checkpoint("sdxl")[0].items() if name != "alphas_cumprod"}
+    write_file(tmp_path / "x.safetensors", held | {"denoiser.sigmas": sigmas(ZERO)})
+    assert read_checkpoint(tmp_path / "x.safetensors").scheduler["rescale_betas_zero_snr"]
+
+
+def test_the_factor_of_the_latents_in_a_file(tmp_path):
+    write_file(tmp_path / "x.safetensors", checkpoint("sd1")[0] | {"scale_factor": np.float32(0.2)})
+    assert read_checkpoint(tmp_path / "x.safetensors").parts["vae"].config["scaling_factor"] == np.float32(0.2)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"modelspec.prediction_type": "flow"}, "modelspec.prediction_type='flow' in its header is not supported"),
+        ({"modelspec.timestep_range": "800,1000"}, "modelspec.timestep_range='800,1000' in its header is not"),
+        ({"modelspec.encoder_layer": "2"}, "modelspec.encoder_layer='2' in its header is not supported: expected 1"),
+        ({"ss_clip_skip": "2"}, "ss_clip_skip='2' in its header is not supported: expected 1"),
+        ({"ss_zero_terminal_snr": "perhaps"}, "ss_zero_terminal_snr='perhaps' in its header is not supported"),
+    ],
+)
+def test_statements_that_are_not_supported_are_refused_by_name(header, message, tmp_path):
+    write_file(tmp_path / "x.safetensors", checkpoint("sd1")[0], metadata=header)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_checkpoint(tmp_path / "x.safetensors")
+    assert str(tmp_path) in str(raised.value)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.interop.family import Description, LoraNames, Tensors
+from diffusion_jax.interop.families.statements import stated
+from diffusion_jax.interop.family import Config, Description, LoraNames, Tensors
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import UNet
 
@@ -58,6 +59,11 @@ OPEN_CLIP = [
     (r"\.attn\.", ".self_attn."),
 ]
 INERT = re.compile(r"(^loss|\.?position_ids$|^logit_scale$|^attn_mask$)")  # unused by these networks
+# Outside the networks: averaged copies, tables of the schedule, and what `statements` reads.
+OUTSIDE = re.compile(
+    r"model_ema\.|(sqrt_|log_one_minus_|posterior_|alphas_cumprod)\w*$|denoiser\.\w*sigmas$"
+    r"|(betas|lvlb_weights|logvar|scale_factor|v_pred|ztsnr)$|(cond_stage_model|conditioner)\.(.*\.)?logit_scale$"
+)
 
 SCHEDULER = {  # how all of them were trained
     "_class_name": "DDIMScheduler",
@@ -91,8 +97,9 @@ class Layout(NamedTuple):
 
     matches: tensors of the U-Net -> whether it is of this family.
     sample_size: of the U-Net, latents on a side.
-    scaling_factor: of the autoencoder.
+    scaling_factor: of the autoencoder, unless the file has its own.
     encoders: (part, prefix of its tensors, tensors -> Description). A part may have several layouts.
+    encoder_layer: the layer of the text encoders that the denoiser uses, counted from the end.
     needs_encoder: whether a file without any of them is of another family.
     """
 
@@ -100,11 +107,17 @@ class Layout(NamedTuple):
     sample_size: int
     scaling_factor: float
     encoders: Sequence[tuple[str, str, Callable[[Tensors], Description]]]
+    encoder_layer: int = 2
     needs_encoder: bool = False
 
+    def states(self, tensors: Tensors, header: Mapping[str, str]) -> Config:
+        """See `SingleFile.states`."""
+        return stated(tensors, header, SCHEDULER, self.encoder_layer)
+
     def read(self, tensors: Tensors) -> dict[str, Description] | None:
-        """The parts of a file, None if it is of another family. Tensors that no part has (averaged copies, tables of
-        the schedule) are ignored.
+        """The parts of a file, None if it is of another family.
+
+        Raises ValueError for tensors that are not known, such as the mean and deviation of the latents of EDM models.
         """
         unet = _under(tensors, "model.diffusion_model.")
         if "input_blocks.0.0.weight" not in unet or not self.matches(unet):
@@ -113,10 +126,16 @@ class Layout(NamedTuple):
         encoders = {part: describe(named) for part, named, describe in texts if named}
         if self.needs_encoder and not encoders:
             return None
+        prefixes = ("model.diffusion_model.", "first_stage_model.", *(prefix for _, prefix, _ in self.encoders))
+        unknown = sorted(name for name in tensors if not name.startswith(prefixes) and not OUTSIDE.match(name))
+        if unknown:
+            first = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+            raise ValueError(f"{first} change or extend the model in a way that is not supported")
         autoencoder = _under(tensors, "first_stage_model.")
+        scaling_factor = float(tensors.get("scale_factor", self.scaling_factor))
         return {
             "unet": _unet(unet, self.sample_size),
-            "vae": _autoencoder(autoencoder, 8 * self.sample_size, self.scaling_factor),
+            "vae": _autoencoder(autoencoder, 8 * self.sample_size, scaling_factor),
             **encoders,
         }
 

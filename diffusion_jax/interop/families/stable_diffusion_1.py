@@ -11,6 +11,7 @@ LAYOUT = Layout(
     sample_size=64,
     scaling_factor=0.18215,
     encoders=latent_diffusion.ONE_ENCODER,
+    encoder_layer=1,
 )
 FAMILY = Family(
     name="Stable Diffusion 1",
@@ -26,7 +27,7 @@ FAMILY = Family(
     fits=latent_diffusion.fits,
     scheduler_changes={"clip_sample": False, "steps_offset": 1},
     safety_checker=load_safety_checker,
-    single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}),
+    single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}, LAYOUT.states),
     lora=latent_diffusion.LORA,
     embeddings={"emb_params": "text_encoder", "clip_l": "text_encoder"},
 )

@@ -53,7 +53,7 @@ FAMILY = Family(
     ),
     index=latent_diffusion.index_of("StableDiffusionXL", has_safety_checker=False),
     fits=latent_diffusion.fits,
-    single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}),
+    single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}, LAYOUT.states),
     lora=latent_diffusion.LORA,
     embeddings={"clip_l": "text_encoder", "clip_g": "text_encoder_2"},
 )
@@ -68,5 +68,6 @@ REFINER = FAMILY._replace(
             encoders=(("text_encoder_2", "conditioner.embedders.0.model.", open_clip),), needs_encoder=True
         ).read,
         latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"},
+        LAYOUT.states,
     ),
 )
