@@ -134,7 +134,7 @@ BAD = {
     "eval.measures must be some of likelihood, distances, scenes; got none": "--config.eval.measures=()",
     "eval.measures=scenes needs a text-conditional model and data.source=emoji": "--config.eval.measures=('scenes',)",
     "eval.cases must be at least 1, got 0": "--config.eval.cases=0",
-    "eval.scales=3: this model has guidance 2 built in: set sample.guidance to 1": "--config=configs/few_step.py:digits/lcm "
+    "eval.scales=3: this model has guidance 2 built in": "--config=configs/few_step.py:digits/lcm "
     f"--config.eval.scales=1,3 {ALONE} --config.eval.networks=('pixels',)",
     "eval.scales=2: the scale of CFG++ must be in [0, 1]": "--config.eval.scales=0.5,2 --config.sample.cfg_pp=True "
     f"--config.sample.solver=ddim --config.sample.guidance=0.5 {ALONE} --config.eval.networks=('pixels',)",
