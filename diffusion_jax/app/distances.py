@@ -80,14 +80,15 @@ def distances(config: ConfigDict, model: DiffusionModel):
         )
     networks = [feature_network(name, config.get("allow_pickle", False)) for name in section.networks]
     loaded_references = _statistics(section, networks)
-    sample.request(config, model, [_prompt(config, held_out_source[0])])  # raises for settings that cannot be used
+    scales = sample.measured_scales(config, model, [_prompt(config, held_out_source[0])])
     resize = crop(*model.size, upscale=config.data.upscale)
     held_out_pictures = Pictures(held_out_source, resize, section.seed, 0, count)
-    return functools.partial(_prepare, config, networks, loaded_references, held_out_pictures, real_source)
+    return functools.partial(_prepare, config, scales, networks, loaded_references, held_out_pictures, real_source)
 
 
 def _prepare(
     config: ConfigDict,
+    scales: Sequence[float],
     networks: Sequence[FeatureNetwork],
     loaded_references: Sequence[Reference],
     held_out: Pictures,
@@ -117,12 +118,19 @@ def _prepare(
         "reference_pictures": references[0].count,
         "as": f"uint8, {model.size[0]} x {model.size[1]}",
     }
-    return functools.partial(_measure, config, Baseline(networks, prompts, sets, real_pictures, references), common)
+    baseline = Baseline(networks, prompts, sets, real_pictures, references)
+    return functools.partial(_measure, config, scales, baseline, common)
 
 
-def _measure(config: ConfigDict, baseline: Baseline, common: dict, model: DiffusionModel, folder: Path) -> dict:
+def _measure(
+    config: ConfigDict,
+    scales: Sequence[float],
+    baseline: Baseline,
+    common: dict,
+    model: DiffusionModel,
+    folder: Path,
+) -> dict:
     """The report of a model at each scale of guidance. common: part of the report, the same for all models."""
-    scales = config.eval.scales or (config.sample.guidance,)
     return common | {f"guidance {scale:g}": _at_scale(config, baseline, model, scale, folder) for scale in scales}
 
 
@@ -140,7 +148,8 @@ def _at_scale(config: ConfigDict, baseline: Baseline, model: DiffusionModel, sca
         report[network.name] = {"resized": network.resized} | figures
     _log(report, scale)
     if parallel.is_main():
-        _save_sheets(folder / f"guidance_{scale:g}", first_images, generated[0], baseline)
+        shown = sample.with_held_back(model, first_images)
+        _save_sheets(folder / f"guidance_{scale:g}", shown, generated[0], baseline)
     return report
 
 

@@ -118,10 +118,10 @@ def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
     def measure(model: DiffusionModel, folder: Path) -> dict:
         report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
         logging.info(
-            "likelihood of the %s of %d images of %s, lower is better: at most %.4f %s by the variational bound, "
-            "%.4f by the probability flow (docs/likelihood.md)",
-            *(report["of"], report["images"], report["data"], report["bound"]["mean"], report["unit"]),
-            report["flow"]["mean"],
+            "flow %.4f, bound %.4f %s of the %s of %d images of %s: their negative log-likelihood, along the "
+            "probability flow and by the variational bound; lower is better (docs/likelihood.md)",
+            *(report["flow"]["mean"], report["bound"]["mean"], report["unit"], report["of"], report["images"]),
+            report["data"],
         )
         return report
 
@@ -134,8 +134,7 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
     lpips, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
     drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
     target_drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles, config.data.concepts)
-    sample.request(config, model, config.sample.prompts)  # raises for settings that cannot be used
-    scales = config.eval.scales or (config.sample.guidance,)
+    scales = sample.measured_scales(config, model, config.sample.prompts)
 
     def prepare(model: DiffusionModel, cache: Path) -> Measure:
         reference = known_drawings(drawings, features, model.size[0])
@@ -156,7 +155,7 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
             return sample.generate_pictures(config, model, prompts, seeds, scale)
 
         def show(kind: str, captions: Sequence[str], images: Sequence[np.ndarray]) -> None:
-            sheet = pictures.grid(images[:SHOWN], COLUMNS, captions[:SHOWN])
+            sheet = pictures.grid(sample.with_held_back(model, images[:SHOWN]), COLUMNS, captions[:SHOWN])
             pictures.save(folder / f"{kind.replace(' ', '_')}.png", sheet, {"config": config.to_json_best_effort()})
 
         report = evaluate_scenes(scene_trials, reference, generate, lpips, config.eval.seed, show)

@@ -28,7 +28,7 @@ from diffusion_jax.data.transforms import (
 )
 from diffusion_jax.evaluation.batches import map_over_hosts
 from diffusion_jax.messages import Progress, with_progress
-from diffusion_jax.model import DiffusionModel
+from diffusion_jax.model import DiffusionModel, none_held_back
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
 
@@ -175,20 +175,47 @@ def generate_pictures(
     """Generate a picture for each prompt and seed by the solver of config.sample, for measurements. Each of several
     hosts generates a share and gets all pictures. The memory does not depend on the number of pictures.
 
+    No picture is held back, because a black one would be measured: see `with_held_back` for showing them.
+
     scale: of guidance.
     """
     model, size = model.placed(), parallel.divisible(min(config.sample.batch_size, len(prompts)))
+    model, config = model._replace(held_back=none_held_back), _at_scale(config, scale)
 
     def share(jobs: list[tuple[str, int]]) -> Iterator[np.ndarray]:
         sample_request = request(config, model, [prompt for prompt, _ in jobs])
-        guidance = sample_request.guidance._replace(scale=scale)
-        sample_request = sample_request._replace(
-            jobs=[(i, seed) for i, (_, seed) in enumerate(jobs)], guidance=guidance
-        )
+        sample_request = sample_request._replace(jobs=[(i, seed) for i, (_, seed) in enumerate(jobs)])
         return (result.image for result in generate(sample_request, model, size))
 
     images = map_over_hosts(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
     return with_progress(images, "sampling", len(prompts), "picture")
+
+
+def with_held_back(model: DiffusionModel, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The images to show: black where the model's safety checker holds one back."""
+    held_back = model.held_back(np.stack(images))
+    return [np.zeros_like(image) if hidden else image for image, hidden in zip(images, held_back, strict=True)]
+
+
+def measured_scales(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -> tuple[float, ...]:
+    """The guidance scales to measure at: config.eval.scales, or that of sampling. Raises ValueError for settings that
+    cannot be used, at any of them.
+    """
+    if not config.eval.scales:
+        request(config, model, prompts)
+        return (config.sample.guidance,)
+    for scale in config.eval.scales:
+        try:
+            request(_at_scale(config, scale), model, prompts)
+        except ValueError as error:
+            raise ValueError(f"eval.scales={scale:g}: {error}") from error
+    return tuple(config.eval.scales)
+
+
+def _at_scale(config: ConfigDict, scale: float) -> ConfigDict:
+    config = ConfigDict(config).copy_and_resolve_references()
+    config.sample.guidance = float(scale)
+    return config
 
 
 def _images(

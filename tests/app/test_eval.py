@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_jax import codec
+from diffusion_jax import build, codec
+from diffusion_jax.app import sample
 from diffusion_jax.conditioning import class_labels
 from diffusion_jax.core import parameterization, schedules
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import BadRecord
+from diffusion_jax.data.transforms import BadRecord, to_float
 from diffusion_jax.evaluation.likelihood import evaluate_likelihood
 from diffusion_jax.model import DiffusionModel, Network
 from tests import command_line, test_main
+from tests.serve import tiny
 from tests.test_main import TINY, finish, start
 
 trained = test_main.trained  # a fixture
@@ -132,6 +134,10 @@ BAD = {
     "eval.measures must be some of likelihood, distances, scenes; got none": "--config.eval.measures=()",
     "eval.measures=scenes needs a text-conditional model and data.source=emoji": "--config.eval.measures=('scenes',)",
     "eval.cases must be at least 1, got 0": "--config.eval.cases=0",
+    "eval.scales=3: this model has guidance 2 built in": "--config=configs/few_step.py:digits/lcm "
+    f"--config.eval.scales=1,3 {ALONE} --config.eval.networks=('pixels',)",
+    "eval.scales=2: the scale of CFG++ must be in [0, 1]": "--config.eval.scales=0.5,2 --config.sample.cfg_pp=True "
+    f"--config.sample.solver=ddim --config.sample.guidance=0.5 {ALONE} --config.eval.networks=('pixels',)",
 }
 
 
@@ -148,6 +154,16 @@ def test_bad_input_is_one_clear_line(expected, tmp_path, capfd, monkeypatch):
     assert not workdir.exists()
 
 
+def test_pictures_that_are_held_back_are_measured_as_drawn_and_shown_black(monkeypatch):
+    drawn = np.random.default_rng(0).integers(1, 256, (2, 8, 8, 3), dtype=np.uint8)
+    monkeypatch.setattr(sample, "_images", lambda *_: jnp.asarray(to_float(drawn)))
+    model = build.model.diffusion_model(tiny.config())
+    model = model._replace(params={}, held_back=lambda images: np.arange(len(images)) == 1)
+    measured = list(sample.generate_pictures(tiny.config(), model, ("3", "7"), (0, 1), 1.0))
+    np.testing.assert_array_equal(measured, drawn)
+    np.testing.assert_array_equal(sample.with_held_back(model, measured), [drawn[0], np.zeros_like(drawn[1])])
+
+
 @pytest.mark.slow
 def test_eval_writes_its_figures_and_which_weights_they_are_of(trained):
     few = ["--config.eval.images=5", "--config.eval.steps=3", "--config.eval.terms=4", "--config.eval.batch_size=4"]
@@ -160,6 +176,7 @@ def test_eval_writes_its_figures_and_which_weights_they_are_of(trained):
     assert np.isfinite([result["flow"]["mean"], result["bound"]["mean"]]).all()
     last = next(line for line in stderr.splitlines() if line.startswith("flow "))
     assert f"flow {result['flow']['mean']:.4f}" in last and "digits-validation" in last and "5 images" in last
+    assert "negative log-likelihood" in last and "lower is better" in last
 
 
 FEW = ["--config.eval.images=22", "--config.eval.steps=2", "--config.eval.terms=2", "--config.eval.batch_size=8"]
