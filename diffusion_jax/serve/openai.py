@@ -5,7 +5,6 @@ Fields of `schema.Request` that this API lacks, such as steps or seed, may be se
 
 import base64
 import io
-import json
 import re
 from collections.abc import AsyncIterator
 from time import time
@@ -20,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from diffusion_jax.serve import uploads
-from diffusion_jax.serve.bodies import event_text, json_object
+from diffusion_jax.serve.bodies import event_text, json_object, value_of
 from diffusion_jax.serve.engine import Ended, PictureDone, Progress
 from diffusion_jax.serve.schema import Problem, checked, png
 from diffusion_jax.serve.service import QueuedRequest, Service, problem
@@ -81,7 +80,7 @@ def routes(service: Service) -> list[Route]:
 def _number(name: str, value: str) -> Any:
     """The value of a form's field; that of a number of ours as JSON."""
     try:
-        return json.loads(value) if name in NUMBERS else value
+        return value_of(value) if name in NUMBERS else value
     except ValueError:
         return value
 

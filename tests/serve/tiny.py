@@ -12,6 +12,7 @@ import uvicorn
 
 from configs import digits
 from diffusion_jax import build
+from diffusion_jax.serve import connections
 from diffusion_jax.serve.drawing import Picture, Shared
 from diffusion_jax.serve.engine import Ended, Engine, PictureDone
 from diffusion_jax.serve.server import application
@@ -117,7 +118,9 @@ def served(load=load, token="", hosts=(), **serve):
     engine = Engine(load, settings.serve.queue)
     service = Service(engine, engine.start(), settings)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(application(service, token, hosts), log_level="error"))
+        app = application(service, token, hosts)
+        options = connections.settings(app, service.facts.size, settings.serve.max_upload, log_level="error")
+        server = uvicorn.Server(options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://localhost:{listening.getsockname()[1]}", service
