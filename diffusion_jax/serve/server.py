@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket
 from diffusion_jax.serve import description, openai, webui
 from diffusion_jax.serve.bodies import event_text, json_object
 from diffusion_jax.serve.engine import Ended, PictureDone, Progress, Queued
-from diffusion_jax.serve.guard import Guard
+from diffusion_jax.serve.guard import Guard, client_of
 from diffusion_jax.serve.live import live
 from diffusion_jax.serve.schema import Problem, animation, png
 from diffusion_jax.serve.service import QueuedRequest, Service, problem
@@ -73,7 +73,7 @@ def _routes(service: Service) -> list[BaseRoute]:
         return FileResponse(PAGE / "index.html")
 
     async def generate(http: Http) -> Response:
-        queued = await service.ask(await json_object(http))
+        queued = await service.ask(client_of(http.scope), await json_object(http))
         return StreamingResponse(_events(service, http, queued), media_type="text/event-stream")
 
     async def model(http: Http) -> Response:

@@ -51,6 +51,11 @@ def inverted(data: bytes, max_pixels: int) -> bytes:
     return _png(ImageOps.invert(upright(data, max_pixels, FORMATS).convert("L")))
 
 
+def texts(data: bytes, max_pixels: int) -> dict[str, str]:
+    """The texts in a PNG. Errors as in `picture`."""
+    return {name: text for name, text in upright(data, max_pixels, FORMATS).info.items() if isinstance(text, str)}
+
+
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
