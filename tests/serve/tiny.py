@@ -31,12 +31,12 @@ def config(**serve):
     return result
 
 
-def load() -> Loaded:
+def load(**serve) -> Loaded:
     model = build.model.diffusion_model(config())
     leaves, tree = jax.tree.flatten(model.network.init(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return Loaded(config(), model._replace(params=jax.tree.unflatten(tree, noise)), "random")
+    return Loaded(config(**serve), model._replace(params=jax.tree.unflatten(tree, noise)), "random")
 
 
 def load_not_finite() -> Loaded:
