@@ -82,7 +82,7 @@ class Frame(NamedTuple):
         mask = _resized(np.uint8(255) * self.mask, self._sides(), Image.Resampling.BOX) > 0
         return image, np.pad(mask, padding, "edge")
 
-    def left(self, image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "height width 3"]:
+    def left(self, image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "asked_height asked_width 3"]:
         """A drawn image as it was asked for."""
         if not self.is_resized:
             return image

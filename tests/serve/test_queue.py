@@ -53,7 +53,7 @@ def test_clients_take_turns(engine, worker):
     engine.submit([picture(steps=11)], client="late")
     worker.finish()
     worker.finish()
-    assert [steps for steps, _ in worker.batches()] == [1, 2, 10, 20, 3, 4, 11]
+    assert [steps for steps, _ in worker.batches()] == [1, 2, 10, 20, 3, 11, 4]
 
 
 def test_one_client_leaves_half_of_the_queue_to_others(engine, worker):
@@ -74,7 +74,6 @@ def test_other_sizes_are_drawn_beside_the_own_size_and_wait_for_nothing_of_it(en
     more = engine.submit([picture(steps=3, size=(16, 16))])
     last = engine.submit([picture(steps=4)])
     assert worker.batches() == [(1, 16), (2, 8)], "the small one does not wait for the large one"
-    assert [job.events.get_nowait() for job in (more, last)] == [Queued(0), Queued(1)]
     assert more.events.get_nowait() == Queued(0) == last.events.get_nowait() and more.events.get_nowait() == Queued(
         1
     ), "the own size comes first"
