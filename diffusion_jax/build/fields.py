@@ -251,7 +251,10 @@ SERVE = {
     "queue": Field(64, whole(1), "Requests that may wait; more are refused."),
     "max_images": Field(16, whole(1, 256), "The most images of a request."),
     "max_steps": Field(150, whole(1, 1000), "The most steps of a request."),
-    "max_side": Field(1024, side, "The largest height and width of a request, pixels."),
+    "max_side": Field(2048, side, "The largest height and width of a request, pixels."),
+    "sizes": Field(
+        (), each(text), "Further sizes to draw at, each WIDTHxHEIGHT; any other is drawn at the nearest and resized."
+    ),
     "max_upload": Field(20_000_000, whole(1000), "Bytes of a request."),
     "max_pixels": Field(16_000_000, whole(64), "Pixels of an uploaded picture."),
     "live_weights": Field(

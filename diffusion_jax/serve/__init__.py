@@ -4,18 +4,18 @@ import functools
 import ipaddress
 import socket
 from pathlib import Path
+from urllib.parse import quote
 
 import uvicorn
 from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax.build import fields
-from diffusion_jax.serve import worker
+from diffusion_jax.serve import connections, worker
 from diffusion_jax.serve.engine import Engine
 from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
 
-PATIENCE = 5  # seconds that running requests have to finish when the server stops
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -41,16 +41,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         facts = engine.start()
         logging.info("weights: %s", facts.origin)
         app = application(Service(engine, facts, config), token, () if token else LOOPBACK)
-        host = f"[{section.host}]" if ":" in section.host else section.host
-        secret = f"/?token={token}" if token else ""
-        logging.info("open http://%s:%d%s", host, listening.getsockname()[1], secret)
-        settings = uvicorn.Config(
-            app,
-            log_level="warning",
-            server_header=False,
-            ws_max_size=section.max_upload,
-            timeout_graceful_shutdown=PATIENCE,
-        )
+        logging.info("open %s", _address(section.host, listening.getsockname()[1], token))
+        settings = connections.settings(app, facts.size, section.max_upload, log_level="warning")
         server = uvicorn.Server(settings)
         server.run(sockets=[listening])
     finally:
@@ -81,6 +73,12 @@ def _token(file: str) -> str:
     if not token or not token.isascii() or not token.isprintable():
         raise ValueError(f"config.serve.token_file: expected one line of ASCII in {file}")
     return token
+
+
+def _address(host: str, port: int, token: str) -> str:
+    """The address to open in a browser. It contains the token."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}" + (f"/?token={quote(token, safe='')}" if token else "")
 
 
 def _is_loopback(host: str) -> bool:

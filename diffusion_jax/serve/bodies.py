@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Http
 
 from diffusion_jax.serve.schema import Problem
@@ -11,17 +10,22 @@ from diffusion_jax.serve.schema import Problem
 
 async def json_object(http: Http) -> dict[str, Any]:
     """The JSON object of a request. Raises Problem for anything else."""
+    return parsed(await http.body(), "the body")
+
+
+def value_of(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, also for one that is nested too deeply."""
     try:
-        return parsed(await http.body(), "the body")
-    except ClientDisconnect as error:
-        raise Problem(400, "the client left") from error
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def parsed(text: str | bytes, name: str) -> dict[str, Any]:
     """The JSON object in a text. Raises Problem, calling it by this name, for anything else."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = value_of(text)
+    except ValueError as error:
         raise Problem(400, f"{name} must be a JSON object") from error
     if not isinstance(values, dict):
         raise Problem(400, f"{name} must be a JSON object")

@@ -7,7 +7,7 @@ from pydantic.json_schema import models_json_schema
 
 from diffusion_jax.serve.openai import Edit, Generation
 from diffusion_jax.serve.schema import Request
-from diffusion_jax.serve.webui import ImageToImage, TextToImage
+from diffusion_jax.serve.webui import ImageToImage, PictureInfo, TextToImage
 
 TEMPLATE = "#/components/schemas/{model}"
 EVENTS = "Server-sent events: queued, progress, picture, animation, done, error."
@@ -20,7 +20,8 @@ READ = {  # what can be read -> what it is
     "/sdapi/v1/schedulers": "The spacings of steps.",
     "/sdapi/v1/sd-models": "The model, as web UIs list it.",
     "/sdapi/v1/options": "The options of a web UI.",
-    "/sdapi/v1/progress": "How far the request of a web UI is.",
+    "/sdapi/v1/progress": "How far the request of this client is.",
+    "/sdapi/v1/memory": "The memory of the machine.",
 }
 
 
@@ -29,16 +30,19 @@ def openapi(request: type[Request], live: type[Request]) -> dict[str, Any]:
 
     request, live: `schema.of_model`, for pictures and for frames of the live canvas.
     """
-    kinds = (request, live, Generation, Edit, TextToImage, ImageToImage)
+    kinds = (request, live, Generation, Edit, TextToImage, ImageToImage, PictureInfo)
     _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=TEMPLATE)
     paths = {path: {"get": {"summary": about, "responses": _responses()}} for path, about in READ.items()}
     paths |= {
         "/api/generate": _post("Draw pictures.", request, answer="text/event-stream", about=EVENTS),
         "/v1/images/generations": _post("Draw pictures, as OpenAI's API does.", Generation),
         "/v1/images/edits": _edit(),
+        "/sdapi/v1/png-info": _post("Read the settings in a PNG.", PictureInfo),
         "/sdapi/v1/txt2img": _post("Draw pictures, as web UIs do.", TextToImage),
         "/sdapi/v1/img2img": _post("Change a picture, as web UIs do.", ImageToImage),
-        "/sdapi/v1/interrupt": {"post": {"summary": "Stop the requests of web UIs.", "responses": _responses()}},
+        "/sdapi/v1/interrupt": {
+            "post": {"summary": "Stop this client's requests of web UIs.", "responses": _responses()}
+        },
     }
     return {
         "openapi": "3.1.0",
@@ -51,10 +55,12 @@ def openapi(request: type[Request], live: type[Request]) -> dict[str, Any]:
 def _responses(media: str = "application/json", about: str = "Done.") -> dict[str, Any]:
     errors = {
         "400": "The request is wrong; the message says what.",
+        "408": "The request did not arrive in time.",
         "413": "The request is too long.",
         "422": "The request is wrong; the message says what.",
         "429": "The queue is full; Retry-After says when to come back.",
         "500": "The picture could not be drawn.",
+        "503": "The server has no room for the request now.",
     }
     return {"200": {"description": about, "content": {media: {}}}} | {
         status: {"description": text} for status, text in errors.items()

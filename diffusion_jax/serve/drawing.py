@@ -23,7 +23,6 @@ from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines import from_noise, image_to_image, inpaint, invert, mix, text_to_image, variations
 from diffusion_jax.pipelines.generate import Callback, Every, decode, encode, noise, repeat_texts
 
-SIZES = 8  # sizes of images whose programs are kept
 PROMPTS = 256  # prompts whose conditions are kept
 PLANS = 1024
 INVERTIBLE = "ddim"  # the solver that draws a style: it also runs from the image to its noise
@@ -129,13 +128,9 @@ class Artist:
         self.sizes: dict[tuple[int, int], DiffusionModel] = {self.model.size: self.model}
 
     def of_size(self, size: tuple[int, int]) -> DiffusionModel:
-        """The model for images of this size. Keeps the programs of the last few sizes."""
+        """The model for images of this size."""
         if size not in self.sizes:
-            resized = self.model.resized(size)
-            if len(self.sizes) == SIZES:
-                self.sizes.clear()
-                jax.clear_caches()
-            self.sizes[size] = resized
+            self.sizes[size] = self.model.resized(size)
         return self.sizes[size]
 
     def _plan(self, shared: Shared) -> tuple[Plan, Guidance]:

@@ -5,6 +5,7 @@ pipe. If it dies, it is started again, and what it was drawing is drawn again, o
 """
 
 import asyncio
+import bisect
 import contextlib
 import math
 import multiprocessing
@@ -75,10 +76,13 @@ class Job:
 
     pictures: to draw.
     previews: none, some or all; see `worker.Batch`.
+    client: who asks, or None.
+    turn: its place in the queue; the requests of one client have different turns.
     """
 
-    def __init__(self, pictures: Sequence[Picture], previews: str):
-        self.pictures, self.previews = pictures, previews
+    def __init__(self, pictures: Sequence[Picture], previews: str, client: str | None = None, turn: int = 0):
+        self.pictures, self.previews, self.client, self.turn = pictures, previews, client, turn
+        self.size = pictures[0].shared.size
         self.waiting = list(range(len(pictures)))  # numbers of the pictures that are in no batch yet
         self.left = len(pictures)
         self.tries = 0
@@ -94,23 +98,37 @@ class Job:
         self.events.put_nowait(event)
 
 
+class Lane:
+    """What the worker draws at once: one lane for pictures of the model's own size, one for others.
+
+    running: (job, number of its picture) of the batch that is being drawn.
+    number: of that batch.
+    started: when.
+    """
+
+    def __init__(self):
+        self.running: list[tuple[Job, int]] = []
+        self.number, self.started = 0, 0.0
+
+
 class Engine:
     """A worker and the requests that wait for it.
 
     load: gives the worker its model; pickled.
-    size: requests that may wait.
+    size: requests that may wait, half of them of one client.
     """
 
     def __init__(self, load: Callable[[], Loaded], size: int):
         self.load, self.size = load, size
         self.queue: list[Job] = []
-        self.running: list[tuple[Job, int]] = []  # (job, number of its picture) of the batch that is being drawn
-        self.number = 0  # of that batch
-        self.seconds = 1.0  # a batch takes, on average
+        self.lanes = {True: Lane(), False: Lane()}  # by whether pictures have the model's own size
+        self.number = 0  # of the last batch
+        self.turn = 0  # of the last request that was begun
+        self.seconds = 1.0  # a batch of the own size takes, on average
         self.compiled = Compiled(0, 1)
         self.restarts = self.starts = 0
         self.facts: Facts | None = None  # None while the worker loads its model
-        self.busy, self.started, self.stopped = False, 0.0, False
+        self.stopped = False
 
     def start(self) -> Facts:
         """Start the worker and wait until it has loaded its model. Raises ValueError if it cannot."""
@@ -172,18 +190,26 @@ class Engine:
     @property
     def pictures_waiting(self) -> int:
         """Pictures that are not drawn yet."""
-        return sum(job.left for job in {*self.queue, *(job for job, _ in self.running)} if not job.ended)
+        return sum(job.left for job in {*self.queue, *(job for job, _ in self._running)} if not job.ended)
 
-    def submit(self, pictures: Sequence[Picture], previews: str = "none") -> Job:
-        """Add a request to the queue. Raises Full if as many wait as may."""
-        if len(self.queue) >= self.size:
+    @property
+    def _running(self) -> list[tuple[Job, int]]:
+        return [entry for lane in self.lanes.values() for entry in lane.running]
+
+    def submit(self, pictures: Sequence[Picture], previews: str = "none", client: str | None = None) -> Job:
+        """Add a request to the queue: clients take turns, each in the order of arrival. Raises Full if as many wait as
+        may.
+        """
+        own = [job for job in self.queue if job.client == client]
+        if len(self.queue) >= self.size or (client is not None and len(own) >= max(1, self.size // 2)):
             batches = math.ceil(self.pictures_waiting / self.facts.batch_size) if self.facts else 1
             raise Full(max(1, math.ceil(batches * self.seconds)))
-        job = Job(pictures, previews)
+        turn = max([self.turn, *(job.turn + 1 for job in own)])
+        job = Job(pictures, previews, client, turn)
         if self.state == "failed":
             job.tell(Ended(GONE))
             return job
-        self.queue.append(job)
+        bisect.insort(self.queue, job, key=lambda other: other.turn)
         self._next()
         return job
 
@@ -194,33 +220,47 @@ class Engine:
         job.tell(Ended(CANCELLED))
         if job in self.queue:
             self.queue.remove(job)
-        if self.busy and all(other.ended for other, _ in self.running):
-            with contextlib.suppress(OSError):  # a dead worker is noticed by `_listen`
-                self.connection.send(Cancel(self.number))
+        for lane in self.lanes.values():
+            if any(other is job for other, _ in lane.running) and all(other.ended for other, _ in lane.running):
+                self._send(Cancel(lane.number))
         self._tell_positions()
+
+    def _send(self, message: Batch | Cancel) -> None:
+        with contextlib.suppress(OSError):  # a dead worker is noticed by `_listen`
+            self.connection.send(message)
 
     def _next(self) -> None:
-        """Send the worker its next batch, if it waits for one: pictures of the first request, and of others like it."""
-        if self.queue and not self.busy and self.facts:
-            first = self.queue[0]
-            shared = first.pictures[first.waiting[0]].shared
-            capacity = 1 if shared.live else self.facts.batch_size
-            self.running = []
-            for job in list(self.queue):
-                while job.waiting and job.pictures[job.waiting[0]].shared == shared and len(self.running) < capacity:
-                    self.running.append((job, job.waiting.pop(0)))
-                if not job.waiting:
-                    self.queue.remove(job)
-            self.number += 1
-            self.busy, self.started = True, monotonic()
-            requested = {job.previews for job, _ in self.running}
-            previews = next(name for name in ("all", "some", "none") if name in requested)
-            with contextlib.suppress(OSError):  # a dead worker is noticed by `_listen`
-                self.connection.send(Batch(self.number, [job.pictures[i] for job, i in self.running], previews))
+        """Send the worker its next batches, if it waits for any."""
+        if self.facts:
+            for is_own, lane in self.lanes.items():
+                waiting = [job for job in self.queue if self._has_own_size(job) == is_own]
+                if waiting and not lane.running:
+                    self._start(lane, waiting)
         self._tell_positions()
 
+    def _has_own_size(self, job: Job) -> bool:
+        return self.facts is None or job.size == self.facts.size
+
+    def _start(self, lane: Lane, waiting: Sequence[Job]) -> None:
+        """Send the worker a batch: pictures of the first request, and of others like it."""
+        first = waiting[0]
+        shared = first.pictures[first.waiting[0]].shared
+        capacity = 1 if shared.live else self.facts.batch_size
+        for job in waiting:
+            while job.waiting and job.pictures[job.waiting[0]].shared == shared and len(lane.running) < capacity:
+                lane.running.append((job, job.waiting.pop(0)))
+            if not job.waiting:
+                self.queue.remove(job)
+        self.turn = max(self.turn, first.turn)
+        self.number += 1
+        lane.number, lane.started = self.number, monotonic()
+        requested = {job.previews for job, _ in lane.running}
+        previews = next(name for name in ("all", "some", "none") if name in requested)
+        self._send(Batch(lane.number, [job.pictures[i] for job, i in lane.running], previews))
+
     def _tell_positions(self) -> None:
-        for position, job in enumerate(self.queue):
+        """Requests of other sizes come after those of the own size."""
+        for position, job in enumerate(sorted(self.queue, key=self._has_own_size, reverse=True)):
             if job.position != position and job.left == len(job.pictures):
                 job.position = position
                 job.tell(Queued(position))
@@ -240,17 +280,22 @@ class Engine:
                 logging.error("the model cannot be loaded again: %s", message.message)
 
     def _tell_step(self, step: Step) -> None:
-        previews = step.previews or {}
-        for job in dict.fromkeys(job for job, _ in self.running if not job.ended):
+        running, previews = self._lane(step.number).running, step.previews or {}
+        for job in dict.fromkeys(job for job, _ in running if not job.ended):
             job_previews = {
-                number: previews[i] for i, (other, number) in enumerate(self.running) if other is job and i in previews
+                number: previews[i] for i, (other, number) in enumerate(running) if other is job and i in previews
             }
             job.tell(Progress(step.done, step.total, job_previews if job.previews != "none" else {}))
 
+    def _lane(self, number: int) -> Lane:
+        """The lane of a batch."""
+        return next(lane for lane in self.lanes.values() if lane.number == number)
+
     def _take_images(self, result: Drawn) -> None:
-        self.seconds = MEMORY * self.seconds + (1 - MEMORY) * (monotonic() - self.started)
-        self.busy = False
-        for (job, number), outcome in zip(self.running, result.outcomes, strict=True):
+        lane = self._lane(result.number)
+        if lane is self.lanes[True]:
+            self.seconds = MEMORY * self.seconds + (1 - MEMORY) * (monotonic() - lane.started)
+        for (job, number), outcome in zip(lane.running, result.outcomes, strict=True):
             if job.ended:
                 continue
             if not isinstance(outcome, np.ndarray):
@@ -262,7 +307,7 @@ class Engine:
             job.tell(PictureDone(number, outcome))
             if not job.left:
                 job.tell(Ended())
-        self.running = []
+        lane.running = []
         self._next()
 
     def _restart(self) -> None:
@@ -271,16 +316,17 @@ class Engine:
             return
         self.process.join()
         logging.error("the process that draws ended with status %s", self.process.exitcode)
-        self.facts, self.busy = None, False
-        interrupted = dict.fromkeys(job for job, _ in self.running if not job.ended)
+        self.facts = None
+        running = self._running
+        interrupted = dict.fromkeys(job for job, _ in running if not job.ended)
         for job in interrupted:
-            job.waiting = sorted([*job.waiting, *(number for other, number in self.running if other is job)])
+            job.waiting = sorted([*job.waiting, *(number for other, number in running if other is job)])
             job.tries, job.position = job.tries + 1, -1
             if job.tries == TRIES:
                 job.tell(Ended(Failed("the process that draws ended twice while it drew this")))
         retried = [job for job in interrupted if not job.ended]
         self.queue = retried + [job for job in self.queue if job not in interrupted]
-        self.running = []
+        self.lanes = {True: Lane(), False: Lane()}
         if self.starts >= STARTS:
             for job in self.queue:
                 job.tell(Ended(GONE))

@@ -11,6 +11,7 @@ from time import monotonic
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from diffusion_jax.serve.bodies import parsed
+from diffusion_jax.serve.guard import client_of
 from diffusion_jax.serve.schema import Problem
 from diffusion_jax.serve.service import Gone, Service
 
@@ -20,6 +21,7 @@ async def live(service: Service, socket: WebSocket) -> None:
     the PNG in bytes, with {"type": "same"}, or with {"type": "error", "message": ...}.
     """
     await socket.accept()
+    client = client_of(socket.scope)
     last, coming = None, asyncio.create_task(socket.receive_text())
 
     async def gone() -> bool:
@@ -35,7 +37,7 @@ async def live(service: Service, socket: WebSocket) -> None:
                 continue
             last, start = state, monotonic()
             try:
-                image = await _frame(service, gone, state)
+                image = await _frame(service, gone, client, state)
             except Problem as wrong:
                 last = None
                 await socket.send_json({"type": "error", "message": wrong.message, "retry": wrong.retry})
@@ -48,8 +50,9 @@ async def live(service: Service, socket: WebSocket) -> None:
         coming.cancel()
 
 
-async def _frame(service: Service, gone: Gone, state: str) -> bytes:
+async def _frame(service: Service, gone: Gone, client: str, state: str) -> bytes:
     """The picture of a state of the canvas, PNG."""
     values = parsed(state, "a frame")
-    _, pictures = await service.draw(gone, {"steps": service.live_steps} | values | {"num_images": 1}, live=True)
+    values = {"steps": service.live_steps} | values | {"num_images": 1}
+    pictures = await service.pictures(gone, await service.ask(client, values, live=True))
     return base64.b64decode(pictures[0])

@@ -4,8 +4,6 @@ Fields of `schema.Request` that this API lacks, such as steps or seed, may be se
 """
 
 import base64
-import json
-import re
 from collections.abc import AsyncIterator
 from time import time
 from typing import Annotated, Any, Literal
@@ -16,15 +14,17 @@ from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from diffusion_jax.serve import uploads
-from diffusion_jax.serve.bodies import event_text, json_object
+from diffusion_jax.serve import sizes, uploads
+from diffusion_jax.serve.bodies import event_text, json_object, value_of
 from diffusion_jax.serve.engine import Ended, PictureDone, Progress
+from diffusion_jax.serve.guard import client_of
 from diffusion_jax.serve.schema import Problem, checked, png
 from diffusion_jax.serve.service import QueuedRequest, Service, problem
 
 NUMBERS = ("steps", "guidance", "strength", "seed")
 EXTRA_FIELDS = ("negative_prompt", "solver", "spacing", *NUMBERS)  # of `schema.Request`, that OpenAI's API lacks
-SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+FIELDS = {"num_images": "n", "width": "size", "height": "size"}  # of `schema.Request` -> their names here
+FILES = 17  # of a form: 16 images and a mask
 
 
 class Generation(BaseModel):
@@ -54,7 +54,7 @@ def routes(service: Service) -> list[Route]:
         return await _answer(service, http, "image_generation", checked(Generation, await json_object(http)), {})
 
     async def edits(http: Http) -> Response:
-        async with http.form(max_files=4, max_part_size=service.limits.max_upload) as form:
+        async with http.form(max_files=FILES, max_part_size=service.limits.max_upload) as form:
             body = checked(Edit, {name: _number(name, v) for name, v in form.items() if isinstance(v, str)})
             images = await _images(service, form)
         return await _answer(service, http, "image_edit", body, images)
@@ -78,30 +78,33 @@ def routes(service: Service) -> list[Route]:
 def _number(name: str, value: str) -> Any:
     """The value of a form's field; that of a number of ours as JSON."""
     try:
-        return json.loads(value) if name in NUMBERS else value
+        return value_of(value) if name in NUMBERS else value
     except ValueError:
         return value
 
 
 async def _images(service: Service, form: FormData) -> dict[str, str]:
     """The image of a form and its mask, in base64. Without a mask, the transparent part of the image is the mask."""
-    files = {name.removesuffix("[]"): file for name, file in form.multi_items() if isinstance(file, UploadFile)}
+    files: dict[str, UploadFile] = {}
+    for name, file in form.multi_items():
+        if isinstance(file, UploadFile):
+            files.setdefault(name.removesuffix("[]"), file)  # of several images the first: the mask is of that one
     if "image" not in files:
-        raise Problem(400, "image: a file is needed", "image")
+        raise Problem(400, "a file is needed", "image")
     image = await files["image"].read()
     field = "mask" if "mask" in files else "image"
     marked = await files["mask"].read() if "mask" in files else image
     try:
         mask = uploads.mask_of_transparency(marked, service.limits.max_pixels)
     except ValueError as error:
-        raise Problem(400, f"{field}: {error}", field) from error
+        raise Problem(400, str(error), field) from error
     if mask is None and field == "mask":
-        raise Problem(400, "mask: expected transparency where the image is edited, got none", "mask")
+        raise Problem(400, "expected transparency where the image is edited, got none", "mask")
     encoded = {"image": image} | ({"mask": mask} if mask else {})
     return {name: base64.b64encode(data).decode() for name, data in encoded.items()}
 
 
-def _values(service: Service, body: Generation, images: dict[str, str]) -> dict[str, Any]:
+def _values(body: Generation, images: dict[str, str]) -> dict[str, Any]:
     """The request in fields of `schema.Request`."""
     extra = body.model_extra or {}
     values = {
@@ -111,37 +114,40 @@ def _values(service: Service, body: Generation, images: dict[str, str]) -> dict[
     }
     values |= {name: extra[name] for name in EXTRA_FIELDS if name in extra} | images
     if body.size and body.size != "auto":
-        match = SIZE.fullmatch(body.size)
-        if not match:
-            raise Problem(400, f"size: expected WIDTHxHEIGHT or auto, got {body.size[:40]!r}", "size")
-        values |= {"width": int(match[1]), "height": int(match[2])}
+        try:
+            values["height"], values["width"] = sizes.parsed(body.size)
+        except ValueError as error:
+            raise Problem(400, f"{error} (or auto)", "size") from error
     return values
 
 
 async def _answer(service: Service, http: Http, event: str, body: Generation, images: dict[str, str]) -> Response:
-    values = _values(service, body, images)
+    try:
+        queued = await service.ask(client_of(http.scope), _values(body, images))
+    except Problem as error:
+        raise Problem(error.status, error.reason, FIELDS.get(error.field, error.field), error.retry) from error
     if body.stream:
-        queued = await service.ask(values)
         return StreamingResponse(_events(service, http, event, body, queued), media_type="text/event-stream")
-    _, pictures = await service.draw(http.is_disconnected, values)
+    pictures = await service.pictures(http.is_disconnected, queued)
     return JSONResponse(
-        {"created": int(time()), "data": [{"b64_json": picture} for picture in pictures]} | _about(body)
+        {"created": int(time()), "data": [{"b64_json": picture} for picture in pictures]} | _about(queued)
     )
 
 
-def _about(body: Generation) -> dict[str, Any]:
-    """What the API says of each answer: no part of a picture is counted in tokens here."""
+def _about(queued: QueuedRequest) -> dict[str, Any]:
+    """What the API says of each answer: no part of a picture is counted in tokens here. `warnings` are ours."""
     usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
     usage["input_tokens_details"] = {"text_tokens": 0, "image_tokens": 0}
-    about = {"size": body.size or "auto", "quality": "auto", "background": "opaque", "output_format": "png"}
-    return about | {"usage": usage}
+    size = sizes.written((queued.request.height, queued.request.width))
+    about = {"size": size, "quality": "auto", "background": "opaque", "output_format": "png"}
+    return about | {"usage": usage, "warnings": queued.notes}
 
 
 async def _events(
     service: Service, http: Http, event: str, body: Generation, queued: QueuedRequest
 ) -> AsyncIterator[str]:
     """The answer as server-sent events: up to partial_images previews, then the pictures."""
-    about, previews_sent = {"created_at": int(time())} | _about(body), 0
+    about, previews_sent = {"created_at": int(time())} | _about(queued), 0
     async for update in service.follow(http.is_disconnected, queued):
         match update:
             case Progress(previews=previews) if previews and previews_sent < (body.partial_images or 0):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from diffusion_jax import pictures
 from diffusion_jax.build.fields import SEEDS
 from diffusion_jax.data.transforms import centred, centred_mask, check_one_size
-from diffusion_jax.serve import uploads
+from diffusion_jax.serve import sizes, uploads
 from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared
 from diffusion_jax.serve.worker import Facts
 
@@ -29,13 +29,15 @@ class Problem(Exception):
     """An error, as the answer to a request.
 
     status: of HTTP.
+    reason: what is wrong with the field, or with the whole request.
     field: that is wrong, or "".
     retry: seconds after which to try again, or 0.
     """
 
-    def __init__(self, status: int, message: str, field: str = "", retry: int = 0):
-        super().__init__(message)
-        self.status, self.message, self.field, self.retry = status, message, field, retry
+    def __init__(self, status: int, reason: str, field: str = "", retry: int = 0):
+        self.status, self.reason, self.field, self.retry = status, reason, field, retry
+        self.message = f"{field}: {reason}" if field else reason
+        super().__init__(self.message)
 
 
 class Request(BaseModel):
@@ -90,12 +92,11 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
     limits: config.serve.
     """
     defaults = facts.sampling
-    min_side = min(4 * facts.multiple, *facts.size)
-    max_side = max(limits.max_side, *facts.size)
+    max_side = max(limits.max_side, *(side for size in facts.sizes for side in size))
 
     def side(title: str, default: int) -> Any:
-        about = f"Pixels; {default} is the model's own. Any other takes some time to prepare when it is first drawn."
-        return Field(default, ge=min_side, le=max_side, multiple_of=facts.multiple, title=title, description=about)
+        about = f"Pixels; {default} is the model's own. Other sizes are drawn at the nearest of the model and resized."
+        return Field(default, ge=1, le=max_side, title=title, description=about)
 
     def changed_field(name: str, **changes) -> Any:
         """The field of `Request` with these changes."""
@@ -131,20 +132,29 @@ def checked(kind: type[Kind], values: Any, status: int = 400) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise Problem(status, f"{field}: {message}" if field else message, field) from error
+        raise Problem(status, first["msg"].removeprefix("Value error, "), field) from error
 
 
-def to_pictures(request: Request, max_pixels: int, live: bool = False) -> list[Picture]:
-    """The pictures of a request, the uploaded ones decoded. Raises Problem for one that cannot be used.
+def to_frame(request: Request, model_sizes: Sequence[tuple[int, int]], max_pixels: int) -> sizes.Frame:
+    """The request's size and that which is drawn for it, the uploaded pictures decoded. Raises Problem for one that
+    cannot be used.
 
-    live: whether it is a frame of the live canvas.
+    model_sizes: `worker.Facts.sizes`.
     """
     size = request.height, request.width
     image, mask = _image_and_mask(request, size, max_pixels)
+    return sizes.Frame(size, sizes.nearest(size, model_sizes), image, mask)
+
+
+def to_pictures(request: Request, frame: sizes.Frame, live: bool = False) -> list[Picture]:
+    """The pictures of a request.
+
+    live: whether it is a frame of the live canvas.
+    """
+    image, mask = frame.entered()
     shared = Shared(
         task=request.task,
-        size=size,
+        size=frame.drawn,
         solver=INVERTIBLE if request.task == "style" else request.solver,
         spacing=request.spacing,
         steps=request.steps,
@@ -189,7 +199,7 @@ def _image_and_mask(
         check_one_size(mask, image)
         return centred(image, size), centred_mask(mask, size)
     except ValueError as error:
-        raise Problem(400, f"{field}: {error}", field) from error
+        raise Problem(400, str(error), field) from error
 
 
 def texts(request: Request, picture: Picture, weights: str) -> dict[str, str]:
@@ -197,6 +207,8 @@ def texts(request: Request, picture: Picture, weights: str) -> dict[str, str]:
     settings = request.model_dump(exclude=NOT_IN_METADATA, exclude_none=True)
     if request.image is None:
         del settings["strength"]
+    if picture.shared.size != (request.height, request.width):
+        settings["drawn"] = sizes.written(picture.shared.size)
     if request.task == "morph":
         settings["other_seed"] = picture.other_seed
     return {"prompt": request.prompt, "seed": str(picture.seed), **{k: str(v) for k, v in settings.items()}} | {

@@ -10,17 +10,18 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as Http
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from diffusion_jax.serve import description, openai, webui
 from diffusion_jax.serve.bodies import event_text, json_object
 from diffusion_jax.serve.engine import Ended, PictureDone, Progress, Queued
-from diffusion_jax.serve.guard import Guard
+from diffusion_jax.serve.guard import Guard, client_of
 from diffusion_jax.serve.live import live
 from diffusion_jax.serve.schema import Problem, animation, png
 from diffusion_jax.serve.service import QueuedRequest, Service, problem
@@ -28,7 +29,7 @@ from diffusion_jax.serve.service import QueuedRequest, Service, problem
 PAGE = Path(__file__).parent / "page"
 
 
-def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) -> Starlette:
+def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) -> ASGIApp:
     """The application.
 
     token, hosts: see `guard.Guard`.
@@ -45,15 +46,23 @@ def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) 
         service.metrics.refused.labels(str(error.status)).inc()
         return JSONResponse(_error(http, error), error.status, {"retry-after": str(error.retry)} if error.retry else {})
 
+    async def forget(http: Http, error: ClientDisconnect) -> Response:
+        return await refuse(http, Problem(400, "the client left"))
+
     async def report_failure(http: Http, error: Exception) -> Response:
         return await refuse(http, Problem(500, "an error in the server; its log has more"))
 
-    return Starlette(
+    app = Starlette(
         routes=[*_routes(service), *openai.routes(service), *webui.routes(service)],
-        middleware=[Middleware(Guard, token=token, hosts=hosts, max_bytes=service.limits.max_upload)],
-        exception_handlers={Problem: refuse, HTTPException: refuse, Exception: report_failure},
+        exception_handlers={
+            Problem: refuse,
+            HTTPException: refuse,
+            ClientDisconnect: forget,
+            Exception: report_failure,
+        },
         lifespan=lifespan,
     )
+    return Guard(app, token, hosts, service.limits.max_upload)  # outermost, so that it also covers answers to errors
 
 
 def _routes(service: Service) -> list[BaseRoute]:
@@ -64,7 +73,7 @@ def _routes(service: Service) -> list[BaseRoute]:
         return FileResponse(PAGE / "index.html")
 
     async def generate(http: Http) -> Response:
-        queued = await service.ask(await json_object(http))
+        queued = await service.ask(client_of(http.scope), await json_object(http))
         return StreamingResponse(_events(service, http, queued), media_type="text/event-stream")
 
     async def model(http: Http) -> Response:
@@ -127,7 +136,7 @@ async def _events(service: Service, http: Http, queued: QueuedRequest) -> AsyncI
 
 def _error(http: Http, error: Problem) -> dict[str, Any]:
     """The body of an error, in the form that clients of the path expect."""
-    if http.url.path.startswith("/sdapi/"):
+    if http.scope["path"].startswith("/sdapi/"):
         return {"error": HTTPStatus(error.status).phrase, "detail": error.message, "body": "", "errors": error.message}
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return {"error": {"message": error.message, "type": kind, "param": error.field or None, "code": None}}

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from diffusion_jax.serve import schema
-from diffusion_jax.serve.engine import Ended, Engine, Event, Full, Job, PictureDone
+from diffusion_jax.serve.engine import Ended, Engine, Event, Full, Job, PictureDone, Progress
 from diffusion_jax.serve.metrics import Metrics
 from diffusion_jax.serve.schema import Problem, Request
+from diffusion_jax.serve.sizes import Frame
 from diffusion_jax.serve.worker import Facts, Failed, Refused
 
 Gone = Callable[[], Awaitable[bool]]
@@ -18,10 +19,16 @@ LOOK = 0.25  # seconds between two looks whether the client is still there
 
 
 class QueuedRequest(NamedTuple):
-    """A request in the queue."""
+    """A request in the queue. frame: its size, and that which is drawn for it."""
 
     request: Request
     job: Job
+    frame: Frame
+
+    @property
+    def notes(self) -> list[str]:
+        """What is said in the answer."""
+        return [self.frame.about] if self.frame.is_resized else []
 
 
 class Service:
@@ -39,23 +46,26 @@ class Service:
         self.live_model = schema.of_model(self.live_facts, config.serve, "LiveRequest")
         self.metrics = Metrics(engine)
 
-    async def ask(self, values: Any, live: bool = False) -> QueuedRequest:
+    async def ask(self, client: str, values: Any, live: bool = False) -> QueuedRequest:
         """Check a request and queue it. Raises Problem.
 
+        client: who asks; see `guard.client_of`.
         values: of the fields of `schema.Request`.
         live: whether it is a frame of the live canvas.
         """
         request = schema.checked(self.live_model if live else self.model, values)
-        pictures = await asyncio.to_thread(schema.to_pictures, request, self.limits.max_pixels, live)
+        frame = await asyncio.to_thread(schema.to_frame, request, self.facts.sizes, self.limits.max_pixels)
+        pictures = await asyncio.to_thread(schema.to_pictures, request, frame, live)
         if self.facts.needs_image and not pictures[0].shared.mask:
             raise Problem(400, "this model only inpaints: it needs an image and a mask", "mask")
         try:
-            return QueuedRequest(request, self.engine.submit(pictures, request.previews))
+            return QueuedRequest(request, self.engine.submit(pictures, request.previews, client), frame)
         except Full as full:
             raise Problem(429, str(full), retry=full.seconds) from full
 
     async def follow(self, gone: Gone, queued: QueuedRequest) -> AsyncIterator[Event]:
-        """Yield the events of a request until it ends. If the client is gone, cancel the request.
+        """Yield the events of a request until it ends, images in the size that was asked for. If the client is gone,
+        cancel the request.
 
         gone: returns whether the client is gone.
         """
@@ -66,6 +76,8 @@ class Service:
                     event = await asyncio.wait_for(job.events.get(), LOOK)
                 except TimeoutError:
                     continue
+                if queued.frame.is_resized:
+                    event = await asyncio.to_thread(_resized, event, queued.frame)
                 if isinstance(event, PictureDone):
                     self.metrics.pictures.inc()
                 if event == Ended():
@@ -86,12 +98,11 @@ class Service:
         facts = self.live_facts if picture.shared.live else self.facts
         return schema.texts(queued.request, picture, facts.origin)
 
-    async def draw(self, gone: Gone, values: Any, live: bool = False) -> tuple[QueuedRequest, list[str]]:
+    async def pictures(self, gone: Gone, queued: QueuedRequest) -> list[str]:
         """The finished pictures of a request, PNG in base64. Raises Problem.
 
-        gone: as in `follow`. values, live: as in `ask`.
+        gone: as in `follow`.
         """
-        queued = await self.ask(values, live)
         pictures = {}
         async for event in self.follow(gone, queued):
             if isinstance(event, PictureDone):
@@ -100,7 +111,17 @@ class Service:
                 raise problem(event.error)
         if queued.job.left:
             raise Problem(400, "the client left")
-        return queued, [pictures[number] for number in sorted(pictures)]
+        return [pictures[number] for number in sorted(pictures)]
+
+
+def _resized(event: Event, frame: Frame) -> Event:
+    """The event with its images in the size that was asked for."""
+    match event:
+        case Progress(previews=previews):
+            return event._replace(previews={number: frame.left(image) for number, image in previews.items()})
+        case PictureDone(image=image):
+            return event._replace(image=frame.left(image))
+    return event
 
 
 def problem(error: Refused | Failed) -> Problem:

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffusion_jax.data.transforms import decode, decode_alpha, decode_mask
+from diffusion_jax.messages import first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -47,6 +48,17 @@ def mask_of_size(data: bytes, size: tuple[int, int], max_pixels: int, invert: bo
     levels = Image.fromarray(mask(data, max_pixels))
     stretched = np.asarray(levels.resize(size[::-1], Image.Resampling.LANCZOS))
     return _png(255 - stretched if invert else stretched)
+
+
+def texts(data: bytes, max_pixels: int) -> dict[str, str]:
+    """The texts in a PNG. Errors as in `picture`."""
+    picture(data, max_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            opened.load()  # texts may stand behind the pixels
+            return {name: text for name, text in opened.info.items() if isinstance(text, str)}
+    except Exception as error:  # damaged texts, which do not matter for pixels
+        raise ValueError(f"its texts cannot be read ({first_line(error)})") from error
 
 
 def _png(levels: UInt8[np.ndarray, "height width"]) -> bytes:

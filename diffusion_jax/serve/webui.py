@@ -2,10 +2,11 @@
 
 import base64
 import json
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -13,36 +14,53 @@ from starlette.routing import Route
 from diffusion_jax.serve import uploads
 from diffusion_jax.serve.bodies import json_object
 from diffusion_jax.serve.engine import CANCELLED, Ended, Job, PictureDone, Progress
-from diffusion_jax.serve.schema import Problem, Request, checked, png
-from diffusion_jax.serve.service import Service, problem
+from diffusion_jax.serve.guard import client_of
+from diffusion_jax.serve.samplers import SAMPLERS, SCHEDULERS, sampler, scheduler
+from diffusion_jax.serve.schema import Problem, checked, png
+from diffusion_jax.serve.service import Gone, QueuedRequest, Service, problem
 
-SAMPLERS = {  # solver -> its name in the web UI
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m": "DPM++ 3M",
-    "dpmpp_sde": "DPM++ SDE",
-    "unipc": "UniPC",
-    "lms": "LMS",
-    "plms": "PLMS",
-    "consistency": "LCM",
+FIELDS = {  # of `schema.Request` -> their names here
+    "num_images": "batch_size",
+    "guidance": "cfg_scale",
+    "solver": "sampler_name",
+    "spacing": "scheduler",
+    "strength": "denoising_strength",
+    "image": "init_images",
 }
-SCHEDULERS = {
-    "": "Automatic",
-    "karras": "Karras",
-    "trailing": "SGM Uniform",
-    "leading": "Normal",
-}  # spacing -> its name there
+WITHOUT_EFFECT = {  # other fields of the API -> values that change no picture; None: no value does
+    **dict.fromkeys(("save_images", "do_not_save_samples", "do_not_save_grid", "include_init_images"), None),
+    **dict.fromkeys(("override_settings_restore_afterwards", "force_task_id", "comments", "infotext"), None),
+    **dict.fromkeys(("subseed", "seed_resize_from_h", "seed_resize_from_w"), None),
+    **dict.fromkeys(("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"), None),
+    **dict.fromkeys(("hr_prompt", "hr_negative_prompt", "hr_checkpoint_name", "hr_additional_modules"), None),
+    **dict.fromkeys(("hr_sampler_name", "hr_scheduler", "hr_cfg", "hr_distilled_cfg", "firstpass_image"), None),
+    **dict.fromkeys(("firstphase_width", "firstphase_height", "script_args", "refiner_switch_at"), None),
+    **dict.fromkeys(("s_tmin", "s_tmax", "mask_blur_x", "mask_blur_y", "inpaint_full_res_padding"), None),
+    "denoising_strength": None,  # of text to image
+    "eta": (1,),
+    "resize_mode": (1,),
+    "s_noise": (1,),
+    "image_cfg_scale": (1.5,),
+    "mask_blur": (4,),
+    "mask_round": (True,),
+    "inpaint_full_res": (True,),
+    "initial_noise_multiplier": (1,),
+    "inpainting_fill": (1,),
+    "distilled_cfg_scale": (3.5,),
+}
+LISTS = ("loras", "upscalers", "sd-vae", "hypernetworks", "latent-upscale-modes", "realesrgan-models")
+LISTS += ("face-restorers", "prompt-styles", "sd-modules", "script-info")  # of which this server has none
+ACTIONS = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings", "unload-checkpoint")
+ACTIONS += ("reload-checkpoint",)  # there is one model, and it stays
+OUR_TEXTS = {"prompt", "seed", "steps", "solver", "guidance", "width", "height"}  # of the pictures of this server
 
 
 class TextToImage(BaseModel):
-    """POST /sdapi/v1/txt2img. Other fields of the API are accepted and have no effect."""
+    """POST /sdapi/v1/txt2img. A null is as good as no value. `info` of the answer warns of other fields that the API
+    has: they have no effect.
+    """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -53,10 +71,16 @@ class TextToImage(BaseModel):
     height: int | None = None
     batch_size: int = Field(1, ge=1)
     n_iter: int = Field(1, ge=1)
-    sampler_name: str | None = Field(None, description="A name of /sdapi/v1/samplers.")
+    sampler_name: str | None = Field(None, description="A name of the web UI, such as DPM++ 2M Karras.")
     sampler_index: str | None = None
-    scheduler: str | None = Field(None, description="A name of /sdapi/v1/schedulers.")
+    scheduler: str | None = Field(None, description="A name of the web UI, such as Karras.")
     send_images: bool = True
+    override_settings: dict[str, Any] = Field({}, description="Only the name of the model has a meaning.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class ImageToImage(TextToImage):
@@ -68,11 +92,18 @@ class ImageToImage(TextToImage):
     denoising_strength: float | None = None
 
 
+class PictureInfo(BaseModel):
+    """POST /sdapi/v1/png-info."""
+
+    image: str = Field(description="A PNG in base64.")
+
+
 def routes(service: Service) -> list[Route]:
     """The routes of this API."""
     running: dict[Job, Progress] = {}
     title, facts, solver = service.facts.name, service.facts, service.sample.solver
-    samplers = [{"name": SAMPLERS.get(name, name), "aliases": [name], "options": {}} for name in facts.solvers]
+    names = [SAMPLERS.get(name, name) for name in facts.solvers]
+    samplers = [{"name": n, "aliases": [s], "options": {}} for n, s in zip(names, facts.solvers, strict=True)]
     schedulers = [{"name": name or "automatic", "label": SCHEDULERS.get(name, name)} for name in facts.spacings]
     schedulers = [names | {"aliases": None, "default_rho": -1, "need_inner_model": False} for names in schedulers]
     model = {"title": title, "model_name": title, "hash": None, "sha256": None, "filename": title, "config": None}
@@ -81,19 +112,23 @@ def routes(service: Service) -> list[Route]:
 
     async def text_to_image(http: Http) -> Response:
         body = checked(TextToImage, await json_object(http), 422)
-        return await _answer(service, http, running, body, {})
+        return await _answer(service, client_of(http.scope), http.is_disconnected, running, body, {})
 
     async def image_to_image(http: Http) -> Response:
         body = checked(ImageToImage, await json_object(http), 422)
-        return await _answer(service, http, running, body, _images(service, body))
+        images = _images(service, body)
+        return await _answer(service, client_of(http.scope), http.is_disconnected, running, body, images)
 
     async def interrupt(http: Http) -> Response:
-        for job in running:
+        for job in _of_client(running, http):
             service.engine.cancel(job)
         return JSONResponse({})
 
     async def progress(http: Http) -> Response:
-        return JSONResponse(_progress(running))
+        return JSONResponse(_progress(_of_client(running, http)))
+
+    async def picture_info(http: Http) -> Response:
+        return JSONResponse(_picture_info(checked(PictureInfo, await json_object(http), 422), service))
 
     async def options(http: Http) -> Response:
         if http.method == "POST":
@@ -111,8 +146,13 @@ def routes(service: Service) -> list[Route]:
         Route("/sdapi/v1/schedulers", _always(schedulers)),
         Route("/sdapi/v1/sd-models", _always([model])),
         Route("/sdapi/v1/options", options, methods=["GET", "POST"]),
+        Route("/sdapi/v1/png-info", picture_info, methods=["POST"]),
+        Route("/sdapi/v1/memory", _memory),
+        Route("/sdapi/v1/cmd-flags", _always({"api": True})),
+        Route("/sdapi/v1/embeddings", _always({"loaded": {}, "skipped": {}})),
         Route("/sdapi/v1/scripts", _always({"txt2img": [], "img2img": []})),
-        *(Route(f"/sdapi/v1/{name}", _always([])) for name in ("loras", "upscalers", "sd-vae", "hypernetworks")),
+        *(Route(f"/sdapi/v1/{name}", _always([])) for name in LISTS),
+        *(Route(f"/sdapi/v1/{name}", _always({}), methods=["POST"]) for name in ACTIONS),
     ]
 
 
@@ -123,6 +163,29 @@ def _always(content: Any) -> Callable[[Http], Awaitable[Response]]:
         return JSONResponse(content)
 
     return answer
+
+
+def _of_client(running: dict[Job, Progress], http: Http) -> dict[Job, Progress]:
+    """Those of the jobs that the sender of a request has asked for."""
+    client = client_of(http.scope)
+    return {job: step for job, step in running.items() if job.client == client}
+
+
+async def _memory(http: Http) -> Response:
+    """The memory of the machine and of this process, bytes."""
+    total, free = (os.sysconf("SC_PAGE_SIZE") * os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    ram = {"free": free, "used": total - free, "total": total}
+    return JSONResponse({"ram": ram, "cuda": {"error": "unavailable"}})
+
+
+def _picture_info(body: PictureInfo, service: Service) -> dict[str, Any]:
+    """The settings in the texts of a PNG."""
+    try:
+        items = uploads.texts(uploads.from_base64(body.image), service.limits.max_pixels)
+    except ValueError as error:
+        raise Problem(422, str(error), "image") from error
+    info = items.get("parameters") or (_infotext(items, items["seed"]) if items.keys() >= OUR_TEXTS else "")
+    return {"info": info, "items": items, "parameters": {}}
 
 
 def _progress(running: dict[Job, Progress]) -> dict[str, Any]:
@@ -153,38 +216,80 @@ def _mask(body: ImageToImage, max_pixels: int) -> str:
         field = "mask"
         mask = uploads.mask_of_size(uploads.from_base64(body.mask), size, max_pixels, bool(body.inpainting_mask_invert))
     except ValueError as error:
-        raise Problem(422, f"{field}: {error}", field) from error
+        raise Problem(422, str(error), field) from error
     return base64.b64encode(mask).decode()
 
 
-def _internal_name(name: str, table: Mapping[str, str]) -> str:
-    """Our name for a name of the web UI, upper or lower case."""
-    names = {label.lower(): internal for internal, label in table.items()}
-    return names.get(name.lower(), name)
+def _method(service: Service, body: TextToImage) -> tuple[dict[str, str], list[str]]:
+    """Solver and spacing in fields of `schema.Request`, and notes for the answer."""
+    values, notes = {}, []
+    name = body.sampler_name or body.sampler_index
+    try:
+        if name:
+            solver, spacing, notes = sampler(name, service.facts.solvers, service.sample.solver)
+            values = {"solver": solver} | ({"spacing": spacing} if spacing else {})
+    except ValueError as error:
+        raise Problem(422, str(error), "sampler_name") from error
+    try:
+        if body.scheduler:
+            spacing, more = scheduler(body.scheduler, service.facts.spacings)
+            values, notes = values | ({"spacing": spacing} if spacing else {}), notes + more
+    except ValueError as error:
+        raise Problem(422, str(error), "scheduler") from error
+    return values, notes
 
 
-def _values(body: TextToImage, images: dict[str, Any]) -> dict[str, Any]:
+def _values(body: TextToImage, method: dict[str, str], images: dict[str, Any]) -> dict[str, Any]:
     """The request in fields of `schema.Request`."""
-    values: dict[str, Any] = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} | images
+    values: dict[str, Any] = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} | method | images
     values |= {"num_images": body.batch_size * body.n_iter, "previews": "some"}
     if body.seed != -1:
         values["seed"] = body.seed
-    sampler = body.sampler_name or body.sampler_index
     optional = {"steps": body.steps, "guidance": body.cfg_scale, "width": body.width, "height": body.height}
-    optional["solver"] = _internal_name(sampler, SAMPLERS) if sampler else None
-    optional["spacing"] = _internal_name(body.scheduler, SCHEDULERS) if body.scheduler else None
     return values | {name: value for name, value in optional.items() if value is not None}
 
 
+def _ignored(body: TextToImage, model: str) -> list[str]:
+    """A warning for each field and setting of a request that has no effect here but would change the picture there."""
+
+    def is_neutral(name: str, value: Any) -> bool:
+        neutral = WITHOUT_EFFECT.get(name, ())
+        return neutral is None or value in (None, False, "", [], {}, -1) or value in neutral
+
+    names = [name for name, value in (body.model_extra or {}).items() if not is_neutral(name, value)]
+    if "alwayson_scripts" in names and isinstance(scripts := body.model_extra["alwayson_scripts"], dict):
+        names.remove("alwayson_scripts")
+        names += [f"alwayson_scripts.{name}" for name in scripts]
+    names += [f"override_settings.{name}" for name in body.override_settings if name != "sd_model_checkpoint"]
+    if body.override_settings.get("sd_model_checkpoint", model) not in (model, "", None):
+        names.append("override_settings.sd_model_checkpoint")
+    return [f"{name[:60]} has no effect on this server" for name in names]
+
+
+async def _ask(service: Service, client: str, values: dict[str, Any]) -> QueuedRequest:
+    """Queue a request. Its errors have the names and the status of this API."""
+    try:
+        return await service.ask(client, values)
+    except Problem as error:
+        status = 422 if error.status == 400 else error.status
+        raise Problem(status, error.reason, FIELDS.get(error.field, error.field), error.retry) from error
+
+
 async def _answer(
-    service: Service, http: Http, running: dict[Job, Progress], body: TextToImage, images: dict[str, Any]
+    service: Service,
+    client: str,
+    gone: Gone,
+    running: dict[Job, Progress],
+    body: TextToImage,
+    images: dict[str, Any],
 ) -> Response:
     """The answer with the pictures. After an interrupt, the last preview stands for a picture that is not done."""
-    queued = await service.ask(_values(body, images))
+    method, notes = _method(service, body)
+    queued = await _ask(service, client, _values(body, method, images))
     job, finished, previews = queued.job, {}, {}
     running[job] = Progress(0, 1, {})
     try:
-        async for event in service.follow(http.is_disconnected, queued):
+        async for event in service.follow(gone, queued):
             match event:
                 case Progress():
                     previews |= event.previews
@@ -197,28 +302,47 @@ async def _answer(
         del running[job]
     finished = {number: png(image, {}) for number, image in previews.items()} | finished
     pictures = [finished[number] for number in sorted(finished)]
-    info = _info(queued.request, job, body)
-    content = {"images": pictures if body.send_images else [], "parameters": body.model_dump(exclude={"mask"})}
+    warnings = notes + queued.notes + _ignored(body, service.facts.name)
+    info = _info(service, queued, body, warnings)
+    parameters = {name: getattr(body, name) for name in type(body).model_fields if name not in ("mask", "init_images")}
+    content = {"images": pictures if body.send_images else [], "parameters": parameters}
     return JSONResponse(content | {"info": json.dumps(info)})
 
 
-def _info(request: Request, job: Job, body: TextToImage) -> dict[str, Any]:
+def _infotext(texts: Mapping[str, str], seed: int | str) -> str:
+    """The settings of a picture, as web UIs write them."""
+    negative = f"\nNegative prompt: {texts['negative_prompt']}" if texts.get("negative_prompt") else ""
+    about = {
+        "Steps": texts["steps"],
+        "Sampler": SAMPLERS.get(texts["solver"], texts["solver"]),
+        "Schedule type": SCHEDULERS.get(texts.get("spacing", ""), texts.get("spacing", "")),
+        "CFG scale": texts["guidance"],
+        "Seed": seed,
+        "Size": f"{texts['width']}x{texts['height']}",
+    }
+    if texts.get("drawn"):
+        about["Drawn at"] = texts["drawn"]
+    return f"{texts['prompt']}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in about.items())
+
+
+def _info(service: Service, queued: QueuedRequest, body: TextToImage, warnings: list[str]) -> dict[str, Any]:
+    request, job = queued.request, queued.job
     seeds = [picture.seed for picture in job.pictures]
-    sampler = SAMPLERS.get(request.solver, request.solver)
-    size = f"{request.width}x{request.height}"
-    about = f"Steps: {request.steps}, Sampler: {sampler}, CFG scale: {request.guidance}"
-    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    texts = service.texts(queued, 0)
     return {
         "prompt": request.prompt,
         "all_prompts": [request.prompt] * len(seeds),
         "negative_prompt": request.negative_prompt,
+        "all_negative_prompts": [request.negative_prompt] * len(seeds),
         "seed": seeds[0],
         "all_seeds": seeds,
         "width": request.width,
         "height": request.height,
-        "sampler_name": sampler,
+        "sampler_name": SAMPLERS.get(request.solver, request.solver),
         "cfg_scale": request.guidance,
         "steps": request.steps,
         "batch_size": body.batch_size,
-        "infotexts": [f"{request.prompt}{negative}\n{about}, Seed: {seed}, Size: {size}" for seed in seeds],
+        "extra_generation_params": {"Drawn at": texts["drawn"]} if "drawn" in texts else {},
+        "infotexts": [_infotext(texts, seed) for seed in seeds],
+        "warnings": warnings,
     }

@@ -6,7 +6,9 @@ It is a process of its own, so that whatever ends it, such as a lack of memory, 
 import collections
 import contextlib
 import functools
+import queue
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +28,7 @@ from diffusion_jax.data.transforms import to_uint8
 from diffusion_jax.messages import one_line
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.pipelines.generate import Callback, decode
+from diffusion_jax.serve import sizes
 from diffusion_jax.serve.drawing import (
     INVERTIBLE,
     Artist,
@@ -60,7 +63,7 @@ class Facts(NamedTuple):
     """The facts about a model that the server needs.
 
     size: height and width of its own images, pixels.
-    multiple: what sizes must be a multiple of, pixels.
+    sizes: of all images that it draws: its own, and those of serve.sizes.
     needs_image: whether it only inpaints.
     tasks: that it can do; see `schema.Request`.
     guided: whether the guidance scale can be chosen.
@@ -73,7 +76,7 @@ class Facts(NamedTuple):
     name: str
     origin: str
     size: tuple[int, int]
-    multiple: int
+    sizes: tuple[tuple[int, int], ...]
     needs_image: bool
     tasks: tuple[str, ...]
     guided: bool
@@ -104,8 +107,13 @@ class Cancel(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step is done. previews: by the picture's place in the batch, what the network expects it to become; or None."""
+    """A step of a batch is done.
 
+    number: of the batch.
+    previews: by the picture's place in the batch, what the network expects it to become; or None.
+    """
+
+    number: int
     done: int
     total: int
     previews: dict[int, np.ndarray] | None
@@ -129,8 +137,9 @@ HELD_BACK = Refused("the model's safety checker holds this picture back: change 
 
 
 class Drawn(NamedTuple):
-    """The outcomes of a batch, one for each picture."""
+    """A batch is done. number: of the batch. outcomes: one for each picture."""
 
+    number: int
     outcomes: list[Outcome]
 
 
@@ -165,19 +174,22 @@ def _student(loaded: Loaded, workdir: Path) -> Loaded | None:
 
 
 def facts(loaded: Loaded) -> Facts:
-    """The facts about a loaded model."""
+    """The facts about a loaded model. Raises ValueError for sizes that it cannot draw."""
     config, model = loaded.config, loaded.model
     schedule, serve = model.schedule, config.serve
     weights, comma, step = loaded.origin.partition(",")
     folder = Path(weights).parent if comma else Path(weights)  # RUN/checkpoints, step 20, averaged
     t = np.linspace(schedule.t_min, schedule.t_max, CURVE)
     solvers = usable_solvers(config, model)
+    further = tuple(map(sizes.parsed, serve.get("sizes", ())))
+    for size in further:
+        model.resized(size)
     curves = {"t": t, "alpha": schedule(t).alpha, "sigma": schedule(t).sigma}
     return Facts(
         name=config.name,
         origin=f"{folder.name}{comma}{step}",
         size=model.size,
-        multiple=model.codec.factor,
+        sizes=(model.size, *further),
         needs_image=bool(model.network.known_channels),
         tasks=usable_tasks(model, solvers),
         guided=not build.sampling.has_guidance(config, model) and not config.sample.cfg_pp,
@@ -187,7 +199,7 @@ def facts(loaded: Loaded) -> Facts:
         batch_size=parallel.divisible(serve.batch_size),
         live_size=parallel.divisible(1),
         curves={name: np.asarray(values).tolist() for name, values in curves.items()},
-        live=loaded.live and facts(loaded.live),
+        live=loaded.live and facts(loaded.live)._replace(sizes=(model.size, *further)),
     )
 
 
@@ -258,6 +270,51 @@ def _artists(loaded: Loaded) -> dict[bool, Artist]:
     return {False: artist, True: Artist(loaded.live.config, loaded.live.model) if loaded.live else artist}
 
 
+class _Link:
+    """The worker's end of the pipe, shared by threads.
+
+    own, others: batches of the model's own size, and of other sizes; None when the server is gone.
+    cancelled: numbers of batches that nobody waits for.
+    idle: whether no batch of the own size is being drawn.
+    """
+
+    def __init__(self, connection: Connection, size: tuple[int, int]):
+        self.connection, self.size, self.lock = connection, size, threading.Lock()
+        self.own: queue.Queue[Batch | None] = queue.Queue()
+        self.others: queue.Queue[Batch | None] = queue.Queue()
+        self.cancelled: set[int] = set()
+        self.idle = threading.Event()
+        self.idle.set()
+
+    def read(self) -> None:
+        """Sort what the server sends, until it is gone."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                message = self.connection.recv()
+                if isinstance(message, Cancel):
+                    self.cancelled.add(message.number)
+                else:
+                    is_own = message.pictures[0].shared.size == self.size
+                    (self.own if is_own else self.others).put(message)
+        self.own.put(None)
+        self.others.put(None)
+
+    def send(self, message: Step | Drawn | Compiled) -> None:
+        """Send a message to the server."""
+        with self.lock:
+            self.connection.send(message)
+
+    def show(self, step: Step) -> bool:
+        """Send a step, and return whether to stop."""
+        self.send(step)
+        return step.number in self.cancelled
+
+    def show_when_idle(self, step: Step) -> bool:
+        """As `show`, but first wait for the batch of the own size."""
+        self.idle.wait()
+        return self.show(step)
+
+
 def _answer(
     connection: Connection,
     artists: Mapping[bool, Artist],
@@ -265,21 +322,29 @@ def _answer(
     warming: list[Picture],
     programs: Mapping[str, int],
 ) -> None:
+    """Draw what the server sends. Other sizes have a thread of their own, so that nobody waits while one compiles."""
+    link = _Link(connection, model_facts.size)
+    draw = functools.partial(_draw, artists, model_facts)
+    threading.Thread(target=link.read, daemon=True).start()
+    threading.Thread(target=_answer_others, args=(link, draw), daemon=True).start()
     while True:
-        if warming and not connection.poll():
-            _draw(artists, model_facts, Batch(0, [warming.pop(0)], "all"), lambda step: False)
+        if warming and link.own.empty():
+            draw(Batch(0, [warming.pop(0)], "all"), lambda step: False)
         else:
-            batch = connection.recv()
-            if isinstance(batch, Cancel):  # it was done already
-                continue
+            batch = link.own.get()
+            if batch is None:
+                return
+            link.idle.clear()
+            link.send(Drawn(batch.number, draw(batch, link.show)))
+            link.idle.set()
+        link.send(Compiled(programs[COMPILED], len(warming)))
 
-            def show(step: Step, number: int = batch.number) -> bool:
-                connection.send(step)
-                # the only message that can come now is a Cancel
-                return connection.poll() and connection.recv().number == number
 
-            connection.send(Drawn(_draw(artists, model_facts, batch, show)))
-        connection.send(Compiled(programs[COMPILED], len(warming)))
+def _answer_others(link: _Link, draw: Callable[[Batch, Show], list[Outcome]]) -> None:
+    """Draw the batches of other sizes: between two steps, one of the own size has its turn."""
+    with contextlib.suppress(OSError):  # the server is gone
+        while batch := link.others.get():
+            link.send(Drawn(batch.number, draw(batch, link.show_when_idle)))
 
 
 def _draw(artists: Mapping[bool, Artist], model_facts: Facts, batch: Batch, show: Show) -> list[Outcome]:
@@ -334,4 +399,4 @@ def _after_step(
         images[artist.model.held_back(images)] = 0
         previews = dict(zip(places, images, strict=False))
         due[0] = monotonic() + SHARE * (monotonic() - start)
-    return show(Step(done, total, previews))
+    return show(Step(batch.number, done, total, previews))

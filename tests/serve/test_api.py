@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import functools
 import io
 import json
 import struct
@@ -15,6 +16,8 @@ from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from diffusion_jax.serve import webui
+from diffusion_jax.serve.sizes import Frame
 from tests.serve import tiny
 
 SEEN = (np.arange(8 * 8 * 3).reshape(8, 8, 3) * 5 % 256).astype(np.uint8)
@@ -335,8 +338,8 @@ def test_generations_as_openai_does_them(client):
     (mine,) = pictures(client, steps=3, seed=2)
     np.testing.assert_array_equal(np.asarray(opened(data[1]["b64_json"])), np.asarray(mine))
     for wrong, field in [
-        ({"n": "many"}, "n"), ({"n": 99}, "num_images"), ({"size": "big"}, "size"), ({"prompt": None}, "prompt"),
-        ({"response_format": "url"}, "response_format"), ({"stream": 7}, "stream"),
+        ({"n": "many"}, "n"), ({"n": 17}, "n"), ({"size": "99x8"}, "size"), ({"size": "big"}, "size"),
+        ({"prompt": None}, "prompt"), ({"response_format": "url"}, "response_format"), ({"stream": 7}, "stream"),
     ]:  # fmt: skip
         answer = client.post("/v1/images/generations", json=ask | wrong)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
@@ -413,9 +416,112 @@ def test_the_web_ui_api_takes_what_its_plugins_send(client):
     for invert, unchanged in (0, np.s_[:, 4:]), (1, np.s_[:, :4]):
         result = client.post("/sdapi/v1/img2img", json=ask | image | {"inpainting_mask_invert": invert}).json()
         np.testing.assert_array_equal(np.asarray(opened(result["images"][0]))[unchanged], SEEN[unchanged])
-    for wrong in ({"steps": "many"}, {"seed": -5}, {"batch_size": 0}, {"sampler_name": "magic"}, {"width": 5000}):
+    for wrong in (
+        {"steps": "many"}, {"seed": -5}, {"batch_size": 0}, {"batch_size": 17}, {"sampler_name": "magic"},
+        {"scheduler": "magic"}, {"width": 5000}, {"cfg_scale": 99}, {"sampler_name": 3}, {"steps": 9999},
+    ):  # fmt: skip
         answer = client.post("/sdapi/v1/txt2img", json=ask | wrong)
-        assert answer.status_code in (400, 422) and answer.json()["detail"]
+        (field,) = wrong
+        assert answer.status_code == 422 and answer.json()["detail"].startswith(f"{field}: ")
+    for wrong, field in ({"denoising_strength": 7}, "denoising_strength"), ({"init_images": ["zz!"]}, "init_images"):
+        answer = client.post("/sdapi/v1/img2img", json=ask | image | wrong)
+        assert answer.status_code == 422 and answer.json()["detail"].startswith(f"{field}: ")
+
+
+def test_the_web_ui_api_says_what_it_does_otherwise(client):
+    nothing = dict.fromkeys(webui.TextToImage.model_fields)
+    ask = nothing | {"prompt": "3", "seed": 1, "steps": 3, "sampler_name": "DPM2 a Karras", "enable_hr": True}
+    answer = client.post("/sdapi/v1/txt2img", json=ask | {"alwayson_scripts": {"controlnet": {"args": []}}})
+    info = json.loads(answer.json()["info"])
+    assert info["sampler_name"] == "DPM++ SDE" and "Karras" in info["infotexts"][0]
+    nearest, hires, controlnet = info["warnings"]
+    assert "DPM2 a Karras" in nearest and "DPM++ SDE" in nearest
+    assert "enable_hr" in hires and "alwayson_scripts.controlnet" in controlnet
+    (mine,) = pictures(client, solver="dpmpp_sde", spacing="karras", steps=3)
+    np.testing.assert_array_equal(np.asarray(opened(answer.json()["images"][0])), np.asarray(mine))
+    read = client.post("/sdapi/v1/png-info", json={"image": answer.json()["images"][0]}).json()
+    assert read["info"] == info["infotexts"][0] and read["items"] == mine.text
+    assert client.post("/sdapi/v1/png-info", json={"image": encoded(SEEN)}).json()["info"] == ""
+    assert client.post("/sdapi/v1/png-info", json={"image": "zz!"}).status_code == 422
+
+
+def test_web_uis_find_the_lists_that_they_read(client):
+    lists = "latent-upscale-modes prompt-styles sd-modules script-info upscalers loras sd-vae face-restorers"
+    for name in lists.split():
+        assert client.get(f"/sdapi/v1/{name}").json() == [], name
+    assert client.get("/sdapi/v1/embeddings").json() == {"loaded": {}, "skipped": {}}
+    assert client.get("/sdapi/v1/memory").json()["ram"]["total"] > 0
+    assert isinstance(client.get("/sdapi/v1/cmd-flags").json(), dict)
+    assert client.post("/sdapi/v1/refresh-checkpoints").status_code == 200
+
+
+def test_a_web_ui_sees_and_stops_only_its_own_requests(client):
+    others = {"x-forwarded-for": "10.0.0.2"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        coming = pool.submit(client.post, "/sdapi/v1/txt2img", json={"prompt": "3", "steps": 1000})
+        while not client.get("/sdapi/v1/progress").json()["progress"]:
+            time.sleep(0.02)
+        state = client.get("/sdapi/v1/progress", headers=others).json()
+        assert state["progress"] == 0 and state["current_image"] is None and state["state"]["job_count"] == 0
+        client.post("/sdapi/v1/interrupt", headers=others)
+        client.post("/sdapi/v1/skip", headers=others)
+        before = client.get("/sdapi/v1/progress").json()["progress"]
+        while client.get("/sdapi/v1/progress").json()["progress"] <= before:
+            assert not coming.done()
+        client.post("/sdapi/v1/interrupt")
+        assert coming.result().status_code == 200
+
+
+def test_another_size_is_drawn_at_the_model_s_own_and_resized(client):
+    (own,) = pictures(client, steps=3)
+    compiled = metric(client, "diffusion_programs_compiled")
+    (image,) = pictures(client, steps=3, width=16, height=12)
+    expected = Frame((12, 16), (8, 8)).left(np.asarray(own))
+    np.testing.assert_array_equal(np.asarray(image), expected)
+    assert image.text["drawn"] == "8x8" and "drawn" not in own.text
+    ask = {"prompt": "3", "seed": 1, "steps": 3}
+    answer = client.post("/v1/images/generations", json=ask | {"size": "16x12"}).json()
+    np.testing.assert_array_equal(np.asarray(opened(answer["data"][0]["b64_json"])), expected)
+    assert answer["size"] == "16x12" and "drawn at 8x8" in answer["warnings"][0]
+    answer = client.post("/sdapi/v1/txt2img", json=ask | {"width": 16, "height": 12}).json()
+    info = json.loads(answer["info"])
+    np.testing.assert_array_equal(np.asarray(opened(answer["images"][0])), expected)
+    assert "drawn at 8x8" in info["warnings"][0] and info["extra_generation_params"] == {"Drawn at": "8x8"}
+    large = np.kron(SEEN, np.ones((2, 2, 1), np.uint8))
+    mask = np.kron(half_mask(), np.ones((2, 2), np.uint8))
+    (part,) = pictures(client, steps=3, width=16, height=16, image=encoded(large), mask=encoded(mask), previews="all")
+    np.testing.assert_array_equal(np.asarray(part)[:, 8:], large[:, 8:])
+    assert np.any(np.asarray(part)[:, :8] != large[:, :8])
+    assert metric(client, "diffusion_programs_compiled") == compiled, "nothing is compiled for it"
+
+
+def test_further_sizes_are_those_of_the_config():
+    with (
+        tiny.served(functools.partial(tiny.load, sizes=("16x8",)), hosts=("localhost",)) as (address, _),
+        httpx.Client(base_url=address, timeout=60) as http,
+    ):
+        (image,) = pictures(http, steps=2, width=16, height=8)
+        (near,) = pictures(http, steps=2, width=14, height=8)
+        (square,) = pictures(http, steps=2, width=9, height=8)
+        assert image.size == (16, 8) and "drawn" not in image.text
+        assert (near.text["drawn"], square.text["drawn"]) == ("16x8", "8x8")
+        assert http.get("/api/model").json()["sizes"] == [[8, 8], [8, 16]]
+
+
+def test_a_form_that_is_nested_too_deeply_is_a_clear_error(client):
+    for files in ({"image": b"x"}, None):
+        for field in ("steps", "seed", "guidance", "strength"):
+            form = {"prompt": "3", field: "[" * 20_000}
+            answer = client.post("/v1/images/edits", data=form, files=files)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] in (field, "image")
+
+
+def test_of_several_images_the_first_is_edited(client):
+    names = ("image[]", SEEN), ("image[]", 255 - SEEN), ("mask", np.dstack([SEEN, half_mask(invert=True)]))
+    files = [(name, ("a.png", base64.b64decode(encoded(image)))) for name, image in names]
+    answer = client.post("/v1/images/edits", files=files, data={"prompt": "3", "steps": "3"})
+    result = np.asarray(opened(answer.json()["data"][0]["b64_json"]))
+    np.testing.assert_array_equal(result[:, 4:], SEEN[:, 4:])
 
 
 def test_what_is_not_there_is_a_clear_404(client):

@@ -12,6 +12,7 @@ import uvicorn
 
 from configs import digits
 from diffusion_jax import build
+from diffusion_jax.serve import connections
 from diffusion_jax.serve.drawing import Picture, Shared
 from diffusion_jax.serve.engine import Ended, Engine, PictureDone
 from diffusion_jax.serve.server import application
@@ -31,12 +32,12 @@ def config(**serve):
     return result
 
 
-def load() -> Loaded:
+def load(**serve) -> Loaded:
     model = build.model.diffusion_model(config())
     leaves, tree = jax.tree.flatten(model.network.init(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return Loaded(config(), model._replace(params=jax.tree.unflatten(tree, noise)), "random")
+    return Loaded(config(**serve), model._replace(params=jax.tree.unflatten(tree, noise)), "random")
 
 
 def load_not_finite() -> Loaded:
@@ -118,7 +119,9 @@ def served(load=load, token="", hosts=(), **serve):
     engine = Engine(load, settings.serve.queue)
     service = Service(engine, engine.start(), settings)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(application(service, token, hosts), log_level="error"))
+        app = application(service, token, hosts)
+        options = connections.settings(app, service.facts.size, settings.serve.max_upload, log_level="error")
+        server = uvicorn.Server(options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://localhost:{listening.getsockname()[1]}", service

@@ -1,0 +1,67 @@
+"""How the server listens: uvicorn, with limits on connections that send nothing or are too many."""
+
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+PATIENCE = 5  # seconds that running requests have to finish when the server stops
+HEAD = 20.0  # seconds in which the head of a request must arrive
+CONNECTIONS = 1024  # open at once; further ones are closed
+PNG = 6  # bytes of a pixel of noise as a PNG in base64, at most
+TEXT = 65_536  # bytes of a state of the live canvas without its pictures
+
+
+class Connection(AutoHTTPProtocol):
+    """A connection that is closed if the head of a request does not arrive in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Start to wait for the first request."""
+        super().connection_made(transport)
+        self.head_timer = None
+        if len(self.connections) > CONNECTIONS:
+            transport.close()
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Start to wait for the rest of a head, unless it came with its beginning."""
+        super().data_received(data)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        if self.head_timer:
+            self.head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and not self.head_timer:
+            self.head_timer = self.loop.call_later(HEAD, self._give_up, self.cycle)
+        elif not answered and self.head_timer:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def _give_up(self, last_cycle: object) -> None:
+        """Close the connection, if no request has begun since the last one and it is no WebSocket now."""
+        self.head_timer = None
+        if self.cycle is last_cycle and self.transport.get_protocol() is self:
+            self.transport.close()
+
+
+def settings(app: ASGIApp, size: tuple[int, int], max_upload: int, **options) -> uvicorn.Config:
+    """The settings of uvicorn.
+
+    size: height and width of the model's images, pixels.
+    max_upload: bytes of a request. A message of the live canvas has at most two pictures of the model's size.
+    """
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        server_header=False,
+        ws_max_size=min(max_upload, TEXT + 2 * PNG * size[0] * size[1]),
+        ws_max_queue=1,
+        timeout_graceful_shutdown=PATIENCE,
+        **options,
+    )

@@ -1,0 +1,96 @@
+"""The order of the queue, without a worker: its messages are recorded, and its answers made up."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from diffusion_jax.serve.engine import CANCELLED, Ended, Engine, Full, Queued
+from diffusion_jax.serve.worker import Batch, Cancel, Drawn
+from tests.serve.tiny import picture
+
+IMAGE = np.zeros((8, 8, 3), np.uint8)
+
+
+class Worker:
+    """A worker that says it has drawn a batch when it is told to."""
+
+    def __init__(self, engine):
+        self.engine, self.sent = engine, []
+        engine.connection, engine.facts = self, SimpleNamespace(size=(8, 8), batch_size=1)
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def batches(self):
+        """(steps, width) of the pictures sent, in their order."""
+        sent = [message.pictures[0].shared for message in self.sent if isinstance(message, Batch)]
+        return [(shared.steps, shared.size[1]) for shared in sent]
+
+    def finish(self, place=-1):
+        """The batch that was sent at this place is done."""
+        batch = [message for message in self.sent if isinstance(message, Batch)][place]
+        self.engine._take(Drawn(batch.number, [IMAGE] * len(batch.pictures)))
+
+
+@pytest.fixture
+def engine():
+    return Engine(lambda: None, 8)
+
+
+@pytest.fixture
+def worker(engine):
+    return Worker(engine)
+
+
+def test_clients_take_turns(engine, worker):
+    for steps in (1, 2, 3, 4):
+        engine.submit([picture(steps=steps)], client="greedy")
+    engine.submit([picture(steps=10)], client="late")
+    engine.submit([picture(steps=20)], client="later")
+    for _ in range(4):
+        worker.finish()
+    engine.submit([picture(steps=11)], client="late")
+    worker.finish()
+    worker.finish()
+    assert [steps for steps, _ in worker.batches()] == [1, 2, 10, 20, 3, 11, 4]
+
+
+def test_one_client_leaves_half_of_the_queue_to_others(engine, worker):
+    jobs = [engine.submit([picture(steps=1 + i)], client="greedy") for i in range(5)]  # the first is being drawn
+    with pytest.raises(Full):
+        engine.submit([picture()], client="greedy")
+    for i in range(4):
+        engine.submit([picture(steps=10 + i)], client=f"other {i}")
+    with pytest.raises(Full):
+        engine.submit([picture()], client="one more")
+    engine.cancel(jobs[-1])
+    engine.submit([picture()], client="one more")
+
+
+def test_other_sizes_are_drawn_beside_the_own_size_and_wait_for_nothing_of_it(engine, worker):
+    large = engine.submit([picture(steps=1, size=(16, 16))])
+    small = engine.submit([picture(steps=2)])
+    more = engine.submit([picture(steps=3, size=(16, 16))])
+    last = engine.submit([picture(steps=4)])
+    assert worker.batches() == [(1, 16), (2, 8)], "the small one does not wait for the large one"
+    assert more.events.get_nowait() == Queued(0) == last.events.get_nowait() and more.events.get_nowait() == Queued(
+        1
+    ), "the own size comes first"
+    worker.finish(1)
+    assert small.ended and not large.ended and worker.batches()[2:] == [(4, 8)]
+    worker.finish(0)
+    assert large.ended and worker.batches()[3:] == [(3, 16)]
+
+
+def test_a_client_that_leaves_while_its_size_compiles_stops_nobody(engine, worker):
+    large = engine.submit([picture(steps=1, size=(16, 16))])
+    engine.cancel(large)
+    assert large.events.get_nowait() == Ended(CANCELLED) and worker.sent[-1] == Cancel(1)
+    waiting, small = engine.submit([picture(steps=2, size=(16, 16))]), engine.submit([picture(steps=3)])
+    assert worker.batches()[1:] == [(3, 8)]
+    worker.finish()
+    assert small.ended
+    engine.cancel(waiting)
+    worker.finish(0)
+    assert engine.pictures_waiting == 0 and len(worker.batches()) == 2

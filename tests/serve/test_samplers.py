@@ -1,0 +1,121 @@
+"""The names that clients of AUTOMATIC1111's web UI send."""
+
+import pytest
+
+from diffusion_jax.build.sampling import SOLVERS
+from diffusion_jax.core.solvers import SPACINGS
+from diffusion_jax.serve.samplers import sampler, scheduler
+from diffusion_jax.serve.webui import ImageToImage, TextToImage, _ignored
+
+SOLVER_NAMES, SPACING_NAMES = tuple(SOLVERS), ("", *SPACINGS)
+EXACT = {
+    "Euler a": ("euler_ancestral", ""),
+    "k_euler_a": ("euler_ancestral", ""),
+    "euler_ancestral": ("euler_ancestral", ""),
+    "k_euler": ("euler", ""),
+    "Euler": ("euler", ""),
+    "LMS": ("lms", ""),
+    "LMS Karras": ("lms", "karras"),
+    "k_lms_ka": ("lms", "karras"),
+    "Heun": ("heun", ""),
+    "k_heun": ("heun", ""),
+    "DPM++ 2M": ("dpmpp_2m", ""),
+    "DPM++ 2M Karras": ("dpmpp_2m", "karras"),
+    "k_dpmpp_2m_ka": ("dpmpp_2m", "karras"),
+    "dpm++ 2m karras": ("dpmpp_2m", "karras"),
+    "DPM++ SDE": ("dpmpp_sde", ""),
+    "DPM++ SDE Karras": ("dpmpp_sde", "karras"),
+    "DPM++ 2M SDE": ("dpmpp_2m_sde", ""),
+    "DPM++ 2M SDE Karras": ("dpmpp_2m_sde", "karras"),
+    "DPM++ 2M SDE Exponential": ("dpmpp_2m_sde", "logsnr"),
+    "k_dpmpp_2m_sde_exp": ("dpmpp_2m_sde", "logsnr"),
+    "DDIM": ("ddim", ""),
+    "PLMS": ("plms", ""),
+    "UniPC": ("unipc", ""),
+    "uni_pc": ("unipc", ""),
+    "LCM": ("consistency", ""),
+}
+NEAREST = [
+    "DPM2", "DPM2 a", "DPM2 Karras", "DPM2 a Karras", "k_dpm_2", "k_dpm_2_a", "k_dpm_2_ka", "DPM fast", "DPM adaptive",
+    "k_dpm_ad", "DPM++ 2S a", "DPM++ 2S a Karras", "k_dpmpp_2s_a_ka", "DPM++ 3M SDE", "DPM++ 3M SDE Karras",
+    "DPM++ 3M SDE Exponential", "DPM++ 2M SDE Heun", "DPM++ 2M SDE Heun Karras", "Restart", "DDIM CFG++", "HeunPP2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_sampler_has_many_spellings(name):
+    assert sampler(name, SOLVER_NAMES, "ddim") == (*EXACT[name], [])
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_the_nearest_stands_for_a_sampler_that_is_not_here_and_is_named(name):
+    solver, spacing, (note,) = sampler(name, SOLVER_NAMES, "ddim")
+    assert solver in SOLVERS and name in note and "nearest" in note
+    assert spacing == ("karras" if name.endswith(("Karras", "_ka")) else "logsnr" if "Exp" in name else "")
+
+
+def test_a_model_that_lacks_a_sampler_uses_its_own():
+    assert sampler("Euler a", ("consistency",), "consistency")[0] == "consistency"
+    assert "LCM" in sampler("Euler a", ("consistency",), "consistency")[2][0]
+    assert sampler("published", ("published", "ddim"), "published") == ("published", "", [])
+
+
+@pytest.mark.parametrize("name", ["magic", "", "karras", "Euler b", "x" * 1000])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match="unknown sampler"):
+        sampler(name, SOLVER_NAMES, "ddim")
+    with pytest.raises(ValueError, match="unknown scheduler"):
+        scheduler(name + "!a", SPACING_NAMES)
+
+
+def test_every_scheduler_of_the_web_ui_is_known():
+    exact = {
+        "Automatic": "", "automatic": "", "Uniform": "linspace", "uniform": "linspace", "Karras": "karras",
+        "karras": "karras", "Exponential": "logsnr", "Polyexponential": "logsnr", "SGM Uniform": "trailing",
+        "sgm_uniform": "trailing", "Simple": "trailing", "Normal": "linspace", "DDIM": "leading", "ddim": "leading",
+    }  # fmt: skip
+    for name, spacing in exact.items():
+        assert scheduler(name, SPACING_NAMES) == (spacing, []), name
+    for name in "KL Optimal", "kl_optimal", "Align Your Steps", "align_your_steps", "Beta", "beta", "Turbo", "turbo":
+        spacing, (note,) = scheduler(name, SPACING_NAMES)
+        assert spacing in SPACINGS and "nearest" in note and name in note
+
+
+def warned(kind=TextToImage, **values):
+    """The fields that a request is warned of."""
+    return [warning.partition(" has no effect")[0] for warning in _ignored(kind.model_validate(values), "mine")]
+
+
+def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
+    defaults = {  # as a common client sends them
+        "enable_hr": False, "hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 0, "hr_resize_x": 0,
+        "firstphase_width": 0, "styles": [], "subseed": -1, "subseed_strength": 0.0, "seed_resize_from_h": 0,
+        "restore_faces": False, "tiling": False, "do_not_save_samples": False, "eta": 1.0, "s_churn": 0, "s_tmax": 0,
+        "s_noise": 1, "override_settings": {}, "override_settings_restore_afterwards": True, "script_args": None,
+        "script_name": None, "save_images": False, "alwayson_scripts": {}, "denoising_strength": 0.7,
+    }  # fmt: skip
+    assert warned(**defaults) == []
+    of_image = {
+        "resize_mode": 0,
+        "image_cfg_scale": 1.5,
+        "mask_blur": 4,
+        "inpaint_full_res": True,
+        "inpainting_fill": 0,
+    }
+    assert warned(ImageToImage, init_images=["x"], **of_image) == []
+    assert warned(alwayson_scripts={"controlnet": {"args": []}}, enable_hr=True, script_name="X/Y/Z plot") == [
+        "enable_hr",
+        "script_name",
+        "alwayson_scripts.controlnet",
+    ]
+    settings = {"sd_model_checkpoint": "other", "CLIP_stop_at_last_layers": 2}
+    assert warned(override_settings=settings) == [
+        "override_settings.CLIP_stop_at_last_layers",
+        "override_settings.sd_model_checkpoint",
+    ]
+    assert warned(override_settings={"sd_model_checkpoint": "mine"}) == []
+
+
+def test_null_is_as_good_as_no_value():
+    nothing = TextToImage.model_validate(dict.fromkeys(TextToImage.model_fields))
+    assert nothing == TextToImage()
