@@ -22,7 +22,7 @@ from tests import quick_forms
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "BUILD.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?ms)^```[^\n]*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n|\n(?= {4}))+)")  # fenced, indented
-NO_COMMANDS = "FROM python", "d  = memory", "6   main.py"  # how a container file, formulas and a drawing begin
+NO_COMMANDS = "FROM python", "d  = memory", "8   main.py"  # how a container file, formulas and a drawing begin
 STAND_INS = "FOLDER", "PHOTOS", "face.png", "mask.png", "style.safetensors"
 SHELL = f"""
 command_not_found_handle() {{ "{sys.executable}" "{quick_forms.__file__}" "$@" || kill $$; }}
