@@ -38,6 +38,7 @@ FOREIGN = {
     "UNet2DModel": {
         "cross_attention_dim",
         "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
         "only_cross_attention",
         "use_linear_projection",
         "upcast_attention",
@@ -92,9 +93,13 @@ def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
     name = config.get("_class_name")
     if name not in ("UNet2DConditionModel", "UNet2DModel"):
         raise ValueError(f"{source}: expected a UNet2DConditionModel or UNet2DModel, got {name}")
-    if name == "UNet2DConditionModel" and config.get("mid_block_type") == "UNetMidBlock2D":
-        raise ValueError(f"{source}: mid_block_type 'UNetMidBlock2D' is supported only in UNet2DModel")
-    return module_and_shapes(UNet, _fields(UNet, config, source), source, lambda unet: unet.example_inputs())
+    fields = _fields(UNet, config, source)
+    alone = name == "UNet2DConditionModel" and config.get("mid_block_type") == "UNetMidBlock2D"
+    if alone and unet_class(UNet(**fields)) != name:
+        raise ValueError(
+            f"{source}: without blocks that read text, mid_block_type 'UNetMidBlock2D' is supported only in UNet2DModel"
+        )
+    return module_and_shapes(UNet, fields, source, lambda unet: unet.example_inputs())
 
 
 def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
@@ -164,7 +169,11 @@ def _fields(module: type, config: Mapping, source: str | Path) -> dict:
         if not inert:
             raise ValueError(f"{source}: {name}={value!r} is not supported")
     values = DEFAULTS[config["_class_name"]] | {name: value for name, value in config.items() if name in fields}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: _as_tuple(value) for name, value in values.items()}
+
+
+def _as_tuple(value):
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _save(class_name, module, extra, variables, folder, dtype):

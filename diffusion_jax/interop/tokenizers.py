@@ -1,5 +1,6 @@
 """Tokenizers of CLIP and T5 from the tokenizer folder of a checkpoint."""
 
+import itertools
 from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
@@ -16,6 +17,7 @@ CLIP_ROLES = {
     "pad_token": "<|endoftext|>",
 }
 T5_ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # CLIP's words: its start and end token, English endings, runs of letters, single digits, runs of other characters.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 UNKNOWN_LENGTH = 10**6  # transformers writes a larger number if the length is unknown
@@ -28,7 +30,8 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018). tokenizer_config.json and
     special_tokens_map.json name the padding token: the end token in OpenAI's CLIP, "!" in OpenCLIP. Special tokens are
     recognised anywhere in a prompt, so every "!" becomes padding there. The reference does the same, and the networks
-    were trained with it.
+    were trained with it. So are added tokens, such as learned words, in tokenizer_config.json, or in added_tokens.json
+    of older versions of transformers.
 
     length: None is model_max_length of tokenizer_config.json, else 77 for CLIP and 512 for T5.
     Raises FileNotFoundError for a folder without a tokenizer, and ValueError for malformed files or too small a length.
@@ -58,10 +61,19 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
 
 
 def _settings(folder):
-    """tokenizer_config.json, with special_tokens_map.json for tokens that it does not list."""
-    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    config, tokens = (read_json(path) if path.is_file() else {} for path in files)
-    return config if "added_tokens_decoder" in config else config | tokens
+    """tokenizer_config.json, with the added tokens of the files beside it in `added_tokens_decoder`, by id.
+
+    Older versions of transformers list them in added_tokens.json, and special_tokens_map.json then counts.
+    """
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    config, tokens, added = (read_json(folder / name) if (folder / name).is_file() else {} for name in names)
+    if "added_tokens_decoder" in config:
+        return config
+    settings = config | tokens
+    # as in the reference, which does not count additional_special_tokens here
+    special = {_content(token) for token in _special_tokens({**settings, "additional_special_tokens": []}, {})}
+    listed = {i: {"content": content, "normalized": content not in special} for content, i in added.items()}
+    return settings | {"added_tokens_decoder": listed}
 
 
 def _build(folder, settings):
@@ -122,13 +134,24 @@ def _t5(model, settings):
 
 
 def _add_special_tokens(tokenizer, settings, roles):
-    """Make the tokenizer recognise special tokens anywhere. Returns the padding token."""
-    listed = sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
-    tokenizer.add_special_tokens([_added(token) for _, token in listed])
+    """Make the tokenizer recognise added and special tokens anywhere. Returns the padding token."""
+    for i, token in sorted(settings["added_tokens_decoder"].items(), key=lambda entry: int(entry[0])):
+        tokenizer.add_special_tokens([_added(token)])
+        found = tokenizer.token_to_id(_content(token))
+        if found != int(i):
+            raise ValueError(f"the added token {_content(token)!r} has the id {i}, and the next free one is {found}")
     known_tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    special_tokens = [settings.get(role) or default for role, default in roles.items()]
+    special_tokens = _special_tokens(settings, roles)
     tokenizer.add_special_tokens([_added(token) for token in special_tokens if _content(token) not in known_tokens])
-    return _content(special_tokens[-1])
+    return _content(settings.get("pad_token") or roles["pad_token"])
+
+
+def _special_tokens(settings, roles):
+    """The special tokens, in the order in which they get ids if they have none. roles: default values."""
+    named = [settings.get(role) or roles.get(role) for role in SPECIAL_ROLES]
+    extra = [settings.get(field) or [] for field in ("additional_special_tokens", "extra_special_tokens")]
+    lists = [tokens.values() if isinstance(tokens, dict) else tokens for tokens in extra]
+    return [token for token in itertools.chain(named, *lists) if token]
 
 
 def _added(token):

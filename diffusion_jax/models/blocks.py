@@ -13,7 +13,8 @@ import jax.numpy as jnp
 class DownBlock(nn.Module):
     """`layers` residual blocks, each followed by optional attention, then optional downsampling.
 
-    resnet, attention, downsample: functions from name to submodule; the last two may be None.
+    resnet, attention, downsample: functions from name to submodule, that of attention from (layer, name); the last two
+      may be None.
     Returns the result and the skips for the upward half: one array for each layer, and the downsampled one.
     """
 
@@ -28,7 +29,7 @@ class DownBlock(nn.Module):
         for i in range(self.layers):
             x = self.resnet(name=f"resnets_{i}")(x, *resnet_inputs)
             if self.attention:
-                x = self.attention(name=f"attentions_{i}")(x, *context)
+                x = self.attention(i, name=f"attentions_{i}")(x, *context)
             skips.append(x)
         if self.downsample:
             x = self.downsample(name="downsamplers_0")(x)
@@ -37,14 +38,17 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """A residual block, optional attention, a residual block."""
+    """A residual block, then optional attention and a second residual block, unless `layers` is 1."""
 
     resnet: Callable
     attention: Callable | None
+    layers: int = 2
 
     @nn.compact
     def __call__(self, x, resnet_inputs, *context):
         x = self.resnet(name="resnets_0")(x, *resnet_inputs)
+        if self.layers == 1:
+            return x
         if self.attention:
             x = self.attention(name="attentions_0")(x, *context)
         return self.resnet(name="resnets_1")(x, *resnet_inputs)
@@ -65,7 +69,7 @@ class UpBlock(nn.Module):
                 jnp.concatenate([x, skips.pop().astype(x.dtype)], axis=-1), *resnet_inputs
             )
             if self.attention:
-                x = self.attention(name=f"attentions_{i}")(x, *context)
+                x = self.attention(i, name=f"attentions_{i}")(x, *context)
         if self.upsample:
             x = self.upsample(name="upsamplers_0")(x, skips[-1].shape[1:3])
         return x

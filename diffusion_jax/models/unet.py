@@ -51,6 +51,10 @@ class UNet(nn.Module):
     upcast_attention: unused. Attention scores are always float32; diffusers reads it for half precision.
     attn_norm_num_groups: groups of the norm before the attention of UNetMidBlock2D. None means norm_num_groups, or no
       norm under resnet_time_scale_shift="scale_shift".
+    mid_block_type: "UNetMidBlock2D" has two residual blocks with or without attention, or in a network with `Cross…`
+      blocks one residual block, as in diffusers.
+    transformer_layers_per_block: transformer blocks of each attention of a level, or a tuple with a number for each.
+    reverse_transformer_layers_per_block: the same for up_blocks, in their order. None means those of the way down.
     num_class_embeds: size of the table of class embeddings. None for a network without classes.
     class_embed_type: "projection" for a network whose condition has one vector for the whole text, of width
       projection_class_embeddings_input_dim, which is added to the time embedding.
@@ -95,7 +99,8 @@ class UNet(nn.Module):
     attention_head_dim: int | tuple[int, ...] | None = 8
     attn_norm_num_groups: int | None = None
     cross_attention_dim: int | None = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     only_cross_attention: bool | tuple[bool, ...] = False
     use_linear_projection: bool = False
     upcast_attention: bool | None = False
@@ -129,7 +134,11 @@ class UNet(nn.Module):
         self.down_blocks = [self._down_block(level) for level in range(levels)]
         if self.mid_block_type is not None:
             last = levels - 1
-            self.mid_block = MidBlock(self._resnet(last), self._attention(self.mid_block_type, last))
+            depths = self._depths(last)[:1]
+            alone = self.mid_block_type == "UNetMidBlock2D" and self._reads_text()
+            attention = self._attention(self.mid_block_type, last, depths)
+            attention = attention and functools.partial(attention, 0)
+            self.mid_block = MidBlock(self._resnet(last), attention, layers=1 if alone else 2)
         self.up_blocks = [self._up_block(level) for level in reversed(range(levels))]
         self.conv_norm_out = GroupNorm(self.norm_num_groups, self.norm_eps)
         self.conv_out = Conv(self.out_channels, dtype=jnp.float32, init=zeros_init)
@@ -212,7 +221,7 @@ class UNet(nn.Module):
         return DownBlock(
             self._per_level("layers_per_block")[level],
             self._resnet(level),
-            self._attention(self.down_block_types[level], level),
+            self._attention(self.down_block_types[level], level, self._depths(level)),
             shrink if level < len(self.block_out_channels) - 1 else None,
         )
 
@@ -221,7 +230,7 @@ class UNet(nn.Module):
         return UpBlock(
             self._per_level("layers_per_block")[level] + 1,
             self._resnet(level),
-            self._attention(self.up_block_types[-1 - level], level),
+            self._attention(self.up_block_types[-1 - level], level, self._depths(level, upward=True)),
             grow if level > 0 else None,
         )
 
@@ -237,20 +246,34 @@ class UNet(nn.Module):
             dtype=self.dtype,
         )
 
-    def _attention(self, block_type: str, level: int) -> Callable[..., nn.Module] | None:
-        """A function from name to the attention of a block, or None for a block without attention."""
+    def _depths(self, level: int, upward: bool = False) -> tuple[int, ...]:
+        """The number of transformer blocks in each attention of a level."""
+        layers = self._per_level("layers_per_block")[level] + upward
+        depths = self._per_level("transformer_layers_per_block")[level]
+        if upward and self.reverse_transformer_layers_per_block is not None:
+            depths = self.reverse_transformer_layers_per_block[-1 - level]
+        depths = depths if isinstance(depths, tuple) else (depths,) * layers
+        if len(depths) != layers:
+            raise ValueError(
+                f"UNet: expected {layers} numbers of transformer blocks, one for each attention of the level, got "
+                f"{depths}; for the way up set reverse_transformer_layers_per_block"
+            )
+        return depths
+
+    def _attention(self, block_type: str, level: int, depths: tuple[int, ...]) -> Callable[..., nn.Module] | None:
+        """A function from (layer, name) to the attention of a block, or None for a block without attention."""
         heads = self._per_level("attention_head_dim")[level]
         shared = dict(dtype=self.dtype, implementation=self.attention_implementation)
         if BLOCK_TYPES[block_type] == "cross":
-            return functools.partial(
+            make = functools.partial(
                 self._rematted(Transformer2DModel),
                 heads=heads,
-                layers=self._per_level("transformer_layers_per_block")[level],
                 groups=self.norm_num_groups,
                 linear_projection=self.use_linear_projection,
                 only_cross_attention="Mid" not in block_type and self._per_level("only_cross_attention")[level],
                 **shared,
             )
+            return lambda layer, name: make(layers=depths[layer], name=name)
         in_the_middle = block_type == "UNetMidBlock2D"
         if BLOCK_TYPES[block_type] is None or (in_the_middle and not self.add_attention):
             return None
@@ -258,7 +281,7 @@ class UNet(nn.Module):
         if in_the_middle:
             groups = self.attn_norm_num_groups or (groups if self.resnet_time_scale_shift == "default" else None)
         make = self._rematted(AttentionBlock2D)
-        return functools.partial(make, head_width=heads, groups=groups, eps=self.norm_eps, **shared)
+        return lambda layer, name: make(head_width=heads, groups=groups, eps=self.norm_eps, name=name, **shared)
 
     def _time_embedding(self, t: Array, cond: Mapping[str, Array]) -> Float[Array, "batch width"]:
         waves = functools.partial(
@@ -306,6 +329,7 @@ class UNet(nn.Module):
             "layers_per_block",
             "attention_head_dim",
             "transformer_layers_per_block",
+            "reverse_transformer_layers_per_block",
             "only_cross_attention",
         ):
             value = getattr(self, field)

@@ -40,6 +40,13 @@ SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 7 + 6 * 8,
 }
+SSD = {  # as the distilled SSD-1B: each attention has its own depth, up and down differ, the middle is one block
+    **SDXL,
+    "layers_per_block": 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 1], [1, 1]],
+    "reverse_transformer_layers_per_block": [[1, 1, 3], [2, 1, 1], 1],
+}
 POOLED = {**TEXT, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 7}
 CLASSES = {  # as ADM
     **LEVELS,
@@ -71,6 +78,7 @@ UNETS = {
     "upcast": ("UNet2DConditionModel", TEXT | {"upcast_attention": True}, (8, 8)),
     "only cross-attention": ("UNet2DConditionModel", TEXT | {"only_cross_attention": True}, (8, 8)),
     "sdxl": ("UNet2DConditionModel", SDXL, (8, 8)),
+    "ssd": ("UNet2DConditionModel", SSD, (8, 8)),
     "pooled": ("UNet2DConditionModel", POOLED, (8, 8)),
     "no middle": ("UNet2DConditionModel", TEXT | {"mid_block_type": None}, (8, 8)),
     "classes": ("UNet2DModel", CLASSES, (8, 8)),
@@ -227,7 +235,16 @@ def edited(folder, **changes):
         ({"num_attention_heads": 8}, "num_attention_heads=8 is not supported"),
         ({"block_out_channels": "wide"}, "no network can be built from it"),
         ({"act_fn": "gelu"}, "act_fn='gelu' is not supported"),
-        ({"mid_block_type": "UNetMidBlock2D"}, "supported only in UNet2DModel"),
+        ({"mid_block_type": "UNetMidBlock2D"}, "unknown [0-9]+ tensors: mid_block.attentions.0"),
+        (
+            {
+                "mid_block_type": "UNetMidBlock2D",
+                "down_block_types": ["DownBlock2D"] * 2,
+                "up_block_types": ["UpBlock2D"] * 2,
+            },
+            "supported only in UNet2DModel",
+        ),
+        ({"transformer_layers_per_block": [[1, 2], 1]}, "expected 1 numbers of transformer blocks, one for each"),
         ({"down_block_types": ["DownBlock2D"] * 2}, "unknown [0-9]+ tensors: down_blocks.0.attentions.0"),
         ({"block_out_channels": [16, 64]}, "misshapen"),
         ({"layers_per_block": 2}, "lacks [0-9]+ tensors: "),

@@ -422,6 +422,20 @@ def test_a_table_of_an_xl_denoiser_has_zero_terminal_snr(tmp_path):
     assert read_checkpoint(tmp_path / "x.safetensors").scheduler["rescale_betas_zero_snr"]
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_text_encoders_of_newer_transformers(family, tmp_path):
+    """Without the prefix text_model., and with a projection that is not used."""
+    held, originals = checkpoint(family)
+    prefix = {"sd1": "cond_stage_model.transformer.", "sdxl": "conditioner.embedders.0.transformer."}[family]
+    renamed = {name.replace(f"{prefix}text_model.", prefix): tensor for name, tensor in held.items()}
+    assert renamed.keys() != held.keys()
+    renamed[f"{prefix}text_projection.weight"] = np.zeros((64, 64), np.float16)
+    write_file(tmp_path / "x.safetensors", renamed)
+    part = read_single_file(tmp_path / "x.safetensors")[1]["text_encoder"]
+    assert_equal(part.tensors, originals[2])
+    assert part.config["num_hidden_layers"] == 2
+
+
 def test_the_factor_of_the_latents_in_a_file(tmp_path):
     write_file(tmp_path / "x.safetensors", checkpoint("sd1")[0] | {"scale_factor": np.float32(0.2)})
     assert read_checkpoint(tmp_path / "x.safetensors").parts["vae"].config["scaling_factor"] == np.float32(0.2)

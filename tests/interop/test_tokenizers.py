@@ -179,6 +179,46 @@ def test_where_an_exclamation_mark_pads_it_does_so_everywhere(clip_folder):
     assert (first, second) == ([49406, 2368, 256, 49407], [49406, 2368, 0, 49407])
 
 
+ADDED = {"<cat-toy>": 49408, "<Style>": 49409, BOS: 49406, EOS: 49407}
+
+
+@pytest.mark.parametrize("place", ["added_tokens.json", "with special_tokens_map.json", "tokenizer_config.json"])
+def test_learned_words_are_one_token_wherever_they_are_listed(place, clip_folder):
+    transformers = pytest.importorskip("transformers")
+    folder = clip_folder("Stable Diffusion 1")
+    if place == "tokenizer_config.json":
+        listed = {str(i): token(content, special=False) for content, i in ADDED.items()}
+        config = {**NEW, "pad_token": EOS, "model_max_length": 77, "added_tokens_decoder": listed}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+    if place == "with special_tokens_map.json":
+        roles = OLD | {"pad_token": EOS, "additional_special_tokens": ["<Style>", "<new>"]}
+        (folder / "special_tokens_map.json").write_text(json.dumps(roles))
+    ids = load_tokenizer(folder).encode("a <cat-toy> cat").ids[:5]
+    assert ids == [49406, 320, 49408, 2368, 49407]
+    strings = [f"{text} <cat-toy>, <style> <Style>cat <new> {text}" for text in texts(100)]
+    assert_equal(folder, transformers.CLIPTokenizer, [*strings, "<cat-toy>s in <STYLE>", "cat<cat-toy>!"])
+
+
+def test_words_beside_tokenizer_json(clip_folder):
+    """Of an older transformers that wrote both."""
+    transformers = pytest.importorskip("transformers")
+    folder = clip_folder("Stable Diffusion 1")
+    load_tokenizer(folder).save(str(folder / "tokenizer.json"))
+    (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+    assert load_tokenizer(folder).encode("a <cat-toy> cat").ids[:5] == [49406, 320, 49408, 2368, 49407]
+    expected = transformers.CLIPTokenizer.from_pretrained(folder)("a <cat-toy> cat").input_ids
+    assert expected == [49406, 320, 49408, 2368, 49407]
+
+
+def test_added_tokens_whose_ids_are_not_the_next_ones_are_refused(clip_folder):
+    folder = clip_folder("Stable Diffusion 1")
+    (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 49410}))
+    with pytest.raises(ValueError, match=r"'<cat-toy>' has the id 49410, and the next free one is 49408"):
+        load_tokenizer(folder)
+
+
 def test_t5_equals_sentencepiece(pieces, tmp_path):
     """On the words that both normalize alike, without those that are special to T5."""
     draw, words = random.Random(2), [word for word in SNIPPETS if "<" not in word]

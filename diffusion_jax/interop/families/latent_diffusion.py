@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.interop.encoders import qualified
 from diffusion_jax.interop.families.statements import stated
 from diffusion_jax.interop.family import Config, Description, LoraNames, Tensors
 from diffusion_jax.models.autoencoder import AutoencoderKL
@@ -261,7 +262,10 @@ def _linear(name, tensor):
 
 
 def clip(tensors: Tensors) -> Description:
-    """The text encoder of OpenAI's CLIP, in the layout of transformers."""
+    """The text encoder of OpenAI's CLIP, in the layout of any version of transformers, without the projection of the
+    pooled text that some files have.
+    """
+    tensors = {qualified(name): tensor for name, tensor in tensors.items() if name != "text_projection.weight"}
     return Description(_text_config(tensors, "quick_gelu", "CLIPTextModel"), tensors)
 
 
