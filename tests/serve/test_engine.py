@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 
+from diffusion_jax.serve import worker
 from diffusion_jax.serve.engine import CANCELLED, Engine, Full, Progress, Queued
 from diffusion_jax.serve.worker import HELD_BACK, NOT_FINITE, Failed, Refused
 from tests.serve import tiny
@@ -304,6 +305,12 @@ def test_a_worker_that_cannot_start_again_fails_what_waits(tmp_path):
         for images, error in run(kill()):
             assert images == {} and "cannot be started" in error.message
         assert queue.state == "failed"
+
+
+@pytest.mark.parametrize(("size", "expected"), [("8by8", "expected WIDTHxHEIGHT, got '8by8'"), ("0x8", "multiples of")])
+def test_a_size_that_the_model_cannot_draw_is_one_clear_error(size, expected):
+    with pytest.raises(ValueError, match=rf"^config\.serve\.sizes: .*{expected}"):
+        worker.facts(tiny.load(sizes=(size,)))
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path):
