@@ -351,9 +351,12 @@ def _answer(
 
 def _answer_others(link: _Link, draw: Callable[[Batch, Show], list[Outcome]]) -> None:
     """Draw the batches of other sizes: between two steps, one of the own size has its turn."""
-    with contextlib.suppress(OSError):  # the server is gone
-        while batch := link.others.get():
-            link.send(Drawn(batch.number, draw(batch, link.show_when_idle)))
+    try:
+        with contextlib.suppress(OSError):  # the server is gone
+            while batch := link.others.get():
+                link.send(Drawn(batch.number, draw(batch, link.show_when_idle)))
+    finally:
+        link.own.put(None)  # the worker does not go on without this thread
 
 
 def _draw(artists: Mapping[bool, Artist], model_facts: Facts, batch: Batch, show: Show) -> list[Outcome]:
