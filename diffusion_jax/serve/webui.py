@@ -172,8 +172,10 @@ def _of_client(running: dict[Job, Progress], http: Http) -> dict[Job, Progress]:
 
 
 async def _memory(http: Http) -> Response:
-    """The memory of the machine and of this process, bytes."""
-    total, free = (os.sysconf("SC_PAGE_SIZE") * os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    """The memory of the machine, bytes. Where the system does not say how much of it is free, 0."""
+    names = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
+    pages = (os.sysconf(name) if name in os.sysconf_names else 0 for name in names)
+    total, free = (os.sysconf("SC_PAGE_SIZE") * count for count in pages)
     ram = {"free": free, "used": total - free, "total": total}
     return JSONResponse({"ram": ram, "cuda": {"error": "unavailable"}})
 

@@ -9,7 +9,7 @@ import functools
 import queue
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import monotonic
@@ -181,9 +181,7 @@ def facts(loaded: Loaded) -> Facts:
     folder = Path(weights).parent if comma else Path(weights)  # RUN/checkpoints, step 20, averaged
     t = np.linspace(schedule.t_min, schedule.t_max, CURVE)
     solvers = usable_solvers(config, model)
-    further = tuple(map(sizes.parsed, serve.get("sizes", ())))
-    for size in further:
-        model.resized(size)
+    further = _further_sizes(model, serve.get("sizes", ()))
     curves = {"t": t, "alpha": schedule(t).alpha, "sigma": schedule(t).sigma}
     return Facts(
         name=config.name,
@@ -201,6 +199,17 @@ def facts(loaded: Loaded) -> Facts:
         curves={name: np.asarray(values).tolist() for name, values in curves.items()},
         live=loaded.live and facts(loaded.live)._replace(sizes=(model.size, *further)),
     )
+
+
+def _further_sizes(model: DiffusionModel, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """The sizes of serve.sizes. Raises ValueError for one that this model cannot draw."""
+    try:
+        further = tuple(map(sizes.parsed, texts))
+        for size in further:
+            model.resized(size)
+    except ValueError as error:
+        raise ValueError(f"config.serve.sizes: {error}") from error
+    return further
 
 
 def to_warm(model_facts: Facts, prompt: str) -> list[Picture]:
@@ -342,9 +351,12 @@ def _answer(
 
 def _answer_others(link: _Link, draw: Callable[[Batch, Show], list[Outcome]]) -> None:
     """Draw the batches of other sizes: between two steps, one of the own size has its turn."""
-    with contextlib.suppress(OSError):  # the server is gone
-        while batch := link.others.get():
-            link.send(Drawn(batch.number, draw(batch, link.show_when_idle)))
+    try:
+        with contextlib.suppress(OSError):  # the server is gone
+            while batch := link.others.get():
+                link.send(Drawn(batch.number, draw(batch, link.show_when_idle)))
+    finally:
+        link.own.put(None)  # the worker does not go on without this thread
 
 
 def _draw(artists: Mapping[bool, Artist], model_facts: Facts, batch: Batch, show: Show) -> list[Outcome]:

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 
+from diffusion_jax.serve import worker
 from diffusion_jax.serve.engine import CANCELLED, Engine, Full, Progress, Queued
 from diffusion_jax.serve.worker import HELD_BACK, NOT_FINITE, Failed, Refused
 from tests.serve import tiny
@@ -215,6 +216,25 @@ def test_nothing_is_compiled_for_any_control(engine):
     assert queue.compiled.programs == before
 
 
+def test_a_size_that_compiles_stops_nobody(engine):
+    queue, run = engine
+
+    async def both():
+        while queue.compiled.left:
+            await asyncio.sleep(0.1)
+        left, large, small = (queue.submit([picture(size=size)]) for size in ((8, 24), (16, 16), (8, 8)))
+        queue.cancel(left)
+        assert left.ended and queue.pictures_waiting == 2
+        images = await ended(small)
+        return images, large.ended, await ended(large)
+
+    (small, error), was_ended, (large, no_error) = run(both())
+    assert not was_ended, "the small one did not wait"
+    assert error is None and no_error is None and large[0].shape == (16, 16, 3)
+    np.testing.assert_array_equal(small[0], drawn(engine, picture())[0])
+    np.testing.assert_array_equal(large[0], drawn(engine, picture(size=(16, 16)))[0])
+
+
 def test_a_style_of_strength_0_and_noise_of_weight_0_keep_the_picture(engine):
     image, _ = image_and_mask()
     style = picture(solver="ddim", task="style", image=True, strength=0.0)._replace(image=image)
@@ -304,6 +324,12 @@ def test_a_worker_that_cannot_start_again_fails_what_waits(tmp_path):
         for images, error in run(kill()):
             assert images == {} and "cannot be started" in error.message
         assert queue.state == "failed"
+
+
+@pytest.mark.parametrize(("size", "expected"), [("8by8", "expected WIDTHxHEIGHT, got '8by8'"), ("0x8", "multiples of")])
+def test_a_size_that_the_model_cannot_draw_is_one_clear_error(size, expected):
+    with pytest.raises(ValueError, match=rf"^config\.serve\.sizes: .*{expected}"):
+        worker.facts(tiny.load(sizes=(size,)))
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path):
