@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from benchmarks import quick
-from diffusion_jax import codec
+from diffusion_jax import build, codec
 from diffusion_jax.conditioning import unconditional
 from diffusion_jax.core import parameterization, sampling, schedules, solvers
 from diffusion_jax.model import DiffusionModel, Network
@@ -142,7 +142,8 @@ def main() -> None:
         for name, (method, options, solver, needs) in METHODS.items():
             student = model(is_map=True)
             guide = flow_map.Teacher(teacher, defines_path=name.endswith("taught")) if needs else None
-            loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=guide, **options)
+            emphasis = build.objective.emphasis(name.split(",")[0])
+            loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=guide, emphasis=emphasis, **options)
             frozen_parts = frozen | ({"teacher": params} if needs else {})
             learned = trained(loss, params, frozen_parts, steps, keys[3], rate=1e-3)
             rows.setdefault(name, []).append([measured(student, learned, solver, n) for n in CALLS])

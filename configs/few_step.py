@@ -11,7 +11,7 @@ lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, 
   distillation two steps of the teacher become one; repeat with half of --config.objective.segments and the student as
                --config.teacher
   lcm *        consistency distillation with guidance in the teacher
-  ect *        consistency training, easy: from the teacher's weights, on data
+  ect *        easy consistency tuning: from the teacher's weights, on data
   soflow       any step, from data, without derivatives
   shortcut     any step, as two of its halves
   mean_flow    any step, from data, by the derivative along the way
@@ -19,6 +19,7 @@ lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, 
   lsd          any step, by the derivative in its end
   taught_ect *, taught_scm *, taught_soflow, taught_mean_flow
                the same, and instead of data they follow the teacher's guided path
+Those from ect on are for two and more calls; for one, add --config.objective.levels=even to the training.
 """
 
 from ml_collections import ConfigDict

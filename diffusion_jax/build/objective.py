@@ -52,15 +52,16 @@ CLEAN_TARGET_METHODS = (  # an ordinary network can learn these
     "consistency_distillation",
     "guidance_distillation",
 )
-EMPHASIS = {  # method -> its levels and weight by default, where they are not "even" and "relative"
-    "consistency_training": ("lognormal_ect", "inverse_noise"),
-    "continuous_consistency": ("lognormal_scm", "relative"),
-}
 PATH_METHODS = ("consistency_training", "soflow", "mean_flow", "continuous_consistency")  # these follow a path
 DISTILLATIONS = {
     "distillation": lambda section: flow_map.distillation(section.segments),
     "consistency_distillation": lambda section: flow_map.consistency_distillation(section.segments),
     "guidance_distillation": lambda section: flow_map.guidance_distillation(),
+}
+EMPHASIS = {  # method -> levels and weight by default; for one call, even levels are better than lognormal ones
+    **{name: ("lognormal_scm", "relative") for name in FLOW_MAPS},
+    "consistency_training": ("lognormal_ect", "inverse_noise"),
+    **{name: ("even", "relative") for name in DISTILLATIONS},
 }
 
 
@@ -107,15 +108,19 @@ def learns_from_teacher(section: ConfigDict) -> bool:
 
 
 def _denoising(section: ConfigDict, model: DiffusionModel) -> Callable:
-    emphasis = _emphasis(section, "lognormal" if is_edm(model) else "uniform", "uniform")
-    return denoising(model, emphasis.weight, section.drop, emphasis.levels)
+    chosen = _emphasis(section.levels or ("lognormal" if is_edm(model) else "uniform"), section.weight or "uniform")
+    return denoising(model, chosen.weight, section.drop, chosen.levels)
 
 
-def _emphasis(section: ConfigDict, default_levels: str, default_weight: str) -> flow_map.Emphasis:
-    """The levels and the weight of config.objective; the defaults if it leaves them empty."""
+def emphasis(method: str, levels: str = "", weight: str = "") -> flow_map.Emphasis:
+    """The levels and the weight of few-step training, those of the method where they are not named."""
+    default_levels, default_weight = EMPHASIS[method]
+    return _emphasis(levels or default_levels, weight or default_weight)
+
+
+def _emphasis(levels: str, weight: str) -> flow_map.Emphasis:
     return flow_map.Emphasis(
-        choose(LEVELS, section.levels or default_levels, "distribution of noise levels"),
-        choose(WEIGHTS, section.weight or default_weight, "loss weight"),
+        choose(LEVELS, levels, "distribution of noise levels"), choose(WEIGHTS, weight, "loss weight")
     )
 
 
@@ -148,8 +153,8 @@ def _flow_map(
     if teacher is not None:
         check_teacher(teacher, model)
     guide = flow_map.Teacher(teacher, section.scale, section.taught) if is_taught else None
-    emphasis = _emphasis(section, *EMPHASIS.get(section.name, ("even", "relative")))
-    return flow_map.flow_map(model, method, steps, section.drop, section.plain, section.robust, guide, emphasis)
+    chosen = emphasis(section.name, section.levels, section.weight)
+    return flow_map.flow_map(model, method, steps, section.drop, section.plain, section.robust, guide, chosen)
 
 
 def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:
