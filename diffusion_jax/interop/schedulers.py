@@ -58,9 +58,14 @@ def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, stre
 
 
 def with_defaults(config: Mapping) -> dict:
-    """The content of a scheduler_config.json, with what its class uses for noise levels that the file leaves out."""
+    """The content of a scheduler_config.json, with what its class uses for noise levels that the file leaves out.
+
+    Another class must name its beta_schedule: it may have no betas.
+    """
     name = config.get("_class_name")
-    return {**BETAS, **SCHEDULERS[name].defaults, **config} if name in SCHEDULERS else dict(config)
+    if name in SCHEDULERS:
+        return {"beta_schedule": "linear", **BETAS, **SCHEDULERS[name].defaults, **config}
+    return {**BETAS, **config}
 
 
 def _check(config: Mapping, field: str, values: tuple) -> None:
@@ -253,7 +258,7 @@ def _reads(fields: str) -> frozenset[str]:
 
 
 # fmt: off
-BETAS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+BETAS = {"beta_start": 0.0001, "beta_end": 0.02}
 DEFAULTS = {
     "timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": True, "final_sigmas_type": "zero",
     "original_inference_steps": 50, "timestep_scaling": 10.0, "lambda_min_clipped": -np.inf,
