@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs --all"))
 
 
+def pytest_collection_finish():
+    """Leave out of every later garbage collection what the imports made."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # tracing makes many objects that live
+
+
 @pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to schedule
 def pytest_xdist_make_scheduler(config, log):
     """A worker takes the tests in their order, so most modules stay on one and share what they compile and train."""

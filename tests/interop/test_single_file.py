@@ -324,7 +324,7 @@ def test_published_networks_in_full_size(family, monkeypatch):
     held = {"model.diffusion_model." + ldm_unet_name(name, config): tensor for name, tensor in tensors.items()}
     held |= ldm_autoencoder(random_tensors(autoencoder_of, AUTOENCODER))
     monkeypatch.setattr(single_file, "read_file", lambda path, allow_pickle: held)
-    found = read_single_file("x.safetensors")[1]["unet"].config
+    found = read_single_file("x.ckpt")[1]["unet"].config
     for field, value in config.items():
         every = [value] * len(found[field]) if isinstance(found[field], list) and isinstance(value, int) else value
         if field == "transformer_layers_per_block":  # entries of levels without transformers mean nothing

@@ -28,6 +28,7 @@ def test_shapes_and_types(variables, dtype):
     assert (decoded.shape, decoded.dtype) == (image.shape, jnp.float32)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_value_nor_gradient():
     smaller = SMALL.clone(block_out_channels=(8, 16))  # which compiles in half the time
     variables = jax.jit(smaller.init)(jax.random.key(0), smaller.example_image())

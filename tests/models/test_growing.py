@@ -50,6 +50,7 @@ def difference(added, side):
     return float(jnp.abs(said[1] - said[0]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("added", [1, 2])
 def test_one_colour_is_seen_as_by_the_inner_network(added):
     """But for edges: padding shows there, and in the norms of all pixels, the less the larger the picture is."""

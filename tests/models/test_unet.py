@@ -77,6 +77,7 @@ def test_bfloat16_keeps_parameters_and_is_near():
     assert 0 < jnp.abs(exact - rounded).max() < 0.1 * jnp.abs(exact).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unet", [TEXT_1, PIXELS_1])
 def test_remat_changes_neither_value_nor_gradient(unet):
     variables = randomised(unet)
@@ -200,6 +201,7 @@ class Control(nn.Module):
         return h, skips
 
 
+@pytest.mark.slow
 def test_the_way_down_serves_another_network_and_the_way_up_takes_its_answer():
     variables, (x, t, cond) = randomised(TEXT), inputs(TEXT)
     control = Control(TEXT)

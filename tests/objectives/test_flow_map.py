@@ -122,7 +122,7 @@ def made_model(name, wrong=0.0, of_steps=False, bump=waves):
     return model(student, True), model(teacher, False)
 
 
-def gradient(name, method, wrong=0.0, batch=8192, step=99):
+def gradient(name, method, wrong=0.0, batch=32768, step=99):
     """d loss / d params, and its standard error."""
     # what the Lagrangian method learns at the end of a step is what the student says there
     student, teacher = made_model(name, wrong, of_steps=method == "lagrangian")
