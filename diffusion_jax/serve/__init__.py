@@ -40,7 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     try:
         facts = engine.start()
         logging.info("weights: %s", facts.origin)
-        app = application(Service(engine, facts, config), token, () if token else LOOPBACK)
+        app = application(Service(engine, facts, config), token, () if token else (*LOOPBACK, section.host))
         logging.info("open %s", _address(section.host, listening.getsockname()[1], token))
         settings = connections.settings(app, facts.size, section.max_upload, log_level="warning")
         server = uvicorn.Server(settings)

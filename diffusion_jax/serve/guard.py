@@ -5,10 +5,10 @@ import base64
 import collections
 import hmac
 from collections.abc import Iterable
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -89,7 +89,11 @@ class Guard:
         if name is None:
             return _error(400, "the Host header is malformed")
         if self.hosts and name.hostname not in self.hosts:
-            return _error(400, "this server has another name: open it as localhost or 127.0.0.1")
+            return _error(
+                400,
+                "this server has another name: open it as localhost or 127.0.0.1, or start it with "
+                "config.serve.token_file, then it has any name",
+            )
         site = _split(origin or "")
         if origin is not None and (site is None or site.netloc != host):
             return _error(403, "requests from pages of other sites are refused")
@@ -110,11 +114,8 @@ class Guard:
                 value = base64.b64decode(value).decode().partition(":")[2]
             except ValueError:  # not base64, or not text
                 return False
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            cookie = None
-        return self._matches(value) or (cookie is not None and self._matches(cookie.value))
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE)  # also beside malformed ones of other programs
+        return self._matches(value) or (cookie is not None and self._matches(cookie))
 
     def _matches(self, value: str) -> bool:
         return hmac.compare_digest(value.encode(), self.token.encode())

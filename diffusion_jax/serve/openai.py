@@ -3,6 +3,7 @@
 Fields of `schema.Request` that this API lacks, such as steps or seed, may be sent too.
 """
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from time import time
@@ -95,7 +96,7 @@ async def _images(service: Service, form: FormData) -> dict[str, str]:
     field = "mask" if "mask" in files else "image"
     marked = await files["mask"].read() if "mask" in files else image
     try:
-        mask = uploads.mask_of_transparency(marked, service.limits.max_pixels)
+        mask = await asyncio.to_thread(uploads.mask_of_transparency, marked, service.limits.max_pixels)
     except ValueError as error:
         raise Problem(400, str(error), field) from error
     if mask is None and field == "mask":
@@ -151,7 +152,7 @@ async def _events(
     async for update in service.follow(http.is_disconnected, queued):
         match update:
             case Progress(previews=previews) if previews and previews_sent < (body.partial_images or 0):
-                image = png(previews[min(previews)], {})
+                image = await asyncio.to_thread(png, previews[min(previews)], {})
                 yield _named_event(
                     f"{event}.partial_image", {"b64_json": image, "partial_image_index": previews_sent} | about
                 )

@@ -1,5 +1,6 @@
 """The API of AUTOMATIC1111's web UI for its clients: /sdapi/v1/txt2img, img2img, and the lists that they read first."""
 
+import asyncio
 import base64
 import json
 import os
@@ -116,7 +117,7 @@ def routes(service: Service) -> list[Route]:
 
     async def image_to_image(http: Http) -> Response:
         body = checked(ImageToImage, await json_object(http), 422)
-        images = _images(service, body)
+        images = await asyncio.to_thread(_images, service, body)
         return await _answer(service, client_of(http.scope), http.is_disconnected, running, body, images)
 
     async def interrupt(http: Http) -> Response:
@@ -125,10 +126,12 @@ def routes(service: Service) -> list[Route]:
         return JSONResponse({})
 
     async def progress(http: Http) -> Response:
-        return JSONResponse(_progress(_of_client(running, http)))
+        with_preview = http.query_params.get("skip_current_image", "").lower() not in ("true", "1")
+        return JSONResponse(await asyncio.to_thread(_progress, _of_client(running, http), with_preview))
 
     async def picture_info(http: Http) -> Response:
-        return JSONResponse(_picture_info(checked(PictureInfo, await json_object(http), 422), service))
+        body = checked(PictureInfo, await json_object(http), 422)
+        return JSONResponse(await asyncio.to_thread(_picture_info, body, service))
 
     async def options(http: Http) -> Response:
         if http.method == "POST":
@@ -190,14 +193,14 @@ def _picture_info(body: PictureInfo, service: Service) -> dict[str, Any]:
     return {"info": info, "items": items, "parameters": {}}
 
 
-def _progress(running: dict[Job, Progress]) -> dict[str, Any]:
-    """How far the first of the running jobs is, with a preview."""
+def _progress(running: dict[Job, Progress], with_preview: bool) -> dict[str, Any]:
+    """How far the first of the running jobs is."""
     job, step = next(iter(running.items()), (None, Progress(0, 1, {})))
     done_part = (1 - job.left / len(job.pictures)) if job else 0.0
     part = min(done_part + step.done / step.total / len(job.pictures), 1.0) if job else 0.0
     state = {"skipped": False, "interrupted": False, "job": "txt2img" if job else "", "job_count": len(running)}
     state |= {"job_no": 0, "job_timestamp": "0", "sampling_step": step.done, "sampling_steps": step.total * bool(job)}
-    preview = png(step.previews[min(step.previews)], {}) if step.previews else None
+    preview = png(step.previews[min(step.previews)], {}) if step.previews and with_preview else None
     return {"progress": part, "eta_relative": 0.0, "state": state, "current_image": preview, "textinfo": None}
 
 
@@ -241,13 +244,24 @@ def _method(service: Service, body: TextToImage) -> tuple[dict[str, str], list[s
     return values, notes
 
 
-def _values(body: TextToImage, method: dict[str, str], images: dict[str, Any]) -> dict[str, Any]:
+def _guidance(service: Service, body: TextToImage) -> tuple[dict[str, float], list[str]]:
+    """The guidance scale as a field of `schema.Request`, and notes: clients send one to models that have none, too."""
+    asked = body.cfg_scale
+    if not service.facts.guided:
+        own = service.facts.sampling["guidance"]
+        return {}, [] if asked in (None, own) else [f"cfg_scale={asked:g} has no effect: guidance {own:g} is built in"]
+    if asked is not None and asked < 1:
+        return {"guidance": 1.0}, [f"cfg_scale={asked:g} became 1, no guidance"]
+    return {} if asked is None else {"guidance": asked}, []
+
+
+def _values(body: TextToImage, method: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
     """The request in fields of `schema.Request`."""
     values: dict[str, Any] = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} | method | images
     values |= {"num_images": body.batch_size * body.n_iter, "previews": "some"}
     if body.seed != -1:
         values["seed"] = body.seed
-    optional = {"steps": body.steps, "guidance": body.cfg_scale, "width": body.width, "height": body.height}
+    optional = {"steps": body.steps, "width": body.width, "height": body.height}
     return values | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -287,7 +301,9 @@ async def _answer(
 ) -> Response:
     """The answer with the pictures. After an interrupt, the last preview stands for a picture that is not done."""
     method, notes = _method(service, body)
-    queued = await _ask(service, client, _values(body, method, images))
+    guidance, more_notes = _guidance(service, body)
+    notes += more_notes
+    queued = await _ask(service, client, _values(body, method | guidance, images))
     job, finished, previews = queued.job, {}, {}
     running[job] = Progress(0, 1, {})
     try:
@@ -302,7 +318,8 @@ async def _answer(
                     raise problem(error)
     finally:
         del running[job]
-    finished = {number: png(image, {}) for number, image in previews.items()} | finished
+    for number in previews.keys() - finished.keys():
+        finished[number] = await asyncio.to_thread(png, previews[number], {})
     pictures = [finished[number] for number in sorted(finished)]
     warnings = notes + queued.notes + _ignored(body, service.facts.name)
     info = _info(service, queued, body, warnings)

@@ -516,6 +516,19 @@ def test_a_form_that_is_nested_too_deeply_is_a_clear_error(client):
             assert answer.status_code == 400 and answer.json()["error"]["param"] in (field, "image")
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", '"\\ud800"'])
+def test_what_json_cannot_give_back_is_a_clear_error(client, value):
+    body = f'{{"prompt": "3", "steps": 3, "override_settings": {{"x": {value}}}}}'
+    answer = client.post("/sdapi/v1/txt2img", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "must be a JSON object" in answer.text
+
+
+def test_a_scale_below_1_is_no_guidance(client):
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "3", "steps": 3, "cfg_scale": 0})
+    info = json.loads(answer.json()["info"])
+    assert info["cfg_scale"] == 1 and "cfg_scale=0 became 1, no guidance" in info["warnings"]
+
+
 def test_of_several_images_the_first_is_edited(client):
     names = ("image[]", SEEN), ("image[]", 255 - SEEN), ("mask", np.dstack([SEEN, half_mask(invert=True)]))
     files = [(name, ("a.png", base64.b64decode(encoded(image)))) for name, image in names]

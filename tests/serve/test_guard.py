@@ -74,6 +74,14 @@ def asked(*args, **options):
     return asyncio.run(ask(*args, **options))
 
 
+@pytest.mark.parametrize("other", ['prefs={"dark": true}', "a b=1", "[x]=1", "x", "a=\xe9"])
+def test_the_token_is_found_beside_cookies_of_other_programs(other):
+    app = guarded(token="secret")
+    for cookie in (f"{other}; {guard.COOKIE}=secret", f"{guard.COOKIE}=secret; {other}"):
+        assert asked(app, headers={"cookie": cookie})[0] == 200
+    assert asked(app, headers={"cookie": f"{other}; {guard.COOKIE}=wrong"})[0] == 401
+
+
 @pytest.mark.parametrize("origin", ["http://[", "http://localhost:99999999", "http://]", "//[x", "null", "http://[::1"])
 def test_a_malformed_origin_is_another_site(origin):
     for app in (guarded(), guarded("secret"), guarded(hosts=("localhost",))):
