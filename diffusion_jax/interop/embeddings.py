@@ -2,7 +2,8 @@
 
     {"<cat-toy>": (width,) or (count, width)}             diffusers; the word is the name of the tensor
     {"emb_params": …}, {"clip_l": …, "clip_g": …}         kohya; the word is the name of the file
-    {"name": …, "string_to_param": {"*": …}}              web interfaces, a pickle; the word is either of both names
+    {"name": …, "string_to_param": {"*": …}}              web interfaces, a pickle; the word is the name of the file,
+                                                          and the name inside, as in diffusers, unless it is taken
 
 The vectors become rows of the token embedding, and the word a token. Further vectors are the tokens word_1, word_2, …,
 as in diffusers; `prompts.spelled` puts them after their word.
@@ -41,7 +42,11 @@ def add_embeddings(
         raise ValueError(f"{path}: learned words need the tokenizers of the model; name a folder that has them")
     encoders = [name for name in family.tokenizers if name in pipeline.parts]
     parts, tokenizers = dict(pipeline.parts), list(pipeline.tokenizers)
-    for name, vectors in _words(path, family.embeddings, encoders, word, allow_pickle).items():
+    words, name_inside = _words(path, family.embeddings, encoders, word, allow_pickle)
+    is_new = name_inside.lower() != path.stem.lower()
+    if is_new and not any(_is_taken(name_inside, 1, tokenizer) for tokenizer in tokenizers):
+        words[name_inside] = words[path.stem]
+    for name, vectors in words.items():
         for i, encoder in enumerate(encoders):
             if encoder not in vectors:
                 raise ValueError(
@@ -56,20 +61,25 @@ def add_embeddings(
 
 def _words(
     path: Path, names: Mapping[str, str], encoders: list[str], word: str, allow_pickle: bool
-) -> dict[str, dict[str, np.ndarray]]:
-    """word -> text encoder -> vectors, (count, width).
+) -> tuple[dict[str, dict[str, np.ndarray]], str]:
+    """word -> text encoder -> vectors, (count, width), and the name inside of a pickle of a web interface, or "".
 
     names: of tensors -> the text encoder.
     """
+    name_inside = ""
 
     def select(content: Any) -> Mapping[str, Any]:
         """A pickle of a web interface as a dict of words."""
+        nonlocal name_inside
         if not isinstance(content, Mapping):
             return {word or path.stem: content}
         if "string_to_param" not in content:
             return state_dict(content)
-        (tensor,) = content["string_to_param"].values()
-        return dict.fromkeys([word] if word else [path.stem, str(content.get("name") or path.stem)], tensor)
+        params = content["string_to_param"]
+        if len(params) != 1:
+            raise ValueError(f"expected one learned word in string_to_param, got {len(params)}")
+        name_inside = "" if word else str(content.get("name") or "")
+        return {word or path.stem: next(iter(params.values()))}
 
     tensors = read_file(path, allow_pickle, select)
     if not tensors:
@@ -82,17 +92,24 @@ def _words(
             f"{tensors[first].shape}"
         )
     if vectors.keys() <= names.keys():
-        return {word or path.stem: {names[name]: rows for name, rows in vectors.items()}}
+        return {word or path.stem: {names[name]: rows for name, rows in vectors.items()}}, name_inside
     if word and len(vectors) > 1:
         raise ValueError(f"{path} has the words {', '.join(sorted(vectors))}: only a single one can be called {word}")
-    return {word or name: {encoders[0]: rows} for name, rows in vectors.items()}
+    return {word or name: {encoders[0]: rows} for name, rows in vectors.items()}, name_inside
+
+
+def _is_taken(word: str, count: int, tokenizer: Tokenizer) -> bool:
+    """Whether a word of `count` further vectors cannot be told from tokens that exist, or is a part of other words."""
+    names = [word, *(f"{word}_{i}" for i in range(1, count + 1))]
+    taken = {token.content.lower() for token in tokenizer.get_added_tokens_decoder().values()}
+    in_vocabulary = any(tokenizer.token_to_id(name) is not None for name in names)
+    return not word.strip() or in_vocabulary or not taken.isdisjoint(name.lower() for name in names)
 
 
 def _with_word(part: Part, tokenizer: Tokenizer, word: str, vectors: np.ndarray) -> tuple[Part, Tokenizer]:
     """The text encoder with the vectors as further rows of its token embedding, and the tokenizer with the word."""
     names = [word, *(f"{word}_{i}" for i in range(1, len(vectors)))]
-    taken = {token.content.lower() for token in tokenizer.get_added_tokens_decoder().values()}
-    if not word.strip() or not taken.isdisjoint(name.lower() for name in (*names, f"{word}_{len(vectors)}")):
+    if _is_taken(word, len(vectors), tokenizer):
         raise ValueError("is a token of the model already, or the beginning of one; call it by another name")
     if vectors.shape[-1] != part.module.hidden_size or 0 in vectors.shape:
         raise ValueError(

@@ -28,8 +28,8 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     for family in readable:
         try:
             parts = family.single_file.read(tensors)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} lacks or misshapes tensors of {family.name}, or has others: {error}") from None
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} lacks or misshapes tensors of {family.name}: {error}") from None
         if parts is None:
             continue
         try:

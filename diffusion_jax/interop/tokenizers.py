@@ -135,13 +135,15 @@ def _t5(model, settings):
 
 def _add_special_tokens(tokenizer, settings, roles):
     """Make the tokenizer recognise added and special tokens anywhere. Returns the padding token."""
+    special_tokens = _special_tokens(settings, roles)
+    special_names = {_content(token) for token in special_tokens}
     for i, token in sorted(settings["added_tokens_decoder"].items(), key=lambda entry: int(entry[0])):
-        tokenizer.add_special_tokens([_added(token)])
+        is_special = _content(token) in special_names or (isinstance(token, dict) and token.get("special", False))
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([_added(token)])
         found = tokenizer.token_to_id(_content(token))
         if found != int(i):
             raise ValueError(f"the added token {_content(token)!r} has the id {i}, and the next free one is {found}")
     known_tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    special_tokens = _special_tokens(settings, roles)
     tokenizer.add_special_tokens([_added(token) for token in special_tokens if _content(token) not in known_tokens])
     return _content(settings.get("pad_token") or roles["pad_token"])
 

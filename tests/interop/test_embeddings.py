@@ -85,6 +85,24 @@ def test_pickles_of_web_interfaces(container, pipeline, tmp_path):
         add_embeddings(pipeline, tmp_path / "outside.pt")
 
 
+def test_the_name_inside_is_left_out_where_it_cannot_be_used(pipeline, tmp_path):
+    """It is that of the file in other letters, a word that exists, or a token of the vocabulary."""
+    torch = pytest.importorskip("torch")
+    piece = next(word for word in pipeline.tokenizers[0].get_vocab() if word.isalpha() and len(word) == 1)
+    after = pipeline
+    for stem, inside in (("easyone", "EasyOne"), ("a_v1", "style1"), ("a_v2", "style1"), ("letter", piece)):
+        held = {"string_to_param": {"*": torch.tensor(ONE)}, "name": inside}
+        torch.save(held, tmp_path / f"{stem}.pt")
+        after = add_embeddings(after, tmp_path / f"{stem}.pt", allow_pickle=True)
+        np.testing.assert_array_equal(rows(after, f"a {stem} b"), in_prompt(pipeline, ONE, pipeline))
+    np.testing.assert_array_equal(rows(after, piece), rows(pipeline, piece))
+    with pytest.raises(ValueError, match="is a token of the model already"):
+        add_embeddings(pipeline, tmp_path / "letter.pt", piece, allow_pickle=True)
+    torch.save({"string_to_param": {"a": torch.tensor(ONE), "b": torch.tensor(ONE)}}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="expected one learned word in string_to_param, got 2"):
+        add_embeddings(pipeline, tmp_path / "two.pt", allow_pickle=True)
+
+
 def test_other_pickles(pipeline, tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"<toy>": torch.tensor(ONE[0])}, tmp_path / "learned_embeds.bin")

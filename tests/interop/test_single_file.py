@@ -49,6 +49,8 @@ OF_FAMILY = {
     "sd2": stable_diffusion_2.FAMILY,
     "sdxl": stable_diffusion_xl.FAMILY,
 }
+NORMAL, ZERO = schedules.scaled_linear(), schedules.zero_terminal_snr(schedules.scaled_linear())
+EMPTY = np.zeros(0, np.float16)
 AUTOENCODER = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [32, 64, 64],
@@ -362,10 +364,19 @@ def test_names_joined_by_underscores():
         ),
         (lambda held: {n: t for n, t in held.items() if "first_stage" not in n}, "lacks or misshapes tensors"),
         (lambda held: {n: t for n, t in held.items() if "middle_block.1" not in n}, "lacks or misshapes tensors"),
-        (lambda held: held | {"edm_mean": np.zeros(4), "edm_std": np.ones(4)}, "has others: edm_mean, edm_std change"),
-        (lambda held: held | {"edm_vpred.sigma_max": np.ones(1)}, "has others: edm_vpred.sigma_max change"),
-        (lambda held: held | {"control_model.zero_convs.0.0.weight": np.zeros(1)}, "has others: control_model.zero"),
+        (
+            lambda held: held | {"edm_mean": np.zeros(4), "edm_std": np.ones(4)},
+            ": edm_mean, edm_std would change",
+        ),
+        (lambda held: held | {"edm_vpred.sigma_max": np.ones(1)}, ": edm_vpred.sigma_max would change"),
+        (lambda held: held | {"control_model.zero_convs.0.0.weight": np.zeros(1)}, ": control_model.zero"),
         (lambda held: held | {"alphas_cumprod": np.linspace(1, 0, 1000)}, "alphas_cumprod is the table of another"),
+        (
+            lambda held: held | {"ztsnr": EMPTY, "alphas_cumprod": np.linspace(1, 0, 1000)},
+            "alphas_cumprod is the table of another",
+        ),
+        (lambda held: held | {"scale_factor": np.full(1, np.nan)}, "scale_factor is nan, expected a finite number"),
+        (lambda held: held | {"scale_factor": np.zeros(0)}, "lacks or misshapes tensors"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
@@ -373,10 +384,6 @@ def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         read_single_file(tmp_path / "x.safetensors")
     assert "\n" not in str(raised.value)
-
-
-NORMAL, ZERO = schedules.scaled_linear(), schedules.zero_terminal_snr(schedules.scaled_linear())
-EMPTY = np.zeros(0, np.float16)
 
 
 def sigmas(schedule):
@@ -398,12 +405,18 @@ def sigmas(schedule):
         ("sdxl", {}, {"ss_v_parameterization": "False", "ss_zero_terminal_snr": "None"}, "eps", NORMAL),
         ("sd1", {}, {"modelspec.timestep_range": "0,1000", "modelspec.encoder_layer": "1"}, "eps", NORMAL),
         ("sd2", {}, {"modelspec.prediction_type": "v"}, "v", NORMAL),
+        ("sd2", {}, {"modelspec.predict_key": "v"}, "v", NORMAL),
+        ("sdxl", {}, {"modelspec.predict_key": "epsilon"}, "eps", NORMAL),
+        ("sdxl", {}, {"prediction_type": "v-prediction"}, "v", NORMAL),
+        ("sd2", {}, {"modelspec.architecture": "Stable-Diffusion-V2-768-V"}, "v", NORMAL),
         ("sd2", {}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v", NORMAL),
         ("sd2", {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, "eps", NORMAL),
         ("sd1", {"alphas_cumprod": np.float16(ZERO.alphas_bar)}, {}, "eps", ZERO),
         ("sd1", {"alphas_cumprod": NORMAL.alphas_bar.astype(ml_dtypes.bfloat16)}, {}, "eps", NORMAL),
         ("sdxl", {"denoiser.sigmas": sigmas(NORMAL)}, {}, "eps", NORMAL),
         ("sdxl", {"model_ema.decay": np.ones(()), "betas": np.ones(1000)}, {}, "eps", NORMAL),
+        ("sdxl", {"global_step": np.ones(()), "loss_fn.logvar": np.zeros(1)}, {"ss_clip_skip": "1"}, "eps", NORMAL),
+        ("sd1", {"cond_stage_model.clip_l.text_projection": np.ones((2, 2))}, {}, "eps", NORMAL),
     ],
 )
 def test_what_a_file_states(family, tensors, header, prediction, schedule, tmp_path):
@@ -414,6 +427,14 @@ def test_what_a_file_states(family, tensors, header, prediction, schedule, tmp_p
     assert predicted == prediction
     np.testing.assert_allclose(found.logsnr_table, schedule.logsnr_table)
     assert stated["timestep_spacing"] == ("trailing" if schedule is ZERO else "leading")
+
+
+def test_another_layer_of_the_text_encoder_is_a_warning(caplog, tmp_path):
+    for field, warned in (("modelspec.encoder_layer", True), ("ss_clip_skip", True), ("modelspec.title", False)):
+        caplog.clear()
+        write_file(tmp_path / "x.safetensors", checkpoint("sd1")[0], metadata={field: "2"})
+        read_checkpoint(tmp_path / "x.safetensors")
+        assert (f"{field}=2" in caplog.text) == warned
 
 
 def test_a_table_of_an_xl_denoiser_has_zero_terminal_snr(tmp_path):
@@ -446,8 +467,9 @@ def test_the_factor_of_the_latents_in_a_file(tmp_path):
     [
         ({"modelspec.prediction_type": "flow"}, "modelspec.prediction_type='flow' in its header is not supported"),
         ({"modelspec.timestep_range": "800,1000"}, "modelspec.timestep_range='800,1000' in its header is not"),
-        ({"modelspec.encoder_layer": "2"}, "modelspec.encoder_layer='2' in its header is not supported: expected 1"),
-        ({"ss_clip_skip": "2"}, "ss_clip_skip='2' in its header is not supported: expected 1"),
+        ({"modelspec.predict_key": "edm"}, "modelspec.predict_key='edm' in its header is not supported"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-edm"}, "its header says that it is an EDM or a flow model"),
+        ({"ss_flow_model": "True"}, "its header says that it is an EDM or a flow model"),
         ({"ss_zero_terminal_snr": "perhaps"}, "ss_zero_terminal_snr='perhaps' in its header is not supported"),
     ],
 )

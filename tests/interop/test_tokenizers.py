@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from diffusion_jax.interop.prompts import spelled
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.models.text.encoder import tokenize
 
@@ -199,6 +200,17 @@ def test_learned_words_are_one_token_wherever_they_are_listed(place, clip_folder
     assert ids == [49406, 320, 49408, 2368, 49407]
     strings = [f"{text} <cat-toy>, <style> <Style>cat <new> {text}" for text in texts(100)]
     assert_equal(folder, transformers.CLIPTokenizer, [*strings, "<cat-toy>s in <STYLE>", "cat<cat-toy>!"])
+
+
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
+def test_a_word_of_a_folder_stands_for_all_its_vectors(place, clip_folder):
+    folder, words = clip_folder("Stable Diffusion 1"), {"<dog>": 49408, "<dog>_1": 49409}
+    if place == "added_tokens.json":
+        (folder / place).write_text(json.dumps(words))
+    else:
+        listed = {str(i): token(content, special=False) for content, i in words.items()}
+        (folder / place).write_text(json.dumps({**NEW, "added_tokens_decoder": listed}))
+    assert spelled("a <dog> cat", load_tokenizer(folder)) == "a <dog> <dog>_1 cat"
 
 
 def test_words_beside_tokenizer_json(clip_folder):

@@ -60,10 +60,12 @@ OPEN_CLIP = [
     (r"\.attn\.", ".self_attn."),
 ]
 INERT = re.compile(r"(^loss|\.?position_ids$|^logit_scale$|^attn_mask$)")  # unused by these networks
-# Outside the networks: averaged copies, tables of the schedule, and what `statements` reads.
+# Outside the networks: averaged copies, state of trainers, tables of the schedule, and what `statements` reads.
 OUTSIDE = re.compile(
     r"model_ema\.|(sqrt_|log_one_minus_|posterior_|alphas_cumprod)\w*$|denoiser\.\w*sigmas$"
-    r"|(betas|lvlb_weights|logvar|scale_factor|v_pred|ztsnr)$|(cond_stage_model|conditioner)\.(.*\.)?logit_scale$"
+    r"|(betas|lvlb_weights|logvar|scale_factor|v_pred|ztsnr|epoch|global_step|learning_rate)$"
+    r"|(callbacks|loss_fn|denoiser\.weighting|embedding_manager)\b"
+    r"|(cond_stage_model|conditioner)\.(.*\.)?(logit_scale|text_projection(\.weight)?)$"
 )
 
 SCHEDULER = {  # how all of them were trained
@@ -112,14 +114,19 @@ class Layout(NamedTuple):
     needs_encoder: bool = False
 
     def states(self, tensors: Tensors, header: Mapping[str, str]) -> Config:
-        """See `SingleFile.states`."""
+        """See `SingleFile.states`.
+
+        Raises ValueError also for unknown tensors, such as the mean and deviation of the latents of EDM models.
+        """
+        prefixes = ("model.diffusion_model.", "first_stage_model.", *(prefix for _, prefix, _ in self.encoders))
+        unknown = sorted(name for name in tensors if not name.startswith(prefixes) and not OUTSIDE.match(name))
+        if unknown:
+            first = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+            raise ValueError(f"{first} would change or extend the model in a way that is not supported")
         return stated(tensors, header, SCHEDULER, self.encoder_layer)
 
     def read(self, tensors: Tensors) -> dict[str, Description] | None:
-        """The parts of a file, None if it is of another family.
-
-        Raises ValueError for tensors that are not known, such as the mean and deviation of the latents of EDM models.
-        """
+        """The parts of a file, None if it is of another family."""
         unet = _under(tensors, "model.diffusion_model.")
         if "input_blocks.0.0.weight" not in unet or not self.matches(unet):
             return None
@@ -127,13 +134,10 @@ class Layout(NamedTuple):
         encoders = {part: describe(named) for part, named, describe in texts if named}
         if self.needs_encoder and not encoders:
             return None
-        prefixes = ("model.diffusion_model.", "first_stage_model.", *(prefix for _, prefix, _ in self.encoders))
-        unknown = sorted(name for name in tensors if not name.startswith(prefixes) and not OUTSIDE.match(name))
-        if unknown:
-            first = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
-            raise ValueError(f"{first} change or extend the model in a way that is not supported")
         autoencoder = _under(tensors, "first_stage_model.")
-        scaling_factor = float(tensors.get("scale_factor", self.scaling_factor))
+        scaling_factor = float(np.ravel(tensors.get("scale_factor", self.scaling_factor))[0])
+        if not 0 < scaling_factor < np.inf:
+            raise ValueError(f"scale_factor is {scaling_factor}, expected a finite number above 0")
         return {
             "unet": _unet(unet, self.sample_size),
             "vae": _autoencoder(autoencoder, 8 * self.sample_size, scaling_factor),

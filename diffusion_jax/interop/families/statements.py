@@ -3,6 +3,7 @@
 v_pred, ztsnr                       empty tensors: v prediction, zero terminal SNR
 alphas_cumprod, denoiser.sigmas     tables of the noise levels
 modelspec.prediction_type           header (Stability AI's model specification): epsilon or v
+modelspec.predict_key               header of ComfyUI, the same
 modelspec.architecture              header: the 768 version of Stable Diffusion 2 predicts v
 modelspec.timestep_range            header: the time steps that it was trained on
 modelspec.encoder_layer             header: layer of the text encoder that it was trained on, counted from the end
@@ -12,16 +13,18 @@ ss_v_parameterization, ss_zero_terminal_snr, ss_clip_skip      header of kohya's
 from collections.abc import Mapping
 
 import numpy as np
+from absl import logging
 
 from diffusion_jax.core.schedules import scaled_linear, zero_terminal_snr
 from diffusion_jax.interop.family import Config, Tensors
 
 PREDICTIONS = {
     "epsilon": "epsilon", "eps": "epsilon",
-    "v": "v_prediction", "v_prediction": "v_prediction", "v_pred": "v_prediction",
+    "v": "v_prediction", "v_prediction": "v_prediction", "v_pred": "v_prediction", "vpred": "v_prediction",
     "sample": "sample", "x0": "sample",
 }  # fmt: skip
 ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
+PREDICTION_FIELDS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False, "none": False, "": False}
 UNSTATED = ("", "None", "none", "null")  # values of fields that a trainer left empty
 PRECISION = 5e-3  # of alphas_cumprod in half precision
@@ -38,21 +41,18 @@ def stated(tensors: Tensors, header: Mapping[str, str], scheduler: Config, layer
     """
     header = {field: str(value).strip() for field, value in header.items()}
     _check_range(header, scheduler["num_train_timesteps"])
-    for field in ("modelspec.encoder_layer", "ss_clip_skip"):
-        if header.get(field, "") not in (*UNSTATED, str(layer)):
-            raise ValueError(
-                f"{field}={header[field]!r} in its header is not supported: expected {layer}, the layer of the text "
-                "encoder, counted from the end, that this family uses"
-            )
+    _check_layer(header, layer)
+    architecture = header.get("modelspec.architecture", "").lower()
+    if "edm" in architecture or _flag(header, "ss_flow_model"):
+        raise ValueError("its header says that it is an EDM or a flow model, which is not supported in one file")
     predictions = [
         "v_prediction" if "v_pred" in tensors else None,
         "v_prediction" if _flag(header, "ss_v_parameterization") else None,
-        _prediction(header, "modelspec.prediction_type"),
-        _prediction(header, "ss_prediction_type"),
-        ARCHITECTURES.get(header.get("modelspec.architecture", "")),
+        *(_prediction(header, field) for field in PREDICTION_FIELDS),
+        ARCHITECTURES.get(architecture),
     ]
     prediction = next(({"prediction_type": name} for name in predictions if name), {})
-    ends_in_noise = "ztsnr" in tensors or _flag(header, "ss_zero_terminal_snr") or _table_ends_in_noise(tensors)
+    ends_in_noise = _table_ends_in_noise(tensors) or "ztsnr" in tensors or _flag(header, "ss_zero_terminal_snr")
     return prediction | (ZERO_TERMINAL_SNR if ends_in_noise else {})
 
 
@@ -60,9 +60,10 @@ def _prediction(header, field):
     value = header.get(field, "")
     if value in UNSTATED:
         return None
-    if value.lower() not in PREDICTIONS:
+    name = value.lower().replace("-", "_")
+    if name not in PREDICTIONS:
         raise ValueError(f"{field}={value!r} in its header is not supported: expected epsilon, v or sample")
-    return PREDICTIONS[value.lower()]
+    return PREDICTIONS[name]
 
 
 def _flag(header, field):
@@ -70,6 +71,18 @@ def _flag(header, field):
     if value.lower() not in BOOLEANS:
         raise ValueError(f"{field}={value!r} in its header is not supported: expected True or False")
     return BOOLEANS[value.lower()]
+
+
+def _check_layer(header, layer):
+    """Warn of a text encoder that was used up to another layer. Where the family never uses the last one, trainers
+    write a 1 that has no effect."""
+    for field in ("modelspec.encoder_layer", "ss_clip_skip"):
+        if header.get(field, "") not in (*UNSTATED, "1", str(layer)):
+            logging.warning(
+                "%s=%s in the header: the model was trained on another layer of its text encoder, counted from the "
+                "end, than the %d that is used here, so prompts may be followed less well",
+                *(field, header[field], layer),
+            )
 
 
 def _check_range(header, steps):
