@@ -305,11 +305,13 @@ def test_pictures_that_a_safety_checker_flags_are_held_back_and_so_are_their_pre
             return [image for step in steps for image in step.previews.values()]
 
         previews_shown = run(previews())
-    bright = [image.mean() > 127 for image in free]
+    bright = [image.mean() > tiny.BRIGHT for image in free]
     assert any(bright) and not all(bright)
     for image, outcome, is_bright in zip(free, checked, bright, strict=True):
         assert outcome == HELD_BACK if is_bright else np.array_equal(outcome, image)
-    assert any((image == 0).all() for image in previews_shown) and all(image.mean() <= 127 for image in previews_shown)
+    assert any((image == 0).all() for image in previews_shown) and all(
+        image.mean() <= tiny.BRIGHT for image in previews_shown
+    )
 
 
 def test_a_worker_that_cannot_start_again_fails_what_waits(tmp_path):

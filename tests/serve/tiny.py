@@ -19,6 +19,7 @@ from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
 from diffusion_jax.serve.worker import Loaded
 
+BRIGHT = 135  # mean grey level of about half of the pictures
 SHARED = Shared("generate", (8, 8), "dpmpp_2m", "", steps=4)
 
 
@@ -74,7 +75,7 @@ def load_inpainting() -> Loaded:
 def load_checked() -> Loaded:
     """The model with a safety checker that flags bright images."""
     loaded = load()
-    return loaded._replace(model=loaded.model._replace(held_back=lambda images: images.mean(axis=(1, 2, 3)) > 127))
+    return loaded._replace(model=loaded.model._replace(held_back=lambda images: images.mean(axis=(1, 2, 3)) > BRIGHT))
 
 
 def load_once(file: Path) -> Loaded:
