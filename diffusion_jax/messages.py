@@ -3,12 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
-
-Item = TypeVar("Item")
 
 
 def one_line(error: BaseException) -> str:
@@ -80,11 +77,3 @@ class Progress:
         self._bar.start_t = self._bar.last_print_t = time.time()
         self._bar.initial = self._bar.n = self._bar.last_print_n = done
         self._bar.set_description(self._name)
-
-
-def with_progress(items: Iterable[Item], name: str, total: int, unit: str) -> Iterator[Item]:
-    """The items, with a progress bar of them. An item has ended on the device when it comes."""
-    with Progress(name, total, unit) as progress:
-        for item in items:
-            progress.update()
-            yield item

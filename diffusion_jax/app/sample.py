@@ -27,7 +27,7 @@ from diffusion_jax.data.transforms import (
     to_uint8,
 )
 from diffusion_jax.evaluation.batches import map_over_hosts
-from diffusion_jax.messages import Progress, with_progress
+from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel, none_held_back
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
@@ -185,10 +185,12 @@ def generate_pictures(
     def share(jobs: list[tuple[str, int]]) -> Iterator[np.ndarray]:
         sample_request = request(config, model, [prompt for prompt, _ in jobs])
         sample_request = sample_request._replace(jobs=[(i, seed) for i, (_, seed) in enumerate(jobs)])
-        return (result.image for result in generate(sample_request, model, size))
+        for result in generate(sample_request, model, size):
+            progress.update(min(jax.process_count(), len(prompts) - progress.done))
+            yield result.image
 
-    images = map_over_hosts(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
-    return with_progress(images, "sampling", len(prompts), "picture")
+    with Progress("sampling", len(prompts), "picture") as progress:
+        yield from map_over_hosts(share, list(zip(prompts, seeds, strict=True)), size * -(-CHUNK // size), size)
 
 
 def with_held_back(model: DiffusionModel, images: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -40,7 +40,7 @@ def list_pictures(root: Path) -> Listing:
     1.txt beside every 1.png: its caption.
     cats/1.png: every picture is in a subfolder, its class.
 
-    Follows links to folders. Skips hidden files and folders.
+    Follows links to folders, each folder once. Skips hidden files and folders.
     Raises FileNotFoundError if there is no folder or no picture, or if a picture or a caption is missing.
     Raises ValueError for metadata in another form, for a picture that two files of metadata name, and for text that is
     not UTF-8.
@@ -69,16 +69,27 @@ def digest(root: Path, listing: Listing) -> str:
     return hashlib.sha256(json.dumps([DECODER, content, listing.captions]).encode()).hexdigest()
 
 
-def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The files below a folder. above: the folders that lead to it. A link to one of them is not followed."""
-    trail = (*above, folder.resolve())
-    for path in folder.iterdir():
-        if path.name.startswith("."):
+def _files(root: Path) -> Iterator[Path]:
+    """The files below a folder and below the folders that it links to, each folder once.
+
+    Raises FileNotFoundError for a link that leads nowhere.
+    """
+    listed: set[Path] = set()
+    folders, links = [root], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)  # links last: a folder keeps its own name
+        if folder.resolve() in listed:
             continue
-        if not path.is_dir():
-            yield path
-        elif path.resolve() not in trail:
-            yield from _files(path, trail)
+        listed.add(folder.resolve())
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_symlink() and not path.exists():
+                raise FileNotFoundError(f"{path} is a link to what is not there; mend or remove it")
+            if path.is_file():
+                yield path
+            elif path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
 
 
 def _metadata(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
@@ -107,8 +118,10 @@ def _lines(metadata: Path) -> list[tuple[Path, Caption]]:
         except csv.Error as error:
             raise ValueError(f"{metadata}: expected CSV, got an error: {error}") from error
     else:  # str.splitlines would also split inside of texts, at U+2028 for example
-        lines = text.removesuffix("\n").split("\n") if text else []
+        lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
+        if isinstance(line, str) and not line.strip():
+            continue
         try:
             captions.append(_entry(json.loads(line) if isinstance(line, str) else line))
         except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
@@ -138,7 +151,7 @@ def _alike(captions: list[Caption]) -> list[Caption]:
 
 def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
     """(picture, caption) from the text files beside the pictures, or empty if there are none."""
-    uncaptioned = [file for file in files if not (root / file).with_suffix(".txt").exists()]
+    uncaptioned = [file for file in files if not (root / file).with_suffix(".txt").is_file()]
     if len(uncaptioned) == len(files):
         return []
     if uncaptioned:

@@ -113,7 +113,6 @@ TEXT = '{"file_name": "a.png", "text": %s}'
         '{"file_name": "a.png"}',
         "a.png a",
         "[1]",
-        "",
         *(TEXT % text for text in ("null", "7", "[]", '["a", null]', "{}")),
     ],
 )
@@ -122,6 +121,12 @@ def test_bad_lines_of_metadata_are_named(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"metadata\.jsonl line 2: expected .*file_name.*, got "):
         sources.folder(tmp_path)
+
+
+def test_empty_lines_say_nothing(tmp_path):
+    paint(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text("\n" + TEXT % '"a"' + "\n \n\n")
+    assert list(sources.folder(tmp_path).captions) == ["a"]
 
 
 @pytest.mark.parametrize("row", ["a.png", "a.png,a cat, sitting"])
@@ -180,7 +185,7 @@ def test_metadata_may_be_in_a_folder_below_and_of_either_form(tmp_path):
         sources.folder(tmp_path)
 
 
-def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+def test_links_to_folders_are_followed_once(tmp_path):
     root, other = tmp_path / "root", tmp_path / "other"
     paint(root / "cat" / "1.png")
     paint(other / "2.png")
@@ -190,7 +195,15 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (root / "cat" / "dog").symlink_to(other)
     source = sources.folder(root)
     names = [file.removeprefix(f"{root}/") for file in source.files]
-    assert names == ["cat/1.png", "cat/dog/2.png", "dog/2.png", "dog/cat/1.png"] and source.num_classes == 2
+    assert names == ["cat/1.png", "dog/2.png"] and source.num_classes == 2
+    for a in range(9):  # as many paths as permutations
+        (root / f"{a}").mkdir()
+        for b in range(9):
+            (root / f"{a}" / f"{b}").symlink_to(root / f"{b}")
+    assert len(sources.folder(root).files) == 2
+    (root / "cat" / "lost.png").symlink_to(tmp_path / "none.png")
+    with pytest.raises(FileNotFoundError, match=r"lost\.png is a link to what is not there; mend or remove it"):
+        sources.folder(root)
 
 
 def test_empty_metadata(tmp_path):
