@@ -196,14 +196,17 @@ class Engine:
     def _running(self) -> list[tuple[Job, int]]:
         return [entry for lane in self.lanes.values() for entry in lane.running]
 
-    def submit(self, pictures: Sequence[Picture], previews: str = "none", client: str | None = None) -> Job:
-        """Add a request to the queue: clients take turns, each in the order of arrival. Raises Full if as many wait as
-        may.
-        """
-        own = [job for job in self.queue if job.client == client]
-        if len(self.queue) >= self.size or (client is not None and len(own) >= max(1, self.size // 2)):
+    def check_room(self, client: str | None = None) -> None:
+        """Raise Full if as many requests wait as may, of all clients or of this one."""
+        own = sum(job.client == client for job in self.queue)
+        if len(self.queue) >= self.size or (client is not None and own >= max(1, self.size // 2)):
             batches = math.ceil(self.pictures_waiting / self.facts.batch_size) if self.facts else 1
             raise Full(max(1, math.ceil(batches * self.seconds)))
+
+    def submit(self, pictures: Sequence[Picture], previews: str = "none", client: str | None = None) -> Job:
+        """Add a request to the queue: clients take turns, each in the order of arrival. Raises Full as `check_room`."""
+        self.check_room(client)
+        own = [job for job in self.queue if job.client == client]
         turn = max([self.turn, *(job.turn + 1 for job in own)])
         job = Job(pictures, previews, client, turn)
         if self.state == "failed":

@@ -54,11 +54,15 @@ class Service:
         live: whether it is a frame of the live canvas.
         """
         request = schema.checked(self.live_model if live else self.model, values)
-        frame = await asyncio.to_thread(schema.to_frame, request, self.facts.sizes, self.limits.max_pixels)
-        pictures = await asyncio.to_thread(schema.to_pictures, request, frame, live)
-        if self.facts.needs_image and not pictures[0].shared.mask:
-            raise Problem(400, "this model only inpaints: it needs an image and a mask", "mask")
         try:
+            self.engine.check_room(client)  # before pictures are decoded
+            frame = await asyncio.to_thread(schema.to_frame, request, self.facts.sizes, self.limits.max_pixels)
+            pictures = await asyncio.to_thread(schema.to_pictures, request, frame, live)
+            if self.facts.needs_image and not pictures[0].shared.mask:
+                raise Problem(400, "this model only inpaints: it needs an image and a mask", "mask")
+            # a request that waits keeps only what its answer needs; an empty image says that there was one
+            frame = frame if frame.is_resized and frame.mask is not None else frame._replace(image=None, mask=None)
+            request = request.model_copy(update={"image": request.image and "", "mask": None})
             return QueuedRequest(request, self.engine.submit(pictures, request.previews, client), frame)
         except Full as full:
             raise Problem(429, str(full), retry=full.seconds) from full

@@ -79,7 +79,7 @@ class Frame(NamedTuple):
         if self.mask is None:
             return image, None
         # every drawn pixel that the mask touches is generated
-        mask = _resized(np.uint8(255) * self.mask, self._sides(), Image.Resampling.BOX) > 0
+        mask = _resized(np.float32(self.mask), self._sides(), Image.Resampling.BOX) > 0
         return image, np.pad(mask, padding, "edge")
 
     def left(self, image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "asked_height asked_width 3"]:

@@ -49,6 +49,13 @@ def test_shapes_are_not_distorted_and_the_middle_is_used():
     np.testing.assert_array_equal(Frame((64, 128), (64, 64)).left(disc), expected)
 
 
+def test_a_single_marked_pixel_of_a_large_image_is_generated():
+    mask = np.zeros((2000, 2000, 1), bool)
+    mask[1000, 500] = True
+    _, small = Frame((2000, 2000), (64, 64), np.zeros((2000, 2000, 3), np.uint8), mask).entered()
+    assert small.sum() == 1 and small[32, 16]
+
+
 def test_outside_a_mask_the_image_stays_exactly():
     mask = np.zeros((24, 40, 1), bool)
     mask[5:7, 20:] = True
