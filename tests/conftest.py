@@ -1,4 +1,5 @@
-"""Every signature's shapes and types are checked while the tests run. Tests that take minutes run with `--all`.
+"""Every signature's shapes and types are checked while the tests run. Tests that take minutes run with `--all`, those
+marked documents, about an hour, with `--documents`.
 
 Hypothesis draws the same examples on every run; `pytest --hypothesis-profile=default` draws new ones.
 """
@@ -24,9 +25,16 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also run the tests that take minutes, those marked slow")
+    parser.addoption(
+        "--documents", action="store_true", help="with --all: also run every command of docs/ and BUILD.md"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--documents"):
+        for item in items:
+            if item.get_closest_marker("documents"):
+                item.add_marker(pytest.mark.skip(reason="needs --documents"))
     if config.getoption("--all"):
         long = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in long)  # so that no long test ends last

@@ -148,7 +148,8 @@ def network(config: ConfigDict) -> UNet:
 def _time_smoothing(config: ConfigDict) -> float:
     """A twentieth of the way from data to noise in the network's unit of time, where its time is slowest.
 
-    That is about 50 of 1000 steps, and next to nothing where the time is sigma or its logarithm, which have no fast waves.
+    That is about 50 of 1000 steps, and next to nothing where the time is sigma or its logarithm: these have no fast
+    waves.
     """
     base, parts = schedule(config), np.linspace(0, 1, 101)[1:]
     with np.errstate(divide="ignore"):  # of the noise by the data, at pure noise
