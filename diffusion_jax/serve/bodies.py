@@ -14,11 +14,11 @@ async def json_object(http: Http) -> dict[str, Any]:
 
 
 def value_of(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for anything else, also for one that is nested too deeply, or that
-    cannot be given back: NaN, infinity and halves of surrogate pairs."""
+    """The value of a JSON text. Raises ValueError for anything else, also for one that is nested too deeply or has half
+    of a surrogate pair, which no answer can give back."""
     try:
         value = json.loads(text)
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return value

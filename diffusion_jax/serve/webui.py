@@ -12,6 +12,7 @@ from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from diffusion_jax.messages import as_json
 from diffusion_jax.serve import uploads
 from diffusion_jax.serve.bodies import json_object
 from diffusion_jax.serve.engine import CANCELLED, Ended, Job, PictureDone, Progress
@@ -324,7 +325,7 @@ async def _answer(
     warnings = notes + queued.notes + _ignored(body, service.facts.name)
     info = _info(service, queued, body, warnings)
     parameters = {name: getattr(body, name) for name in type(body).model_fields if name not in ("mask", "init_images")}
-    content = {"images": pictures if body.send_images else [], "parameters": parameters}
+    content = {"images": pictures if body.send_images else [], "parameters": json.loads(as_json(parameters))}
     return JSONResponse(content | {"info": json.dumps(info)})
 
 

@@ -516,11 +516,12 @@ def test_a_form_that_is_nested_too_deeply_is_a_clear_error(client):
             assert answer.status_code == 400 and answer.json()["error"]["param"] in (field, "image")
 
 
-@pytest.mark.parametrize("value", ["NaN", "-Infinity", '"\\ud800"'])
-def test_what_json_cannot_give_back_is_a_clear_error(client, value):
+@pytest.mark.parametrize(("value", "status"), [("NaN", 200), ("[-Infinity]", 200), ('"\\ud800"', 400)])
+def test_values_that_json_cannot_give_back_break_no_answer(client, value, status):
     body = f'{{"prompt": "3", "steps": 3, "override_settings": {{"x": {value}}}}}'
     answer = client.post("/sdapi/v1/txt2img", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400 and "must be a JSON object" in answer.text
+    assert answer.status_code == status
+    assert status == 400 or answer.json()["parameters"]["override_settings"]["x"] in (None, [None])
 
 
 def test_a_scale_below_1_is_no_guidance(client):
