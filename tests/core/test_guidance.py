@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import guidance, process, schedules
+from diffusion_jax.core import guidance, parameterization, schedules
 from diffusion_jax.core.process import Prediction
 
 LEVEL = schedules.linear()(jnp.float32(300))
@@ -14,7 +14,7 @@ NULL = jnp.zeros(1)
 
 def denoise(x, level, cond):
     """A prediction that is tied to x and depends on the condition."""
-    return process.from_eps(x, jnp.sin(x) + cond, level)
+    return parameterization.eps.predict(x, jnp.sin(x) + cond, level)
 
 
 def assert_equal(a, b, rtol=1e-5):
@@ -80,7 +80,7 @@ def test_an_interval_up_to_infinity_guides_pure_noise():
     assert noise.alpha == 0
 
     def spoken(x, level, cond):  # eps does not determine x0 there
-        return process.from_v(x, jnp.sin(x) + cond, level)
+        return parameterization.v.predict(x, jnp.sin(x) + cond, level)
 
     guided = guidance.classifier_free(spoken, 4.0, NULL)
     for level in (noise, jax.tree.map(lambda value: jnp.full(3, value), noise)):
@@ -96,7 +96,7 @@ def test_cfg_pp_puts_back_the_unconditional_noise():
 
 def test_autoguidance_leads_away_from_the_weaker_model():
     def weaker(x, level, cond):
-        return process.from_eps(x, jnp.sin(x) + 0.5 * cond, level)
+        return parameterization.eps.predict(x, jnp.sin(x) + 0.5 * cond, level)
 
     assert_equal(guidance.autoguidance(denoise, weaker, 1.0)(X, LEVEL, COND), CONDITIONAL)
     out = guidance.autoguidance(denoise, weaker, 2.0)(X, LEVEL, COND)
@@ -190,7 +190,7 @@ def test_each_image_may_have_its_own_noise_level(name):
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_a_leaf_that_the_null_condition_lacks_is_seen_by_both_branches(scale):
     def denoise_with_condition(x, level, cond):
-        return process.from_eps(x, jnp.sin(x) + cond["text"] + cond["known"], level)
+        return parameterization.eps.predict(x, jnp.sin(x) + cond["text"] + cond["known"], level)
 
     known = jnp.array([[0.1], [0.2], [0.3]])
     guided = guidance.classifier_free(denoise_with_condition, scale, {"text": NULL})(

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core import guidance, process, sampling, schedules, solvers
+from diffusion_jax.core import guidance, parameterization, sampling, schedules, solvers
 from diffusion_jax.core.process import NoiseLevel, Prediction
 
 diffusers = pytest.importorskip("diffusers")
 peer = pytest.importorskip("tests.core.peer")
 
-CONVERT = {"eps": process.from_eps, "v": process.from_v, "x0": process.from_x0}
+CONVERT = {name: parameterization.NAMED[name].predict for name in ("eps", "v", "x0")}
 
 
 @pytest.fixture(autouse=True, scope="module")

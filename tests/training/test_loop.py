@@ -123,6 +123,8 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(whole, tmp_path, at,
 
 
 def test_the_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as when a process starts
+
     def twice():
         stop(signal.SIGINT)
         stop(signal.SIGINT)
@@ -130,6 +132,7 @@ def test_the_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, Batches(at=6, act=twice))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
     fit(tmp_path)
     assert_same(saved(tmp_path), saved(whole))
 
