@@ -148,13 +148,13 @@ def network(config: ConfigDict) -> UNet:
 def _time_smoothing(config: ConfigDict) -> float:
     """A twentieth of the way from data to noise in the network's unit of time, where its time is slowest.
 
-    That is about 50 of 1000 steps, and next to nothing where the time is sigma or its logarithm: these have no fast
+    To two digits: 50 of 1000 steps, and next to nothing where the time is sigma or its logarithm, which have no fast
     waves.
     """
     base, parts = schedule(config), np.linspace(0, 1, 101)[1:]
     with np.errstate(divide="ignore"):  # of the noise by the data, at pure noise
         _, t = _parameterization(config).inputs(jnp.zeros((100, 1)), base(base.at(parts)))
-    return round(0.05 * 100 * float(np.abs(np.diff(t)).min()), 3)
+    return float(f"{0.05 * 100 * float(np.abs(np.diff(t)).min()):.2g}")
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderKL:

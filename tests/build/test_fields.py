@@ -324,7 +324,8 @@ def test_what_does_not_go_together_is_one_clear_line(expected, paths, tmp_path, 
 def run(tmp_path_factory):
     """A work directory with a checkpoint of the smallest model."""
     workdir, config = tmp_path_factory.mktemp("run"), digits.get_config()
-    config.model.update(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+    config.model.update(block_out_channels=(8,), norm_num_groups=4, attention_head_dim=8)
+    config.model.update(down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",))
     _, params, _ = build.objective.objective(config.objective, build.model.diffusion_model(config), jax.random.key(0))
     Checkpoints(workdir / "checkpoints", keep=1).save(jax.device_get(init_state(params, optax.sgd(0.1), 0)), {})
     return workdir
@@ -334,7 +335,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize(
     "change, difference",
     {
-        "model.block_out_channels=16,16": "embedding: shape (11, 32) there, shape (11, 64) in",
+        "model.block_out_channels=(16,)": "embedding: shape (11, 32) there, shape (11, 64) in",
         "model.layers_per_block=2": ": missing there, shape (",
     }.items(),
 )
