@@ -41,8 +41,3 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     raise ValueError(
         f"{path}: expected a whole checkpoint of one of {names}; for a single network name its folder with config.json"
     )
-
-
-def read_single_file(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Description]]:
-    """The family and the parts of `read_checkpoint`."""
-    return read_checkpoint(path, allow_pickle)[:2]

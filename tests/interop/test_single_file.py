@@ -16,7 +16,7 @@ from diffusion_jax.interop.families.latent_diffusion import unet_name
 from diffusion_jax.interop.folders import autoencoder_of, unet_of
 from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.pipeline import schedule_of
-from diffusion_jax.interop.single_file import read_checkpoint, read_single_file
+from diffusion_jax.interop.single_file import read_checkpoint
 from diffusion_jax.interop.tensors import write_file
 
 UNET = {"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "block_out_channels": [32, 64]}
@@ -220,7 +220,7 @@ def assert_equal(one, other):
 def test_parts_come_back(family, tmp_path):
     held, originals = checkpoint(family)
     write_file(tmp_path / "model.safetensors", held)
-    found, parts = read_single_file(tmp_path / "model.safetensors")
+    found, parts, _ = read_checkpoint(tmp_path / "model.safetensors")
     assert found == OF_FAMILY[family]
     assert list(parts) == ["unet", "vae", "text_encoder", "text_encoder_2"][: len(originals)]
     for part, original in zip(parts.values(), originals, strict=True):
@@ -326,7 +326,7 @@ def test_published_networks_in_full_size(family, monkeypatch):
     held = {"model.diffusion_model." + ldm_unet_name(name, config): tensor for name, tensor in tensors.items()}
     held |= ldm_autoencoder(random_tensors(autoencoder_of, AUTOENCODER))
     monkeypatch.setattr(single_file, "read_file", lambda path, allow_pickle: held)
-    found = read_single_file("x.ckpt")[1]["unet"].config
+    found = read_checkpoint("x.ckpt").parts["unet"].config
     for field, value in config.items():
         every = [value] * len(found[field]) if isinstance(found[field], list) and isinstance(value, int) else value
         if field == "transformer_layers_per_block":  # entries of levels without transformers mean nothing
@@ -382,7 +382,7 @@ def test_names_joined_by_underscores():
 def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
     write_file(tmp_path / "x.safetensors", change(checkpoint("sd1")[0]))
     with pytest.raises(ValueError, match=message) as raised:
-        read_single_file(tmp_path / "x.safetensors")
+        read_checkpoint(tmp_path / "x.safetensors")
     assert "\n" not in str(raised.value)
 
 
@@ -452,7 +452,7 @@ def test_text_encoders_of_newer_transformers(family, tmp_path):
     assert renamed.keys() != held.keys()
     renamed[f"{prefix}text_projection.weight"] = np.zeros((64, 64), np.float16)
     write_file(tmp_path / "x.safetensors", renamed)
-    part = read_single_file(tmp_path / "x.safetensors")[1]["text_encoder"]
+    part = read_checkpoint(tmp_path / "x.safetensors").parts["text_encoder"]
     assert_equal(part.tensors, originals[2])
     assert part.config["num_hidden_layers"] == 2
 
