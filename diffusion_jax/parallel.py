@@ -1,19 +1,29 @@
 """Placement of arrays on devices, and compilation of a training step for many devices.
 
-Training: every device of all hosts holds the whole state and processes its share of the global batch (`pmap`).
-Sampling and evaluation: this host's devices share a batch, and each holds all weights.
+Training: every device of all hosts processes its share of the global batch, and holds the whole state (`pmap`) or a
+part of it (`fsdp`): see `strategy`.
+Sampling and evaluation: this host's devices share a batch, and each holds all weights, unless they come divided.
 """
 
+import contextlib
+import functools
+import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend.core import Primitive, primitives
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, PyTree
 
-AXIS = "data"
+DATA = "data"  # the axis of the mesh whose devices hold different examples and the same weights
+SHARDS = "shards"  # the axis whose devices hold different examples and different parts of the weights
+SMALL = 1 << 14  # elements; to gather a smaller array costs more than to hold it
+FORMS = (primitives.convert_element_type_p, primitives.reshape_p, primitives.transpose_p)  # of the same weight
+GROUPS = (32, 16, 8)  # devices that divide one copy, if nothing else is said: few axes are divisible by more
 
 
 def is_main() -> bool:
@@ -26,9 +36,26 @@ def num_devices() -> int:
     return jax.device_count()
 
 
+@contextlib.contextmanager
+def on_host():
+    """In this context new arrays are made in the host's memory, if JAX has a CPU backend."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names other platforms alone
+        host = jax.local_devices()[0]
+    with jax.default_device(host):
+        yield
+
+
 def to_host(tree: PyTree) -> PyTree:
-    """The pytree as numpy arrays."""
-    return jax.device_get(tree)
+    """The pytree as numpy arrays. All hosts must call this together if its arrays are divided over hosts."""
+
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_get(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def from_all_hosts(array: np.ndarray) -> np.ndarray:
@@ -39,36 +66,187 @@ def from_all_hosts(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array)).reshape(-1, *array.shape)
 
 
-def compile_step(step: Callable, devices: list | None = None) -> Callable:
-    """The step (state, frozen, batch) -> (state, metrics), run on every device at once. The old state is donated.
+def own_parts(array: Any) -> list[np.ndarray]:
+    """The parts of an array that this host counts. Every number is in one part of one host."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return [np.asarray(part.data) for part in array.addressable_shards if part.replica_id == 0]
+    return [np.asarray(array)] if is_main() else []
 
-    step: gets its device's share of the batch. Its results must be the same on every device; use `mean`.
-    devices: all of the slice by default.
-    Place state and frozen by `replicate`, and the batch by `split`.
+
+class Strategy(NamedTuple):
+    """How a training step is divided over devices.
+
+    compile: step (state, frozen, batch) -> (state, metrics) -> the same for arrays on many devices. The old state is
+      donated.
+    gradient: in a step, of_device -> (params, inputs, batch) -> the means over devices of what `of_device` computes:
+      (params, inputs, batch, numbers, whole) -> (gradient of params, metrics). There the batch is a device's share,
+      numbers (B,) are those of its examples in the global batch, and `whole` makes of a loss (params, inputs, ...) the
+      loss of the parts that the device holds.
+    sharding: an array of the state or of the frozen inputs, or its shape -> where its parts are.
+    split: leaves (B, ...) of this host's share of the batch -> the batch on its devices.
     """
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices)
+
+    compile: Callable[[Callable], Callable]
+    gradient: Callable[[Callable], Callable]
+    sharding: Callable[[Any], NamedSharding]
+    split: Callable[[PyTree], PyTree]
+
+    def shapes(self, tree: PyTree) -> PyTree:
+        """The shapes and places of arrays or shapes, for restoring them and for compiling ahead."""
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.sharding(a)), tree)
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Copy to each device its part of every array. Nothing is sent: all hosts must have the same pytree."""
+
+        def placed(leaf: Any) -> Array:
+            whole = np.asarray(leaf)
+            return jax.make_array_from_callback(whole.shape, self.sharding(whole), lambda part: whole[part])
+
+        return jax.tree.map(placed, tree)
+
+    def create(self, make: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+        """make(tree), computed where its parts belong, so that no device ever holds more than its parts."""
+        shardings = jax.tree.map(self.sharding, jax.eval_shape(make, tree))
+        return jax.jit(make, out_shardings=shardings)(self.place(tree))
 
 
-def mean(tree: PyTree) -> PyTree:
-    """The mean over devices, inside a step."""
-    return jax.lax.pmean(tree, AXIS)
+def strategy(name: str = "pmap", devices: list | None = None) -> Strategy:
+    """The strategy called `name`.
+
+    pmap: every device holds the whole state. Gradients are averaged over all devices.
+    fsdp=N: groups of N devices divide one copy of the state: each array along its largest divisible axis, arrays below
+      2^14 elements not at all. A weight is gathered where it is used.
+    fsdp: the same, N being the largest of 32, 16 and 8 that divides the number of devices, else all devices.
+    devices: all of the slice by default.
+
+    Raises ValueError for another name, and for an N that does not divide the number of devices.
+    """
+    devices = _by_host(jax.devices() if devices is None else devices)
+    return _replicated(devices) if name == "pmap" else _divided(devices, _group(name, len(devices)))
 
 
-def example_numbers(count: int) -> Int[Array, "count"]:
-    """The numbers in the global batch of this device's `count` examples, inside a step."""
-    return jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+def _by_host(devices: list) -> list:
+    """The devices of each host one after the other, so that a host's share of the batch is one piece of it."""
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
-def replicate(tree: PyTree, devices: list | None = None) -> PyTree:
-    """Copy a pytree to every device (all of the slice by default). It must be the same on all hosts."""
-    mesh = Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
-    return jax.device_put(jax.device_get(tree), NamedSharding(mesh, PartitionSpec()))
+def _group(name: str, count: int) -> int:
+    """The number of devices, of `count` in all, that divide one copy of the state."""
+    match = re.fullmatch(r"fsdp(?:=([1-9]\d*))?", name)
+    if match is None:
+        raise ValueError(f"train.parallel must be pmap, fsdp or fsdp=N; got {name!r}")
+    group = int(match[1] or next((size for size in GROUPS if count % size == 0), count))
+    if count % group:
+        raise ValueError(f"train.parallel={name}: {group} does not divide {count} devices")
+    return group
 
 
-def split(batch: PyTree, num_devices: int | None = None) -> PyTree:
-    """Leaves (B, ...) of this host -> (num_devices, B / num_devices, ...), by default over all of its devices."""
-    num_devices = num_devices or jax.local_device_count()
-    return jax.tree.map(lambda a: a.reshape(num_devices, -1, *a.shape[1:]), batch)
+def _replicated(devices: list) -> Strategy:
+    everywhere = NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec())
+    local = sum(device.process_index == jax.process_index() for device in devices)
+    options = {"axis_name": DATA, "in_axes": (None, None, 0), "out_axes": None, "donate_argnums": 0}
+
+    def gradient(of_device: Callable) -> Callable:
+        def mean(params: PyTree, inputs: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+            numbers = _numbers(batch, jax.lax.axis_index(DATA))
+            return jax.lax.pmean(of_device(params, inputs, batch, numbers, lambda loss: loss), DATA)
+
+        return mean
+
+    return Strategy(
+        compile=lambda step: jax.pmap(step, devices=devices, **options),
+        gradient=gradient,
+        sharding=lambda leaf: everywhere,
+        split=lambda batch: jax.tree.map(lambda a: a.reshape(local, -1, *a.shape[1:]), batch),
+    )
+
+
+def _divided(devices: list, group: int) -> Strategy:
+    mesh = Mesh(np.array(devices).reshape(-1, group), (DATA, SHARDS))
+    everyone = (DATA, SHARDS)
+    examples = NamedSharding(mesh, PartitionSpec(everyone))
+    sharding = functools.partial(_division, mesh)
+
+    def compiled(step: Callable) -> Callable:
+        def divided_step(state: PyTree, frozen: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+            state, metrics = step(state, frozen, batch)
+            return jax.lax.with_sharding_constraint(state, jax.tree.map(sharding, state)), metrics
+
+        return jax.jit(divided_step, donate_argnums=0)
+
+    def gradient(of_device: Callable) -> Callable:
+        def mean(params: PyTree, inputs: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+            specs = jax.tree.map(lambda leaf: sharding(leaf).spec, (params, inputs))
+            whole = functools.partial(_gathering, specs, (params, inputs))
+
+            def of_parts(params: PyTree, inputs: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+                numbers = _numbers(batch, jax.lax.axis_index(everyone))
+                grads, metrics = of_device(params, inputs, batch, numbers, whole)
+                return jax.tree.map(group_mean, grads, specs[0]), jax.lax.pmean(metrics, everyone)
+
+            in_specs, out_specs = (*specs, PartitionSpec(everyone)), (specs[0], PartitionSpec())
+            mapped = jax.shard_map(of_parts, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            return mapped(params, inputs, batch)
+
+        return mean
+
+    def group_mean(grad: Array, spec: PartitionSpec) -> Array:
+        # to differentiate a gathered weight is to add up over its group what each device found for this part
+        return jax.lax.pmean(grad / group, DATA) if SHARDS in spec else jax.lax.pmean(grad, everyone)
+
+    return Strategy(
+        compile=compiled,
+        gradient=gradient,
+        sharding=sharding,
+        split=lambda batch: jax.tree.map(lambda a: jax.make_array_from_process_local_data(examples, a), batch),
+    )
+
+
+def _numbers(batch: PyTree, device: Int[Array, ""]) -> Int[Array, "count"]:
+    """The numbers in the global batch of a device's examples."""
+    count = len(jax.tree.leaves(batch)[0])
+    return device * count + jnp.arange(count)
+
+
+def _gathering(specs: PyTree, whole: PyTree, loss: Callable) -> Callable:
+    """The loss of arrays that are divided as `specs` say. It gathers them, and gathers them again for its gradient
+    instead of keeping them. A device then holds few whole weights at a time.
+
+    whole: the arrays or their shapes before they were divided.
+    """
+    sizes = {leaf.size for leaf, spec in zip(*map(jax.tree.leaves, (whole, specs)), strict=True) if SHARDS in spec}
+
+    def gathered(part: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.all_gather(part, SHARDS, axis=spec.index(SHARDS), tiled=True) if SHARDS in spec else part
+
+    def is_kept(primitive: Primitive, *inputs: Any, **_: Any) -> bool:
+        """Whether a result is kept for the gradient: not a gathered weight, nor one of another type or form."""
+        if primitive in FORMS:
+            return inputs[0].size not in sizes
+        return primitive is not primitives.all_gather_p
+
+    def divided_loss(params: PyTree, inputs: PyTree, *rest: Any) -> Any:
+        return loss(*jax.tree.map(gathered, (params, inputs), specs), *rest)
+
+    return jax.checkpoint(divided_loss, policy=is_kept)
+
+
+def _division(mesh: Mesh, leaf: Any) -> NamedSharding:
+    """An array's largest axis that the devices along SHARDS can divide is divided over them."""
+    group = mesh.shape[SHARDS]
+    divisible = [axis for axis, size in enumerate(leaf.shape) if size % group == 0]
+    if np.prod(leaf.shape) < SMALL or not divisible:
+        return NamedSharding(mesh, PartitionSpec())
+    largest = max(divisible, key=lambda axis: leaf.shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * largest, SHARDS))
+
+
+def local(tree: PyTree, name: str) -> PyTree:
+    """Weights as this host alone samples with them: divided over its devices if the strategy `name` divides them."""
+    if name == "pmap" or jax.local_device_count() == 1:
+        return tree
+    mesh = Mesh(np.array(jax.local_devices()), (SHARDS,))
+    return jax.device_put(tree, jax.tree.map(functools.partial(_division, mesh), tree))
 
 
 def copier() -> Callable[[np.ndarray], Array]:
@@ -93,11 +271,19 @@ def spread(tree: PyTree, batch: int) -> PyTree:
 
 
 def whole(tree: PyTree, batch: int = 0) -> PyTree:
-    """Copy a pytree to every device that `spread` uses for such a batch. Data already there is not moved.
+    """Copy a pytree to every device that `spread` uses for such a batch. Neither data already there is moved
+    nor what `local` divided.
 
     batch: 0 for any batch that the devices can share.
     """
-    return jax.device_put(tree, _placements(batch)[1])
+    placement = _placements(batch)[1]
+
+    def placed(leaf: Any) -> Array:
+        sharding = getattr(leaf, "sharding", None)
+        is_divided = isinstance(sharding, NamedSharding) and SHARDS in sharding.mesh.axis_names
+        return leaf if is_divided else jax.device_put(leaf, placement)
+
+    return jax.tree.map(placed, tree)
 
 
 def _placements(batch: int) -> tuple[Sharding, Sharding]:
@@ -106,5 +292,5 @@ def _placements(batch: int) -> tuple[Sharding, Sharding]:
     if len(devices) == 1 or batch % len(devices):
         single_device = SingleDeviceSharding(devices[0])
         return single_device, single_device
-    mesh = Mesh(np.array(devices), (AXIS,))
-    return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+    mesh = Mesh(np.array(devices), (DATA,))
+    return NamedSharding(mesh, PartitionSpec(DATA)), NamedSharding(mesh, PartitionSpec())

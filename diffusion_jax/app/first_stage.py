@@ -15,7 +15,7 @@ from diffusion_jax import build, parallel, pictures
 from diffusion_jax.build.agreement import check_records
 from diffusion_jax.build.initial import initial
 from diffusion_jax.codec import check_size
-from diffusion_jax.data.loader import loader
+from diffusion_jax.data.loader import one_epoch
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform, to_float, to_uint8
 from diffusion_jax.evaluation.reconstruction import evaluate_reconstruction
@@ -23,7 +23,7 @@ from diffusion_jax.interop import load_autoencoder, save_autoencoder
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
-from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
+from diffusion_jax.training.loop import Task, check_division, check_resumed, fit
 
 BATCH = 64  # images in one call of the autoencoder
 SHOWN = 8  # held-out images in a snapshot of the first stage
@@ -45,13 +45,14 @@ def task(config: ConfigDict, folder: Path) -> Task:
     section, size = config.autoencoder, config.data.size
     if section.kind != "kl" or section.checkpoint:
         raise ValueError("no first stage to train: config.autoencoder must have kind=kl and an empty checkpoint")
-    check_batch_size(section.train.batch_size, section.train.accumulate)
+    check_division(section.train)
     model = build.model.autoencoder(config)
     check_size((size, size), model.factor)
     source = build.data.source(config, "first_stage", size)
     check_records(section.train, source)
-    loss, params, frozen = build.objective.objective(section.loss, model, jax.random.key(config.seed))
-    params["autoencoder"] = initial(section.init, load_autoencoder, params["autoencoder"])
+    with parallel.on_host():
+        loss, params, frozen = build.objective.objective(section.loss, model, jax.random.key(config.seed))
+        params["autoencoder"] = initial(section.init, load_autoencoder, params["autoencoder"])
     check_resumed(folder, params)
     augment = _images_only(build.data.transform(config, (size, size), section.flip))
     snapshot_images = _snapshot_images(config)
@@ -139,7 +140,7 @@ def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transfo
 def _some_records(source: Source, transform: Transform, count: int, seed: int | None = None) -> Iterator[Record]:
     """Batches of records, `count` in all or as many as there are. In the source's order, or shuffled by a seed."""
     size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)  # divides the source without remainder
-    records = loader(source, size, seed or 0, transform=transform, shuffle=seed is not None, repeat=False)
+    records = one_epoch(source, size, transform, seed)
     return itertools.islice(records, -(-count // size))
 
 

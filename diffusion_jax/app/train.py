@@ -1,5 +1,6 @@
 """--mode=train: train the first stage if the work directory has none, then the denoiser."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ from absl import logging
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import build
+from diffusion_jax import build, parallel
 from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, weights
@@ -19,7 +20,7 @@ from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.interop import load_unet
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.training.loop import Task, check_batch_size, check_resumed, fit
+from diffusion_jax.training.loop import Task, check_division, check_resumed, fit
 
 ENCODE_BATCH = 64  # images in one call of the encoder
 
@@ -37,25 +38,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     # build everything in the config now, so that errors come before hours of training
-    check_batch_size(config.train.batch_size, config.train.accumulate)
-    model = build.model.diffusion_model(config, training=True)
-    snapshot_request = sample.request(config, model, config.sample.prompts)
-    optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
-    source = build.data.source(config, "train", model.size[0])
-    agreement.check_condition(config, source)
-    agreement.check_records(config.train, source)
-    teacher = _teacher(config, model)
-    key = jax.random.key(config.seed)
-
-    def start(key: Key[Array, ""]) -> PyTree:
-        random_params = model.network.init(key)
-        return (
-            from_teacher(teacher, random_params)
-            if config.get("teacher")
-            else initial(config.get("init", ""), load_unet, random_params)
-        )
-
-    loss, params, frozen = build.objective.objective(config.objective, model, key, config.train.steps, teacher, start)
+    check_division(config.train)
+    with parallel.on_host():  # no device holds weights before the strategy divides them
+        model = build.model.diffusion_model(config, training=True)
+        snapshot_request = sample.request(config, model, config.sample.prompts)
+        optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
+        source = build.data.source(config, "train", model.size[0])
+        agreement.check_condition(config, source)
+        agreement.check_records(config.train, source)
+        loss, params, frozen = _objective(config, model)
     check_resumed(workdir, params)
     first_stage_folder = weights.first_stage_folder(workdir)
     first_stage_task = first_stage.task(config, first_stage_folder) if first_stage.is_missing(config, workdir) else None
@@ -66,7 +57,8 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
         model = model._replace(codec=weights.trained_codec(config, workdir, model.codec))
 
         def snapshot(trained: PyTree) -> np.ndarray:
-            current = model._replace(params=model.adapter.join(trained, frozen["rest"]))
+            params = parallel.local(model.adapter.join(trained, frozen["rest"]), config.train.parallel)
+            current = model._replace(params=params)
             return sample.sheet(config, list(sample.generate(snapshot_request, current, config.sample.batch_size)))
 
         records, transform = _training_records(config, workdir, source, model)
@@ -81,6 +73,22 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             snapshot=snapshot,
         )
         fit(task, workdir, config.train, config.seed)
+
+
+def _objective(config: ConfigDict, model: DiffusionModel) -> tuple[Callable, PyTree, dict]:
+    """(loss, initial weights, frozen inputs of the loss)."""
+    teacher = _teacher(config, model)
+
+    def start(key: Key[Array, ""]) -> PyTree:
+        random_params = model.network.init(key)
+        return (
+            from_teacher(teacher, random_params)
+            if config.get("teacher")
+            else initial(config.get("init", ""), load_unet, random_params)
+        )
+
+    key = jax.random.key(config.seed)
+    return build.objective.objective(config.objective, model, key, config.train.steps, teacher, start)
 
 
 def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None:
@@ -112,8 +120,10 @@ def _training_records(
         encoded = np.asarray(codec.encode(images.reshape(-1, *images.shape[2:])))
         return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
 
+    embedder = parallel.whole(conditioning.params, 1)
+
     def of_captions(batch: dict) -> PyTree:
-        return jax.tree.map(np.asarray, conditioning.embed(conditioning.params, conditioning.of_records(batch)))
+        return jax.tree.map(np.asarray, conditioning.embed(embedder, conditioning.of_records(batch)))
 
     def to_training(record: dict, rng: np.random.Generator) -> dict:
         latents = record["latent"] if is_cached else [crop(record, rng)["image"]]

@@ -1,12 +1,15 @@
 """Config -> training data: source, transform, variants, batches."""
 
+import functools
+from collections.abc import Callable, Iterator
+
 import jax
 from ml_collections import ConfigDict
 
 from diffusion_jax.data import sources, transforms
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Transform, crop
+from diffusion_jax.data.transforms import Record, Transform, crop
 
 
 def source(config: ConfigDict, split: str, size: int) -> Source:
@@ -45,13 +48,17 @@ def variants(config: ConfigDict, size: tuple[int, int]) -> Transform:
     return transforms.variants(single_crop, data.crops if data.random_crop else 1, data.flip)
 
 
-def batches(source: Source, train: ConfigDict, seed: int, transform: Transform | None = None):
-    """This host's share of the shuffled endless batches of a source."""
-    return loader(
+def batches(
+    source: Source, train: ConfigDict, seed: int, transform: Transform | None = None
+) -> Callable[[int], Iterator[Record]]:
+    """step -> this host's share of the batches after that step, shuffled and endless."""
+    hosts = jax.process_count()
+    return functools.partial(
+        loader,
         source,
-        train.batch_size // jax.process_count(),
+        train.batch_size // hosts,
         seed,
+        transform,
         process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        transform=transform,
+        process_count=hosts,
     )

@@ -177,6 +177,11 @@ TRAIN = {
     "steps": Field(1000, whole(1, UPDATES), "Updates in all."),
     "batch_size": Field(64, whole(1), "Records of one update, over all devices."),
     "accumulate": Field(1, whole(1), "Micro-batches of each device's share of the batch."),
+    "parallel": Field(
+        "pmap",
+        text,
+        "pmap: all weights on each device. fsdp, fsdp=N: divided over groups of devices (docs/scaling.md).",
+    ),
     "ema": Field(0.999, fraction, "Decay of the average of the weights."),
     "log_every": Field(20, whole(1), "Steps between lines of metrics.jsonl."),
     "checkpoint_every": Field(500, whole(1), "Steps between checkpoints."),

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from diffusion_jax import codec as codecs
+from diffusion_jax import parallel
 from diffusion_jax.build import fields, shipped
 from diffusion_jax.build.model import diffusion_model, has_denoiser
 from diffusion_jax.codec import Codec
@@ -93,6 +94,7 @@ def load(
     step = checkpoints.latest_step()
     if step is not None:
         params = model.adapter.join(trained(config, workdir, model), updated(config, model, teacher).params)
+        params = parallel.local(params, config.train.parallel)
         codec = trained_codec(config, workdir, model.codec)
         return model._replace(params=params, codec=codec), f"{checkpoints.folder}, step {step}, averaged"
     if "checkpoint" in config:

@@ -1,4 +1,4 @@
-"""From a source to batches, with Grain: shuffled, sharded, prefetched by threads, resumable at the exact record."""
+"""From a source to batches, with Grain: shuffled, shared by processes, prefetched by threads, from any step."""
 
 import threading
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord, Record, Transform
 
 MAX_WARNINGS = 10  # bad records that get a warning line of their own
+THREADS = 8
 
 
 class Reader:
@@ -38,19 +39,16 @@ class Reader:
 
     def _mark_visited(self, index: int, error: BadRecord | None = None) -> None:
         with self.lock:
-            if self.visited[index]:
-                return
-            self.visited[index] = True
-            if error:
-                self.bad[index] = True
-                if self.bad.sum() <= MAX_WARNINGS:
+            if not self.visited[index]:
+                self.visited[index], self.bad[index] = True, error is not None
+                if error and self.bad.sum() <= MAX_WARNINGS:
                     logging.warning("skipped %s: %s", self.source.describe(index), error)
-            if self.visited.all() and self.bad.any():
-                logging.warning(
-                    "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name
-                )
-                if self.bad.all():
-                    raise ValueError(f"none of the {len(self.source)} records of {self.source.name} can be used")
+                if self.visited.all() and self.bad.any():
+                    logging.warning(
+                        "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name
+                    )
+            if error and self.bad.all():
+                raise ValueError(f"none of the {len(self.source)} records of {self.source.name} can be used")
 
 
 def stack(records: Sequence[Any]) -> Any:
@@ -71,33 +69,52 @@ def loader(
     source: Source,
     batch_size: int,
     seed: int,
+    transform: Transform | None = None,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    transform: Transform | None = None,
-    shuffle: bool = True,
-    repeat: bool = True,
 ) -> grain.DatasetIterator:
-    """An iterator of batches, the same for the same seed. get_state() and set_state() resume it exactly.
+    """Endless batches for training, in a new order each epoch. Batches may cross from one epoch into the next.
+
+    Step, seed and the size of the global batch decide the records of a step. The number of processes does not.
+
+    source: the records. In the place of a bad one another is drawn, with a warning.
+    batch_size: records in a batch of this process.
+    transform: (record, numpy generator) -> record.
+    start: number of steps before the first batch.
+    process_index, process_count: each process takes its rows of the global batch.
+
+    Raises ValueError if the source is empty or has no good record.
+    """
+    reader = Reader(source, transform)
+
+    def read_good(index: int, rng: np.random.Generator) -> Record:
+        while (record := reader(index, rng)) is None:
+            index = int(rng.integers(len(source)))
+        return record
+
+    # the crop of an image is drawn before the records are shared out, so it does not depend on the number of processes
+    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().random_map(read_good).repeat()
+    batches = records.batch(batch_size, drop_remainder=True, batch_fn=stack)
+    # one task of a thread makes a whole batch: handing over single records takes longer than reading cached ones
+    share = batches[start * process_count + process_index :: process_count]
+    return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)))
+
+
+def one_epoch(
+    source: Source, batch_size: int, transform: Transform | None = None, seed: int | None = None
+) -> grain.DatasetIterator:
+    """The batches of one pass over a source. Records that do not fill a batch at the end are left out.
 
     source: the records. Bad ones are skipped with a warning.
-    batch_size: records in a batch of this process.
-    process_index, process_count: this process takes every process_count-th record of the common order.
-    transform: (record, numpy generator) -> record.
-    shuffle: use a new order each epoch.
-    repeat: loop forever; batches may cross from one epoch into the next. If False, one epoch without a partial batch.
+    seed: of the order. None keeps the source's.
+    batch_size, transform: as in `loader`.
 
-    Raises ValueError if the source is empty, is smaller than a batch, or has no good record.
+    Raises ValueError if the source has fewer records than a batch, or no good one.
     """
-    records = len(source) // process_count
-    if records == 0 or (records < batch_size and not repeat):
-        raise ValueError(
-            f"{source.name} has {len(source)} records, too few for {process_count} x batches of {batch_size}"
-        )
-    indices = grain.MapDataset.range(len(source)).seed(seed)
-    indices = indices.shuffle() if shuffle else indices
-    # Before sharding, so that the crop of an image does not depend on the number of processes.
-    dataset = indices.random_map(Reader(source, transform))
-    dataset = dataset.repeat() if repeat else dataset[: records * process_count]
-    dataset = dataset[process_index::process_count]
-    read_options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
-    return iter(dataset.to_iter_dataset(read_options).batch(batch_size, drop_remainder=True, batch_fn=stack))
+    if len(source) < batch_size:
+        raise ValueError(f"{source.name} has {len(source)} records, too few for batches of {batch_size}")
+    indices = grain.MapDataset.range(len(source)).seed(seed or 0)
+    records = (indices if seed is None else indices.shuffle()).random_map(Reader(source, transform))
+    read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * batch_size)
+    return iter(records.to_iter_dataset(read_options).batch(batch_size, drop_remainder=True, batch_fn=stack))

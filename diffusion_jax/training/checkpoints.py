@@ -1,12 +1,14 @@
-"""Checkpoints with Orbax: the whole training state and the data position, so that a run resumes exactly."""
+"""Checkpoints with Orbax: the whole training state, so that a run resumes exactly."""
 
-import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.tree_util import keystr
 from jaxtyping import PyTree
 
@@ -14,103 +16,193 @@ from diffusion_jax import parallel
 from diffusion_jax.messages import first_line
 from diffusion_jax.training.step import TrainState
 
-MAX_DATA_STATE = 1 << 16  # bytes of a data iterator's state
 ARRAY_DESCRIPTION = 2048  # upper estimate of the bytes of metadata that Orbax writes for an array
+NOTICE = 30  # seconds between the warning of a spot VM and its end
+PROBE = 1 << 26  # bytes written to measure the speed of the disk
+QUICK = 1 << 30  # bytes of a state that any disk takes in time
 
 
 class Checkpoints:
     """The checkpoints of one run, `folder`/<step>/. A checkpoint is never visible half written.
 
+    `save` writes behind the training. Use it as a context manager, which waits for the last one to be on disk.
+
     keep: number of newest checkpoints to keep. 0 only reads, and changes nothing in the folder.
     """
 
     def __init__(self, folder: str | Path, keep: int = 0):
-        self.folder = Path(folder).absolute()
-        saving = keep > 0
+        self.folder, self._saving = Path(folder).absolute(), keep > 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
-            create=saving,
-            cleanup_tmp_directories=saving,  # a killed run or a full disk leaves a partial checkpoint
-            enable_async_checkpointing=False,  # `save` returns when all is on disk, and raises errors itself
+            create=self._saving,
+            cleanup_tmp_directories=self._saving,  # a killed run or a full disk leaves a partial checkpoint
+            enable_async_checkpointing=self._saving,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            self.finish()
+        except OSError:
+            if kind is None:  # an error on its way out says more
+                raise
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data_state: dict) -> None:
-        """Write a checkpoint of state.step. Raises OSError if it cannot be written; older checkpoints stay intact."""
+    def warn_if_slow(self, state: TrainState) -> None:
+        """Say so if a checkpoint of such a state takes longer than a spot VM has left when it is told to stop.
+
+        A large state alone is worth a measurement of the disk.
+        """
+        size = _bytes(state)
+        if size < QUICK or not parallel.is_main():
+            return
+        probe, start = self.folder / "speed.partial", time.perf_counter()
+        probe.write_bytes(bytes(PROBE))
+        seconds = size / PROBE * (time.perf_counter() - start)
+        probe.unlink()
+        if seconds > NOTICE:
+            logging.warning(
+                "a checkpoint of %.1f GB takes about %.0f s in %s, and a spot VM ends %d s after its warning: "
+                "the steps since the last checkpoint would be lost, lower train.checkpoint_every to lose fewer",
+                *(size / 1e9, seconds, self.folder, NOTICE),
+            )
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state to the host and start to write a checkpoint of state.step. Waits for the one before.
+
+        Raises OSError if that one could not be written, or if there is no space for this one. Older checkpoints stay
+        intact.
+        """
         step = int(state.step)
         if step == self.latest_step():
             return
-        state = parallel.to_host(state)
+        self.finish()
+        # whole arrays as numpy: several hosts have one each from `pmap`, which Orbax refuses, and it would copy them on
+        # the device. Real copies, because the next step overwrites the state.
+        state = jax.tree.map(lambda leaf: np.array(leaf) if leaf.is_fully_replicated else leaf, state)
         remaining, ema = _split(state)
-        data = {"hosts": _gather_data_states(data_state)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(remaining), ema=ocp.args.StandardSave(ema), data=ocp.args.JsonSave(data)
+            state=ocp.args.StandardSave(remaining),
+            ema=ocp.args.StandardSave(ema),
+            sums=ocp.args.JsonSave({"state": _sums(remaining), "ema": _sums(ema)}),
         )
         try:
             self._check_free_space(state)  # checked first, because Orbax reports a full disk in hundreds of lines
             self._manager.save(step, args=items, force=True)
         except Exception as error:  # Orbax passes on any error of its writers
-            last = self.latest_step()
-            earlier = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
-            reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
-            raise OSError(f"could not save step {step} to {self.folder}: {reason}; {earlier}") from error
+            raise self._not_saved(step, error) from error
 
-    def _check_free_space(self, tree: PyTree) -> None:
-        leaves = jax.tree.leaves(tree)
-        need = sum(leaf.nbytes + ARRAY_DESCRIPTION for leaf in leaves)
-        free = shutil.disk_usage(self.folder).free
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises OSError if it could not be written."""
+        step = self.latest_step()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(step, error) from error
+
+    def _not_saved(self, step: int, error: Exception) -> OSError:
+        last = self.latest_step()
+        earlier = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
+        reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
+        return OSError(f"could not save step {step} to {self.folder}: {reason}; {earlier}")
+
+    def _check_free_space(self, state: TrainState) -> None:
+        need, free = _bytes(state), shutil.disk_usage(self.folder).free
         if free < need:
             raise OSError(f"no space left on the disk, {need / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict]:
-        """The newest state and data position; `like` gives the structure, shapes and placement."""
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state that is intact; `like` gives the structure, shapes and shardings."""
         remaining, ema = _split(like)
-        restored = self._restore(
-            state=ocp.args.StandardRestore(remaining), ema=ocp.args.StandardRestore(ema), data=ocp.args.JsonRestore()
-        )
-        return like._replace(**restored.state, ema=restored.ema), _data_state_of_this_host(restored.data["hosts"])
+        restored = self._restore(state=remaining, ema=ema)
+        return like._replace(**restored["state"], ema=restored["ema"])
 
     def restore_ema(self, like: PyTree) -> PyTree:
-        """The averaged weights of the newest checkpoint; `like` gives structure, shapes and placement."""
-        return self._restore(ema=ocp.args.StandardRestore(like)).ema
+        """The averaged weights of the newest checkpoint that is intact; `like` gives structure and shapes."""
+        # numpy as an example asks for numpy, whatever devices the training had
+        example = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), like)
+        return jax.tree.map(jnp.asarray, self._restore(ema=example)["ema"])
 
     def check(self, like: PyTree) -> None:
-        """Raise ValueError, naming the first difference, if shapes in the newest checkpoint differ from those of
-        `like`.
+        """Raise ValueError, naming the first difference, if averaged weights in the newest checkpoint have other shapes
+        than `like`.
 
         Reads only metadata.
         """
-        saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.folder / str(self._newest()) / "ema").tree)
-        expected = _shapes(like)
-        for name in sorted(saved.keys() | expected.keys()):
-            if saved.get(name) != expected.get(name):
-                saved_shape, expected_shape = (shapes.get(name, "missing") for shapes in (saved, expected))
-                raise self._other_config(f"{name}: {saved_shape} there, {expected_shape} in the config's model")
+        self._check(self._steps()[0], ema=like)
 
-    def _newest(self) -> int:
-        step = self.latest_step()
-        if step is None:
+    def _check(self, step: int, **items: PyTree) -> None:
+        for name, like in items.items():
+            metadata = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / name)
+            saved, expected = _shapes(metadata.tree), _shapes(like)
+            for path in sorted(saved.keys() | expected.keys()):
+                if saved.get(path) != expected.get(path):
+                    saved_shape, expected_shape = (shapes.get(path, "missing") for shapes in (saved, expected))
+                    raise OtherConfig(
+                        f"the checkpoint in {self.folder} does not fit this config ({path}: {saved_shape} there, "
+                        f"{expected_shape} in the config's model); use the config it was trained with, or another "
+                        "--workdir"
+                    )
+
+    def _steps(self) -> list[int]:
+        """The steps with a checkpoint, the newest first. Raises FileNotFoundError without any."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise FileNotFoundError(f"no checkpoint in {self.folder}: train first, or name another --workdir")
-        return step
+        return steps
 
-    def _restore(self, **items):
-        step = self._newest()
-        # checked first, because Orbax may fail in the middle of reading arrays of other shapes
-        self.check(items["ema"].item)
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._other_config(first_line(error)) from error
-
-    def _other_config(self, difference: str) -> ValueError:
-        return ValueError(
-            f"the checkpoint in {self.folder} does not fit this config ({difference}); "
-            "use the config it was trained with, or another --workdir"
+    def _restore(self, **items: PyTree) -> dict[str, PyTree]:
+        """The items of the newest checkpoint that is intact. Damaged ones that are newer are removed by a run that
+        saves.
+        """
+        damaged: dict[int, str] = {}
+        for step in self._steps():
+            try:
+                restored = self._read(step, items)
+            except OtherConfig:
+                raise
+            except Exception as error:  # Orbax passes on any error of its readers
+                damaged[step] = first_line(error)
+                continue
+            for newer, reason in damaged.items():
+                logging.warning(
+                    "the checkpoint of step %d in %s is damaged (%s); that of step %d is used",
+                    *(newer, self.folder, reason, step),
+                )
+                if self._saving:
+                    self._manager.delete(newer)
+            return restored
+        step, reason = next(iter(damaged.items()))
+        raise ValueError(
+            f"no checkpoint in {self.folder} can be read, the one of step {step} is damaged: {reason}; "
+            "remove the folder to train anew, or name another --workdir"
         )
+
+    def _read(self, step: int, items: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Raises OtherConfig, and any other exception for a damaged checkpoint."""
+        self._check(
+            step, **items
+        )  # checked first, because Orbax may fail in the middle of reading arrays of other shapes
+        has_sums = (self.folder / str(step) / "sums").exists()  # checkpoints of earlier versions have none
+        args = {name: ocp.args.StandardRestore(like) for name, like in items.items()}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**args, **({"sums": ocp.args.JsonRestore()} if has_sums else {}))
+        )
+        for name in items if has_sums else ():
+            for path, value in _sums(restored[name]).items():
+                if value != restored["sums"][name][path]:
+                    raise ValueError(f"the values of {path} are not those that were saved")
+        return {name: restored[name] for name in items}
+
+
+class OtherConfig(ValueError):
+    """A checkpoint of another model or optimizer."""
 
 
 def _split(state: TrainState) -> tuple[dict, PyTree]:
@@ -122,25 +214,29 @@ def _split(state: TrainState) -> tuple[dict, PyTree]:
     return fields, ema
 
 
+def _bytes(tree: PyTree) -> int:
+    """The disk space of a checkpoint."""
+    return sum(leaf.nbytes + ARRAY_DESCRIPTION for leaf in jax.tree.leaves(tree))
+
+
 def _shapes(tree: PyTree) -> dict[str, str]:
     """The shape of each array by its path. Works for a checkpoint's metadata too."""
+    return {path: f"shape {tuple(leaf.shape)}" for path, leaf in _leaves(tree)}
+
+
+def _sums(tree: PyTree) -> dict[str, int]:
+    """The sum of each array's bits, as unsigned numbers modulo 2^32. It does not depend on where the parts are."""
+    paths, leaves = zip(*_leaves(tree), strict=True)
+    own = [sum(_sum(part) for part in parallel.own_parts(leaf)) % 2**32 for leaf in leaves]
+    totals = parallel.from_all_hosts(np.array(own, np.uint32)).sum(0, dtype=np.uint32)
+    return dict(zip(paths, totals.tolist(), strict=True))
+
+
+def _sum(array: np.ndarray) -> int:
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    return int(bits.sum(dtype=np.uint32))
+
+
+def _leaves(tree: PyTree) -> list[tuple[str, PyTree]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {keystr(path, simple=True, separator="/"): f"shape {tuple(leaf.shape)}" for path, leaf in leaves}
-
-
-def _gather_data_states(data_state: dict) -> list[dict]:
-    """The data positions of all hosts. They differ because each host reads its own share of the data."""
-    text = json.dumps(data_state).encode()
-    padded = np.frombuffer(text.ljust(MAX_DATA_STATE), np.uint8)
-    if len(padded) > MAX_DATA_STATE:
-        raise ValueError(f"the data position takes {len(text)} bytes, at most {MAX_DATA_STATE} fit a checkpoint")
-    return [json.loads(row.tobytes()) for row in parallel.from_all_hosts(padded)]
-
-
-def _data_state_of_this_host(data_states: list[dict]) -> dict:
-    if len(data_states) != jax.process_count():
-        raise ValueError(
-            f"the checkpoint was saved by {len(data_states)} hosts and this run has {jax.process_count()}; "
-            "use as many hosts as before"
-        )
-    return data_states[jax.process_index()]
+    return [(keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]

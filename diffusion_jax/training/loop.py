@@ -1,7 +1,7 @@
 """The training loop: the same for every objective."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from diffusion_jax import parallel
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
-from diffusion_jax.training.step import init_state, make_train_step
+from diffusion_jax.training.step import TrainState, init_state, make_train_step
 
 NUM_CHECKPOINTS = 2  # the second is a spare in case the newest is damaged
 
@@ -26,18 +26,18 @@ class Task(NamedTuple):
 
     name: shown in the progress bar.
     loss: (params, frozen, batch, keys) -> (loss, metrics), see `objectives`.
-    params: initial weights.
+    params: initial weights, in the host's memory.
     frozen: dict of inputs of the loss that are not trained.
-    batches: an iterator of numpy batches with get_state and set_state (`data.loader`).
+    batches: step -> an iterator of this host's numpy batches after that step (`data.loader`).
     optimizer: optax.
-    snapshot: averaged weights -> picture (H, W, 3) uint8, called every train.snapshot_every steps. Or None.
+    snapshot: averaged weights (numpy) -> picture (H, W, 3) uint8, called every train.snapshot_every steps. Or None.
     """
 
     name: str
     loss: Callable
     params: PyTree
     frozen: dict
-    batches: object
+    batches: Callable[[int], Iterator[PyTree]]
     optimizer: optax.GradientTransformation
     snapshot: Callable[[PyTree], np.ndarray] | None = None
 
@@ -54,30 +54,41 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     """Train until `train.steps`, from the newest checkpoint if there is one. Returns the averaged weights as numpy.
 
     workdir: holds checkpoints/, metrics.jsonl and tensorboard/.
-    train: config section with steps, batch_size (global), ema, accumulate, log_every, checkpoint_every, snapshot_every,
-      max_bad_steps, post_hoc.
+    train: config section with steps, batch_size (global), accumulate, parallel, ema, log_every, checkpoint_every,
+      snapshot_every, max_bad_steps, post_hoc.
     Raises Stopped after SIGTERM or Ctrl-C, and Diverged after max_bad_steps updates in a row that were not finite. The
     last checkpoint is good in both cases.
     """
     workdir = Path(workdir)
-    check_batch_size(train.batch_size, train.accumulate)
-    checkpoints = Checkpoints(workdir / "checkpoints", NUM_CHECKPOINTS)
-    state = parallel.replicate(init_state(task.params, task.optimizer, seed, train.post_hoc))
-    if checkpoints.latest_step() is not None:
-        state, data_state = checkpoints.restore(state)
-        task.batches.set_state(data_state)
-        logging.info("going on from step %d of %s", int(state.step), checkpoints.folder)
-    start = int(state.step)
-    if start >= train.steps:
+    check_division(train)
+    strategy = parallel.strategy(train.parallel)
+
+    def initial(params: PyTree) -> TrainState:
+        return init_state(params, task.optimizer, seed, train.post_hoc)
+
+    with Checkpoints(workdir / "checkpoints", NUM_CHECKPOINTS) as checkpoints:
+        if checkpoints.latest_step() is None:
+            state = strategy.create(initial, task.params)
+        else:
+            state = checkpoints.restore(strategy.shapes(jax.eval_shape(initial, task.params)))
+            logging.info("going on from step %d of %s", int(state.step), checkpoints.folder)
+        if int(state.step) < train.steps:
+            checkpoints.warn_if_slow(state)
+            state = _steps(task, state, workdir, train, strategy, checkpoints)
         return parallel.to_host(state.ema)
 
-    train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate)
-    frozen = parallel.replicate(task.frozen)
+
+def _steps(
+    task: Task, state: TrainState, workdir: Path, train, strategy: parallel.Strategy, checkpoints: Checkpoints
+) -> TrainState:
+    """The state after the last step. Raises what `fit` raises."""
+    start = int(state.step)
+    train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate, strategy)
+    batches, frozen = task.batches(start), strategy.place(task.frozen)
     with RunLog(workdir, start, train.steps, train.batch_size, task.name) as log, _StopSignals() as stop:
         previous = None
         for step in range(start + 1, train.steps + 1):
-            batch = parallel.split(next(task.batches))
-            state, metrics = train_step(state, frozen, batch)
+            state, metrics = train_step(state, frozen, strategy.split(next(batches)))
             log.step(metrics)
             _check_finite(previous, train.max_bad_steps, step - 1, checkpoints)
             previous = metrics
@@ -88,27 +99,35 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
             if last:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
-                checkpoints.save(state, task.batches.get_state())
-                if train.post_hoc and parallel.is_main():
-                    averages.save(workdir / "averages", step, parallel.to_host(state.averages))
-            if task.snapshot and parallel.is_main() and (step % train.snapshot_every == 0 or step == train.steps):
-                log.image(step, task.snapshot(parallel.to_host(state.ema)))
+                checkpoints.save(state)
+                kept_averages = parallel.to_host(state.averages)
+                if kept_averages and parallel.is_main():
+                    averages.save(workdir / "averages", step, kept_averages)
+            if task.snapshot and (step % train.snapshot_every == 0 or step == train.steps):
+                average = parallel.to_host(state.ema)
+                if parallel.is_main():
+                    log.image(step, task.snapshot(average))
             if step == train.steps:
                 signalled = stop.requested(step)  # the signal may also arrive during the snapshot
             if signalled:
+                checkpoints.finish()
                 raise Stopped(
                     f"stopped by {signalled} after step {step}; saved to {checkpoints.folder}; run again to go on"
                 )
-    return parallel.to_host(state.ema)
+    return state
 
 
-def check_batch_size(batch_size: int, accumulate: int) -> None:
-    """Raise ValueError unless the global batch can be divided into devices and micro-batches."""
+def check_division(train) -> None:
+    """Raise ValueError unless the devices can divide the weights and the global batch.
+
+    train: config section with batch_size, accumulate and parallel.
+    """
+    parallel.strategy(train.parallel)
     devices = parallel.num_devices()
-    if batch_size % (devices * accumulate):
+    if train.batch_size % (devices * train.accumulate):
         raise ValueError(
-            f"train.batch_size={batch_size} does not divide over {devices} devices x {accumulate} micro-batches; "
-            f"use a multiple of {devices * accumulate}"
+            f"train.batch_size={train.batch_size} does not divide over {devices} devices x {train.accumulate} "
+            f"micro-batches; use a multiple of {devices * train.accumulate}"
         )
 
 

@@ -1,19 +1,20 @@
 """The training state and one step: gradients averaged over devices, EMA, and skipping of bad updates."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key, PyTree, UInt32
+from jaxtyping import Array, Int, PyTree, UInt32
 
 from diffusion_jax import parallel
 from diffusion_jax.training import averages
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. The same on every device.
+    """Everything that a step changes.
 
     step: updates tried.
     ema: exponential moving average of params.
@@ -53,24 +54,25 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulate: int = 1,
-    devices: list | None = None,
+    strategy: parallel.Strategy | None = None,
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict]]:
-    """The compiled step (state, frozen, batch) -> (state, metrics), see `parallel.compile_step`.
+    """The compiled step (state, frozen, batch) -> (state, metrics), see `parallel.Strategy`.
 
     The randomness of an example depends only on the key, the step and its number in the global batch. So the gradient
-    is the same for any number of devices, up to rounding.
+    is the same for any number of devices and any strategy, up to rounding.
 
     loss: (params, frozen, batch, keys) -> (loss, metrics), a mean over examples. `frozen` also has "step" and "ema".
     ema_decay: in [0, 1). Decay of the average, lower early in training.
     accumulate: number of micro-batches of each device's share.
-    devices: all of the slice by default.
+    strategy: `pmap` over all devices by default.
     metrics: loss, grad_norm, those of the loss, and the counts of skipped updates.
     """
+    strategy = strategy or parallel.strategy()
+    gradient = strategy.gradient(functools.partial(_gradient, loss, accumulate))
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict]:
-        keys = _example_keys(state, len(jax.tree.leaves(batch)[0]))
-        loss_inputs = frozen | {"step": state.step, "ema": state.ema}
-        grads, metrics = parallel.mean(_gradient(loss, state.params, loss_inputs, batch, keys, accumulate))
+        inputs = frozen | {"step": state.step, "ema": state.ema, "key": state.key}
+        grads, metrics = gradient(state.params, inputs, batch)
         metrics["grad_norm"] = optax.global_norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
@@ -90,22 +92,29 @@ def make_train_step(
         state = TrainState(state.step + 1, *new_values[:3], state.key, *counts, new_values[3])
         return state, metrics | {"bad_steps": state.bad_steps, "bad_in_row": bad_in_row}
 
-    return parallel.compile_step(step, devices)
-
-
-def _example_keys(state: TrainState, count: int) -> Key[Array, "batch"]:
-    """One key for each example of this device's share of the batch."""
-    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(parallel.example_numbers(count))
+    return strategy.compile(step)
 
 
 def _gradient(
-    loss: Callable, params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"], accumulate: int
+    loss: Callable,
+    accumulate: int,
+    params: PyTree,
+    inputs: dict,
+    batch: PyTree,
+    numbers: Int[Array, "batch"],
+    whole: Callable[[Callable], Callable],
 ) -> tuple[PyTree, dict]:
-    """Gradient and metrics of a device's share, as the mean over `accumulate` micro-batches."""
+    """Gradient and metrics of a device's examples, as the mean over `accumulate` micro-batches.
+
+    inputs: of the loss, with the step and the root of all randomness.
+    numbers, whole: see `parallel.Strategy`.
+    """
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(inputs["key"]), inputs["step"])
+    keys = jax.vmap(lambda number: jax.random.fold_in(step_key, number))(numbers)
+    loss = whole(loss)
 
     def gradient(micro: PyTree) -> tuple[PyTree, dict]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, *micro)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, inputs, *micro)
         return grads, metrics | {"loss": value}
 
     if accumulate == 1:

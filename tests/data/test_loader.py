@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from diffusion_jax.data.loader import loader
+from diffusion_jax.data.loader import loader, one_epoch
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord
 
@@ -44,7 +44,7 @@ def test_a_transform_draws_anew_in_every_epoch():
 
 
 def test_batches_are_stacked():
-    batch = next(loader(numbers(4), 4, seed=0, shuffle=False))
+    batch = next(one_epoch(numbers(4), 4))
     assert batch["label"].dtype == np.int32
     assert batch["image"].shape == (4, 2, 2, 3)
     assert batch["caption"].tolist() == ["0", "1", "2", "3"]
@@ -60,36 +60,38 @@ def test_the_seed_decides():
         np.testing.assert_array_equal(a["draw"], b["draw"])
 
 
-def test_it_resumes_at_the_very_record():
-    original = loader(numbers(10, bad=(3,)), 4, seed=0, transform=jitter)
-    for _ in range(4):
-        next(original)
-    state = original.get_state()
-    rest = [next(original) for _ in range(5)]
-    resumed = loader(numbers(10, bad=(3,)), 4, seed=0, transform=jitter)
-    resumed.set_state(state)
-    for expected in rest:
-        batch = next(resumed)
-        np.testing.assert_array_equal(batch["label"], expected["label"])
-        np.testing.assert_array_equal(batch["draw"], expected["draw"])
+def assert_same(batch, expected):
+    for name, values in expected.items():
+        np.testing.assert_array_equal(batch[name], values)
 
 
-def test_processes_share_the_batch_of_one():
-    whole = loader(numbers(10), 4, seed=0, transform=jitter)
-    parts = [loader(numbers(10), 2, seed=0, transform=jitter, process_index=i, process_count=2) for i in range(2)]
-    for _ in range(7):
-        expected, shares = next(whole), [next(part) for part in parts]
-        for i, share in enumerate(shares):
-            np.testing.assert_array_equal(share["label"], expected["label"][i::2])
-            np.testing.assert_array_equal(share["draw"], expected["draw"][i::2])
+def test_it_goes_on_from_any_step():
+    whole = list(itertools.islice(loader(numbers(10, bad=(3,)), 4, seed=0, transform=jitter), 9))
+    for start in (1, 4, 7):  # within an epoch, and after one that ends within a batch
+        resumed = loader(numbers(10, bad=(3,)), 4, seed=0, transform=jitter, start=start)
+        for expected in whole[start:]:
+            assert_same(next(resumed), expected)
 
 
-def test_without_repeat_it_ends_and_processes_end_together():
-    assert labels(loader(numbers(10), 4, seed=0, shuffle=False, repeat=False)) == list(range(8))
-    counts = [
-        len(list(loader(numbers(9), 2, seed=0, repeat=False, process_index=i, process_count=2))) for i in range(2)
-    ]
-    assert counts == [2, 2]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_shares_the_same_batches(processes):
+    def of_process(i, start):
+        share = {"process_index": i, "process_count": processes, "start": start}
+        return loader(numbers(10, bad=(3, 4)), 4 // processes, seed=0, transform=jitter, **share)
+
+    whole = list(itertools.islice(loader(numbers(10, bad=(3, 4)), 4, seed=0, transform=jitter), 7))
+    for start in (0, 3):
+        parts = [of_process(i, start) for i in range(processes)]
+        for expected in whole[start:]:
+            shares = [next(part) for part in parts]
+            assert_same({name: np.concatenate([share[name] for share in shares]) for name in expected}, expected)
+
+
+def test_one_epoch_ends_without_a_partial_batch():
+    assert labels(one_epoch(numbers(10), 4)) == list(range(8))
+    assert labels(one_epoch(numbers(9, bad=(2,)), 4)) == [0, 1, 3, 4, 5, 6, 7, 8]
+    shuffled = labels(one_epoch(numbers(8), 4, seed=1))
+    assert sorted(shuffled) == list(range(8)) != shuffled
 
 
 def test_bad_records_are_skipped_and_named(caplog):
@@ -108,7 +110,12 @@ def test_a_source_without_good_records_is_an_error():
         next(loader(numbers(3, bad=(0, 1, 2)), 2, seed=0))
 
 
-def test_too_few_records_for_a_batch_is_an_error():
-    with pytest.raises(ValueError, match="numbers has 3 records, too few for 1 x batches of 4"):
-        loader(numbers(3), 4, seed=0, repeat=False)
-    assert labels([next(loader(numbers(3), 6, seed=0, shuffle=False))]) == [0, 1, 2] * 2
+def test_too_few_records_are_an_error():
+    with pytest.raises(ValueError, match="numbers has 3 records, too few for batches of 4"):
+        one_epoch(numbers(3), 4)
+    with pytest.raises(ValueError, match="numbers is empty: it has no records"):
+        loader(numbers(0), 4, seed=0)
+
+
+def test_a_batch_may_be_larger_than_an_epoch():
+    assert sorted(labels([next(loader(numbers(3), 6, seed=0))])) == [0, 0, 1, 1, 2, 2]

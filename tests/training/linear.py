@@ -32,9 +32,9 @@ def batch(size: int, seed: int = 0) -> dict:
 
 
 def batches(batch_size: int, records: int = 32, seed: int = 0, **share):
-    """Endless shuffled batches; share: process_index and process_count."""
+    """step -> endless shuffled batches; share: process_index and process_count."""
     source = Source("linear", records, lambda i: {k: v[0] for k, v in batch(1, i).items()})
-    return loader(source, batch_size, seed, **share)
+    return lambda start: loader(source, batch_size, seed, start=start, **share)
 
 
 def section(**fields) -> ConfigDict:
@@ -44,6 +44,7 @@ def section(**fields) -> ConfigDict:
             "steps": 12,
             "batch_size": 8,
             "accumulate": 1,
+            "parallel": "pmap",
             "ema": 0.9,
             "log_every": 2,
             "checkpoint_every": 4,

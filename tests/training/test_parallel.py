@@ -1,0 +1,125 @@
+"""Strategies: a step divided over devices is the step of one device, and each device holds its part alone."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax import parallel
+from diffusion_jax.training import step as steps
+
+WIDTH, STEPS = 160, 20  # a kernel of WIDTH x WIDTH is large enough to be divided
+STRATEGIES = ("pmap", "fsdp", "fsdp=4", "fsdp=1")
+
+
+def in_eight_devices(function):
+    """Call a function of this module in a process of its own, where the host shows 8 devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    code = f"from tests.training import test_parallel as t; t.{function.__name__}()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def initial():
+    first, second = jax.random.normal(jax.random.key(0), (2, WIDTH, WIDTH)) / np.sqrt(WIDTH)
+    return {"first": first, "second": second, "bias": jnp.zeros(WIDTH)}
+
+
+def loss(params, frozen, batch, keys):
+    """Two layers between two frozen maps, with noise of each example's own."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, (WIDTH,)))(keys)
+    hidden = jnp.tanh(batch["x"] @ frozen["map"] @ params["first"] + params["bias"])
+    error = jnp.mean(jnp.square(hidden @ params["second"] - batch["x"] - 0.3 * noise), axis=1)
+    return jnp.mean(error), {"mse": jnp.mean(error)}
+
+
+FROZEN = {"map": np.asarray(np.eye(WIDTH) * 1.5, np.float32)}
+
+
+def train(strategy, accumulate=1):
+    """(losses, state) of 20 steps on the same records."""
+    optimizer = optax.adam(1e-3)
+    train_step = steps.make_train_step(loss, optimizer, 0.9, accumulate, strategy)
+    state = strategy.create(lambda params: steps.init_state(params, optimizer, 0, True), jax.device_get(initial()))
+    frozen, losses = strategy.place(FROZEN), []
+    for step in range(STEPS):
+        batch = {"x": np.random.default_rng(step).normal(size=(32, WIDTH)).astype(np.float32)}
+        state, metrics = train_step(state, frozen, strategy.split(batch))
+        losses.append(metrics["loss"])
+    return jax.device_get(losses), state
+
+
+def all_strategies_are_one_device():
+    assert jax.device_count() == 8
+    losses, one = train(parallel.strategy("pmap", jax.devices()[:1]))
+    assert losses[-1] < 0.97 * losses[0]
+    for name in STRATEGIES:
+        for accumulate in (1, 2):
+            got, state = train(parallel.strategy(name), accumulate)
+            np.testing.assert_allclose(got, losses, rtol=1e-6)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state), jax.device_get(one)
+            )
+
+
+def a_device_holds_its_part():
+    size = WIDTH * WIDTH
+    for name, part in (("pmap", size), ("fsdp", size // 8), ("fsdp=4", size // 4), ("fsdp=2", size // 2)):
+        state = train(parallel.strategy(name))[1]
+        kernels = [leaf for leaf in jax.tree.leaves(state) if leaf.size == size]
+        assert len(kernels) == 2 * (2 + 2 + 2)  # weights and their average, Adam's moments, two averages more
+        assert all(len(leaf.addressable_shards) == 8 for leaf in kernels)
+        assert {shard.data.size for leaf in kernels for shard in leaf.addressable_shards} == {part}
+
+
+def a_broken_example_is_every_devices_skipped_step():
+    for name in ("pmap", "fsdp"):
+        strategy, optimizer = parallel.strategy(name), optax.sgd(1.0)
+        train_step = steps.make_train_step(loss, optimizer, 0.9, 1, strategy)
+        state = strategy.create(lambda params: steps.init_state(params, optimizer, 0), initial())  # noqa: B023
+        batch = {"x": np.ones((32, WIDTH), np.float32)}
+        batch["x"][3, 5] = np.nan
+        state, metrics = train_step(state, strategy.place(FROZEN), strategy.split(batch))
+        assert metrics["bad_steps"] == 1 and np.isnan(metrics["loss"])
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(initial()))
+
+
+def test_every_strategy_is_one_device():
+    in_eight_devices(all_strategies_are_one_device)
+
+
+def test_a_device_holds_its_part():
+    in_eight_devices(a_device_holds_its_part)
+
+
+def test_a_broken_example_is_skipped_on_every_device():
+    in_eight_devices(a_broken_example_is_every_devices_skipped_step)
+
+
+@pytest.mark.parametrize("name", ["", "fsdp=0", "fsdp=-1", "fsdp=", "fsdp=x", "FSDP", "dp", "pmap=2", "fsdp=2=2"])
+def test_an_unknown_strategy_is_one_clear_line(name):
+    with pytest.raises(ValueError, match=r"train\.parallel must be pmap, fsdp or fsdp=N; got") as error:
+        parallel.strategy(name)
+    assert "\n" not in str(error.value)
+
+
+def test_groups_must_divide_the_devices():
+    with pytest.raises(ValueError, match="fsdp=3: 3 does not divide 1 devices"):
+        parallel.strategy("fsdp=3", jax.devices()[:1])
+
+
+@pytest.mark.parametrize("count, group", [(1, 1), (4, 4), (6, 6), (8, 8), (12, 12), (24, 8), (48, 16), (256, 32)])
+def test_fsdp_chooses_its_groups(count, group):
+    assert parallel._group("fsdp", count) == group
+
+
+def test_devices_are_in_the_order_of_their_hosts():
+    """A slice of 4 x 2 chips whose numbers run along rows, of two hosts that hold 2 x 2 each."""
+    chips = [SimpleNamespace(id=i, process_index=i % 4 // 2) for i in range(8)]
+    assert [chip.id for chip in parallel._by_host(chips)] == [0, 1, 4, 5, 2, 3, 6, 7]
