@@ -51,7 +51,7 @@ def to_host(tree: PyTree) -> PyTree:
     """The pytree as numpy arrays. All hosts must call this together if its arrays are divided over hosts."""
 
     def whole(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        if is_divided(leaf) and not leaf.is_fully_addressable:
             return multihost_utils.process_allgather(leaf, tiled=True)
         return jax.device_get(leaf)
 
@@ -64,6 +64,11 @@ def from_all_hosts(array: np.ndarray) -> np.ndarray:
     array: of the same shape on every host.
     """
     return np.asarray(multihost_utils.process_allgather(array)).reshape(-1, *array.shape)
+
+
+def is_divided(array: Any) -> bool:
+    """Whether several devices hold an array, each a part of it."""
+    return isinstance(array, jax.Array) and not array.is_fully_replicated
 
 
 def own_parts(array: Any) -> list[np.ndarray]:

@@ -116,5 +116,5 @@ def one_epoch(
         raise ValueError(f"{source.name} has {len(source)} records, too few for batches of {batch_size}")
     indices = grain.MapDataset.range(len(source)).seed(seed or 0)
     records = (indices if seed is None else indices.shuffle()).random_map(Reader(source, transform))
-    read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * batch_size)
+    read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, 2 * batch_size))
     return iter(records.to_iter_dataset(read_options).batch(batch_size, drop_remainder=True, batch_fn=stack))

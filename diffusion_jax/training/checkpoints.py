@@ -21,6 +21,10 @@ NOTICE = 30  # seconds between the warning of a spot VM and its end
 PROBE = 1 << 26  # bytes written to measure the speed of the disk
 QUICK = 1 << 30  # bytes of a state that any disk takes in time
 
+# Orbax logs each error with its traceback and raises it as well. What it raises is told here in one line.
+_ORBAX = str(Path(ocp.__file__).parent)
+logging.get_absl_logger().addFilter(lambda record: not record.pathname.startswith(_ORBAX))
+
 
 class Checkpoints:
     """The checkpoints of one run, `folder`/<step>/. A checkpoint is never visible half written.
@@ -85,7 +89,7 @@ class Checkpoints:
         self.finish()
         # whole arrays as numpy: several hosts have one each from `pmap`, which Orbax refuses, and it would copy them on
         # the device. Real copies, because the next step overwrites the state.
-        state = jax.tree.map(lambda leaf: np.array(leaf) if leaf.is_fully_replicated else leaf, state)
+        state = jax.tree.map(lambda leaf: leaf if parallel.is_divided(leaf) else np.array(leaf), state)
         remaining, ema = _split(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(remaining),
@@ -130,12 +134,18 @@ class Checkpoints:
         return jax.tree.map(jnp.asarray, self._restore(ema=example)["ema"])
 
     def check(self, like: PyTree) -> None:
-        """Raise ValueError, naming the first difference, if averaged weights in the newest checkpoint have other shapes
-        than `like`.
+        """Raise ValueError, naming the first difference, if averaged weights in the newest checkpoint that can be read
+        have other shapes than `like`.
 
         Reads only metadata.
         """
-        self._check(self._steps()[0], ema=like)
+        for step in self._steps():
+            try:
+                return self._check(step, ema=like)
+            except OtherConfig:
+                raise
+            except Exception as error:  # Orbax passes on any error of its readers
+                logging.debug("step %d: %s", step, error)
 
     def _check(self, step: int, **items: PyTree) -> None:
         for name, like in items.items():

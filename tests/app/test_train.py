@@ -42,7 +42,7 @@ def of_latents(model):
 def drawn(config, source, model, folder, epochs=40) -> dict[int, list[np.ndarray]]:
     """By label what the network is given of each picture, epoch by epoch."""
     records, transform = train._training_records(config, folder, source, model)
-    batches = build.data.batches(records, config.train, config.seed, transform)
+    batches = build.data.batches(records, config.train, config.seed, transform)(0)
     latents_of = {}
     for batch in itertools.islice(batches, epochs):
         for latent, label in zip(batch["latent"], batch["cond"]["label"], strict=True):
@@ -114,7 +114,7 @@ def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache
     model = (of_latents(model) if in_cache else model)._replace(conditioning=letters())
     records, transform = train._training_records(config, tmp_path, source, model)
     captions_of = {}
-    for batch in itertools.islice(build.data.batches(records, config.train, config.seed, transform), 40):
+    for batch in itertools.islice(build.data.batches(records, config.train, config.seed, transform)(0), 40):
         for latent, ids in zip(batch["latent"], batch["cond"]["ids"][:, 0], strict=True):
             captions_of.setdefault(int(latent[0, 0, 0]) // 20, set()).add(chr(ids))
     assert captions_of == {i: set("abc") for i in range(5)} | {5: {"d"}}
