@@ -77,7 +77,7 @@ def trained(config: ConfigDict, model: DiffusionModel, seconds: float) -> Diffus
     model: of diffusion, predicts x0; the generator takes the place of its network at the noisiest level.
     """
     source = build.data.source(config, "train", model.size[0])
-    batches = build.data.batches(source, config.train, config.seed, build.data.transform(config, model.size))
+    batches = build.data.batches(source, config.train, config.seed, build.data.transform(config, model.size))(0)
     keys = jax.random.split(jax.random.key(config.seed), 3)
     maker, critic = Generator(source.num_classes), Critic(source.num_classes)
     pictures, labels = jnp.zeros((1, *model.shape)), jnp.zeros(1, int)

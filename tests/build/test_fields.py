@@ -327,7 +327,8 @@ def run(tmp_path_factory):
     config.model.update(block_out_channels=(8,), norm_num_groups=4, attention_head_dim=8)
     config.model.update(down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",))
     _, params, _ = build.objective.objective(config.objective, build.model.diffusion_model(config), jax.random.key(0))
-    Checkpoints(workdir / "checkpoints", keep=1).save(jax.device_get(init_state(params, optax.sgd(0.1), 0)))
+    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(init_state(params, optax.sgd(0.1), 0))
     return workdir
 
 
