@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion_jax import build
+from diffusion_jax import build, parallel
 from diffusion_jax.training.step import init_state, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "As for main.py.")
@@ -47,15 +47,19 @@ def main(_) -> None:
     params, frozen = jax.eval_shape(arrays)
     (loss,) = losses
     optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
-    step = make_train_step(loss, optimizer, config.train.ema, config.train.accumulate, devices)
+    strategy = parallel.strategy(config.train.parallel, devices)
+    step = make_train_step(loss, optimizer, config.train.ema, config.train.accumulate, strategy)
 
-    state = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
-    batch = _batch(config, model.codec, model.conditioning, len(devices))
+    state, frozen = strategy.shapes((jax.eval_shape(lambda p: init_state(p, optimizer, 0), params), frozen))
+    batch = strategy.batch_shapes(_batch(config, model.codec, model.conditioning))
     cost = tpu.cost(step.lower(state, frozen, batch).compile())
 
     hours = config.train.steps * cost.flops / (chip.flops * _UTILISATION.value) / 3600
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{config.name} on {_TOPOLOGY.value}: {len(devices)} chips, U-Net of {count / 1e6:.0f}M parameters")
+    print(
+        f"{config.name} on {_TOPOLOGY.value}: {len(devices)} chips, {config.train.parallel}, "
+        f"U-Net of {count / 1e6:.0f}M parameters"
+    )
     print(f"  batch {config.train.batch_size}, {config.train.batch_size // len(devices)} a chip")
     print(
         f"  bytes a chip: {cost.total / 1e9:.2f} GB of {chip.memory / 1e9:.0f} GB, "
@@ -66,13 +70,12 @@ def main(_) -> None:
     sys.exit(cost.total > chip.memory)
 
 
-def _batch(config, codec, conditioning, num_devices):
-    """The shapes of a training batch, split over the chips."""
-    side = config.data.size // codec.factor
+def _batch(config, codec, conditioning):
+    """The shapes of a training batch."""
+    side, size = config.data.size // codec.factor, config.train.batch_size
     channels = codec.channels if codec.limit else 2 * codec.channels  # pixels, or mean and log variance
-    lead = (num_devices, config.train.batch_size // num_devices)
-    latent = jax.ShapeDtypeStruct((*lead, side, side, channels), jnp.uint8 if codec.limit else jnp.float32)
-    cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), conditioning.null)
+    latent = jax.ShapeDtypeStruct((size, side, side, channels), jnp.uint8 if codec.limit else jnp.float32)
+    cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), conditioning.null)
     return {"latent": latent, "cond": cond}
 
 

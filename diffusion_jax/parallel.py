@@ -89,12 +89,14 @@ class Strategy(NamedTuple):
       loss of the parts that the device holds.
     sharding: an array of the state or of the frozen inputs, or its shape -> where its parts are.
     split: leaves (B, ...) of this host's share of the batch -> the batch on its devices.
+    batch_shapes: shapes (B, ...) of the whole batch -> those that the step takes, for compiling ahead.
     """
 
     compile: Callable[[Callable], Callable]
     gradient: Callable[[Callable], Callable]
     sharding: Callable[[Any], NamedSharding]
     split: Callable[[PyTree], PyTree]
+    batch_shapes: Callable[[PyTree], PyTree]
 
     def shapes(self, tree: PyTree) -> PyTree:
         """The shapes and places of arrays or shapes, for restoring them and for compiling ahead."""
@@ -158,11 +160,15 @@ def _replicated(devices: list) -> Strategy:
 
         return mean
 
+    def by_device(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(devices), a.shape[0] // len(devices), *a.shape[1:]), a.dtype)
+
     return Strategy(
         compile=lambda step: jax.pmap(step, devices=devices, **options),
         gradient=gradient,
         sharding=lambda leaf: everywhere,
         split=lambda batch: jax.tree.map(lambda a: a.reshape(local, -1, *a.shape[1:]), batch),
+        batch_shapes=lambda batch: jax.tree.map(by_device, batch),
     )
 
 
@@ -204,6 +210,9 @@ def _divided(devices: list, group: int) -> Strategy:
         gradient=gradient,
         sharding=sharding,
         split=lambda batch: jax.tree.map(lambda a: jax.make_array_from_process_local_data(examples, a), batch),
+        batch_shapes=lambda batch: jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=examples), batch
+        ),
     )
 
 

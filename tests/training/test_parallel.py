@@ -39,6 +39,14 @@ def loss(params, frozen, batch, keys):
     return jnp.mean(error), {"mse": jnp.mean(error)}
 
 
+def loss_in_bfloat16(params, frozen, batch, keys):
+    """The same with its products in bfloat16, as networks have them."""
+    half = {name: params[name].astype(jnp.bfloat16) for name in ("first", "second")} | {"bias": params["bias"]}
+    batch = {"x": batch["x"].astype(jnp.bfloat16)}
+    value, metrics = loss(half, {"map": frozen["map"].astype(jnp.bfloat16)}, batch, keys)
+    return value.astype(jnp.float32), metrics
+
+
 FROZEN = {"map": np.asarray(np.eye(WIDTH) * 1.5, np.float32)}
 
 

@@ -1,0 +1,73 @@
+"""What a compiled step sends between devices: weights are gathered and gradients scattered; activations stay."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+WIDTH = 512  # whose parts need no padding on a TPU, so that the operations have their plain names
+
+CODE = """
+import sys
+if sys.argv[1] == "tpu":
+    from benchmarks import tpu
+    devices = tpu.devices("v5e:2x4")
+import jax, optax
+from diffusion_jax import parallel
+from diffusion_jax.training import step as steps
+from tests.training import test_parallel as t
+if sys.argv[1] == "cpu":
+    devices = jax.devices()
+t.WIDTH = int(sys.argv[3])
+strategy, optimizer = parallel.strategy(sys.argv[2], devices), optax.adam(1e-3)
+step = steps.make_train_step(t.loss_in_bfloat16, optimizer, 0.9, 2, strategy)
+state = strategy.shapes(jax.eval_shape(lambda: steps.init_state(t.initial(), optimizer, 0)))
+batch = strategy.batch_shapes({"x": jax.ShapeDtypeStruct((32, t.WIDTH), "float32")})
+frozen = strategy.shapes({"map": jax.ShapeDtypeStruct((t.WIDTH, t.WIDTH), "float32")})
+print(step.lower(state, frozen, batch).compile().as_text())
+"""
+
+
+def collectives(platform: str, strategy: str) -> dict[str, set[str]]:
+    """The compiled step's collective operations -> the types of their results."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", CODE, platform, strategy, str(WIDTH)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, set[str]] = {}
+    operation = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    for result, name in re.findall(operation, done.stdout):
+        found.setdefault(name, set()).update(re.findall(r"\w+\[[\d,]*\]", result))
+    return found
+
+
+def sizes(types: set[str]) -> set[int]:
+    """The numbers of elements of arrays such as f32[8,160]."""
+    return {math.prod(int(size) for size in re.findall(r"\[(.*)\]", array)[0].split(",") if size) for array in types}
+
+
+def check(platform: str) -> None:
+    divided, replicated = collectives(platform, "fsdp"), collectives(platform, "pmap")
+    weight = WIDTH**2
+    # the result of a pair's first half may have the operand too
+    assert weight in sizes(divided["all-gather"]) <= {weight, weight // 8}, "weights alone are gathered"
+    assert sizes(divided["reduce-scatter"]) == {weight // 8}
+    assert weight not in sizes(divided.get("all-reduce", set())), "gradients are not added up whole"
+    assert {"all-gather", "reduce-scatter"} <= divided.keys() <= {"all-gather", "reduce-scatter", "all-reduce"}
+    assert replicated.keys() == {"all-reduce"} and weight in sizes(replicated["all-reduce"])
+    if platform == "tpu":
+        assert all(array.startswith("bf16") for array in divided["all-gather"])
+    assert all(array.startswith("f32") for array in divided["reduce-scatter"] | replicated["all-reduce"])
+
+
+def test_collectives_on_cpu():
+    check("cpu")
+
+
+@pytest.mark.slow
+def test_collectives_on_tpu():
+    pytest.importorskip("libtpu", reason='the TPU compiler is not installed: pip install "jax[tpu]"')
+    check("tpu")
