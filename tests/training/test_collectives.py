@@ -10,6 +10,8 @@ import pytest
 
 WIDTH = 512  # whose parts need no padding on a TPU, so that the operations have their plain names
 
+TPU_COMPILER = os.environ.get("TPU_COMPILER", "")  # a folder of its own: where it is installed, JAX looks for a TPU
+
 CODE = """
 import sys
 if sys.argv[1] == "tpu":
@@ -33,7 +35,11 @@ print(step.lower(state, frozen, batch).compile().as_text())
 
 def collectives(platform: str, strategy: str) -> dict[str, set[str]]:
     """The compiled step's collective operations -> the types of their results."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, (TPU_COMPILER, os.environ.get("PYTHONPATH")))),
+    }
     command = [sys.executable, "-c", CODE, platform, strategy, str(WIDTH)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,5 +75,8 @@ def test_collectives_on_cpu():
 
 @pytest.mark.slow
 def test_collectives_on_tpu():
-    pytest.importorskip("libtpu", reason='the TPU compiler is not installed: pip install "jax[tpu]"')
+    if not TPU_COMPILER:
+        pytest.skip(
+            "the TPU compiler is not installed: pip install --no-deps --target FOLDER libtpu, TPU_COMPILER=FOLDER"
+        )
     check("tpu")
