@@ -1,4 +1,4 @@
-"""Stable Diffusion 1, 2 and XL from their published checkpoints: sample, fine-tune, export.
+r"""Stable Diffusion 1, 2 and XL from their published checkpoints: sample, fine-tune, export.
 
     SD="python main.py --config=configs/stable_diffusion.py --config.checkpoint=FOLDER"
     $SD --mode=sample --prompt "a (red:1.3) castle"
@@ -13,10 +13,16 @@ which --config.tokenizers=FOLDER gives the tokenizers of its family. Inpainting 
 --config.embeddings="('FILE', 'FILE@WORD', …)" adds the learned words of textual inversion, which prompts use by name:
 that in the file, or the name of the file, or WORD.
 
-Fine-tuning trains the whole U-Net on a folder of images with captions (any data source will do): about 14 GB for
-Stable Diffusion 1 with its optimizer and average in float32, and activations on top. `configs/lora.py` needs less. The
-run's weights are then used by sample and export with the same --workdir. This was tried on a small model
-(docs/results.md), not yet on a published one.
+Fine-tuning trains the whole U-Net on a folder of images with captions (any data source will do). The state, with
+gradients, optimizer and average in float32, takes 17 GB for Stable Diffusion 1 and 51 GB for XL, and activations come
+on top. Where a chip has less, divide it over several (docs/scaling.md):
+
+    $SD --mode=train --config.data.path=PHOTOS --config.train.parallel=fsdp                                  # v5e-8
+    $SD --mode=train --config.data.path=PHOTOS --config.train.parallel=fsdp --config.train.batch_size=256 \
+        --config.train.accumulate=4 --config.remat                                                           # v5e-16
+
+`configs/lora.py` needs less. The run's weights are then used by sample and export with the same --workdir. This was
+tried on a small model (docs/results.md), not yet on a published one.
 """
 
 from ml_collections import ConfigDict
