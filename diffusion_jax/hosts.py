@@ -27,7 +27,7 @@ LOST = (
     f"run all hosts again to go on from the last checkpoint; {LOG_LEVEL}=0 shows the runtime's own messages"
 )
 
-_fatal_message = ""  # what `_at_abort` prints
+_last_words = ("", ERROR)  # what `_at_abort` prints, and the exit status
 
 
 def connect(
@@ -105,8 +105,8 @@ def _checked_place(
 
 
 def several() -> bool:
-    """Whether this process is one host of several."""
-    return jax.process_count() > 1
+    """Whether this process is one host of several, by `connect`. JAX need not have found its devices."""
+    return jax.distributed.is_initialized()
 
 
 def meet(name: str) -> None:
@@ -145,22 +145,32 @@ def _rows(array: np.ndarray) -> np.ndarray:
     return parallel.from_all_hosts(array) if several() else array[None]
 
 
+def finish(status: int) -> None:
+    """Wait for all hosts at the end of their work. If one ends later than another then, that is no error.
+
+    status: exit status that follows.
+    """
+    if several():
+        meet("end")
+        _end_with("", status)
+
+
 def leave(status: int) -> NoReturn:
     """End this process at once, without waiting for the other hosts, which may be waiting for this one."""
-    _end_with("")
+    _end_with("", status)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _end_with(message: str) -> None:
-    """From now on, if the runtime gives up, print this and exit with status 2. "" prints nothing.
+def _end_with(message: str, status: int = ERROR) -> None:
+    """From now on, if the runtime gives up, print this and exit with this status. "" prints nothing.
 
     When another host is dead, the runtime logs a page and aborts. No Python code runs then but a handler of SIGABRT in
     the thread that aborts, for which Python's own `signal` is too late.
     """
-    global _fatal_message
-    _fatal_message = message
+    global _last_words
+    _last_words = message, status
     if os.environ.get(LOG_LEVEL) != "0":
         utils.absl_set_min_log_level(NO_LOG)
     ctypes.CDLL(None).signal(signal.SIGABRT, _at_abort)
@@ -168,6 +178,7 @@ def _end_with(message: str) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _at_abort(_: int) -> None:
-    if _fatal_message:
-        os.write(2, f"error: {_fatal_message}\n".encode())
-    os._exit(ERROR)
+    message, status = _last_words
+    if message:
+        os.write(2, f"error: {message}\n".encode())
+    os._exit(status)

@@ -120,24 +120,26 @@ def unfinished(workdir):
     return [folder.name for folder in (workdir / "checkpoints").glob("*") if "tmp" in folder.name]
 
 
+def train_and_kill(workdir, during_a_save, delay):
+    """Train until a checkpoint is saved, or is being saved, and kill the process some seconds later."""
+    before = steps_saved(workdir)
+    process = start("--mode=train", f"--workdir={workdir}")
+
+    def is_time():
+        saved = unfinished(workdir) if during_a_save else steps_saved(workdir) != before
+        return saved or process.poll() is not None  # on a busy machine a run may end before it is killed
+
+    wait_until(is_time, process, pause=0.001)
+    time.sleep(delay)
+    process.kill()
+    finish(process)
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(trained, tmp_path):
     dice = random.Random(0)
     for during_a_save in (False, True, False, True):
-        before = steps_saved(tmp_path)
-        process = start("--mode=train", f"--workdir={tmp_path}")
-        # on a busy machine a run may end before it is killed
-        wait_until(
-            lambda: (
-                (unfinished(tmp_path) if during_a_save else steps_saved(tmp_path) != before)  # noqa: B023
-                or process.poll() is not None
-            ),  # noqa: B023
-            process,
-            pause=0.001,
-        )
-        time.sleep(0 if during_a_save else dice.uniform(0, 0.5))
-        process.kill()
-        finish(process)
+        train_and_kill(tmp_path, during_a_save, 0 if during_a_save else dice.uniform(0, 0.5))
     status, stderr = finish(start("--mode=train", f"--workdir={tmp_path}"))
     assert status == 0, stderr
     assert steps_saved(tmp_path) == steps_saved(trained) == [18, 24] and not unfinished(tmp_path)

@@ -57,7 +57,7 @@ def main(_: list[str]) -> int:
     configure(low_memory=_MODE.value != "train")
     _connect(_MODE.value)
     MODES[_MODE.value](FrozenConfigDict(config), Path(_WORKDIR.value or default_workdir))
-    hosts.meet("end")
+    hosts.finish(status=0)
     return 0
 
 
@@ -114,6 +114,7 @@ def run() -> None:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        hosts.finish(STOPPED)
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)

@@ -116,7 +116,6 @@ def _steps(
                 signalled = stop.requested()  # the signal may also arrive during the snapshot
             if signalled:
                 checkpoints.finish()
-                hosts.meet("stopped")  # host 0 may still have been writing
                 raise Stopped(
                     f"stopped by {signalled} after step {step}; saved to {checkpoints.folder}; run again to go on"
                 )
@@ -147,6 +146,7 @@ def check_resumed(workdir: Path, params: PyTree) -> None:
 def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
     # called with the metrics of the step before the running one, so that the device does not wait
     if metrics is not None and int(metrics["bad_in_row"]) >= limit:
+        checkpoints.finish()
         last = checkpoints.latest_step()
         saved = "no checkpoint was saved before" if last is None else f"step {last} is saved in {checkpoints.folder}"
         raise Diverged(

@@ -21,6 +21,7 @@ def main(rank: int, count: int, port: int, workdir: str, steps: int) -> None:
     task = loop.Task("linear", linear.loss, linear.initial(), linear.FROZEN, batches, optax.adam(0.05))
     ema = loop.fit(task, workdir, linear.section(steps=steps), seed=0)
     print({name: value.tolist() for name, value in ema.items()})
+    hosts.finish(status=0)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,6 @@ def test_if_every_checkpoint_is_damaged_one_line_says_so(tmp_path):
     fit(tmp_path, 12)
     for step in ("8", "12"):
         empty(tmp_path / "checkpoints" / step)
-    with pytest.raises(ValueError, match="no checkpoint in .* can be read") as error:
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read") as error:
         fit(tmp_path, 16)
     assert "\n" not in str(error.value)
