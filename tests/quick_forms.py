@@ -20,6 +20,10 @@ SKIPPED = {
     r"git clone": "the clone in which the commands run replaces it",
     r"python -m pytest|ruff": "CI runs it by itself",
     r"gcloud": "needs an account at Google Cloud",
+    r"sudo|journalctl": "changes the machine",
+    r"cat|sbatch": "needs Slurm",
+    r"python main\.py .*--coordinator": "needs the other hosts; tests/app/test_hosts.py has them",
+    r"python main\.py .*:(coco256|imagenet256)": "needs the data set",
     r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
     r"curl": "needs the server",
 }

@@ -82,12 +82,12 @@ def losses(workdir):
     return [(line["step"], line["loss"]) for line in lines]
 
 
-def wait_until(condition, process, seconds=300):
+def wait_until(condition, process, seconds=300, pause=0.01):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 @pytest.fixture(scope="session")
@@ -115,37 +115,61 @@ def sampled(workdir, *flags, devices=1):
     return {path.name: Image.open(path) for path in (workdir / "samples").glob("*.png") if "step" not in path.name}
 
 
+def unfinished(workdir):
+    """The checkpoints that are being written."""
+    return [folder.name for folder in (workdir / "checkpoints").glob("*") if "tmp" in folder.name]
+
+
+def train_and_kill(workdir, during_a_save, delay):
+    """Train until a checkpoint is saved, or is being saved, and kill the process some seconds later."""
+    before = steps_saved(workdir)
+    process = start("--mode=train", f"--workdir={workdir}")
+
+    def is_time():
+        saved = unfinished(workdir) if during_a_save else steps_saved(workdir) != before
+        return saved or process.poll() is not None  # on a busy machine a run may end before it is killed
+
+    wait_until(is_time, process, pause=0.001)
+    time.sleep(delay)
+    process.kill()
+    finish(process)
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(trained, tmp_path):
     dice = random.Random(0)
-    for _ in range(3):
-        before = steps_saved(tmp_path)
-        process = start("--mode=train", f"--workdir={tmp_path}")
-        # on a busy machine a run may end before it is killed
-        wait_until(lambda: steps_saved(tmp_path) != before or process.poll() is not None, process)  # noqa: B023
-        time.sleep(dice.uniform(0, 0.5))
-        process.kill()
-        finish(process)
+    for during_a_save in (False, True, False, True):
+        train_and_kill(tmp_path, during_a_save, 0 if during_a_save else dice.uniform(0, 0.5))
     status, stderr = finish(start("--mode=train", f"--workdir={tmp_path}"))
     assert status == 0, stderr
-    assert steps_saved(tmp_path) == steps_saved(trained) == [18, 24]
+    assert steps_saved(tmp_path) == steps_saved(trained) == [18, 24] and not unfinished(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path), arrays(trained))
     assert losses(tmp_path) == losses(trained)
     assert [step for step, _ in losses(tmp_path)] == [3, 6, 9, 12, 15, 18, 21, 24]
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_a_message_and_the_run_goes_on(trained, tmp_path):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_sigterm_saves_and_exits_with_a_message_and_the_run_goes_on(compiling, trained, tmp_path):
     process = start("--mode=train", f"--workdir={tmp_path}")
-    wait_until(lambda: steps_saved(tmp_path), process)
+    wait_until((tmp_path / "metrics.jsonl").exists if compiling else lambda: steps_saved(tmp_path), process)
     process.send_signal(signal.SIGTERM)
     status, stderr = finish(process)
     step = steps_saved(tmp_path)[-1]
-    assert status == 0
+    assert status == 75
     assert f"stopped by SIGTERM after step {step}" in stderr.splitlines()[-1]
     status, stderr = finish(start("--mode=train", f"--workdir={tmp_path}"))
     assert status == 0 and (step == 24 or f"going on from step {step}" in stderr), stderr
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path), arrays(trained))
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_leaves_nothing_to_save(tmp_path):
+    process = start("--mode=train", f"--workdir={tmp_path}", "--config.train.steps=1000000")
+    wait_until((tmp_path / "lock").exists, process)
+    process.send_signal(signal.SIGTERM)
+    status, stderr = finish(process)
+    assert status == 75 and stderr.splitlines()[-1].startswith("stopped by SIGTERM"), stderr
 
 
 @pytest.mark.slow
@@ -220,7 +244,7 @@ def test_sigterm_in_the_first_stage_does_not_begin_the_second(tmp_path):
     process.send_signal(signal.SIGTERM)
     status, stderr = finish(process)
     stopped = steps_saved(first)[-1]
-    assert status == 0 and f"stopped by SIGTERM after step {stopped}" in stderr.splitlines()[-1], stderr
+    assert status == 75 and f"stopped by SIGTERM after step {stopped}" in stderr.splitlines()[-1], stderr
     assert not (first / "config.json").exists() and not (second / "checkpoints").exists()
 
     steps = f"--config.autoencoder.train.steps={stopped + 3}"
@@ -235,6 +259,10 @@ def changed(fields):
     new = [f"--config.{field}" for field in fields.split()]
     names = {flag.partition("=")[0] for flag in new}
     return [flag for flag in TINY if flag.partition("=")[0] not in names] + new + ["--mode=train"]
+
+
+def place(coordinator, processes, process):
+    return [f"--coordinator={coordinator}", f"--processes={processes}", f"--process={process}"]
 
 
 BAD = {
@@ -263,6 +291,15 @@ BAD = {
     "--prompt is empty": [*TINY, "--mode=train", "--prompt= ; "],
     "No such file or directory: 'none.txt'": [*TINY, "--mode=train", "--prompt=@none.txt"],
     "no checkpoint in ": [*TINY, "--mode=sample"],
+    "go together: give also --process": [*TINY, "--mode=train", "--coordinator=a:1", "--processes=2"],
+    "go together: give also --coordinator, --processes": [*TINY, "--mode=train", "--process=0"],
+    "expected HOST:PORT of host 0, e.g. 10.0.0.2:8476, got 'a'": [*TINY, "--mode=train", *place("a", 2, 0)],
+    "expected HOST:PORT of host 0, e.g. 10.0.0.2:8476, got 'a:b'": [*TINY, "--mode=train", *place("a:b", 2, 0)],
+    "got --process=2 of 2": [*TINY, "--mode=train", *place("a:1", 2, 2)],
+    "got --process=0 of 0": [*TINY, "--mode=train", *place("a:1", 0, 0)],
+    "--nodistributed is one host": [*TINY, "--mode=train", "--nodistributed", *place("a:1", 2, 0)],
+    "--mode=sample runs on one host": [*TINY, "--mode=sample", "--distributed"],
+    "--mode=export runs on one host": [*TINY, "--mode=export", *place("a:1", 2, 0)],
 }
 
 

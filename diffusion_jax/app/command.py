@@ -6,26 +6,39 @@ diffusion_jax --config=configs/latent_cfg.py --mode=sample --prompt "a red apple
 
 import logging as std_logging
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import FrozenConfigDict, config_flags
 
-from diffusion_jax import serve
+from diffusion_jax import hosts, serve
 from diffusion_jax.app import evaluate, export, sample, train
 from diffusion_jax.build import fields, shipped
 from diffusion_jax.build.flags import parse_flags
 from diffusion_jax.compilation import configure
-from diffusion_jax.messages import one_line
+from diffusion_jax.messages import first_line, one_line
 from diffusion_jax.training.loop import Diverged, Stopped
 
+STOPPED = 75  # exit status EX_TEMPFAIL: Kubernetes, Slurm and systemd run such a job again
+INTERRUPTED = 130
 MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run, "serve": serve.run}
+OF_SEVERAL_HOSTS = ("train", "eval")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE changes it.")
 _MODE = flags.DEFINE_string("mode", None, f"One of: {', '.join(MODES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "For checkpoints, logs and samples; by default runs/<config name>.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts, each running this line: TPU slices, Slurm, MPI.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    None,
+    "Several hosts, each running this line: TPU slices, Slurm, MPI. By default if TPU_WORKER_HOSTNAMES lists several, "
+    "and in Slurm steps of several tasks.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, for hosts without such a cluster.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: the number of hosts.")
+_PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: the number of this host, from 0.")
 _PROMPT = flags.DEFINE_string("prompt", None, 'What to generate, "a; b" or "@FILE", instead of config.sample.prompts.')
 
 
@@ -42,10 +55,21 @@ def main(_: list[str]) -> int:
         config.sample.prompts = _prompts(_PROMPT.value)
     fields.check(config)
     configure(low_memory=_MODE.value != "train")
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+    _connect(_MODE.value)
     MODES[_MODE.value](FrozenConfigDict(config), Path(_WORKDIR.value or default_workdir))
+    hosts.finish(status=0)
     return 0
+
+
+def _connect(mode: str) -> None:
+    """Find the other hosts, if this is one of several. Raises ValueError if the mode runs on one host."""
+    place = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if mode in OF_SEVERAL_HOSTS:
+        hosts.connect(_DISTRIBUTED.value, *place, stop_together=mode == "train")
+    elif _DISTRIBUTED.value or any(value is not None for value in place):
+        raise ValueError(
+            f"--mode={mode} runs on one host: leave out --distributed, --coordinator, --processes and --process"
+        )
 
 
 def _show_flags_in_help() -> None:
@@ -83,21 +107,34 @@ def _lines(path: Path) -> list[str]:
 
 
 def run() -> None:
-    """The program. Errors that a user can fix print one line and exit with status 2."""
+    """The program. The exit statuses are in docs/reliability.md."""
     shipped.make_importable()
     _show_flags_in_help()
     try:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        hosts.finish(STOPPED)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: not enough memory for these networks, images and batches:", one_line(error), file=sys.stderr)
-        sys.exit(2)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _fail(f"error: not enough memory for these networks, images and batches: {one_line(error)}")
+        if hosts.several():
+            _fail(f"error: {hosts.LOST} ({first_line(error)})")
+        raise
     except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
-        print("error:", one_line(error), file=sys.stderr)
-        sys.exit(2)
+        _fail(f"error: {one_line(error)}")
+    except Exception:
+        if hosts.several():
+            _fail(traceback.format_exc(), status=1)
+        raise
+
+
+def _fail(message: str, status: int = hosts.ERROR) -> NoReturn:
+    """Print the message and exit. One host of several does not wait for the others: they may be waiting for it."""
+    print(message, file=sys.stderr)
+    if hosts.several():
+        hosts.leave(status)
+    sys.exit(status)

@@ -11,7 +11,8 @@ from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, parallel, pictures
+from diffusion_jax import build, hosts, parallel, pictures
+from diffusion_jax.app.workdir import wait_for
 from diffusion_jax.build.agreement import check_records
 from diffusion_jax.build.initial import initial
 from diffusion_jax.codec import check_size
@@ -74,14 +75,15 @@ def train(task: Task, config: ConfigDict, folder: Path) -> None:
     """
     size, model = config.data.size, build.model.autoencoder(config)
     variables = fit(task, folder, config.autoencoder.train, config.seed)["autoencoder"]
+    # every host measures, so that none waits long for another; the first writes
+    scale = 1 / _latent_std(model, variables, build.data.source(config, "train", size), _resize(config), config.seed)
+    report = evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config))
     if parallel.is_main():
-        scale = 1 / _latent_std(
-            model, variables, build.data.source(config, "train", size), _resize(config), config.seed
-        )
-        report = evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config))
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"]["mean"], report["images"])
         (folder / "validation.json").write_text(as_json(report) + "\n")
         save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
+    hosts.meet("first stage")
+    wait_for(folder / "config.json")
 
 
 def reconstruct_held_out(config: ConfigDict, folder: Path) -> np.ndarray:

@@ -71,8 +71,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     config.sample.image is the starting image, config.sample.mask its part to inpaint. A config without a denoiser
     shows held-out images, each above its reconstruction.
     """
-    if jax.process_count() > 1:
-        raise ValueError("sampling runs on one host: leave out --distributed")
     folder = workdir / "samples"
     if not build.model.has_denoiser(config):
         reconstructions = first_stage.reconstruct_held_out(config, workdir)

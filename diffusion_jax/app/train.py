@@ -9,7 +9,7 @@ from absl import logging
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, parallel
+from diffusion_jax import build, hosts, parallel
 from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, weights
@@ -20,16 +20,21 @@ from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.interop import load_unet
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.training.loop import Task, check_division, check_resumed, fit
+from diffusion_jax.training.loop import Task, check_division, check_resumed, fit, sigterm_raises_stopped
 
 ENCODE_BATCH = 64  # images in one call of the encoder
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Train what the config describes. Resumes a stopped run."""
-    if build.model.has_denoiser(config):
-        _train_denoiser(config, workdir)
-        return
+    """Train what the config describes. Resumes a stopped run. Raises Stopped after SIGTERM, see `loop.fit`."""
+    with sigterm_raises_stopped():
+        if build.model.has_denoiser(config):
+            _train_denoiser(config, workdir)
+        else:
+            _train_first_stage(config, workdir)
+
+
+def _train_first_stage(config: ConfigDict, workdir: Path) -> None:
     task = first_stage.task(config, workdir)
     with locked(workdir):
         _save_config(config, workdir)
@@ -52,6 +57,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     first_stage_task = first_stage.task(config, first_stage_folder) if first_stage.is_missing(config, workdir) else None
     with locked(workdir):
         _save_config(config, workdir)
+        hosts.check_same(str(len(source)), "a number of records")
         if first_stage_task is not None:
             first_stage.train(first_stage_task, config, first_stage_folder)
         model = model._replace(codec=weights.trained_codec(config, workdir, model.codec))
@@ -99,7 +105,10 @@ def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None
 
 
 def _save_config(config: ConfigDict, workdir: Path) -> None:
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    text = config.to_json_best_effort(indent=2) + "\n"
+    hosts.check_same(text, "a config")
+    if parallel.is_main():
+        (workdir / "config.json").write_text(text)
 
 
 def _training_records(

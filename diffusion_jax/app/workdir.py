@@ -1,12 +1,18 @@
-"""The work directory of a run: checked to be writable before the work begins, and locked by one training at a time."""
+"""The work directory of a run: checked to be writable and shared by all hosts before the work begins, and locked by one
+training at a time.
+"""
 
 import contextlib
 import fcntl
+import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from diffusion_jax import parallel
+from diffusion_jax import hosts, parallel
+
+SHARING = 10  # seconds after which all hosts see a file that one of them has written
 
 
 def make_writable(folder: Path) -> None:
@@ -22,15 +28,61 @@ def make_writable(folder: Path) -> None:
 def locked(workdir: Path) -> Iterator[None]:
     """Lock the work directory within this context. The system releases the lock if the process dies.
 
-    Of several hosts the first locks it for all. Raises OSError if it is not writable or another training has locked it.
+    Of several hosts the first locks it for all. Raises OSError, on every host, if it is not writable, if another
+    training has locked it, or if the hosts do not share it.
     """
+    with contextlib.ExitStack() as stack:
+        hosts.raise_together(_error_of(lambda: _lock(workdir, stack)))
+        if hosts.several():
+            _check_shared(workdir)
+        yield
+
+
+def wait_for(path: Path, content: str | None = None) -> None:
+    """Wait until this host sees a file that host 0 has written: a shared file system may take seconds.
+
+    content: what the file must hold. Raises OSError if it does not appear.
+    """
+    end = time.monotonic() + SHARING
+    while not _holds(path, content):
+        if time.monotonic() > end:
+            raise OSError(
+                f"{path.parent} is not the folder of host 0: all hosts must share the work directory, "
+                "on a network disk for example; name such a --workdir"
+            )
+        time.sleep(0.1)
+
+
+def _holds(path: Path, content: str | None) -> bool:
+    try:
+        os.listdir(path.parent)  # makes a network file system look again
+        return path.exists() if content is None else path.read_text() == content
+    except OSError:
+        return False
+
+
+def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
     make_writable(workdir)
     if not parallel.is_main():
-        yield
         return
-    with (workdir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"another training runs in {workdir}: wait for its end, or name another --workdir") from error
-        yield
+    lock = stack.enter_context((workdir / "lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(f"another training runs in {workdir}: wait for its end, or name another --workdir") from error
+
+
+def _check_shared(workdir: Path) -> None:
+    """Host 0 writes a run file, with a name of this run, that every host must see."""
+    run, file = hosts.token(), workdir / "run"
+    if parallel.is_main():
+        file.write_text(run)
+    hosts.raise_together(_error_of(lambda: wait_for(file, run)))
+
+
+def _error_of(action: Callable[[], None]) -> OSError | None:
+    try:
+        action()
+    except OSError as error:
+        return error
+    return None

@@ -183,5 +183,6 @@ def _save(class_name, module, extra, variables, folder, dtype):
     if not fields.get("target_embedding"):
         fields.pop("target_embedding", None)  # unknown to diffusers
     config = {"_class_name": class_name, **fields, **extra}
-    write_json(folder / "config.json", config)
+    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)
+    write_json(folder / "config.json", config)  # last: a folder that has it is complete

@@ -138,10 +138,12 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_json(path: str | Path, content: Mapping) -> None:
-    """Write a JSON object for `read_json`. Creates parent folders."""
+    """Write a JSON object for `read_json`, to a temporary file that is then renamed. Creates parent folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def _stored_dtype(tensor, dtype):

@@ -12,7 +12,7 @@ from absl import logging
 from jax.tree_util import keystr
 from jaxtyping import PyTree
 
-from diffusion_jax import parallel
+from diffusion_jax import hosts, parallel
 from diffusion_jax.messages import first_line
 from diffusion_jax.training.step import TrainState
 
@@ -48,6 +48,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
+        if kind is not None and hosts.several():
+            return  # the hosts without this error would not come to wait together
         try:
             self.finish()
         except OSError:

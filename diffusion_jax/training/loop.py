@@ -1,5 +1,7 @@
 """The training loop: the same for every objective."""
 
+import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +14,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from diffusion_jax import parallel
+from diffusion_jax import hosts, parallel
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
 from diffusion_jax.training.step import TrainState, init_state, make_train_step
 
 NUM_CHECKPOINTS = 2  # the second is a spare in case the newest is damaged
+_SYNC_POINTS = itertools.count(1)  # hosts agree on one of them; they never start again, not even with another stage
 
 
 class Task(NamedTuple):
@@ -43,7 +46,7 @@ class Task(NamedTuple):
 
 
 class Stopped(Exception):
-    """The run received SIGTERM or SIGINT and has saved its state."""
+    """The run received SIGTERM or SIGINT and can go on from its last checkpoint."""
 
 
 class Diverged(ArithmeticError):
@@ -75,7 +78,9 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
         if int(state.step) < train.steps:
             checkpoints.warn_if_slow(state)
             state = _steps(task, state, workdir, train, strategy, checkpoints)
-        return parallel.to_host(state.ema)
+        average = parallel.to_host(state.ema)
+    hosts.meet("trained")
+    return average
 
 
 def _steps(
@@ -94,7 +99,7 @@ def _steps(
             previous = metrics
             if step % train.log_every == 0 or step == train.steps:
                 log.write(step)
-            signalled = stop.requested(step)
+            signalled = stop.requested()
             last = step == train.steps or signalled
             if last:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
@@ -108,7 +113,7 @@ def _steps(
                 if parallel.is_main():
                     log.image(step, task.snapshot(average))
             if step == train.steps:
-                signalled = stop.requested(step)  # the signal may also arrive during the snapshot
+                signalled = stop.requested()  # the signal may also arrive during the snapshot
             if signalled:
                 checkpoints.finish()
                 raise Stopped(
@@ -141,6 +146,7 @@ def check_resumed(workdir: Path, params: PyTree) -> None:
 def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
     # called with the metrics of the step before the running one, so that the device does not wait
     if metrics is not None and int(metrics["bad_in_row"]) >= limit:
+        checkpoints.finish()
         last = checkpoints.latest_step()
         saved = "no checkpoint was saved before" if last is None else f"step {last} is saved in {checkpoints.folder}"
         raise Diverged(
@@ -149,13 +155,36 @@ def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Chec
         )
 
 
+@contextlib.contextmanager
+def sigterm_raises_stopped() -> Iterator[None]:
+    """Within this context SIGTERM raises Stopped outside of training steps: there is nothing to save.
+
+    On several hosts SIGTERM waits for the next step instead, because it may reach only one of them.
+    """
+
+    def stop(number: int, _) -> None:
+        signal.signal(number, before)
+        raise Stopped("stopped by SIGTERM; run again to go on from the last checkpoint")
+
+    if hosts.several():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _StopSignals:
-    """Within this context the first SIGTERM or SIGINT (Ctrl-C) is recorded. The second ends the process as usual."""
+    """Within this context the first SIGTERM or SIGINT (Ctrl-C) is recorded. The second ends the process as usual.
+
+    On several hosts JAX records SIGTERM, lets all hosts agree on a step, and ignores further ones.
+    """
 
     def __enter__(self) -> "_StopSignals":
         self._received = ""
-        # the signal may reach only one of several hosts: JAX then lets all hosts agree on a step
-        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        signals = (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT)
         self._handlers = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
@@ -163,12 +192,15 @@ class _StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def requested(self, step: int) -> str:
-        """The signal that asks the run to stop after `step`, or "". The same on every host."""
-        if not self._handlers:
-            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+    def requested(self) -> str:
+        """The signal that asks the run to stop now, or "". Every host calls this after each step: all stop at once."""
+        if hosts.several():
+            stop = multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
+            return self._received or "SIGTERM" if stop else ""
         return self._received
 
     def _receive(self, number: int, _) -> None:
         self._received = signal.Signals(number).name
         signal.signal(number, self._handlers[number])
+        if hosts.several():
+            signal.raise_signal(signal.SIGTERM)  # for JAX to tell the other hosts

@@ -45,6 +45,19 @@ def test_it_starts_from_the_weights_that_the_config_names(config, tmp_path):
         first_stage.task(config, tmp_path)
 
 
+def test_a_first_stage_whose_weights_were_not_written_is_still_missing(config, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    folder = build.weights.first_stage_folder(tmp_path)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr("diffusion_jax.interop.folders.write_file", killed)
+        save_autoencoder(AutoencoderKL(), {}, folder)
+    assert first_stage.is_missing(config, tmp_path)
+    save_autoencoder(AutoencoderKL(), {}, folder)
+    assert not first_stage.is_missing(config, tmp_path)
+
+
 def members(images, source) -> np.ndarray:
     records = {source[i]["image"].tobytes() for i in range(len(source))}
     return np.array([image.tobytes() in records for image in images])

@@ -5,9 +5,10 @@ import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax.data.loader import loader, one_epoch
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.sources import Source, folder
 from diffusion_jax.data.transforms import BadRecord
 
 
@@ -103,6 +104,19 @@ def test_bad_records_are_skipped_and_named(caplog):
     assert len(lines) == 11
     assert all(line.endswith("of numbers: broken") for line in lines[:10])
     assert lines[10] == "skipped 15 of the 30 records of numbers"
+
+
+def test_a_picture_deleted_during_training_is_skipped(tmp_path, caplog):
+    for shade in range(20):
+        Image.fromarray(np.full((2, 2, 3), shade, np.uint8)).save(tmp_path / f"{shade}.png")
+    batches = loader(folder(tmp_path), 4, seed=0)
+    next(batches)
+    (tmp_path / "7.png").unlink()
+    with caplog.at_level(logging.WARNING):
+        later = list(itertools.islice(batches, 20))[-5:]  # an epoch, behind those that were read ahead
+    shades = {int(image.max()) for batch in later for image in batch["image"]}
+    assert 7 not in shades and len(shades) > 10
+    assert f"skipped {tmp_path}/7.png: " in caplog.text
 
 
 def test_a_source_without_good_records_is_an_error():
