@@ -39,14 +39,15 @@ class Reader:
 
     def _mark_visited(self, index: int, error: BadRecord | None = None) -> None:
         with self.lock:
-            if not self.visited[index]:
-                self.visited[index], self.bad[index] = True, error is not None
-                if error and self.bad.sum() <= MAX_WARNINGS:
-                    logging.warning("skipped %s: %s", self.source.describe(index), error)
-                if self.visited.all() and self.bad.any():
-                    logging.warning(
-                        "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name
-                    )
+            is_new = not self.visited[index]
+            is_newly_bad = error is not None and not self.bad[index]  # a file may be deleted after its first use
+            self.visited[index], self.bad[index] = True, error is not None
+            if is_newly_bad and self.bad.sum() <= MAX_WARNINGS:
+                logging.warning("skipped %s: %s", self.source.describe(index), error)
+            if is_new and self.visited.all() and self.bad.any():
+                logging.warning(
+                    "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name
+                )
             if error and self.bad.all():
                 raise ValueError(f"none of the {len(self.source)} records of {self.source.name} can be used")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import hosts
-from tests.test_main import TWO_STAGES, finish, start, steps_saved, wait_until
+from tests.test_main import TINY, TWO_STAGES, finish, start, steps_saved, wait_until
 
 TOGETHER = 60  # seconds in which all hosts end after one of them
 
@@ -163,7 +163,8 @@ def test_where_there_is_no_cluster_one_line_says_what_to_give(monkeypatch):
 def test_two_hosts_train_a_first_stage_and_then_the_denoiser(tmp_path):
     (tmp_path / "two_stages.py").write_text(TWO_STAGES)
     base, workdir = [f"--config={tmp_path}/two_stages.py"], tmp_path / "run"
-    for status, stderr in map(finish, start_two(workdir, flags=["--config.autoencoder.train.steps=3"], base=base)):
+    flags = ["--config.autoencoder.train.steps=3", *TINY[1:6]]  # the smallest U-Net
+    for status, stderr in map(finish, start_two(workdir, flags=flags, base=base)):
         assert status == 0, stderr
     first = workdir / "autoencoder"
     assert steps_saved(first) == [3] and steps_saved(workdir) == [2]
@@ -192,15 +193,17 @@ def test_a_signal_to_one_host_stops_all_after_the_same_step(number, linear, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])  # SIGSTOP: as if its network were cut
 @pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_host_is_killed_the_other_ends_with_one_line(killed, linear, tmp_path):
+def test_when_one_host_is_killed_the_other_ends_with_one_line(killed, number, linear, tmp_path):
     processes = start_two(tmp_path / "run", base=linear())
     wait_until(lambda: logged(tmp_path / "run"), processes[0])
-    processes[killed].kill()
+    processes[killed].send_signal(number)
     begin = time.monotonic()
     status, stderr = finish(processes[1 - killed])
     assert time.monotonic() - begin < TOGETHER
     assert status == 2 and len(errors(stderr)) == 1 and "this host lost the others" in stderr, stderr
+    processes[killed].kill()
     finish(processes[killed])
 
 

@@ -134,6 +134,26 @@ def test_the_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
     assert_same(saved(tmp_path), saved(whole))
 
 
+def test_sync_points_of_hosts_go_on_in_the_next_stage(monkeypatch):
+    """Hosts that get a signal between two stages agree on the number after the last one: it must come soon."""
+    points = []
+
+    def reached(point):
+        points.append(point)
+        return len(points) == 3
+
+    monkeypatch.setattr(loop.hosts, "several", lambda: True)
+    monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", reached)
+    before = signal.getsignal(signal.SIGTERM)
+    said = []
+    for _ in range(2):
+        with loop._StopSignals() as stop:
+            assert signal.getsignal(signal.SIGTERM) is before, "JAX has it"
+            said += [stop.requested(), stop.requested()]
+    assert said == ["", "", "SIGTERM", ""]
+    assert np.diff(points).tolist() == [1, 1, 1]
+
+
 def test_sigterm_while_a_picture_is_drawn_loses_nothing(tmp_path):
     def snapshot(params):
         stop()
