@@ -2,33 +2,36 @@
 
 import contextlib
 import fcntl
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-from diffusion_jax import parallel
+from diffusion_jax import parallel, paths
+from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 
 
 def make_writable(folder: Path) -> None:
     """Create the folder. Raises OSError, naming it, if files cannot be written in it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        paths.try_writing(folder)
     except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): name another --workdir") from error
+        reason = error.strerror or first_line(error)
+        raise OSError(f"cannot write to {folder} ({reason}): name another --workdir") from error
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Lock the work directory within this context. The system releases the lock if the process dies.
 
-    Of several hosts the first locks it for all. Raises OSError if it is not writable or another training has locked it.
+    Of several hosts the first locks it for all. A bucket has no locks: there, trainings on this machine lock each other
+    out. Raises OSError if it is not writable or another training has locked it.
     """
     make_writable(workdir)
     if not parallel.is_main():
         yield
         return
-    with (workdir / "lock").open("w") as lock:
+    file = paths.beside(workdir, "lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -1,8 +1,5 @@
 """The weights of a model: those of a run, or those that come with its config."""
 
-import json
-from pathlib import Path
-
 import jax
 from absl import logging
 from jaxtyping import PyTree
@@ -16,6 +13,7 @@ from diffusion_jax.interop import load_autoencoder, load_unet
 from diffusion_jax.interop.lora import DENOISER, load_lora, merge
 from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, network_of
+from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 
@@ -121,7 +119,7 @@ def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel |
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
     """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that it was not trained with."""
     if "loras" in config and "lora" not in config:
-        trained_loras = json.loads((workdir / "config.json").read_text())["loras"]
+        trained_loras = read_json(workdir / "config.json")["loras"]
         if list(config.loras) != trained_loras:
             raise ValueError(
                 f"config.loras: the weights in {workdir} were trained with {', '.join(trained_loras) or 'none'}; "

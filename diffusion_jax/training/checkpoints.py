@@ -1,8 +1,6 @@
 """Checkpoints with Orbax: the whole training state and the data position, so that a run resumes exactly."""
 
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,8 +8,9 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr
 from jaxtyping import PyTree
 
-from diffusion_jax import parallel
+from diffusion_jax import parallel, paths
 from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 from diffusion_jax.training.step import TrainState
 
 MAX_DATA_STATE = 1 << 16  # bytes of a data iterator's state
@@ -25,7 +24,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 0):
-        self.folder = Path(folder).absolute()
+        self.folder = paths.absolute(folder)
         saving = keep > 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
@@ -62,7 +61,7 @@ class Checkpoints:
     def _check_free_space(self, tree: PyTree) -> None:
         leaves = jax.tree.leaves(tree)
         need = sum(leaf.nbytes + ARRAY_DESCRIPTION for leaf in leaves)
-        free = shutil.disk_usage(self.folder).free
+        free = paths.free_space(self.folder)
         if free < need:
             raise OSError(f"no space left on the disk, {need / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
 

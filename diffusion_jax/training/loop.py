@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from diffusion_jax import parallel
+from diffusion_jax import parallel, paths
+from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
@@ -59,7 +59,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     Raises Stopped after SIGTERM or Ctrl-C, and Diverged after max_bad_steps updates in a row that were not finite. The
     last checkpoint is good in both cases.
     """
-    workdir = Path(workdir)
+    workdir = paths.at(workdir)
     check_batch_size(train.batch_size, train.accumulate)
     checkpoints = Checkpoints(workdir / "checkpoints", NUM_CHECKPOINTS)
     state = parallel.replicate(init_state(task.params, task.optimizer, seed, train.post_hoc))
@@ -88,6 +88,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
             if last:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
+                log.publish()  # first, so that the log has all steps of a checkpoint
                 checkpoints.save(state, task.batches.get_state())
                 if train.post_hoc and parallel.is_main():
                     averages.save(workdir / "averages", step, parallel.to_host(state.averages))
