@@ -290,6 +290,12 @@ def _patiently(method: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
     gcsfs itself gives up after half a minute.
     """
     from gcsfs.retry import is_retriable
+    from google.auth.exceptions import GoogleAuthError
+
+    def may_pass(error: Exception) -> bool:
+        if isinstance(error, GoogleAuthError):
+            return error.retryable
+        return is_retriable(error) or isinstance(error, asyncio.TimeoutError)
 
     attempt = getattr(method, "__wrapped__", method)  # without the retries of gcsfs
 
@@ -301,8 +307,10 @@ def _patiently(method: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
                 result = await attempt(self, *args, **kwargs)
             except Exception as error:
                 failed, passed = failed + 1, time.monotonic() - start
-                if not (is_retriable(error) or isinstance(error, asyncio.TimeoutError)):
-                    raise
+                if not may_pass(error):
+                    if isinstance(error, OSError | ValueError):
+                        raise
+                    raise OSError(f"the bucket refuses a request: {first_line(error)}") from error
                 if passed > PATIENCE:
                     raise OSError(f"the bucket has not answered for {passed:.0f} s: {first_line(error)}") from error
                 if failed == QUIET_ATTEMPTS + 1:

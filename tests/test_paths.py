@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from diffusion_jax import paths
 from diffusion_jax.app.workdir import locked, make_writable
@@ -87,6 +89,7 @@ def test_what_a_bucket_has_is_copied_once_and_again_when_it_changes(gcs, tmp_pat
     model = paths.at("gs://experiments/model")
     paths.write(model / "config.json", "{}")
     paths.write(model / "checkpoints" / "1" / "state", "large")
+    paths.write("gs://experiments/model-2/config.json", "of another")
     copy = paths.fetched(str(model))
     assert sorted(path.name for path in copy.rglob("*")) == ["config.json"]  # not what lies deeper
     gcs.fails = lambda method, path: "alt=media" in path  # a second download
@@ -136,38 +139,44 @@ def lines(workdir) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in every]
 
 
-def test_a_training_goes_on_in_a_bucket_as_on_a_disk(gcs, tmp_path):
-    workdir = paths.at("gs://experiments/run")
-    for place in (workdir, tmp_path):
-        fit(place, 8, post_hoc=True)
-    weights, expected = fit(str(workdir), 12, post_hoc=True), fit(tmp_path, 12, post_hoc=True)
-    jax.tree.map(np.testing.assert_array_equal, weights, expected)
-    assert lines(workdir) == lines(tmp_path) and [line["step"] for line in lines(workdir)] == [2, 4, 6, 8, 10, 12]
-    for name in ("checkpoints", "samples", "averages"):
-        names = sorted(path.name for path in (workdir / name).iterdir())
-        assert names == sorted(path.name for path in (tmp_path / name).iterdir())
-    averaged = [averages.load(place / "averages", 12, 0.1, linear.initial()) for place in (workdir, tmp_path)]
-    jax.tree.map(np.testing.assert_array_equal, *averaged)
-    assert Checkpoints(workdir / "checkpoints").restore_ema(linear.initial()).keys() == weights.keys()
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A training of 12 steps on a local disk, stopped once: its folder and weights, and those after 8 steps."""
+    folder = tmp_path_factory.mktemp("disk")
+    return folder, fit(folder, 8, post_hoc=True), fit(folder, 12, post_hoc=True)
 
 
-def test_tensorboard_gets_a_file_for_each_checkpoint(gcs, tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    workdir, steps = paths.at("gs://experiments/run"), []
-    fit(workdir, 12)
-    files = sorted(paths.fetched(workdir / "tensorboard").iterdir())
-    for file in files:
-        data = file.read_bytes()
+def board_steps(files) -> list[int]:
+    """The steps of the loss in files of TensorBoard."""
+    steps = []
+    for data in map(Path.read_bytes, files):
         while data:  # a record: length, its checksum, an event, its checksum
             size = int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12 : 12 + size])
             steps += [event.step for value in event.summary.value if value.tag == "loss"]
             data = data[16 + size :]
-    assert steps == [2, 4, 6, 8, 10, 12] and len(files) == 4  # three checkpoints, and what follows the last
+    return steps
 
 
-def outage(gcs, seconds: float, after: int):
+@pytest.mark.slow
+def test_a_training_goes_on_in_a_bucket_as_on_a_disk(gcs, disk):
+    workdir, (local, after_8, after_12) = paths.at("gs://experiments/run"), disk
+    jax.tree.map(np.testing.assert_array_equal, fit(workdir, 8, post_hoc=True), after_8)
+    jax.tree.map(np.testing.assert_array_equal, fit(str(workdir), 12, post_hoc=True), after_12)
+    assert lines(workdir) == lines(local) and [line["step"] for line in lines(workdir)] == [2, 4, 6, 8, 10, 12]
+    for name in ("checkpoints", "samples", "averages"):
+        names = sorted(path.name for path in (workdir / name).iterdir())
+        assert names == sorted(path.name for path in (local / name).iterdir())
+    averaged = [averages.load(place / "averages", 12, 0.1, linear.initial()) for place in (workdir, local)]
+    jax.tree.map(np.testing.assert_array_equal, *averaged)
+    restored = Checkpoints(workdir / "checkpoints").restore_ema(linear.initial())
+    jax.tree.map(np.testing.assert_array_equal, restored, after_12)
+    # TensorBoard: a file for each of the checkpoints 4, 8, and 12 of the second run, and for what follows the last
+    files = sorted(paths.fetched(workdir / "tensorboard").iterdir())
+    assert board_steps(files) == [2, 4, 6, 8, 10, 12] and len(files) == 5
+
+
+def outage(gcs, seconds: float, after: int) -> None:
     """Let every request fail for a time, from the upload number `after` on."""
     uploads, start = [], []
 
@@ -180,32 +189,34 @@ def outage(gcs, seconds: float, after: int):
     gcs.fails = fails
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("after", [4, 20])  # in the log, in a checkpoint
-def test_an_outage_loses_nothing_and_is_one_line(seconds, after, gcs, tmp_path, caplog):
-    expected, workdir = fit(tmp_path, 8), paths.at("gs://experiments/run")
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds, after", [(6, 4), (6, 20), (65, 8)])  # while a log or a checkpoint is written
+def test_an_outage_loses_nothing_and_is_one_line(seconds, after, gcs, disk, caplog):
+    workdir, (local, after_8, _) = paths.at("gs://experiments/run"), disk
     outage(gcs, seconds, after)
     with caplog.at_level(logging.WARNING):
-        weights = fit(workdir, 8)
+        jax.tree.map(np.testing.assert_array_equal, fit(workdir, 8), after_8)
     assert gcs.num_failed
-    jax.tree.map(np.testing.assert_array_equal, weights, expected)
-    assert lines(workdir) == lines(tmp_path) and Checkpoints(workdir / "checkpoints").latest_step() == 8
+    assert lines(workdir) == lines(local)[:4] and Checkpoints(workdir / "checkpoints").latest_step() == 8
     said = [record.getMessage() for record in caplog.records if "bucket" in record.getMessage()]
-    assert said in (
-        [],  # arrays of checkpoints are repeated by tensorstore, which says nothing
-        [
-            "the bucket does not answer (Backend Error, 503): trying again for up to 10 minutes",
-            "the bucket answers again",
-        ],
-    )
+    begin = "the bucket does not answer (Backend Error, 503): trying again for up to 10 minutes"
+    assert said in ([], [begin, "the bucket answers again"])  # tensorstore repeats its requests without a word
 
 
-def test_a_longer_outage_is_an_error_and_the_checkpoint_before_stays(gcs, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "failing, error",
+    [
+        ("uploadType=multipart", ""),  # whole files: the log
+        ("_METADATA", "could not save step 8 to gs://experiments/run/checkpoints: "),
+    ],
+)
+def test_a_longer_outage_is_an_error_and_the_run_goes_on_later(failing, error, gcs, monkeypatch):
     workdir = paths.at("gs://experiments/run")
     fit(workdir, 4)
     monkeypatch.setattr(paths, "PATIENCE", 1)
-    gcs.fails = lambda method, path: method == "POST" and "metrics" in path
-    with pytest.raises(OSError, match=r"the bucket has not answered for .* s: Backend Error, 503"):
+    gcs.fails = lambda method, path: method == "POST" and failing in path
+    with pytest.raises(OSError, match=f"^{error}the bucket has not answered for .* s: Backend Error, 503"):
         fit(workdir, 8)
     gcs.fails = lambda method, path: False
     assert Checkpoints(workdir / "checkpoints").latest_step() == 4
