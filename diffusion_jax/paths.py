@@ -34,6 +34,7 @@ SCHEME = "gs://"
 OTHER_SCHEME = re.compile(r"[A-Za-z][\w+.-]+://|gs:/")
 CACHE = pathlib.Path.home() / ".cache" / "diffusion_jax"
 VERSION = ("size", "mtime", "generation")  # facts that change with an object
+PAST_THE_END = 416  # status of a request for bytes after the last one
 PATIENCE = 600  # seconds that a request which fails is repeated
 LONGEST_WAIT = 32  # seconds between two attempts
 QUIET_ATTEMPTS = 2  # that fail before the log says so: single requests fail every day
@@ -308,8 +309,8 @@ def _patiently(method: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
             except Exception as error:
                 failed, passed = failed + 1, time.monotonic() - start
                 if not may_pass(error):
-                    if isinstance(error, OSError | ValueError):
-                        raise
+                    if isinstance(error, OSError | ValueError) or getattr(error, "code", None) == PAST_THE_END:
+                        raise  # gcsfs knows these
                     raise OSError(f"the bucket refuses a request: {first_line(error)}") from error
                 if passed > PATIENCE:
                     raise OSError(f"the bucket has not answered for {passed:.0f} s: {first_line(error)}") from error

@@ -133,8 +133,9 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
     if config.data.source != "emoji" or condition_kind(config) != "text":
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
     lpips, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
-    drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
-    target_drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles, config.data.concepts)
+    data_dir = build.data.data_folder(config.data)
+    drawings = sources.emoji_drawings(data_dir, config.data.styles)
+    target_drawings = sources.emoji_drawings(data_dir, config.data.styles, config.data.concepts)
     scales = sample.measured_scales(config, model, config.sample.prompts)
 
     def prepare(model: DiffusionModel, cache: Path) -> Measure:

@@ -1,5 +1,7 @@
 """The weights of a model: those of a run, or those that come with its config."""
 
+import json
+
 import jax
 from absl import logging
 from jaxtyping import PyTree
@@ -119,7 +121,7 @@ def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel |
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
     """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that it was not trained with."""
     if "loras" in config and "lora" not in config:
-        trained_loras = read_json(workdir / "config.json")["loras"]
+        trained_loras = json.loads((workdir / "config.json").read_text())["loras"]
         if list(config.loras) != trained_loras:
             raise ValueError(
                 f"config.loras: the weights in {workdir} were trained with {', '.join(trained_loras) or 'none'}; "
