@@ -1,11 +1,12 @@
 """Settings for the XLA compiler."""
 
 import os
-from pathlib import Path
 
 import jax
 
-CACHE = Path.home() / ".cache" / "diffusion_jax" / "xla"
+from diffusion_jax import paths
+
+CACHE = paths.CACHE / "xla"
 CONCURRENCY = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 

@@ -4,12 +4,14 @@ import math
 import textwrap
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from diffusion_jax import paths
+from diffusion_jax.paths import Path
 
 TILE = 128  # pixels on a side; smaller images are enlarged in a grid
 MILLISECONDS = 120  # that an image of an animation is shown
@@ -18,7 +20,7 @@ LABEL = 30  # pixels below a tile for its label
 
 def save(path: str | Path | BytesIO, image: UInt8[np.ndarray, "height width 3"], texts: dict[str, str]) -> None:
     """Write a PNG with `texts` in its text chunk."""
-    Image.fromarray(image).save(path, "PNG", pnginfo=_info(texts))
+    _save(path, Image.fromarray(image), pnginfo=_info(texts))
 
 
 def save_animation(
@@ -26,7 +28,15 @@ def save_animation(
 ) -> None:
     """Write an animated PNG that shows the images forwards and backwards without end."""
     first, *others = map(Image.fromarray, [*images, *images[-2:0:-1]])
-    first.save(path, "PNG", pnginfo=_info(texts), save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
+    _save(path, first, pnginfo=_info(texts), save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
+
+
+def _save(path: str | Path | BytesIO, image: Image.Image, **options) -> None:
+    if isinstance(path, BytesIO):
+        image.save(path, "PNG", **options)
+        return
+    with paths.written(path) as file:
+        image.save(file, "PNG", **options)
 
 
 def _info(texts: dict[str, str]) -> PngInfo:

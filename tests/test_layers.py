@@ -10,7 +10,7 @@ import diffusion_jax
 
 ROOT = Path(diffusion_jax.__file__).parent
 LAYERS = [  # from the ground up, as in docs/design.md
-    ("core", "messages", "compilation"),
+    ("core", "paths", "messages", "compilation"),
     ("data", "models", "parallel", "hosts", "pictures"),
     ("interop", "model", "codec", "conditioning"),
     ("objectives", "pipelines", "training", "evaluation"),
@@ -19,7 +19,13 @@ LAYERS = [  # from the ground up, as in docs/design.md
     ("app",),
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-ONLY_IN = {"flax": ("models",), "optax": ("training", "build"), "orbax": ("training",), "grain": ("data",)}
+ONLY_IN = {
+    "flax": ("models",),
+    "optax": ("training", "build"),
+    "orbax": ("training",),
+    "grain": ("data",),
+    **dict.fromkeys(("etils", "fsspec", "gcsfs"), ("paths",)),  # buckets
+}
 IN_CORE = {"jax", "numpy", "jaxtyping", "diffusion_jax", *sys.stdlib_module_names}
 OF_DEVICES = {  # what places arrays or counts what they are placed on
     *("device_put", "device_put_sharded", "device_put_replicated", "default_device", "pmap", "pmean", "shard_map"),
@@ -85,6 +91,8 @@ def test_a_file_keeps_to_its_layer(file):
         ("app/x.py", "import jax\njax.devices()"),
         ("training/x.py", "from jax.sharding import Mesh"),
         ("core/x.py", "from . import y"),
+        ("app/x.py", "from etils import epath"),
+        ("training/x.py", "import gcsfs.core"),
     ],
 )
 def test_the_check_sees_an_offence(file, source):

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import FrozenConfigDict, config_flags
 
-from diffusion_jax import hosts, serve
+from diffusion_jax import hosts, paths, serve
 from diffusion_jax.app import evaluate, export, sample, train
 from diffusion_jax.build import fields, shipped
 from diffusion_jax.build.flags import parse_flags
@@ -56,7 +56,7 @@ def main(_: list[str]) -> int:
     fields.check(config)
     configure(low_memory=_MODE.value != "train")
     _connect(_MODE.value)
-    MODES[_MODE.value](FrozenConfigDict(config), Path(_WORKDIR.value or default_workdir))
+    MODES[_MODE.value](FrozenConfigDict(config), paths.at(_WORKDIR.value or default_workdir))
     hosts.finish(status=0)
     return 0
 
@@ -92,7 +92,7 @@ def _quiet_libraries() -> None:
 
 def _prompts(flag: str) -> tuple[str, ...]:
     """The prompts of --prompt: the lines of a file, or text split at semicolons."""
-    lines = _lines(Path(flag[1:])) if flag.startswith("@") else flag.split(";")
+    lines = _lines(paths.local(flag[1:], "--prompt")) if flag.startswith("@") else flag.split(";")
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ValueError(f'--prompt is empty: expected "a; b" or a file with one prompt a line, "@FILE", got {flag!r}')

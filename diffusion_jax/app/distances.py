@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from diffusion_jax.evaluation.networks import FeatureNetwork, feature_network
 from diffusion_jax.evaluation.reconstruction import first_stage
 from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel
+from diffusion_jax.paths import Path
 
 CHUNK = 256  # pictures at a time
 NUM_ON_SHEET, COLUMNS = 64, 8  # generated pictures on a sheet

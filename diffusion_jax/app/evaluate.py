@@ -1,15 +1,14 @@
 """--mode=eval: measure a model on held-out data."""
 
-import shutil
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, parallel, pictures
+from diffusion_jax import build, parallel, paths, pictures
 from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.distances import distances
 from diffusion_jax.app.workdir import make_writable
@@ -24,8 +23,10 @@ from diffusion_jax.evaluation.scenes import KnownDrawings, Trial, evaluate_scene
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.model import DiffusionModel
+from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
 
+LEVELS = 3  # of folders in a report: itself, averages, guidance scales
 SHOWN, COLUMNS = 48, 8  # pictures on the sheet of a kind of scenes
 
 Measure = Callable[[DiffusionModel, Path], dict]  # a model, a folder for its pictures -> its report
@@ -38,19 +39,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
     workdir/eval gets report.json, sheets of pictures, and report.html with all of these, beside those of
     config.eval.beside.
     """
-    other_reports = [Path(other) / "eval" for other in config.eval.beside]
+    other_reports = [paths.fetched(paths.at(other) / "eval", LEVELS) for other in config.eval.beside]
     report_page.page(other_reports)  # raises for a work directory without a report
     measure = _of_model if build.model.has_denoiser(config) else _of_first_stage
-    with tempfile.TemporaryDirectory() as temporary:
-        report = measure(config, workdir, Path(temporary))
+    with tempfile.TemporaryDirectory() as name:
+        temporary = pathlib.Path(name)
+        report = measure(config, workdir, temporary)
         if parallel.is_main():
             folder = workdir / "eval"
-            (Path(temporary) / "report.json").write_text(as_json(report, indent=2) + "\n")
-            (Path(temporary) / "report.html").write_text(
-                report_page.page([Path(temporary), *other_reports]), encoding="utf-8"
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(temporary, folder)
+            (temporary / "report.json").write_text(as_json(report, indent=2) + "\n")
+            (temporary / "report.html").write_text(report_page.page([temporary, *other_reports]), encoding="utf-8")
+            paths.remove_folder(folder)
+            paths.copy_into(folder, temporary)
             logging.info("wrote %s", folder / "report.html")
 
 
@@ -71,6 +71,7 @@ def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
         raise ValueError(f"eval.measures must be some of {', '.join(MEASURES)}; {got}")
     config = weights.resolved(config, workdir)
     untrained = build.model.diffusion_model(config)
+    cache = build.data.cache_folder(config.data, workdir)
     preparations = {name: MEASURES[name](config, untrained) for name in config.eval.measures}
     points = _points(config.eval, workdir)
     model, origin = weights.load(config, workdir, untrained)
@@ -79,7 +80,7 @@ def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
     logging.info("weights: %s", origin)
     report: dict = {"weights": origin}
     for name, prepare in preparations.items():
-        measure = prepare(model, workdir / "cache")
+        measure = prepare(model, cache)
         report[name] = {} if points else measure(model, folder)
         for label, (step, length) in points.items():
             logging.info("%s", label)
@@ -132,8 +133,9 @@ def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
     if config.data.source != "emoji" or condition_kind(config) != "text":
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
     lpips, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
-    drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles)
-    target_drawings = sources.emoji_drawings(config.data.data_dir or None, config.data.styles, config.data.concepts)
+    data_dir = build.data.data_folder(config.data)
+    drawings = sources.emoji_drawings(data_dir, config.data.styles)
+    target_drawings = sources.emoji_drawings(data_dir, config.data.styles, config.data.concepts)
     scales = sample.measured_scales(config, model, config.sample.prompts)
 
     def prepare(model: DiffusionModel, cache: Path) -> Measure:

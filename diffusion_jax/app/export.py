@@ -1,18 +1,16 @@
 """--mode=export: write the weights in formats that other programs read."""
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax import build
+from diffusion_jax import build, paths
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.build import weights
 from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline, save_unet
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.interop.pipeline import family_of
+from diffusion_jax.paths import Path
 from diffusion_jax.training.checkpoints import Checkpoints
 
 
@@ -50,7 +48,7 @@ def _export_own(config: ConfigDict, workdir: Path, folder: Path) -> None:
         if config.autoencoder.kind == "kl":
             decoder = load_autoencoder(config.autoencoder.checkpoint or weights.first_stage_folder(workdir))
             save_autoencoder(*decoder, folder / "vae", np.float16)
-    shutil.copyfile(workdir / "config.json", folder / "config.json")
+    paths.write(folder / "config.json", (workdir / "config.json").read_bytes())
 
 
 def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:

@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, hosts, parallel, pictures
+from diffusion_jax import build, hosts, parallel, paths, pictures
 from diffusion_jax.app.workdir import wait_for
 from diffusion_jax.build.agreement import check_records
 from diffusion_jax.build.initial import initial
@@ -24,6 +23,7 @@ from diffusion_jax.interop import load_autoencoder, save_autoencoder
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
+from diffusion_jax.paths import Path
 from diffusion_jax.training.loop import Task, check_division, check_resumed, fit
 
 BATCH = 64  # images in one call of the autoencoder
@@ -80,7 +80,7 @@ def train(task: Task, config: ConfigDict, folder: Path) -> None:
     report = evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config))
     if parallel.is_main():
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"]["mean"], report["images"])
-        (folder / "validation.json").write_text(as_json(report) + "\n")
+        paths.write(folder / "validation.json", as_json(report) + "\n")
         save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
     hosts.meet("first stage")
     wait_for(folder / "config.json")

@@ -1,7 +1,6 @@
 """--mode=sample: generate the images of config.sample, batch by batch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, parallel, pictures
+from diffusion_jax import build, parallel, paths, pictures
 from diffusion_jax.app import first_stage
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.build import weights
@@ -29,6 +28,7 @@ from diffusion_jax.data.transforms import (
 from diffusion_jax.evaluation.batches import map_over_hosts
 from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel, none_held_back
+from diffusion_jax.paths import Path
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
 
@@ -136,7 +136,7 @@ def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarr
 
 def _read(decode: Callable[[str], np.ndarray], path: str, field: str) -> np.ndarray:
     try:
-        return decode(path)
+        return decode(str(paths.local(path, f"config.{field}")))
     except BadRecord as error:
         raise ValueError(f"{field} {path}: {error}") from error
 

@@ -1,7 +1,6 @@
 """--mode=train: train the first stage if the work directory has none, then the denoiser."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ from absl import logging
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, hosts, parallel
+from diffusion_jax import build, hosts, parallel, paths
 from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, weights
@@ -20,6 +19,7 @@ from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.interop import load_unet
 from diffusion_jax.model import DiffusionModel
+from diffusion_jax.paths import Path
 from diffusion_jax.training.loop import Task, check_division, check_resumed, fit, sigterm_raises_stopped
 
 ENCODE_BATCH = 64  # images in one call of the encoder
@@ -108,7 +108,7 @@ def _save_config(config: ConfigDict, workdir: Path) -> None:
     text = config.to_json_best_effort(indent=2) + "\n"
     hosts.check_same(text, "a config")
     if parallel.is_main():
-        (workdir / "config.json").write_text(text)
+        paths.write(workdir / "config.json", text)
 
 
 def _training_records(
@@ -145,6 +145,8 @@ def _training_records(
     records = source
     if is_cached:
         fields = {"latent": of_variants} | ({} if has_several_captions else {"cond": of_captions})
-        key = {"data": config.data.to_dict(), "size": model.size, **keys}
-        records = cached(source, workdir / "cache", key, fields, ENCODE_BATCH, build.data.variants(config, model.size))
+        data = {name: value for name, value in config.data.to_dict().items() if name != "cache"}
+        key = {"data": data, "size": model.size, **keys}
+        folder = build.data.cache_folder(config.data, workdir)
+        records = cached(source, folder, key, fields, ENCODE_BATCH, build.data.variants(config, model.size))
     return with_captions(records) if has_several_captions else records, to_training

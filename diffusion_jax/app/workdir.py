@@ -4,13 +4,12 @@ training at a time.
 
 import contextlib
 import fcntl
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from diffusion_jax import hosts, parallel
+from diffusion_jax import hosts, parallel, paths
+from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 
 SHARING = 10  # seconds after which all hosts see a file that one of them has written
 
@@ -18,18 +17,19 @@ SHARING = 10  # seconds after which all hosts see a file that one of them has wr
 def make_writable(folder: Path) -> None:
     """Create the folder. Raises OSError, naming it, if files cannot be written in it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        paths.try_writing(folder)
     except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): name another --workdir") from error
+        reason = error.strerror or first_line(error)
+        raise OSError(f"cannot write to {folder} ({reason}): name another --workdir") from error
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Lock the work directory within this context. The system releases the lock if the process dies.
 
-    Of several hosts the first locks it for all. Raises OSError, on every host, if it is not writable, if another
-    training has locked it, or if the hosts do not share it.
+    Of several hosts the first locks it for all. A bucket has no locks: there, trainings on this machine lock each other
+    out. Raises OSError, on every host, if it is not writable, if another training has locked it, or if the hosts do not
+    share it.
     """
     with contextlib.ExitStack() as stack:
         hosts.raise_together(_error_of(lambda: _lock(workdir, stack)))
@@ -55,7 +55,7 @@ def wait_for(path: Path, content: str | None = None) -> None:
 
 def _holds(path: Path, content: str | None) -> bool:
     try:
-        os.listdir(path.parent)  # makes a network file system look again
+        next(path.parent.iterdir(), None)  # makes a network file system look again
         return path.exists() if content is None else path.read_text() == content
     except OSError:
         return False
@@ -65,7 +65,9 @@ def _lock(workdir: Path, stack: contextlib.ExitStack) -> None:
     make_writable(workdir)
     if not parallel.is_main():
         return
-    lock = stack.enter_context((workdir / "lock").open("w"))
+    file = paths.beside(workdir, "lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context(file.open("w"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -76,7 +78,7 @@ def _check_shared(workdir: Path) -> None:
     """Host 0 writes a run file, with a name of this run, that every host must see."""
     run, file = hosts.token(), workdir / "run"
     if parallel.is_main():
-        file.write_text(run)
+        paths.write(file, run)
     hosts.raise_together(_error_of(lambda: wait_for(file, run)))
 
 

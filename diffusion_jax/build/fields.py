@@ -89,6 +89,9 @@ DATA = {
         (), each(text), "Emoji of source=emoji by name, or simple, everyday: lists of them; empty for all."
     ),
     "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
+    "cache": Field(
+        "", text, "A local folder for outputs of frozen networks; empty for WORKDIR/cache, on a bucket a local one."
+    ),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
     "random_crop": Field(False, flag, "Crop at a random place, else at the centre."),
     "crops": Field(4, whole(1), "Random crops of each image in the cache of latents."),

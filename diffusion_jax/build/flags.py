@@ -7,6 +7,7 @@ import traceback
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion_jax import paths
 from diffusion_jax.build import shipped
 
 CONFIG = ("--config", "-config")
@@ -49,7 +50,7 @@ def _with_found_config(argv: list[str]) -> list[str]:
 
     def with_found_file(value: str) -> str:
         file, colon, preset = value.partition(":")
-        found = shipped.find(file)
+        found = shipped.find(paths.local(file, "--config"))
         try:
             found.open().close()
         except OSError as error:

@@ -1,7 +1,6 @@
 """Config -> the model: network, codec, conditioning, schedule, parameterization, adapter."""
 
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning as conditionings
+from diffusion_jax import paths
 from diffusion_jax.build import shipped
 from diffusion_jax.build.agreement import check_network, check_updated
 from diffusion_jax.build.choice import choose
@@ -109,7 +109,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
     for file in config.loras:
         pipeline = merge_lora(pipeline, *_file_and_scale(file))
     for file in config.embeddings:
-        path, _, word = (file, "", "") if Path(file).is_file() or "@" not in file else file.rpartition("@")
+        path, _, word = (file, "", "") if paths.at(file).is_file() or "@" not in file else file.rpartition("@")
         pipeline = add_embeddings(pipeline, path, word, config.allow_pickle)
     return pipeline
 

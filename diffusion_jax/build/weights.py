@@ -1,7 +1,6 @@
 """The weights of a model: those of a run, or those that come with its config."""
 
 import json
-from pathlib import Path
 
 import jax
 from absl import logging
@@ -17,6 +16,7 @@ from diffusion_jax.interop import load_autoencoder, load_unet
 from diffusion_jax.interop.lora import DENOISER, load_lora, merge
 from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, network_of
+from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 

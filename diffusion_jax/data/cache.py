@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from diffusion_jax import paths
 from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.loader import Reader, stack
 from diffusion_jax.data.sources import Captions, Source
@@ -44,7 +45,7 @@ def cached(
     Raises ValueError if the source is empty or has no good record.
     """
     key = json.dumps({"source": source.name, "fields": sorted(fields), **key_parts}, sort_keys=True)
-    path = Path(folder) / hashlib.sha256(key.encode()).hexdigest()
+    path = paths.local(folder, "the folder of a cache") / hashlib.sha256(key.encode()).hexdigest()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix="building-", dir=path.parent))

@@ -7,13 +7,13 @@ which are not in the reference, and the ratio of the two: 1 is as good as real.
 import zipfile
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 
+from diffusion_jax import paths
 from diffusion_jax.evaluation.distances import (
     Estimate,
     Gaussian,
@@ -108,10 +108,8 @@ def save_reference(file: str | PathLike, network: str, real: Collected, indices:
     all_moments = total(real.moments)
     parts = {"mu": all_moments.mean, "sigma": all_moments.covariance, "features": real.features}
     details = {"network": network, "count": real.count, "indices": indices[: len(real.features)]}
-    partial = Path(f"{file}.partial")  # renamed when whole, so that an interruption leaves no broken file
-    with partial.open("wb") as out:
+    with paths.written(file) as unfinished, unfinished.open("wb") as out:
         np.savez(out, **parts, **{name: np.array(value) for name, value in details.items()})
-    partial.replace(file)
 
 
 def load_reference(file: str | PathLike, network: str, width: int | None = None) -> Reference:
@@ -122,7 +120,7 @@ def load_reference(file: str | PathLike, network: str, width: int | None = None)
     Raises ValueError for a file of another layout or another network, and FileNotFoundError.
     """
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with np.load(paths.fetched(file), allow_pickle=False) as archive:
             parts = {name: archive[name] for name in STATISTICS if name in archive}
     except FileNotFoundError:
         raise

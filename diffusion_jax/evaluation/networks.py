@@ -5,7 +5,6 @@ A distance is named after its network: FID is the Frechet distance in the featur
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from diffusion_jax import paths
 from diffusion_jax.codec import fingerprint
 from diffusion_jax.data.transforms import to_float
 from diffusion_jax.evaluation.batches import mapped
@@ -108,7 +108,7 @@ def _encoder(folder: str, allow_pickle: bool) -> FeatureNetwork:
         return {"features": encoder.apply(params, (pixels - jnp.array(loaded.mean)) / jnp.array(loaded.deviation))}
 
     network = _network(loaded.name, f"bicubic, antialiased, to {side} x {side}", loaded.params, apply)
-    reads_prompts = loaded.reads_text and any((Path(folder) / file).exists() for file in VOCABULARIES)
+    reads_prompts = loaded.reads_text and any((paths.at(folder) / file).exists() for file in VOCABULARIES)
     return network._replace(texts=_texts(folder, allow_pickle)) if reads_prompts else network
 
 

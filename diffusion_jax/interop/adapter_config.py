@@ -8,12 +8,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from diffusion_jax import paths
 from diffusion_jax.interop.tensors import read_json, read_metadata
 from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 
 HEADER = "lora_adapter_metadata"
 # Which maps are trained, how the factors began and how they were trained: the factors themselves tell the result.
@@ -62,7 +63,7 @@ def read_settings(path: str | Path, default_part: str) -> dict[str, Settings]:
     default_part: the part that settings without a part are for.
     Raises ValueError for settings that are malformed, unknown, or change the numbers in a way that is not supported.
     """
-    path = Path(path)
+    path = paths.at(path)
     beside, source = path.with_name("adapter_config.json"), path
     try:
         content = json.loads(read_metadata(path).get(HEADER) or "{}") if path.suffix == ".safetensors" else {}

@@ -10,7 +10,6 @@ as in diffusers; `prompts.spelled` puts them after their word.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,10 +18,12 @@ import numpy as np
 from jaxtyping import PyTree
 from tokenizers import AddedToken, Tokenizer
 
+from diffusion_jax import paths
 from diffusion_jax.interop.pickled import state_dict
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline
 from diffusion_jax.interop.tensors import read_file
 from diffusion_jax.models.text.clip import OLD_EOS
+from diffusion_jax.paths import Path
 
 TABLE = "token_embedding"  # module of a text encoder
 
@@ -37,7 +38,7 @@ def add_embeddings(
     Raises FileNotFoundError, and ValueError for a file without learned words, for words that exist already, and for
     vectors that a text encoder of the pipeline lacks or cannot read.
     """
-    family, path = pipeline.family, Path(path)
+    family, path = pipeline.family, paths.at(path)
     if len(pipeline.tokenizers) != len(pipeline.text_encoders) or not pipeline.tokenizers:
         raise ValueError(f"{path}: learned words need the tokenizers of the model; name a folder that has them")
     encoders = [name for name in family.tokenizers if name in pipeline.parts]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from diffusion_jax import paths
 from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.tensors import read_tensors, write_file, write_json
@@ -19,6 +19,7 @@ from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.text.encoder import TextEncoder, tokenize
 from diffusion_jax.models.text.t5 import T5Encoder
+from diffusion_jax.paths import Path
 
 WEIGHTS = "model"
 MODULES = {
@@ -90,7 +91,7 @@ def save_text_encoder(
     head = {"architectures": [class_name(encoder)], "model_type": kind}
     names = sorted({field.name for field in dataclasses.fields(encoder)} - {"parent", "name", "dtype"})
     fields = {name: getattr(encoder, name) for name in names if getattr(encoder, name) is not None}
-    folder = Path(folder)
+    folder = paths.at(folder)
     write_json(folder / "config.json", head | fields)
     write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)
 
@@ -153,7 +154,7 @@ def _clip_layer(module, layer, params, ids, mask):
 def _fingerprint(*folders):
     """SHA-256 of the files in these folders."""
     digest = hashlib.sha256()
-    for path in (path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_file()):
+    for path in (path for folder in folders for path in sorted(paths.fetched(folder).iterdir()) if path.is_file()):
         with open(path, "rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from diffusion_jax import paths
 from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
 from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import BLOCK_TYPES, UNet
+from diffusion_jax.paths import Path
 
 WEIGHTS = "diffusion_pytorch_model"
 # fields of our networks that say how to run them, not what they are
@@ -142,7 +143,7 @@ def save_autoencoder(
 
 def read_config(folder: str | Path) -> tuple[dict, Path]:
     """The content of a folder's config.json and its path."""
-    path = Path(folder) / "config.json"
+    path = paths.fetched(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the folder of one model, such as unet/ of a pipeline")
     return read_json(path), path
@@ -177,7 +178,7 @@ def _as_tuple(value):
 
 
 def _save(class_name, module, extra, variables, folder, dtype):
-    folder = Path(folder)
+    folder = paths.at(folder)
     names = {field.name for field in dataclasses.fields(module)} - RUNTIME_FIELDS - FOREIGN[class_name]
     fields = {name: getattr(module, name) for name in sorted(names)}
     if not fields.get("target_embedding"):

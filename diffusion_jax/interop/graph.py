@@ -1,10 +1,12 @@
 """Constants of a frozen TensorFlow graph (GraphDef, a .pb file), read without TensorFlow."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+
+from diffusion_jax import paths
+from diffusion_jax.paths import Path
 
 FLOAT = 1  # of tensorflow/core/framework/types.proto
 Field = descriptor_pb2.FieldDescriptorProto
@@ -47,7 +49,7 @@ def read_constants(path: str | Path) -> dict[str, np.ndarray]:
     """The float32 constants of a graph by name. Raises ValueError for a file that is no graph, FileNotFoundError."""
     graph = graph_message()()
     try:
-        graph.ParseFromString(Path(path).read_bytes())
+        graph.ParseFromString(paths.fetched(path).read_bytes())
     except message.DecodeError as error:
         raise ValueError(f"{path} is no frozen TensorFlow graph: {error}") from error
     tensors = {

@@ -1,12 +1,12 @@
 """The weights of FID's Inception-v3 from a file that the user names."""
 
-from pathlib import Path
-
 import numpy as np
 
+from diffusion_jax import paths
 from diffusion_jax.interop.graph import read_constants
 from diffusion_jax.interop.tensors import read_file
 from diffusion_jax.models.vision.inception import EPS
+from diffusion_jax.paths import Path
 
 FOLDERS = {  # of the TensorFlow graph -> block of torch-fidelity
     "mixed": "Mixed_5b", "mixed_1": "Mixed_5c", "mixed_2": "Mixed_5d", "mixed_3": "Mixed_6a", "mixed_4": "Mixed_6b",
@@ -37,7 +37,7 @@ def load_inception(path: str | Path, allow_pickle: bool = False) -> dict:
     allow_pickle: read a .pth file, of which only tensors are read.
     Raises FileNotFoundError, and ValueError for a file of another network.
     """
-    tensors = _graph_tensors(path) if Path(path).suffix == ".pb" else read_file(path, allow_pickle)
+    tensors = _graph_tensors(path) if paths.at(path).suffix == ".pb" else read_file(path, allow_pickle)
     names = sorted(name.removesuffix(".conv.weight") for name in tensors if name.endswith(".conv.weight"))
     if len(names) != 94 or "fc.weight" not in tensors:
         raise ValueError(

@@ -12,7 +12,6 @@ diffusers, peft and ComfyUI use dots, the last with the path of the original cod
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from diffusion_jax.interop.names import kernel_from_torch, kernel_to_torch, torc
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.tensors import read_file, write_file
 from diffusion_jax.interop.weight_updates import KINDS, Update, kind_of, rank_of, updated
+from diffusion_jax.paths import Path
 
 DENOISER = "unet"  # its name in files for models trained with this library
 _NAME = r"(?:\.[^.]+)?"  # peft's name of the adapter, such as "default", which diffusers leaves out

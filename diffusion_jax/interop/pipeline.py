@@ -9,8 +9,8 @@ for example:
     safety_checker/                               finds images that must not be shown
 """
 
+import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
+from diffusion_jax import paths
 from diffusion_jax.core import schedules
 from diffusion_jax.core.schedules import DiscreteSchedule
 from diffusion_jax.interop import families
@@ -31,7 +32,9 @@ from diffusion_jax.interop.single_file import read_checkpoint
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 
+LEVELS = 2  # of folders in a pipeline: itself, and those of its parts
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # names in diffusers and here
 
 
@@ -109,14 +112,14 @@ def load_pipeline(
     safety_checker: load that of a folder whose model_index.json names one.
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
-    path = Path(path)
+    path = paths.fetched(path, LEVELS)
     if prediction not in (None, *PREDICTIONS.values()):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
     family, networks, scheduler, index = _read(path, allow_pickle)
     if path.is_file() and family.single_file.ask and not (prediction or "prediction_type" in scheduler):
         raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
     schedule, default_prediction = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
-    folders = [Path(tokenizers or path) / folder for name, folder in family.tokenizers.items() if name in networks]
+    folders = [paths.at(tokenizers or path) / folder for name, folder in family.tokenizers.items() if name in networks]
     return PublishedPipeline(
         family=family,
         parts={
@@ -145,7 +148,7 @@ def _safety_checker(path: Path, family: Family, allow_pickle: bool) -> SafetyChe
 
 def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
     """Write a folder that `load_pipeline` and diffusers read. dtype: of the stored tensors."""
-    folder, family = Path(folder), pipeline.family
+    folder, family = paths.at(folder), pipeline.family
     fixed = family.index(pipeline.denoiser.module)
     index = {"_class_name": fixed["_class_name"], **pipeline.index} | {
         name: value for name, value in fixed.items() if name != "_class_name"
@@ -166,13 +169,13 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
 
 def family_of(path: str | Path, allow_pickle: bool = False) -> Family:
     """The family of a folder or file. Raises the errors of `load_pipeline`."""
-    path = Path(path)
+    path = paths.fetched(path, LEVELS)
     return read_checkpoint(path, allow_pickle).family if path.is_file() else _family_and_configs(path)[0]
 
 
 def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family, dict[str, Network]]:
     """The family of a folder or file, and its networks by part; text encoders may be missing."""
-    return _read(Path(path), allow_pickle)[:2]
+    return _read(paths.fetched(path, LEVELS), allow_pickle)[:2]
 
 
 def _read(path: Path, allow_pickle: bool) -> tuple[Family, dict[str, Network], Mapping, dict]:
@@ -270,9 +273,10 @@ def _is_used(entry):
 
 def _save_tokenizer(tokenizer, folder):
     """Write tokenizer.json, and vocab.json with merges.txt for readers that support only those."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save(f"{temporary}/tokenizer.json")
+        tokenizer.model.save(temporary)
+        paths.copy_into(folder, temporary)
     bos, eos, *_ = tokenizer.encode("").tokens
     roles = {"bos_token": bos, "eos_token": eos, "unk_token": tokenizer.model.unk_token}
     roles["pad_token"] = tokenizer.padding["pad_token"]

@@ -5,7 +5,6 @@ Its folder is that of diffusers' `StableDiffusionSafetyChecker`: config.json bes
 """
 
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from PIL import Image
 from diffusion_jax.interop.tensors import read_tensors
 from diffusion_jax.interop.vision import WEIGHTS, LoadedEncoder, load_image_encoder
 from diffusion_jax.models.vision.vision import ImageEncoder
+from diffusion_jax.paths import Path
 
 CARE = 0.01  # all thresholds are lowered by this for an image that needs special care
 TABLES = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")

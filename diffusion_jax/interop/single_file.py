@@ -1,11 +1,12 @@
 """Whole pipelines in one file, such as those of the original code of Stable Diffusion."""
 
-from pathlib import Path
 from typing import NamedTuple
 
+from diffusion_jax import paths
 from diffusion_jax.interop import families
 from diffusion_jax.interop.family import Config, Description, Family
 from diffusion_jax.interop.tensors import read_file, read_metadata
+from diffusion_jax.paths import Path
 
 
 class Checkpoint(NamedTuple):
@@ -23,7 +24,7 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     supported, and the errors of `read_file`.
     """
     tensors = read_file(path, allow_pickle)
-    header = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+    header = read_metadata(path) if paths.at(path).suffix == ".safetensors" else {}
     readable = [family for family in families.FAMILIES if family.single_file]
     for family in readable:
         try:

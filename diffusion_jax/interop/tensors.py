@@ -8,17 +8,18 @@ used, and a model is read one tensor at a time.
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from diffusion_jax import paths
 from diffusion_jax.interop.pickled import read_pickle, state_dict
 from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
@@ -38,7 +39,7 @@ def read_tensors(folder: str | Path, stem: str, allow_pickle: bool = False) -> t
     allow_pickle: read .bin files if there is no safetensors file, see `read_pickle`.
     Raises FileNotFoundError if weights or a shard are missing, and ValueError for malformed files.
     """
-    folder = Path(folder)
+    folder = paths.fetched(folder)
     for suffix, head in (("safetensors", stem), ("bin", "pytorch_model" if stem == "model" else stem)):
         for variant in ("", ".fp16", ".bf16"):
             path = folder / f"{head}{variant}.{suffix}"
@@ -58,7 +59,7 @@ def read_file(
     select: as in `read_pickle`.
     Raises FileNotFoundError, and ValueError for a malformed file or a pickle without allow_pickle.
     """
-    path = Path(path)
+    path = paths.fetched(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -75,7 +76,7 @@ def read_file(
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in the header of a .safetensors file. Raises ValueError if it is malformed."""
-    return _read_header(Path(path))[1]
+    return _read_header(paths.fetched(path))[1]
 
 
 def write_file(
@@ -84,27 +85,23 @@ def write_file(
     dtype: DTypeLike | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors, sorted by name, as .safetensors. Writes one at a time to a temporary file, then renames it.
+    """Write tensors, sorted by name, as .safetensors. Writes one at a time, and the file appears when it is
+    whole.
 
     dtype: of the stored floating-point tensors. None keeps the dtype of each.
     metadata: free texts for the header.
     """
-    path, header, end = Path(path), {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     stored = {name: _stored_dtype(tensors[name], dtype) for name in sorted(tensors)}
     for name, kind in stored.items():
         begin, end = end, end + math.prod(np.shape(tensors[name])) * kind.itemsize
         header[name] = {"dtype": CODES[kind], "shape": list(np.shape(tensors[name])), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, kind in stored.items():
-                file.write(np.asarray(tensors[name]).astype(kind, copy=False).tobytes())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with paths.written(path) as unfinished, open(unfinished, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, kind in stored.items():
+            file.write(np.asarray(tensors[name]).astype(kind, copy=False).tobytes())
 
 
 def release(tensor: np.ndarray) -> None:
@@ -125,7 +122,7 @@ def release(tensor: np.ndarray) -> None:
 
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError without a file, and ValueError for other content."""
-    path = Path(path)
+    path = paths.at(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -138,12 +135,10 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_json(path: str | Path, content: Mapping) -> None:
-    """Write a JSON object for `read_json`, to a temporary file that is then renamed. Creates parent folders."""
-    path = Path(path)
+    """Write a JSON object for `read_json`. Creates parent folders."""
+    path = paths.at(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
+    paths.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def _stored_dtype(tensor, dtype):
@@ -214,7 +209,7 @@ def _read_shards(index, allow_pickle):
         raise ValueError(f"{index}: expected a weight_map from each tensor's name to its file")
     tensors = {}
     for shard in sorted(set(weight_map.values())):
-        if shard != Path(shard).name or "\\" in shard:
+        if shard != PurePath(shard).name or "\\" in shard:
             raise ValueError(f"{index}: expected the names of files beside it, got {shard!r}")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index.parent / shard}: no such file, but {index.name} names it; download it too")

@@ -1,13 +1,14 @@
 """Tokenizers of CLIP and T5 from the tokenizer folder of a checkpoint."""
 
 import itertools
-from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from diffusion_jax import paths
 from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 
 # Special tokens that transformers uses if a folder does not name them.
 CLIP_ROLES = {
@@ -36,7 +37,7 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     length: None is model_max_length of tokenizer_config.json, else 77 for CLIP and 512 for T5.
     Raises FileNotFoundError for a folder without a tokenizer, and ValueError for malformed files or too small a length.
     """
-    folder = Path(folder)
+    folder = paths.fetched(folder)
     settings = _settings(folder)
     try:
         tokenizer, roles, default_length = _build(folder, settings)

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from diffusion_jax import paths
 from diffusion_jax.interop.family import Component
 from diffusion_jax.interop.names import differences, from_torch, torch_name
 from diffusion_jax.interop.pipeline import Network, read_networks
@@ -48,10 +49,11 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m diffusion_jax.interop.verify FOLDER", file=sys.stderr)
         return 2
-    path, fits = Path(arguments[0]), True
+    fits = True
     try:
+        path = paths.fetched(arguments[0], LEVELS)
         family, networks = read_networks(path)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     compare = path.is_dir() and all(map(find_spec, PEER_PACKAGES))

@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
 
+from diffusion_jax import paths
 from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors
 from diffusion_jax.models.vision.vision import ImageEncoder
+from diffusion_jax.paths import Path
 
 WEIGHTS = "model"
 CLIP, DINO, SAFETY = "CLIPVisionModelWithProjection", "Dinov2Model", "StableDiffusionSafetyChecker"
@@ -76,7 +77,7 @@ def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> Loaded
         }
     encoder, like = module_and_shapes(ImageEncoder, fields, source, lambda encoder: encoder.example_inputs())
     family = "DINOv2" if name == DINO else "CLIP"
-    preprocessor = Path(folder) / "preprocessor_config.json"
+    preprocessor = paths.at(folder) / "preprocessor_config.json"
     preprocessing = read_json(preprocessor) if preprocessor.exists() else {}
     mean, deviation = (
         tuple(preprocessing.get(field, usual))

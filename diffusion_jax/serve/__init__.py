@@ -3,14 +3,15 @@
 import functools
 import ipaddress
 import socket
-from pathlib import Path
 from urllib.parse import quote
 
 import uvicorn
 from absl import logging
 from ml_collections import ConfigDict
 
+from diffusion_jax import paths
 from diffusion_jax.build import fields
+from diffusion_jax.paths import Path
 from diffusion_jax.serve import connections, worker
 from diffusion_jax.serve.engine import Engine
 from diffusion_jax.serve.server import application
@@ -67,7 +68,7 @@ def _token(file: str) -> str:
     if not file:
         return ""
     try:
-        token = Path(file).read_text(encoding="utf-8").strip()
+        token = paths.local(file, "config.serve.token_file").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config.serve.token_file: expected a file of text, got {file} ({error})") from error
     if not token or not token.isascii() or not token.isprintable():

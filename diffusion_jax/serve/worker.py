@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
@@ -20,13 +19,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, parallel
+from diffusion_jax import build, parallel, paths
 from diffusion_jax.build import weights
 from diffusion_jax.compilation import configure
 from diffusion_jax.core.solvers import SPACINGS
 from diffusion_jax.data.transforms import to_uint8
 from diffusion_jax.messages import one_line
 from diffusion_jax.model import DiffusionModel
+from diffusion_jax.paths import Path
 from diffusion_jax.pipelines.generate import Callback, decode
 from diffusion_jax.serve import sizes
 from diffusion_jax.serve.drawing import (
@@ -168,7 +168,7 @@ def _student(loaded: Loaded, workdir: Path) -> Loaded | None:
     """The model of serve.live_weights, if it was distilled from this one."""
     folder = loaded.config.serve.live_weights
     config = weights.load_config(folder) if folder else None
-    if config is None or Path(config.get("teacher", "")) not in (Path(loaded.origin), workdir):
+    if config is None or paths.at(config.get("teacher", "")) not in (paths.at(loaded.origin), workdir):
         return None
     return Loaded(config, weights.load_model(folder, loaded.model.size, teacher=loaded.model), folder)
 
@@ -178,7 +178,7 @@ def facts(loaded: Loaded) -> Facts:
     config, model = loaded.config, loaded.model
     schedule, serve = model.schedule, config.serve
     weights, comma, step = loaded.origin.partition(",")
-    folder = Path(weights).parent if comma else Path(weights)  # RUN/checkpoints, step 20, averaged
+    folder = paths.at(weights).parent if comma else paths.at(weights)  # RUN/checkpoints, step 20, averaged
     t = np.linspace(schedule.t_min, schedule.t_max, CURVE)
     solvers = usable_solvers(config, model)
     further = _further_sizes(model, serve.get("sizes", ()))

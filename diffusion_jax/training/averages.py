@@ -7,7 +7,6 @@ they come too far from is refused.
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,9 @@ from jax.tree_util import keystr
 from jaxtyping import Array, Float, Int, PyTree
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
+from diffusion_jax import paths
+from diffusion_jax.paths import Path
 
 LENGTHS = (0.05, 0.10)  # of the averages kept, as `exponent` takes them
 LONGEST = 0.28  # near 1 / sqrt(12), the deviation of a flat average
@@ -58,9 +60,8 @@ def save(folder: Path, step: int, averages: dict[str, PyTree]) -> None:
         for name, tree in averages.items()
         for path, leaf in _flat_leaves(tree)
     }
-    partial = folder / f"{step}.partial"
-    save_file(flat, partial)
-    partial.rename(folder / f"{step}.safetensors")
+    with paths.written(folder / f"{step}.safetensors") as file:
+        save_file(flat, file)
 
 
 def steps(folder: Path) -> list[int]:
@@ -162,7 +163,7 @@ def _flat_leaves(tree: PyTree) -> list[tuple[str, Any]]:
 
 def _read(file: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     try:
-        tensors = load_file(file)
+        tensors = load_file(paths.fetched(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}; remove it") from error
     for path, leaf in like.items():

@@ -1,8 +1,7 @@
 """Checkpoints with Orbax: the whole training state, so that a run resumes exactly."""
 
-import shutil
+import pathlib
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,9 @@ from absl import logging
 from jax.tree_util import keystr
 from jaxtyping import PyTree
 
-from diffusion_jax import hosts, parallel
+from diffusion_jax import hosts, parallel, paths
 from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
 from diffusion_jax.training.step import TrainState
 
 ARRAY_DESCRIPTION = 2048  # upper estimate of the bytes of metadata that Orbax writes for an array
@@ -22,7 +22,7 @@ PROBE = 1 << 26  # bytes written to measure the speed of the disk
 QUICK = 1 << 30  # bytes of a state that any disk takes in time
 
 # Orbax logs each error with its traceback and raises it as well. What it raises is told here in one line.
-_ORBAX = str(Path(ocp.__file__).parent)
+_ORBAX = str(pathlib.Path(ocp.__file__).parent)
 logging.get_absl_logger().addFilter(lambda record: not record.pathname.startswith(_ORBAX))
 
 
@@ -35,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 0):
-        self.folder, self._saving = Path(folder).absolute(), keep > 0
+        self.folder, self._saving = paths.absolute(folder), keep > 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
             create=self._saving,
@@ -119,7 +119,7 @@ class Checkpoints:
         return OSError(f"could not save step {step} to {self.folder}: {reason}; {earlier}")
 
     def _check_free_space(self, state: TrainState) -> None:
-        need, free = _bytes(state), shutil.disk_usage(self.folder).free
+        need, free = _bytes(state), paths.free_space(self.folder)
         if free < need:
             raise OSError(f"no space left on the disk, {need / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
 

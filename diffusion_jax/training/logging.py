@@ -2,14 +2,14 @@
 
 import json
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
-from diffusion_jax import parallel
+from diffusion_jax import parallel, paths
 from diffusion_jax.messages import Progress, as_json
+from diffusion_jax.paths import Path
 
 
 class RunLog:
@@ -24,11 +24,10 @@ class RunLog:
         self._progress = Progress(name, steps, "step", start, shown=self._main)
         self._folder = workdir / "samples"
         if self._main:
-            from tensorboardX import SummaryWriter  # imports torch too, where it is installed: seconds
-
             workdir.mkdir(parents=True, exist_ok=True)
-            self._lines = _reopen(workdir / "metrics.jsonl", start)
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._spool, self._num_boards = paths.Spool(workdir), 0
+            self._lines = _reopen(workdir / "metrics.jsonl", self._spool.folder / "metrics.jsonl", start)
+            self._board = self._new_board(purge_step=start + 1)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -38,6 +37,24 @@ class RunLog:
         if self._main:
             self._lines.close()
             self._board.close()
+            self._spool.close()
+
+    def publish(self) -> None:
+        """Bring the log into a work directory in a bucket; a local one has it already.
+
+        `metrics.jsonl` is written anew, and TensorBoard gets another file.
+        """
+        if self._main and self._spool.is_apart:
+            self._board.close()
+            self._spool.publish()
+            self._board = self._new_board()
+
+    def _new_board(self, purge_step: int | None = None):
+        from tensorboardX import SummaryWriter  # imports torch too, where it is installed: seconds
+
+        self._num_boards += 1
+        suffix = f".{self._num_boards:06d}" if self._num_boards > 1 else ""  # TensorBoard reads files in this order
+        return SummaryWriter(str(self._spool.folder / "tensorboard"), purge_step=purge_step, filename_suffix=suffix)
 
     def step(self, metrics: dict) -> None:
         """Record one more step.
@@ -72,12 +89,17 @@ class RunLog:
         """Save an (H, W, 3) uint8 picture of samples as a file and in TensorBoard."""
         if self._main:
             self._folder.mkdir(exist_ok=True)
-            Image.fromarray(image).save(self._folder / f"step_{step:07d}.png")
+            with paths.written(self._folder / f"step_{step:07d}.png") as file:
+                Image.fromarray(image).save(file, "PNG")
             self._board.add_image("samples", image, step, dataformats="HWC")
 
 
-def _reopen(path: Path, start: int):
-    """Open for appending. Drop the lines of steps after the last checkpoint of a killed run."""
+def _reopen(path: Path, spooled: Path, start: int):
+    """Open for appending. Drop the lines of steps after the last checkpoint of a killed run.
+
+    path: the lines so far.
+    spooled: where to append, the same unless that is in a bucket.
+    """
     kept_lines = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -86,7 +108,5 @@ def _reopen(path: Path, start: int):
                     kept_lines.append(line + "\n")
             except json.JSONDecodeError:  # the run was killed while writing this line
                 break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept_lines))
-    temporary.replace(path)  # atomic: a kill here loses nothing
-    return path.open("a")
+    paths.write(spooled, "".join(kept_lines))  # in one step: a kill here loses nothing
+    return spooled.open("a")

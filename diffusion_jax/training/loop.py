@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from diffusion_jax import hosts, parallel
+from diffusion_jax import hosts, parallel, paths
+from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
@@ -62,7 +62,7 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
     Raises Stopped after SIGTERM or Ctrl-C, and Diverged after max_bad_steps updates in a row that were not finite. The
     last checkpoint is good in both cases.
     """
-    workdir = Path(workdir)
+    workdir = paths.at(workdir)
     check_division(train)
     strategy = parallel.strategy(train.parallel)
 
@@ -104,6 +104,7 @@ def _steps(
             if last:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
+                log.publish()  # first, so that the log has all steps of a checkpoint
                 checkpoints.save(state)
                 kept_averages = parallel.to_host(state.averages)
                 if kept_averages and parallel.is_main():
