@@ -1,6 +1,8 @@
 """A bucket on this machine: gcp-storage-emulator, of which requests can be made to fail.
 
-It speaks the JSON API of Google Cloud Storage, which gcsfs (files) and tensorstore (arrays of checkpoints) use.
+It speaks the JSON API of Google Cloud Storage, which gcsfs (files) and tensorstore (arrays of checkpoints) use. What it
+lacks of this API, and tensorstore needs, is added here: requests on the condition that an object has, or has not, a
+generation.
 """
 
 import contextlib
@@ -9,12 +11,14 @@ import http.server
 import logging
 import threading
 from collections.abc import Iterator
+from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
 
+from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
@@ -59,20 +63,44 @@ class _Server(http.server.HTTPServer):
 
 
 class _Handler(RequestHandler):
-    def __init__(self, bucket: Bucket, *arguments):
-        self.bucket = bucket
-        super().__init__(*arguments)
+    def __init__(self, bucket: Bucket, storage: Storage, *connection):
+        self.bucket, self.generation = bucket, ""
+        super().__init__(storage, *connection)
 
     def parse_request(self) -> bool:
-        if not super().parse_request() or not self.bucket.fails(self.command, self.path):
-            return bool(self.command)
-        self.bucket.num_failed += 1
+        if not super().parse_request():
+            return False
+        if self.bucket.fails(self.command, self.path):
+            self.bucket.num_failed += 1
+            return self._refuse(503, UNAVAILABLE)
+        url = urlparse(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if query.get("alt") == "media" or query.get("uploadType") == "media":
+            self.generation = self._generation(query.get("name") or unquote(url.path.rpartition("/o/")[2]))
+            if query.get("ifGenerationNotMatch") == self.generation:
+                return self._refuse(304)
+            if query.get("ifGenerationMatch", self.generation) != self.generation:
+                return self._refuse(412)
+        return True
+
+    def _generation(self, name: str) -> str:
+        try:
+            return self.storage.get_file_obj(ROOT.removeprefix(paths.SCHEME), name)["generation"]
+        except NotFound:
+            return "0"
+
+    def _refuse(self, status: int, body: bytes = b"") -> bool:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(503)
-        self.send_header("Content-Length", str(len(UNAVAILABLE)))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(UNAVAILABLE)
+        self.wfile.write(body)
         return False
+
+    def end_headers(self) -> None:
+        if self.command == "GET" and self.generation:
+            self.send_header("x-goog-generation", self.generation)
+        super().end_headers()
 
     def log_message(self, *_) -> None:
         pass

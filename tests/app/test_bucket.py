@@ -10,8 +10,9 @@ from PIL import Image
 from diffusion_jax import paths
 from diffusion_jax.build.weights import load_model
 from tests import command_line
-from tests.test_main import TINY, TWO_STAGES
+from tests.test_main import TINY, TWO_STAGES, finish, start
 
+HOME = "home/.cache/diffusion_jax"
 RUN = "gs://experiments/run"
 SHORT = ["--config.autoencoder.train.steps=2", "--config.train.post_hoc", "--config.train.checkpoint_every=2"]
 EVAL = ["--config.eval.images=2", "--config.eval.steps=1", "--config.eval.terms=2", "--config.eval.batch_size=2"]
@@ -21,7 +22,7 @@ EVAL = ["--config.eval.images=2", "--config.eval.steps=1", "--config.eval.terms=
 def gcs(tmp_path):
     from tests import bucket  # skips these tests without gcsfs and the emulator
 
-    with bucket.running(tmp_path / "home") as running:
+    with bucket.running(tmp_path / HOME) as running:
         yield running
 
 
@@ -29,13 +30,15 @@ def gcs(tmp_path):
 def test_a_run_lives_in_a_bucket_from_its_first_stage_to_its_export(gcs, tmp_path):
     (tmp_path / "two_stages.py").write_text(TWO_STAGES)
     base = [f"--config={tmp_path}/two_stages.py", f"--workdir={RUN}", *SHORT]
-    workdir, cache = paths.at(RUN), tmp_path / "home" / "buckets" / "experiments" / "run"
+    workdir, cache = paths.at(RUN), tmp_path / HOME / "buckets" / "experiments" / "run"
 
-    said = command_line.succeed(*base, "--mode=train", cwd=tmp_path)
-    assert f"caching in {cache / 'cache'} (config.data.cache names another folder)" in said
-    assert f"going on from step 2 of {RUN}/checkpoints" in command_line.succeed(
-        *base, "--mode=train", "--config.train.steps=4", cwd=tmp_path
-    )
+    def train(*flags) -> str:
+        status, stderr = finish(start("--mode=train", *flags, base=base, cwd=tmp_path, HOME=str(tmp_path / "home")))
+        assert status == 0, stderr
+        return stderr
+
+    assert f"caching in {cache / 'cache'} (config.data.cache names another folder)" in train()
+    assert f"going on from step 2 of {RUN}/checkpoints" in train("--config.train.steps=4")
     assert sorted(path.name for path in workdir.iterdir()) == [
         *("autoencoder", "averages", "checkpoints", "config.json", "metrics.jsonl", "samples", "tensorboard")
     ]
