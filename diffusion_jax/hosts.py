@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jaxlib import utils
 
 from diffusion_jax import parallel
-from diffusion_jax.messages import first_line
+from diffusion_jax.messages import Progress, first_line
 
 HEARTBEAT = 30  # seconds of silence after which a host counts as dead
 SHUTDOWN = 15  # seconds that hosts wait for one another at the end, after they have met
@@ -180,5 +180,6 @@ def _end_with(message: str, status: int = ERROR) -> None:
 def _at_abort(_: int) -> None:
     message, status = _last_words
     if message:
-        os.write(2, f"error: {message}\n".encode())
+        line_end = "\n" if Progress.on_screen else ""
+        os.write(2, f"{line_end}error: {message}\n".encode())
     os._exit(status)

@@ -38,10 +38,14 @@ class Progress:
     total: what is to do, None if that is not known.
     start: what is done already.
     shown: False for no bar.
+    on_screen: how many bars are drawn now, without an end of line. What is printed past them begins with one.
     """
 
+    on_screen = 0
+
     def __init__(self, name: str, total: int | None, unit: str, start: int = 0, shown: bool = True):
-        self._name, self._compiling = name, True
+        self._name, self._compiling, self._shown = name, True, shown
+        Progress.on_screen += shown
         self._bar = tqdm(
             desc=f"{name}, compiling",
             total=total,
@@ -59,6 +63,8 @@ class Progress:
         self.close()
 
     def close(self) -> None:
+        Progress.on_screen -= self._shown
+        self._shown = False
         self._bar.close()
 
     @property

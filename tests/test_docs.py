@@ -88,6 +88,14 @@ def test_every_command_has_a_quick_form(place, tmp_path):
     assert succeeded, f"{place}: {output}"
 
 
+def test_every_test_that_the_table_of_faults_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    written = set(
+        re.findall(r"(?m)^def (test_\w+)", "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py")))
+    )
+    assert len(named) > 15 and named <= written
+
+
 def test_a_command_without_a_quick_form_is_named(tmp_path):
     succeeded, output = quick_forms_of("pip install x && make docs\npip install y\n", tmp_path)
     assert not succeeded and "no quick form for: make docs\nAdd what makes it end in seconds to QUICK" in output
