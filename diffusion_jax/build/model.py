@@ -91,7 +91,7 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 
 
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
-    """The checkpoint of a config with the LoRAs and the learned words it names.
+    """The checkpoint of a config with the LoRAs, the learned words and the layers of its text encoder that it names.
 
     training: float32 variables, unless only a LoRA is trained.
     """
@@ -111,7 +111,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
     for file in config.embeddings:
         path, _, word = (file, "", "") if Path(file).is_file() or "@" not in file else file.rpartition("@")
         pipeline = add_embeddings(pipeline, path, word, config.allow_pickle)
-    return pipeline
+    return pipeline.with_clip_skip(config.clip_skip)
 
 
 def _file_and_scale(file: str) -> tuple[str, float]:

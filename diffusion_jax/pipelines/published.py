@@ -89,7 +89,7 @@ def _check(published: PublishedPipeline) -> None:
     if len(published.tokenizers) != len(published.text_encoders) or not published.tokenizers:
         raise ValueError(
             f"expected a tokenizer for each of {len(published.text_encoders)} text encoders, got "
-            f"{len(published.tokenizers)}; name a folder that has them as `tokenizers` of load_pipeline"
+            f"{len(published.tokenizers)}; name a folder that has them as `tokenizers`"
         )
     mismatch = family.fits(published.denoiser.module, published.autoencoder.module)
     if mismatch:

@@ -152,6 +152,17 @@ def test_a_wrong_scheduler_is_one_line(config, message):
     assert "\n" not in str(raised.value)
 
 
+def test_eps_that_begins_at_pure_noise_is_one_line(tmp_path):
+    """Of a folder, and of a file with the marker of zero terminal SNR alone. It may predict v."""
+    save_pipeline(our_pipeline(schedule=schedules.zero_terminal_snr(schedules.scaled_linear())), tmp_path / "folder")
+    held = test_single_file.checkpoint("sd1")[0] | {"ztsnr": test_single_file.EMPTY}
+    write_file(tmp_path / "file.safetensors", held)
+    for name in ("folder", "file.safetensors"):
+        with pytest.raises(ValueError, match=r"pure noise \(zero terminal SNR\), where eps .* set prediction to that"):
+            load_pipeline(tmp_path / name)
+    assert load_pipeline(tmp_path / "folder", prediction="v").prediction == "v"
+
+
 @pytest.mark.parametrize("missing", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
 def test_a_missing_file_is_named(missing, tmp_path):
     save_pipeline(our_pipeline(), tmp_path)
@@ -318,7 +329,8 @@ def saved(vocabulary, tmp_path_factory):
     def loaded(kind, prediction=None):
         path = tmp_path_factory.mktemp(kind)
         published(kind, vocabulary, path)
-        pipeline = load_pipeline(path, prediction=prediction)
+        pipeline = load_pipeline(path)
+        pipeline = pipeline._replace(prediction=prediction or pipeline.prediction)
         return path, pipeline, from_published(pipeline, size=(8, 8))
 
     return loaded
@@ -333,6 +345,29 @@ def test_a_model_of_another_size_is_that_loaded_for_it(kind, saved):
     jax.tree.map(np.testing.assert_array_equal, *conditions)
     with pytest.raises(ValueError, match="must be multiples of"):
         model.resized((9, 8))
+
+
+def test_clip_skip_is_that_of_the_peer(saved, tmp_path):
+    """The final norm after an earlier layer; a saved pipeline has the layers that are left."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    path, pipeline, _ = saved("sd")
+    encoder = transformers.CLIPTextModel.from_pretrained(path / "text_encoder")
+    ids = np.array([encoding.ids for encoding in pipeline.tokenizers[0].encode_batch(PROMPTS)])
+    with torch.no_grad():
+        states = encoder(torch.tensor(ids), output_hidden_states=True).hidden_states
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        expected = norm(states[-2]).numpy()
+    save_pipeline(pipeline.with_clip_skip(1), tmp_path)
+    for cut in (pipeline.with_clip_skip(1), load_pipeline(tmp_path)):
+        module, params = cut.text_encoders[0]
+        assert module.num_hidden_layers == 1
+        np.testing.assert_allclose(module.apply(params, jnp.asarray(ids)).last_hidden_state, expected, atol=2e-5)
+    assert pipeline.with_clip_skip(0) is pipeline
+    for layers in (-1, 2):
+        with pytest.raises(ValueError, match=f"clip_skip: expected 0 to 1, got {layers}"):
+            pipeline.with_clip_skip(layers)
+    with pytest.raises(ValueError, match="clip_skip: Stable Diffusion XL has no choice of the text encoders' layer"):
+        pipeline._replace(family=stable_diffusion_xl.FAMILY).with_clip_skip(1)
 
 
 def drawn_by(model, keys, numbers):
