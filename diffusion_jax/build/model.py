@@ -107,7 +107,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
         config.safety_checker and not training,
     )
     for file in config.loras:
-        pipeline = merge_lora(pipeline, *_file_and_scale(file))
+        pipeline = merge_lora(pipeline, *_file_and_scale(file), config.allow_pickle)
     for file in config.embeddings:
         path, _, word = (file, "", "") if Path(file).is_file() or "@" not in file else file.rpartition("@")
         pipeline = add_embeddings(pipeline, path, word, config.allow_pickle)

@@ -70,18 +70,21 @@ OTHERS = {
 }
 
 
-def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> dict[str, dict[str, Update]]:
-    """The updates of a .safetensors file by part, such as "unet" and "text_encoder", and map.
+def load_lora(
+    path: str | Path, pipeline: PublishedPipeline | None = None, allow_pickle: bool = False
+) -> dict[str, dict[str, Update]]:
+    """The updates of a file by part, such as "unet" and "text_encoder", and map.
 
     A map is named by its path joined with underscores, because the names in every file can be converted to that.
     pipeline: its family says how names in the file are read. None for a model trained with this library.
+    allow_pickle: see `read_file`.
     Raises ValueError for tensors of another kind or with values that are not finite, for incomplete updates and for
     settings that are not supported.
     """
     roles_by_place: dict[tuple[str, str], dict] = {}
     names = {}  # place -> path with dots, where the file has dots
     settings = read_settings(path, pipeline.family.denoiser if pipeline else DENOISER)
-    tensors = read_file(path)
+    tensors = read_file(path, allow_pickle)
     _refuse_others(path, tensors)
     for name, tensor in tensors.items():
         check_finite(name, tensor, path)
@@ -122,13 +125,16 @@ def save_lora(
     write_file(path, tensors, dtype)
 
 
-def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0) -> PublishedPipeline:
+def merge_lora(
+    pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0, allow_pickle: bool = False
+) -> PublishedPipeline:
     """The pipeline with the updates of a file in its weights.
 
     scale: factor of the updates. -1 removes those of scale 1 again, except of DoRA, which also sets lengths.
+    allow_pickle: see `read_file`.
     Raises ValueError for updates of unknown maps or of another shape, and the errors of `load_lora`.
     """
-    updates = load_lora(path, pipeline)
+    updates = load_lora(path, pipeline, allow_pickle)
     unknown = updates.keys() - pipeline.parts.keys()
     if unknown:
         raise ValueError(f"{path} updates {', '.join(sorted(unknown))}, which this pipeline does not have")

@@ -68,6 +68,9 @@ def with_defaults(config: Mapping) -> dict:
     name = config.get("_class_name")
     for field, default in (DEFAULTS | BETAS | {"_class_name": "", "num_train_timesteps": 1000}).items():
         _check_type(field, config.get(field, default), default)
+    for field, default in OPTIONAL.items():
+        if config.get(field) is not None:
+            _check_type(field, config[field], default)
     if name in SCHEDULERS:
         return {"beta_schedule": "linear", **BETAS, **SCHEDULERS[name].defaults, **config}
     return {**BETAS, **config}
@@ -276,10 +279,12 @@ DEFAULTS = {
     "original_inference_steps": 50, "timestep_scaling": 10.0, "lambda_min_clipped": -np.inf,
     "algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True,
 }
+FLAGS = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr"]
+OPTIONAL = {"sigma_min": 0.0, "sigma_max": 0.0} | dict.fromkeys(FLAGS, False)  # may be null
 SUPPORTED = {
     "thresholding": (False,), "use_flow_sigmas": (False,), "clip_sample": (False,), "euler_at_final": (False,),
     "interpolation_type": ("linear",), "timestep_type": ("discrete",), "predict_x0": (True,),
-    "disable_corrector": ([],), "solver_p": (None,),
+    "disable_corrector": ([],), "solver_p": (None,), "final_sigmas_type": ("zero", "sigma_min"),
 }
 SPACED = "timestep_spacing steps_offset"
 RAMPS = f"{SPACED} use_karras_sigmas use_exponential_sigmas use_beta_sigmas sigma_min sigma_max"

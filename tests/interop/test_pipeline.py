@@ -24,7 +24,7 @@ from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import from_noise, text_to_image
 from diffusion_jax.pipelines.inpaint import inpainting_condition
-from diffusion_jax.pipelines.published import from_published, generator, published_times, sampler
+from diffusion_jax.pipelines.published import _own_size, from_published, generator, published_times, sampler
 from tests.interop import test_single_file
 
 UNET = {
@@ -142,7 +142,16 @@ def test_schedules_are_those_of_the_peer(config):
         ({"beta_schedule": "sigmoid"}, "'sigmoid' is unknown"),
         ({"beta_schedule": "linear", "prediction_type": "flow"}, "'flow' is unknown"),
         ({"beta_schedule": "linear", "beta_end": 2.0}, "betas must be one row of values inside"),
-        ({"beta_schedule": "linear", "num_train_timesteps": "many"}, "no noise schedule can be made from it"),
+        (
+            {"beta_schedule": "linear", "num_train_timesteps": "many"},
+            "no noise schedule can be made from it: num_train_timesteps: expected a number, got 'many'",
+        ),
+        ({"steps_offset": None}, "steps_offset: expected a number, got None"),
+        ({"beta_start": float("nan")}, "beta_start: expected a number, got nan"),
+        ({"_class_name": ["DDIMScheduler"]}, r"_class_name: expected a name, got \['DDIMScheduler'\]"),
+        ({"set_alpha_to_one": "false"}, "set_alpha_to_one: expected true or false, got 'false'"),
+        ({"use_karras_sigmas": "no"}, "use_karras_sigmas: expected true or false, got 'no'"),
+        ({"sigma_max": "high"}, "sigma_max: expected a number, got 'high'"),
     ],
 )
 def test_a_wrong_scheduler_is_one_line(config, message):
@@ -430,6 +439,17 @@ def test_a_latent_consistency_model_is_that_of_the_peer(vocabulary, tmp_path):
         theirs = whole(PROMPTS[:2], **options, latents=drawn_by(model, keys, iter([0]))()).images
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-3)
     assert np.std(theirs) > 0.1 and not np.allclose(ours, other, atol=1e-2)
+
+
+@pytest.mark.parametrize(("sample_size", "size"), [(4, [32, 32]), ((4, 6), [32, 48]), ([2, 3], [16, 24])])
+def test_the_own_size_of_a_model(sample_size, size):
+    assert _own_size(sample_size, 8) == size
+
+
+@pytest.mark.parametrize("sample_size", [None, "big", 0, -1, 2.5, (1, 2, 3)])
+def test_a_model_without_a_size_needs_one(sample_size):
+    with pytest.raises(ValueError, match=r"sample_size=.*, not the size of its images: set height and width"):
+        _own_size(sample_size, 8)
 
 
 def test_a_model_without_tokenizers_is_refused():

@@ -272,6 +272,17 @@ def test_lengths(pieces, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [{"model_max_length": None}, {"model_max_length": "long"}, {"eos_token": 5}, {"added_tokens_decoder": None}],
+)
+def test_settings_of_another_type_are_one_line(config, pieces, tmp_path):
+    folder = write_folder(tmp_path / "t5", None, config, **{"spiece.model": pieces})
+    with pytest.raises(ValueError, match="expected the files of a CLIP or T5 tokenizer, but") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"tokenizer.json": "{}"}, "malformed|expected the files of a CLIP or T5 tokenizer"),

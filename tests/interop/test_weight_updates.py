@@ -82,6 +82,19 @@ def test_settings_in_a_file_beside(tmp_path):
     np.testing.assert_allclose(updated(numbers(0, *LINEAR), update, 1.0), merged, rtol=1e-5, atol=1e-6)
 
 
+def test_pickles_are_read_if_they_are_allowed(tmp_path):
+    """As older versions of diffusers and peft write them."""
+    torch = pytest.importorskip("torch")
+    held = {name: torch.tensor(tensor) for name, tensor in LORA.items()}
+    torch.save(held, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6}))
+    update = load_lora(tmp_path / "adapter_model.bin", allow_pickle=True)["unet"]["map"]
+    expected = 3 * LORA["map.lora_B.weight"] @ LORA["map.lora_A.weight"]
+    np.testing.assert_allclose(updated(np.zeros(LINEAR, np.float32), update, 1.0), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"is a pickle, .* set allow_pickle"):
+        load_lora(tmp_path / "adapter_model.bin")
+
+
 def test_a_tucker_core_is_three_convolutions(tmp_path):
     torch = pytest.importorskip("torch")
     down, mid, up = numbers(1, 4, 8, 1, 1), numbers(2, 4, 4, 3, 3), numbers(3, 12, 4, 1, 1)
