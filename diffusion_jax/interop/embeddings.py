@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import PyTree
 from tokenizers import AddedToken, Tokenizer
 
-from diffusion_jax.interop.families import FAMILIES
+from diffusion_jax.interop import families
+from diffusion_jax.interop.family import Family
 from diffusion_jax.interop.pickled import state_dict
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline
 from diffusion_jax.interop.prompts import is_syntax
@@ -45,7 +46,7 @@ def add_embeddings(
         raise ValueError(f"{path}: learned words need the tokenizers of the model; name a folder that has them")
     encoders = [name for name in family.tokenizers if name in pipeline.parts]
     parts, tokenizers = dict(pipeline.parts), list(pipeline.tokenizers)
-    words, name_inside = _words(path, family.embeddings, encoders, word, allow_pickle)
+    words, name_inside = _words(path, family, encoders, word, allow_pickle)
     is_new = name_inside.lower() != path.stem.lower()
     if is_new and not any(_objection(name_inside, 1, tokenizer) for tokenizer in tokenizers):
         words[name_inside] = words[path.stem]
@@ -63,13 +64,10 @@ def add_embeddings(
 
 
 def _words(
-    path: Path, names: Mapping[str, str], encoders: list[str], word: str, allow_pickle: bool
+    path: Path, family: Family, encoders: list[str], word: str, allow_pickle: bool
 ) -> tuple[dict[str, dict[str, np.ndarray]], str]:
-    """word -> text encoder -> vectors, (count, width), and the name inside of a pickle of a web interface, or "".
-
-    names: of tensors -> the text encoder.
-    """
-    name_inside = ""
+    """word -> text encoder -> vectors, (count, width), and the name inside of a pickle of a web interface, or ""."""
+    names, name_inside = family.embeddings, ""
 
     def select(content: Any) -> Mapping[str, Any]:
         """A pickle of a web interface as a dict of words."""
@@ -97,10 +95,10 @@ def _words(
     vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
     if vectors.keys() <= names.keys():
         return {word or path.stem: {names[name]: rows for name, rows in vectors.items()}}, name_inside
-    if not vectors.keys().isdisjoint(name for family in FAMILIES for name in family.embeddings):
+    if not vectors.keys().isdisjoint(name for other in families.FAMILIES for name in other.embeddings):
         raise ValueError(
-            f"{path}: expected vectors named {' and '.join(names)}, got {', '.join(sorted(vectors))}; it was made for "
-            "another model"
+            f"{path}: its vectors are named {', '.join(sorted(vectors))}, and {family.name} reads {', '.join(names)}; "
+            "it was made for another model"
         )
     if word and len(vectors) > 1:
         raise ValueError(f"{path} has the words {', '.join(sorted(vectors))}: only a single one can be called {word}")

@@ -30,7 +30,7 @@ REFUSED = {
     r"\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
     r"\bADD(?:COMM|BASE|COL|ROW)\b": "divides the picture into regions in web interfaces, which is not supported",
     r"\)\s*\.(?:and|blend|swap)\(": "combines several prompts in InvokeAI, which is not supported",
-    r"(?<!\\)\)(?:\d*\.\d+|\++|-+)(?=[\s,)]|$)": "is a weight in InvokeAI and compel; write it as in (words:1.2)",
+    r"(?<!\\)\)(?:\d*\.\d+|\++|--+)(?=[\s,)]|$)": "is a weight in InvokeAI and compel; write it as in (words:1.2)",
     r"(?<!\S)--(?:ar|aspect|chaos|niji|no|q|quality|s|seed|style|stylize|tile|v)\b": "is an option of Midjourney, "
     "which is not supported",
     r"(?<!\\)<\w+:[^<>]*>": f"names a file, which prompts cannot load: {FILES}",
@@ -83,7 +83,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
 
 
 def is_syntax(text: str) -> bool:
-    """Whether a prompt cannot contain the text as it is, however it is written. Brackets can be escaped."""
+    """Whether the text means something else in prompts. Weights do not count: their brackets can be escaped."""
     return any(re.search(pattern, text) for pattern in (*REFUSED, BREAK))
 
 

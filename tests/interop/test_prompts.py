@@ -66,7 +66,7 @@ def embed(prompts, tokenizer):
         ("a and (b:1.2) | c, <b> [a:b]", [("a and ", 1), ("b", 1.2), (" | c, <b> ", 1), ("a:b", DOWN)]),
         (r"\[a:b:0.5\]", [("[a:b:0.5]", 1)]),
         (r"\{a|b} \__c__ \<d:e> \embedding:f", [("{a|b} __c__ <d:e> embedding:f", 1)]),
-        ("{a} a_b__c __d embedding: e (f)-g --h", [("{a} a_b__c __d embedding: e ", 1), ("f", UP), ("-g --h", 1)]),
+        ("{a} a_b__c __d embedding: e (f)- g --h", [("{a} a_b__c __d embedding: e ", 1), ("f", UP), ("- g --h", 1)]),
     ],
 )
 def test_grammar(prompt, pieces):

@@ -54,11 +54,9 @@ DISTILLED = {  # each attention has its own depth, up and down differ, the middl
     | {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1]}
     | {"reverse_transformer_layers_per_block": [2, 1]},
     "koala": UNETS["sdxl"] | {"layers_per_block": 1, "mid_block_type": None},
-    "sd1 small": UNETS["sd1"] | {"layers_per_block": 1, "mid_block_type": None},
     "sd2 small": UNETS["sd2"] | {"layers_per_block": 1, "mid_block_type": None},
 }
 OF_FAMILY = dict.fromkeys(("ssd", "vega", "koala"), stable_diffusion_xl.FAMILY) | {
-    "sd1 small": stable_diffusion_1.FAMILY,
     "sd2 small": stable_diffusion_2.FAMILY,
     "sd1": stable_diffusion_1.FAMILY,
     "sd1 inpainting": stable_diffusion_1.FAMILY,
@@ -241,13 +239,13 @@ def test_parts_come_back(family, tmp_path):
     assert list(parts) == ["unet", "vae", "text_encoder", "text_encoder_2"][: len(originals)]
     for part, original in zip(parts.values(), originals, strict=True):
         assert_equal(part.tensors, original)
-    for of, part in ((unet_of, parts["unet"]), (autoencoder_of, parts["vae"])):
-        from_torch(part.tensors, "test", of(part.config, "test")[1])
-    unet = unet_of(parts["unet"].config, "test")[0]
+    unet, like = unet_of(parts["unet"].config, "test")
+    from_torch(parts["unet"].tensors, "test", like)
+    from_torch(parts["vae"].tensors, "test", autoencoder_of(parts["vae"].config, "test")[1])
     for field, value in (UNETS | DISTILLED)[family].items():
         if not field.startswith("_") and field != "transformer_layers_per_block":
             assert getattr(unet, field) == as_tuple(value), field
-    assert parts["vae"].config["scaling_factor"] == (0.18215 if family.startswith("sd") else 0.13025)
+    assert parts["vae"].config["scaling_factor"] == (0.18215 if family.startswith(("sd1", "sd2")) else 0.13025)
 
 
 def as_tuple(value):
