@@ -12,6 +12,8 @@ which --config.tokenizers=FOLDER gives the tokenizers of its family. Inpainting 
 --config.loras="('FILE@0.8', …)" adds files of LoRA, LoCon, DoRA, LoHa and LoKr to the weights, with these factors.
 --config.embeddings="('FILE', 'FILE@WORD', …)" adds the learned words of textual inversion, which prompts use by name:
 that in the file, or the name of the file, or WORD.
+--config.clip_skip=1 leaves out the last layer of the text encoder of Stable Diffusion 1 or 2, as some of its relatives
+were trained; web interfaces call it clip skip 2.
 
 Fine-tuning trains the whole U-Net on a folder of images with captions (any data source will do). The state, with
 gradients, optimizer and average in float32, takes 17 GB for Stable Diffusion 1 and 51 GB for XL, and activations come

@@ -218,6 +218,7 @@ BAD = {
     "expected FILE or FILE@SCALE with a finite number, got 'x@y'": ["--config.loras=('x@y',)"],
     "expected FILE or FILE@SCALE with a finite number, got 'x@nan'": ["--config.loras=('x@nan',)"],
     "nowhere.safetensors: no such file": ["--config.embeddings=('nowhere.safetensors@word',)"],
+    "clip_skip: expected 0 to 1, got 2": ["--config.clip_skip=2"],
     "prompt: AND combines several prompts in web interfaces": ["--prompt=a cat AND a dog"],
     "prompt: <lora:x:1> names a file, which prompts cannot load": ["--config.sample.negative_prompt=<lora:x:1>"],
     "unknown dtype 'float8'; known: bfloat16, float32": ["--config.dtype=float8"],

@@ -78,6 +78,11 @@ PUBLISHED = {
     "embeddings": Field(
         (), each(text), "Files of learned words (textual inversion), each FILE or FILE@WORD to call its word WORD."
     ),
+    "clip_skip": Field(
+        0,
+        whole(0),
+        "Last layers of the text encoder to leave out, as diffusers counts; 1 is clip skip 2 of web interfaces.",
+    ),
     "remat": Field(True, flag, "Recompute activations in the backward pass instead of keeping them."),
 }
 

@@ -91,7 +91,7 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 
 
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
-    """The checkpoint of a config with the LoRAs and the learned words it names.
+    """The checkpoint of a config with the LoRAs, the learned words and the layers of its text encoder that it names.
 
     training: float32 variables, unless only a LoRA is trained.
     """
@@ -107,11 +107,11 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
         config.safety_checker and not training,
     )
     for file in config.loras:
-        pipeline = merge_lora(pipeline, *_file_and_scale(file))
+        pipeline = merge_lora(pipeline, *_file_and_scale(file), config.allow_pickle)
     for file in config.embeddings:
         path, _, word = (file, "", "") if paths.at(file).is_file() or "@" not in file else file.rpartition("@")
         pipeline = add_embeddings(pipeline, path, word, config.allow_pickle)
-    return pipeline
+    return pipeline.with_clip_skip(config.clip_skip)
 
 
 def _file_and_scale(file: str) -> tuple[str, float]:

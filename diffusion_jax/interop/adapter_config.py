@@ -81,7 +81,7 @@ def read_settings(path: str | Path, default_part: str) -> dict[str, Settings]:
 
 
 def _settings(fields, source):
-    for name, value in fields.items():
+    for name, value in sorted(fields.items(), key=lambda field: field[0] != "peft_type"):  # the kind says the most
         if value is None or value is False or value in ("", [], {}):
             continue
         if name in SUPPORTED and value not in SUPPORTED[name]:
@@ -89,29 +89,37 @@ def _settings(fields, source):
             raise ValueError(f"{source}: its setting {name} is {value!r}; supported: {expected}")
         if name not in WITHOUT_EFFECT | SUPPORTED.keys():
             raise ValueError(f"{source}: its setting {name} = {value!r} is not supported")
+    alpha = "alpha" if "alpha" in fields and "lora_alpha" not in fields else "lora_alpha"
     try:
         return Settings(
-            alpha=_number(fields.get("lora_alpha", fields.get("alpha", 8))),  # 8 is the default of peft
-            rank=_rank(fields.get("r", 8)),
-            alpha_pattern={key: _number(value) for key, value in (fields.get("alpha_pattern") or {}).items()},
-            rank_pattern={key: _rank(value) for key, value in (fields.get("rank_pattern") or {}).items()},
+            alpha=_alpha(alpha, fields.get(alpha, 8)),  # 8 is the default of peft
+            rank=_rank("r", fields.get("r", 8)),
+            alpha_pattern=_pattern(fields, "alpha_pattern", _alpha),
+            rank_pattern=_pattern(fields, "rank_pattern", _rank),
             rank_stabilized=_flag(fields, "use_rslora"),
             is_dora=_flag(fields, "use_dora") if "use_dora" in fields else None,
         )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{source}: malformed settings of its adapter: {first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: malformed settings of its adapter: {error}") from None
 
 
-def _number(value):
-    if not math.isfinite(value):
-        raise ValueError(f"alpha: expected a finite number, got {value}")
+def _alpha(name, value):
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
 
 
-def _rank(value):
-    if value < 1:
-        raise ValueError(f"rank: expected at least 1, got {value}")
-    return int(value)
+def _rank(name, value):
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: expected a whole number, at least 1, got {value!r}")
+    return value
+
+
+def _pattern(fields, name, number):
+    values = fields.get(name) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected an object from maps to numbers, got {values!r}")
+    return {key: number(f"{name} of {key}", value) for key, value in values.items()}
 
 
 def _flag(fields, name):

@@ -19,13 +19,17 @@ from jaxtyping import PyTree
 from tokenizers import AddedToken, Tokenizer
 
 from diffusion_jax import paths
+from diffusion_jax.interop import families
+from diffusion_jax.interop.family import Family
 from diffusion_jax.interop.pickled import state_dict
 from diffusion_jax.interop.pipeline import Part, PublishedPipeline
-from diffusion_jax.interop.tensors import read_file
+from diffusion_jax.interop.prompts import is_syntax
+from diffusion_jax.interop.tensors import check_finite, read_file
 from diffusion_jax.models.text.clip import OLD_EOS
 from diffusion_jax.paths import Path
 
 TABLE = "token_embedding"  # module of a text encoder
+WEIGHTS = (".weight", ".bias", ".alpha")  # ends of names in LoRAs and in whole networks
 
 
 def add_embeddings(
@@ -43,9 +47,9 @@ def add_embeddings(
         raise ValueError(f"{path}: learned words need the tokenizers of the model; name a folder that has them")
     encoders = [name for name in family.tokenizers if name in pipeline.parts]
     parts, tokenizers = dict(pipeline.parts), list(pipeline.tokenizers)
-    words, name_inside = _words(path, family.embeddings, encoders, word, allow_pickle)
+    words, name_inside = _words(path, family, encoders, word, allow_pickle)
     is_new = name_inside.lower() != path.stem.lower()
-    if is_new and not any(_is_taken(name_inside, 1, tokenizer) for tokenizer in tokenizers):
+    if is_new and not any(_objection(name_inside, 1, tokenizer) for tokenizer in tokenizers):
         words[name_inside] = words[path.stem]
     for name, vectors in words.items():
         for i, encoder in enumerate(encoders):
@@ -61,13 +65,10 @@ def add_embeddings(
 
 
 def _words(
-    path: Path, names: Mapping[str, str], encoders: list[str], word: str, allow_pickle: bool
+    path: Path, family: Family, encoders: list[str], word: str, allow_pickle: bool
 ) -> tuple[dict[str, dict[str, np.ndarray]], str]:
-    """word -> text encoder -> vectors, (count, width), and the name inside of a pickle of a web interface, or "".
-
-    names: of tensors -> the text encoder.
-    """
-    name_inside = ""
+    """word -> text encoder -> vectors, (count, width), and the name inside of a pickle of a web interface, or ""."""
+    names, name_inside = family.embeddings, ""
 
     def select(content: Any) -> Mapping[str, Any]:
         """A pickle of a web interface as a dict of words."""
@@ -85,33 +86,45 @@ def _words(
     tensors = read_file(path, allow_pickle, select)
     if not tensors:
         raise ValueError(f"{path}: expected learned words of textual inversion, got a file without tensors")
-    vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items() if tensor.ndim in (1, 2)}
-    if vectors.keys() != tensors.keys():
-        first = min(tensors.keys() - vectors.keys())
-        raise ValueError(
-            f"{path}: expected learned words of textual inversion, a few vectors each, got {first} of shape "
-            f"{tensors[first].shape}"
-        )
+    for name, tensor in tensors.items():
+        if tensor.ndim not in (1, 2) or name.endswith(WEIGHTS):
+            raise ValueError(
+                f"{path}: expected learned words of textual inversion, a few vectors each, got {name} of shape "
+                f"{tensor.shape}"
+            )
+        check_finite(name, tensor, path)
+    vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
     if vectors.keys() <= names.keys():
         return {word or path.stem: {names[name]: rows for name, rows in vectors.items()}}, name_inside
+    if not vectors.keys().isdisjoint(name for other in families.FAMILIES for name in other.embeddings):
+        raise ValueError(
+            f"{path}: its vectors are named {', '.join(sorted(vectors))}, and {family.name} reads {', '.join(names)}; "
+            "it was made for another model"
+        )
     if word and len(vectors) > 1:
         raise ValueError(f"{path} has the words {', '.join(sorted(vectors))}: only a single one can be called {word}")
     return {word or name: {encoders[0]: rows} for name, rows in vectors.items()}, name_inside
 
 
-def _is_taken(word: str, count: int, tokenizer: Tokenizer) -> bool:
-    """Whether a word of `count` further vectors cannot be told from tokens that exist, or is a part of other words."""
-    names = [word, *(f"{word}_{i}" for i in range(1, count + 1))]
+def _objection(word: str, count: int, tokenizer: Tokenizer) -> str:
+    """Why a word of `count` vectors cannot be learned: prompts cannot contain it, or its tokens cannot be told from
+    those that exist, or it is a part of other words. "" if it can.
+    """
+    names = {word.lower(), *(f"{word}_{i}".lower() for i in range(1, count + 1))}  # tokenizers see lower case
     taken = {token.content.lower() for token in tokenizer.get_added_tokens_decoder().values()}
-    in_vocabulary = any(tokenizer.token_to_id(name) is not None for name in names)
-    return not word.strip() or in_vocabulary or not taken.isdisjoint(name.lower() for name in names)
+    if not word.strip() or is_syntax(word):
+        return "means something else in prompts; call it by another name"
+    if not taken.isdisjoint(names) or any(tokenizer.token_to_id(name) is not None for name in names):
+        return "is a token of the model already, or the beginning of one; call it by another name"
+    return ""
 
 
 def _with_word(part: Part, tokenizer: Tokenizer, word: str, vectors: np.ndarray) -> tuple[Part, Tokenizer]:
     """The text encoder with the vectors as further rows of its token embedding, and the tokenizer with the word."""
     names = [word, *(f"{word}_{i}" for i in range(1, len(vectors)))]
-    if _is_taken(word, len(vectors), tokenizer):
-        raise ValueError("is a token of the model already, or the beginning of one; call it by another name")
+    objection = _objection(word, len(vectors), tokenizer)
+    if objection:
+        raise ValueError(objection)
     if vectors.shape[-1] != part.module.hidden_size or 0 in vectors.shape:
         raise ValueError(
             f"has vectors of shape {vectors.shape}, but the text encoder reads {part.module.hidden_size} numbers each; "

@@ -56,7 +56,7 @@ def load_text_encoder(
 
 def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
     """The encoder that a config.json describes, and the shapes of its variables. Arguments as in `folders.unet_of`."""
-    name = next(iter(config.get("architectures") or [None]))
+    (name, *_) = np.ravel(config.get("architectures") or None).tolist()
     if name not in MODULES:
         raise ValueError(f"{source}: expected the architecture of a text encoder, {', '.join(MODULES)}; got {name}")
     known_fields = {field.name for field in dataclasses.fields(MODULES[name])} - {"parent", "name", "dtype"}
@@ -94,6 +94,22 @@ def save_text_encoder(
     folder = paths.at(folder)
     write_json(folder / "config.json", head | fields)
     write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)
+
+
+def without_last_layers(encoder: ClipTextEncoder, variables: PyTree, count: int) -> tuple[ClipTextEncoder, PyTree]:
+    """The encoder whose final norm follows an earlier layer.
+
+    count: layers to leave out at the end, `clip_skip` of diffusers.
+    Raises ValueError unless a layer is left.
+    """
+    left = encoder.num_hidden_layers - count
+    if count < 0 or left < 1:
+        raise ValueError(f"clip_skip: expected 0 to {encoder.num_hidden_layers - 1}, got {count}")
+    dropped = {f"layers_{i}" for i in range(left, encoder.num_hidden_layers)}
+    text_model = variables["params"]["text_model"]
+    layers = {name: layer for name, layer in text_model["encoder"].items() if name not in dropped}
+    params = {**variables["params"], "text_model": {**text_model, "encoder": layers}}
+    return encoder.clone(num_hidden_layers=left), {**variables, "params": params}
 
 
 def class_name(encoder: ClipTextEncoder | T5Encoder) -> str:

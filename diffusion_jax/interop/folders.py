@@ -1,10 +1,12 @@
 """Models in the folder format of diffusers: `config.json` beside `diffusion_pytorch_model.safetensors`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -107,15 +109,19 @@ def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, 
     """The autoencoder that a config.json describes, and the shapes of its variables. Arguments as in `unet_of`."""
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"{source}: expected an AutoencoderKL, got {config.get('_class_name')}")
-    levels = len(config.get("block_out_channels", (64,)))
+    levels = np.size(config.get("block_out_channels", (64,)))
     types = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     for field, block_type in types.items():
-        if tuple(config.get(field, (block_type,) * levels)) != (block_type,) * levels:
+        if list(np.ravel(config.get(field, (block_type,) * levels))) != [block_type] * levels:
             raise ValueError(
                 f"{source}: {field} must be {levels} times {block_type!r}, once for each of block_out_channels"
             )
     config = {name: value for name, value in config.items() if name not in types}
     fields = _fields(AutoencoderKL, config, source)
+    for field, is_optional in (("scaling_factor", False), ("shift_factor", True)):
+        value = fields.get(field, 1.0)
+        if not (is_optional and value is None) and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{source}: {field}: expected a finite number, got {value!r}")
     return module_and_shapes(AutoencoderKL, fields, source, lambda autoencoder: (autoencoder.example_image(),))
 
 

@@ -9,7 +9,6 @@ diffusers, peft and ComfyUI use dots, the last with the path of the original cod
     diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
 """
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -23,7 +22,7 @@ from jaxtyping import PyTree
 from diffusion_jax.interop.adapter_config import Settings, read_settings
 from diffusion_jax.interop.names import kernel_from_torch, kernel_to_torch, torch_name
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.interop.tensors import read_file, write_file
+from diffusion_jax.interop.tensors import check_finite, read_file, write_file
 from diffusion_jax.interop.weight_updates import KINDS, Update, kind_of, rank_of, updated
 from diffusion_jax.paths import Path
 
@@ -41,20 +40,26 @@ ROLES = {
     "dora_scale": r"\.dora_scale",
     "lora_magnitude_vector": rf"\.lora_magnitude_vector{_NAME}(?:\.weight)?",
 }  # fmt: skip
+# Kinds of updates in peft that are not supported. Their tensors are named by the kind, such as map.hra_u.
+PEFT_KINDS = (
+    *("AdaMSS", "BEFT", "BOFT", "Bone", "C3A", "DEFT", "DeLoRA", "FourierFT", "FRoD", "GLoRA", "GraLoRA", "HiRA"),
+    *("HRA", "IA3", "Lily", "LN_tuning", "MiSS", "OFT", "OSF", "PEANuT", "Poly", "PSOFT", "PVeRA", "RandLoRA", "RoAd"),
+    *("Shadow", "SHiRA", "SuperTuning", "TinyLoRA", "Trainable_tokens", "UniLoRA", "VBLoRA", "VeRA", "WaveFT", "XLoRA"),
+)
 # Tensors of files that look alike and that are not supported, by a part of their names.
 OTHERS = {
-    r"^bundle_emb\.": "embeddings of words (textual inversion) bundled with a LoRA, which config.embeddings takes in "
-    "files of their own",
-    r"^(emb_params|clip_[lg]|string_to_param.*)$": "embeddings of words (textual inversion), for config.embeddings",
+    r"^bundle_emb\.": "learned words (textual inversion) bundled with a LoRA, which are read from files of their own "
+    "(embeddings, add_embeddings)",
+    r"^(emb_params|clip_[lg]|string_to_param.*)$": "learned words (textual inversion), which are not LoRAs "
+    "(embeddings, add_embeddings)",
     r"\.(diff|diff_b|set_weight)$": "full differences of weights (LyCORIS' Full)",
     r"\.[wb]_norm$": "updates of norms (LyCORIS' Norm)",
-    r"\.boft_": "orthogonal updates (BOFT)",
-    r"\.oft_": "orthogonal updates (OFT)",
+    **{rf"(^|\.){kind.lower()}_": f"updates of {kind} (peft)" for kind in PEFT_KINDS},
+    r"(^|\.)(prompt_embeddings|adaption_(prompt|gate))$": "prompt tuning (peft)",
     r"\.[ab][12]\.weight$|\.bm[12]\.weight$": "updates of GLoRA",
-    r"\.on_input$|\.ia3_": "scales of activations (IA3)",
+    r"\.on_input$": "scales of activations (IA3)",
     r"\.lora_embedding_[AB]": "low-rank updates of an embedding",
     r"\.lora_E": "updates of AdaLoRA",
-    r"\.vera_lambda": "updates of VeRA",
     r"\.(lora_[AB]|lora_up|lora_down).*\.bias$": "a LoRA with biases (lora_bias)",
     r"\.scalar$": "a LyCORIS with trained scalars (use_scalar)",
     r"\.modules_to_save\.|\.original_module\.": "whole layers of peft's modules_to_save",
@@ -65,18 +70,24 @@ OTHERS = {
 }
 
 
-def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> dict[str, dict[str, Update]]:
-    """The updates of a .safetensors file by part, such as "unet" and "text_encoder", and map.
+def load_lora(
+    path: str | Path, pipeline: PublishedPipeline | None = None, allow_pickle: bool = False
+) -> dict[str, dict[str, Update]]:
+    """The updates of a file by part, such as "unet" and "text_encoder", and map.
 
     A map is named by its path joined with underscores, because the names in every file can be converted to that.
     pipeline: its family says how names in the file are read. None for a model trained with this library.
-    Raises ValueError for tensors of another kind, for incomplete updates and for settings that are not supported.
+    allow_pickle: see `read_file`.
+    Raises ValueError for tensors of another kind or with values that are not finite, for incomplete updates and for
+    settings that are not supported.
     """
     roles_by_place: dict[tuple[str, str], dict] = {}
     names = {}  # place -> path with dots, where the file has dots
-    tensors = read_file(path)
+    settings = read_settings(path, pipeline.family.denoiser if pipeline else DENOISER)
+    tensors = read_file(path, allow_pickle)
     _refuse_others(path, tensors)
     for name, tensor in tensors.items():
+        check_finite(name, tensor, path)
         head, role = _role(path, name)
         part, target = _place(head, pipeline)
         place = part, target.replace(".", "_")
@@ -84,7 +95,6 @@ def load_lora(path: str | Path, pipeline: PublishedPipeline | None = None) -> di
         if role in roles:
             raise ValueError(f"{path}: {part} {target} has two tensors of {role}, such as those of two adapters")
         roles[role], names[place] = tensor, target
-    settings = read_settings(path, pipeline.family.denoiser if pipeline else DENOISER)
     parts: dict[str, dict[str, Update]] = {}
     for (part, target), roles in roles_by_place.items():
         try:
@@ -115,13 +125,16 @@ def save_lora(
     write_file(path, tensors, dtype)
 
 
-def merge_lora(pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0) -> PublishedPipeline:
+def merge_lora(
+    pipeline: PublishedPipeline, path: str | Path, scale: float = 1.0, allow_pickle: bool = False
+) -> PublishedPipeline:
     """The pipeline with the updates of a file in its weights.
 
     scale: factor of the updates. -1 removes those of scale 1 again, except of DoRA, which also sets lengths.
+    allow_pickle: see `read_file`.
     Raises ValueError for updates of unknown maps or of another shape, and the errors of `load_lora`.
     """
-    updates = load_lora(path, pipeline)
+    updates = load_lora(path, pipeline, allow_pickle)
     unknown = updates.keys() - pipeline.parts.keys()
     if unknown:
         raise ValueError(f"{path} updates {', '.join(sorted(unknown))}, which this pipeline does not have")
@@ -199,9 +212,9 @@ def _update(roles: dict, name: str, settings: Settings | None) -> Update:
 
 
 def _number(alpha):
-    if alpha.size != 1 or not math.isfinite(number := float(alpha.reshape(()))):
-        raise ValueError(f"has an alpha of shape {alpha.shape}; expected one finite number")
-    return number
+    if alpha.size != 1:
+        raise ValueError(f"has an alpha of shape {alpha.shape}; expected one number")
+    return float(alpha.reshape(()))
 
 
 def _place(name, pipeline):

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax import parallel
-from diffusion_jax.interop.tensors import release
+from diffusion_jax.interop.tensors import check_finite, release
 
 # Names in which the number is part of diffusers' name and not an index.
 NUMBERED = re.compile(r"(linear|wi)_\d+")
@@ -46,7 +46,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
     source: the file, for messages.
     like: arrays or shapes, e.g. `jax.eval_shape(module.init, key, *inputs)`.
     dtype: of the variables. None uses those of `like`.
-    Raises ValueError naming the first few tensors that are missing, unknown or of another shape.
+    Raises ValueError naming the first few tensors that are missing, unknown or of another shape, or one with values
+    that are not finite.
     """
     tensors = modern(tensors)
     verbs = ("lacks", "has unknown", "has misshapen")
@@ -59,7 +60,9 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
             )
 
     def convert(path, leaf):
-        tensor = tensors[torch_name(path)]
+        name = torch_name(path)
+        tensor = tensors[name]
+        check_finite(name, tensor, source)
         kernel = kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
         # a copy: the tensor may be part of a mapped file, whose memory is then released
         array = copy(kernel)

@@ -9,7 +9,6 @@ for example:
     safety_checker/                               finds images that must not be shown
 """
 
-import tempfile
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,13 +23,14 @@ from diffusion_jax import paths
 from diffusion_jax.core import schedules
 from diffusion_jax.core.schedules import DiscreteSchedule
 from diffusion_jax.interop import families
+from diffusion_jax.interop.encoders import without_last_layers
 from diffusion_jax.interop.family import Description, Family
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.safety import SafetyChecker
 from diffusion_jax.interop.schedulers import with_defaults
 from diffusion_jax.interop.single_file import read_checkpoint
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
-from diffusion_jax.interop.tokenizers import load_tokenizer
+from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
 from diffusion_jax.messages import first_line
 from diffusion_jax.paths import Path
 
@@ -94,6 +94,20 @@ class PublishedPipeline(NamedTuple):
         """The pipeline with another denoiser."""
         return self._replace(parts={**self.parts, self.family.denoiser: denoiser})
 
+    def with_clip_skip(self, layers: int) -> "PublishedPipeline":
+        """The pipeline without the last layers of its text encoder. Add LoRAs first, which may update them.
+
+        layers: `clip_skip` of diffusers, 0 for none; web interfaces count from 1 instead.
+        Raises ValueError for too many layers, and for a family whose denoiser needs all.
+        """
+        if not layers:
+            return self
+        if not (self.family.prompt and self.family.prompt.can_skip_layers):
+            raise ValueError(f"clip_skip: {self.family.name} has no choice of the text encoders' layer, set it to 0")
+        encoders = {name: self.parts[name] for name in self.family.tokenizers if name in self.parts}
+        cut = {name: Part(*without_last_layers(*part, layers)) for name, part in encoders.items()}
+        return self._replace(parts={**self.parts, **cut})
+
 
 def load_pipeline(
     path: str | Path,
@@ -119,6 +133,12 @@ def load_pipeline(
     if path.is_file() and family.single_file.ask and not (prediction or "prediction_type" in scheduler):
         raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
     schedule, default_prediction = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
+    prediction = prediction or default_prediction
+    if prediction == "eps" and np.isneginf(schedule.logsnr_table[-1]):
+        raise ValueError(
+            f"{path}: its noise schedule begins at pure noise (zero terminal SNR), where eps does not determine the "
+            "image; if its network predicts v or x0, set prediction to that"
+        )
     folders = [paths.at(tokenizers or path) / folder for name, folder in family.tokenizers.items() if name in networks]
     return PublishedPipeline(
         family=family,
@@ -128,7 +148,7 @@ def load_pipeline(
         },
         tokenizers=tuple(load_tokenizer(folder) for folder in folders if tokenizers or folder.is_dir()),
         schedule=schedule,
-        prediction=prediction or default_prediction,
+        prediction=prediction,
         scheduler=scheduler,
         index=index,
         safety_checker=_safety_checker(path, family, allow_pickle) if safety_checker else None,
@@ -159,8 +179,8 @@ def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeL
         index[name] = [component.library, component.class_name(part.module)]
     folders = [tokenizer for encoder, tokenizer in family.tokenizers.items() if encoder in pipeline.parts]
     for name, tokenizer in zip(folders, pipeline.tokenizers, strict=bool(pipeline.tokenizers)):
-        _save_tokenizer(tokenizer, folder / name)
-        index[name] = ["transformers", "CLIPTokenizer"]
+        save_tokenizer(tokenizer, folder / name)
+        index[name] = ["transformers", tokenizer_class(tokenizer)]
     scheduler = scheduler_config(pipeline.scheduler, pipeline.schedule, pipeline.prediction)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -229,10 +249,10 @@ def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, 
 
     source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind.
     """
-    config = with_defaults(config)
-    kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
-    start, end = config.get("beta_start"), config.get("beta_end")
     try:
+        config = with_defaults(config)
+        kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
+        start, end = config.get("beta_start"), config.get("beta_end")
         if config.get("trained_betas") is not None:
             schedule = schedules.from_betas(config["trained_betas"])
         else:
@@ -269,17 +289,3 @@ def scheduler_config(config: Mapping, schedule: DiscreteSchedule, prediction: st
 def _is_used(entry):
     """Whether model_index.json's entry of a part, [library, class], names anything."""
     return isinstance(entry, list) and entry[:1] not in ([], [None])
-
-
-def _save_tokenizer(tokenizer, folder):
-    """Write tokenizer.json, and vocab.json with merges.txt for readers that support only those."""
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save(f"{temporary}/tokenizer.json")
-        tokenizer.model.save(temporary)
-        paths.copy_into(folder, temporary)
-    bos, eos, *_ = tokenizer.encode("").tokens
-    roles = {"bos_token": bos, "eos_token": eos, "unk_token": tokenizer.model.unk_token}
-    roles["pad_token"] = tokenizer.padding["pad_token"]
-    length = tokenizer.truncation["max_length"]
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **roles}
-    write_json(folder / "tokenizer_config.json", settings)

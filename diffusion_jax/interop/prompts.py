@@ -9,8 +9,9 @@ Brackets nest and their weights multiply. A bracket that is never closed extends
 bracket without an opening one is a plain character, and so is a colon not followed by a number and a round bracket. Any
 other backslash is dropped.
 
-Other syntax of these interfaces is refused: AND (several prompts), [a:b:0.5] and [a|b] (prompts that change between
-steps), <lora:name:1> (files).
+Other syntax of these and similar programs is refused: AND (several prompts) and the words of regions, [a:b:0.5] and
+[a|b] (prompts that change between steps), {a|b}, ${a} and __name__ (random words), <lora:name:1> and embedding:name
+(files). A backslash before the first character keeps what follows as text.
 """
 
 import re
@@ -24,13 +25,24 @@ from tokenizers import Tokenizer
 EMPHASIS = 1.1
 ROUND, SQUARE = "()", "[]"
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
+FILES = "LoRAs (loras, merge_lora) and learned words (embeddings, add_embeddings) are loaded with the model"
 REFUSED = {
     r"\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
-    r"<\w+:[^<>]*>": "names a file, which prompts cannot load; name LoRAs in config.loras and learned words in "
-    "config.embeddings",
+    r"\bADD(?:COMM|BASE|COL|ROW)\b": "divides the picture into regions in web interfaces, which is not supported",
+    r"\)\s*\.(?:and|blend|swap)\(": "combines several prompts in InvokeAI, which is not supported",
+    r"(?<!\\)\)(?:\d*\.\d+|\++|--+)(?=[\s,)]|$)": "is a weight in InvokeAI and compel; write it as in (words:1.2)",
+    r"(?<!\S)--(?:ar|aspect|chaos|niji|no|q|quality|s|seed|style|stylize|tile|v)\b": "is an option of Midjourney, "
+    "which is not supported",
+    r"(?<!\\)<\w+:[^<>]*>": f"names a file, which prompts cannot load: {FILES}",
+    r"(?<![\w\\])embedding:[^\s,:()]+": f"is a learned word in ComfyUI; write its name alone: {FILES}",
+    r"(?<!\\)\{[^{}|]*\|[^{}]*\}": "draws one of several words in other programs, which is not supported; write one, "
+    "or \\{ for the character",
+    r"(?<!\\)\$\{": "is a variable in other programs, which is not supported; write \\$ for the character",
+    r"(?<![\w\\])__[\w*/.-]+?__(?!\w)": "draws a word of a list in other programs, which is not supported; write one, "
+    "or \\_ for the character",
 }
 # the end of [a:b:0.5], [a:0.5], [a::12], and anything with alternatives, [a|b]: a share of the steps, or a step
-SCHEDULED = re.compile(r":\s*(0?\.\d+|[01]\.0*|\d+)\s*$|(?<!\\)\|")
+SCHEDULED = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*$|(?<!\\)\|", re.IGNORECASE)
 # escaped character | closing bracket with its weight | bracket | other text
 SYMBOLS = re.compile(r"(\\[\\()\[\]]?)|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|([()\[\]])|[^\\()\[\]:]+|:")
 
@@ -70,11 +82,16 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     return _joined(pieces)
 
 
+def is_syntax(text: str) -> bool:
+    """Whether the text means something else in prompts. Weights do not count: their brackets can be escaped."""
+    return any(re.search(pattern, text) for pattern in (*REFUSED, BREAK))
+
+
 def _refuse_schedule(bracketed):
     if SCHEDULED.search(bracketed[1:-1]):
         raise ValueError(
             f"prompt: {bracketed} changes between steps in web interfaces, which is not supported; write \\[ and \\] "
-            "for the characters"
+            "for the characters, and (a:1.2) for a weight"
         )
 
 

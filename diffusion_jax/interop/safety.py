@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from PIL import Image
 
-from diffusion_jax.interop.tensors import read_tensors
+from diffusion_jax.interop.tensors import check_finite, read_tensors
 from diffusion_jax.interop.vision import WEIGHTS, LoadedEncoder, load_image_encoder
 from diffusion_jax.models.vision.vision import ImageEncoder
 from diffusion_jax.paths import Path
@@ -48,13 +48,16 @@ def load_safety_checker(folder: str | Path, allow_pickle: bool = False) -> Safet
     """The safety checker of a folder.
 
     allow_pickle: see `read_tensors`.
-    Raises FileNotFoundError for a missing file and ValueError for one of another layout.
+    Raises FileNotFoundError for a missing file and ValueError for one of another layout or with values that are not
+    finite.
     """
     loaded = load_image_encoder(folder, allow_pickle)
     tensors, source = read_tensors(folder, WEIGHTS, allow_pickle)
     missing = [name for name in TABLES if name not in tensors]
     if missing:
         raise ValueError(f"{source}: expected a safety checker with {', '.join(TABLES)}; it lacks {', '.join(missing)}")
+    for name in TABLES:  # no picture would be flagged by a threshold that is NaN
+        check_finite(name, tensors[name], source)
     concepts, thresholds, special, special_thresholds = (np.asarray(tensors[name], np.float64) for name in TABLES)
     return SafetyChecker(loaded, _unit(concepts), thresholds, _unit(special), special_thresholds)
 

@@ -52,6 +52,8 @@ def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, stre
     grid = scheduler.path(config, schedule, steps)
     skipped = len(grid) - min(int(steps * strength), len(grid))
     plan = scheduler.solver(config, schedule, grid[skipped:], steps)
+    if not all(np.isfinite(part).all() for part in (plan.x0, plan.eps, plan.past, plan.noise)):
+        raise ValueError(f"the numbers of the model's own {name} make no finite plan: choose a solver by its name")
     if scheduler.path is _euler_path and not skipped and config["timestep_spacing"] != "leading":
         return plan._replace(initial=plan.start.sigma)
     return plan
@@ -61,11 +63,24 @@ def with_defaults(config: Mapping) -> dict:
     """The content of a scheduler_config.json, with what its class uses for noise levels that the file leaves out.
 
     Another class must name its beta_schedule: it may have no betas.
+    Raises ValueError for a field of another type than its default value.
     """
     name = config.get("_class_name")
+    for field, default in (DEFAULTS | BETAS | {"_class_name": "", "num_train_timesteps": 1000}).items():
+        _check_type(field, config.get(field, default), default)
+    for field, default in OPTIONAL.items():
+        if config.get(field) is not None:
+            _check_type(field, config[field], default)
     if name in SCHEDULERS:
         return {"beta_schedule": "linear", **BETAS, **SCHEDULERS[name].defaults, **config}
     return {**BETAS, **config}
+
+
+def _check_type(field: str, value: Any, default: bool | float | str) -> None:
+    """Raise ValueError unless the value is a flag, a name or a number, as the default one is."""
+    kind, expected = {bool: (bool, "true or false"), str: (str, "a name")}.get(type(default), (int | float, "a number"))
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or value != value:
+        raise ValueError(f"{field}: expected {expected}, got {value!r}")
 
 
 def _check(config: Mapping, field: str, values: tuple) -> None:
@@ -264,10 +279,12 @@ DEFAULTS = {
     "original_inference_steps": 50, "timestep_scaling": 10.0, "lambda_min_clipped": -np.inf,
     "algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True,
 }
+FLAGS = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr"]
+OPTIONAL = {"sigma_min": 0.0, "sigma_max": 0.0} | dict.fromkeys(FLAGS, False)  # may be null
 SUPPORTED = {
     "thresholding": (False,), "use_flow_sigmas": (False,), "clip_sample": (False,), "euler_at_final": (False,),
     "interpolation_type": ("linear",), "timestep_type": ("discrete",), "predict_x0": (True,),
-    "disable_corrector": ([],), "solver_p": (None,),
+    "disable_corrector": ([],), "solver_p": (None,), "final_sigmas_type": ("zero", "sigma_min"),
 }
 SPACED = "timestep_spacing steps_offset"
 RAMPS = f"{SPACED} use_karras_sigmas use_exponential_sigmas use_beta_sigmas sigma_min sigma_max"

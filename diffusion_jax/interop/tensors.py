@@ -120,6 +120,25 @@ def release(tensor: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
+def check_finite(name: str, tensor: np.ndarray, source: str | Path) -> None:
+    """Raise ValueError naming the file and the tensor if one of its numbers is NaN or infinite.
+
+    The bits of a magnitude, as an integer, are at least those of infinity just then. This reads a tensor once, several
+    times as fast as `np.isfinite` in half precision.
+    """
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return
+    bits = np.dtype(f"u{tensor.dtype.itemsize}")
+    infinity = np.array(np.inf, tensor.dtype).view(bits)
+    magnitudes = tensor.view(bits) & bits.type(np.iinfo(bits).max >> 1)  # without the sign
+    if magnitudes.max(initial=0) >= infinity:
+        count = np.count_nonzero(magnitudes >= infinity)
+        raise ValueError(
+            f"{source}: {name} has {count} of {tensor.size} values that are NaN or infinite; the file is damaged, or "
+            "its training diverged"
+        )
+
+
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError without a file, and ValueError for other content."""
     path = paths.at(path)

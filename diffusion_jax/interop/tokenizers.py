@@ -1,12 +1,13 @@
 """Tokenizers of CLIP and T5 from the tokenizer folder of a checkpoint."""
 
 import itertools
+import tempfile
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from diffusion_jax import paths
-from diffusion_jax.interop.tensors import read_json
+from diffusion_jax.interop.tensors import read_json, write_json
 from diffusion_jax.messages import first_line
 from diffusion_jax.paths import Path
 
@@ -38,19 +39,19 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     Raises FileNotFoundError for a folder without a tokenizer, and ValueError for malformed files or too small a length.
     """
     folder = paths.fetched(folder)
-    settings = _settings(folder)
     try:
+        settings = _settings(folder)
         tokenizer, roles, default_length = _build(folder, settings)
         pad = _add_special_tokens(tokenizer, settings, roles)
+        if length is None:
+            model_max_length = int(settings.get("model_max_length", UNKNOWN_LENGTH))
+            length = model_max_length if model_max_length < UNKNOWN_LENGTH else default_length
     except FileNotFoundError:
         raise
     except Exception as error:  # each file format fails in its own way
         reason = first_line(error)
         raise ValueError(f"{folder}: expected the files of a CLIP or T5 tokenizer, but {reason}") from None
 
-    if length is None:
-        model_max_length = settings.get("model_max_length", UNKNOWN_LENGTH)
-        length = model_max_length if model_max_length < UNKNOWN_LENGTH else default_length
     num_special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
     if length <= num_special_tokens:
         raise ValueError(
@@ -59,6 +60,35 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write a tokenizer of `load_tokenizer` to a folder that it and transformers read.
+
+    Of CLIP, also vocab.json with merges.txt for readers that support only those.
+    """
+    folder, unknown = paths.at(folder), T5_ROLES["unk_token"]
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save(f"{temporary}/tokenizer.json")
+        if _is_clip(tokenizer):
+            tokenizer.model.save(temporary)
+            unknown = tokenizer.model.unk_token
+        paths.copy_into(folder, temporary)
+    *begin, end = tokenizer.encode("").tokens[: tokenizer.num_special_tokens_to_add(is_pair=False)]
+    roles = {"bos_token": begin[0]} if begin else {}
+    roles |= {"eos_token": end, "unk_token": unknown, "pad_token": tokenizer.padding["pad_token"]}
+    length = tokenizer.truncation["max_length"]
+    settings = {"tokenizer_class": tokenizer_class(tokenizer), "model_max_length": length, **roles}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def tokenizer_class(tokenizer: Tokenizer) -> str:
+    """The name of a tokenizer's class in transformers."""
+    return "CLIPTokenizer" if _is_clip(tokenizer) else "T5TokenizerFast"
+
+
+def _is_clip(tokenizer):
+    return isinstance(tokenizer.model, models.BPE)
 
 
 def _settings(folder):
@@ -84,7 +114,7 @@ def _build(folder, settings):
     )
     if tokenizer_file.is_file():
         tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
-        is_clip = isinstance(tokenizer.model, models.BPE)
+        is_clip = _is_clip(tokenizer)
     elif vocab.is_file() and merges.is_file():
         tokenizer, is_clip = _clip(read_json(vocab), merges.read_text(encoding="utf-8"), settings), True
     elif pieces.is_file():

@@ -58,7 +58,7 @@ def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> Loaded
     Raises FileNotFoundError for a missing file and ValueError for an unsupported config or weights that do not fit.
     """
     config, source = read_config(folder)
-    name = next(iter(config.get("architectures") or [None]))
+    (name, *_) = np.ravel(config.get("architectures") or None).tolist()
     if name not in (CLIP, "CLIPModel", SAFETY, DINO):
         raise ValueError(f"{source}: expected the architecture of an image encoder, {CLIP} or {DINO}; got {name}")
     tensors, file = read_tensors(folder, WEIGHTS, allow_pickle)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,8 @@ def from_published(
     denoiser, params = published.denoiser.module.clone(dtype=dtype), published.denoiser.params
     autoencoder = published.autoencoder
     codec = autoencoder_kl(autoencoder.module.clone(dtype=dtype), autoencoder.params, tile)
-    size = tuple(side or denoiser.sample_size * codec.factor for side in size)
+    if not all(size):
+        size = tuple(side or own for side, own in zip(size, _own_size(denoiser.sample_size, codec.factor), strict=True))
     check_size(size, codec.factor)
     return DiffusionModel(
         network=network_of(denoiser, lambda key: params),
@@ -61,6 +63,20 @@ def from_published(
         published_times={"published": functools.partial(published_times, published)},
         held_back=published.safety_checker.flagged if published.safety_checker else none_held_back,
     )
+
+
+def _own_size(sample_size: Any, factor: int) -> list[int]:
+    """Height and width of a model's own images, pixels.
+
+    sample_size: those of its latents, or one number for both.
+    Raises ValueError if the model does not say it.
+    """
+    sides = np.asarray(sample_size)
+    if sides.dtype.kind != "i" or sides.size not in (1, 2) or np.any(sides < 1):
+        raise ValueError(
+            f"the denoiser has sample_size={sample_size!r}, not the size of its images: set height and width"
+        )
+    return np.broadcast_to(factor * sides, 2).tolist()
 
 
 def sampler(published: PublishedPipeline) -> Callable[[int, float], Plan]:
@@ -89,7 +105,7 @@ def _check(published: PublishedPipeline) -> None:
     if len(published.tokenizers) != len(published.text_encoders) or not published.tokenizers:
         raise ValueError(
             f"expected a tokenizer for each of {len(published.text_encoders)} text encoders, got "
-            f"{len(published.tokenizers)}; name a folder that has them as `tokenizers` of load_pipeline"
+            f"{len(published.tokenizers)}; name a folder that has them as `tokenizers`"
         )
     mismatch = family.fits(published.denoiser.module, published.autoencoder.module)
     if mismatch:

@@ -152,7 +152,22 @@ def test_the_end_of_a_text_stays_where_configs_call_it_the_largest_id(pipeline, 
             "",
             "has vectors of shape .2, 12., but the text encoder reads 8 numbers each; it was made for",
         ),
-        ({"clip_l": TWO, "clip_g": GRAND}, "", "clip_g has vectors of shape .2, 12."),
+        (
+            {"clip_l": TWO, "clip_g": GRAND},
+            "",
+            "its vectors are named clip_g, clip_l, and Stable Diffusion 1 reads emb_params, clip_l; it was made for",
+        ),
+        (
+            {"lora_unet_map.lora_down.weight": ONE},
+            "",
+            "a few vectors each, got lora_unet_map.lora_down.weight of shape",
+        ),
+        ({"<toy>": np.float16([[np.inf] * 8])}, "", "<toy> has 8 of 8 values that are NaN or infinite"),
+        ({"<toy>": ONE}, "BREAK", "BREAK means something else in prompts; call it by another name"),
+        ({"<toy>": ONE}, "a AND b", "a AND b means something else in prompts"),
+        ({"<lora:toy:1>": ONE}, "", "<lora:toy:1> means something else in prompts"),
+        ({"<toy>": ONE}, "__toy__", "__toy__ means something else in prompts"),
+        ({"<toy>": ONE}, "TH", "TH is a token of the model already"),
         ({"<toy>": np.zeros((2, 3, 8), np.float32)}, "", "a few vectors each, got <toy> of shape .2, 3, 8."),
         ({"<toy>": np.zeros((0, 8), np.float32)}, "", "has vectors of shape .0, 8."),
         ({"<|endoftext|>": ONE}, "", "is a token of the model already"),
@@ -165,6 +180,14 @@ def test_what_does_not_fit_is_one_line(held, word, message, pipeline, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         add_embeddings(pipeline, tmp_path / "x.safetensors", word)
     assert "\n" not in str(raised.value)
+
+
+def test_the_form_of_another_model_is_named(of_two, tmp_path):
+    """The one name of Stable Diffusion 1, read by two encoders."""
+    write_file(tmp_path / "toy.safetensors", {"emb_params": TWO})
+    message = "toy.safetensors: its vectors are named emb_params, and Stable Diffusion XL reads clip_l, clip_g; it was"
+    with pytest.raises(ValueError, match=message):
+        add_embeddings(of_two, tmp_path / "toy.safetensors")
 
 
 def test_words_for_one_encoder_of_two_and_words_twice_are_refused(of_two, pipeline, tmp_path):

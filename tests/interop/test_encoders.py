@@ -93,6 +93,7 @@ def test_half_precision(tmp_path):
             "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel; got BertModel",
         ),
         ("CLIPTextModel", {"architectures": None}, "expected the architecture of a text encoder, .*; got None"),
+        ("CLIPTextModel", {"architectures": 5}, "expected the architecture of a text encoder, .*; got 5"),
         ("CLIPTextModel", {"hidden_act": "relu"}, "hidden_act: expected one of gelu, quick_gelu, got 'relu'"),
         ("CLIPTextModel", {"num_hidden_layers": 3}, "lacks 16 tensors: text_model.encoder.layers.2"),
         ("CLIPTextModel", {"hidden_size": "wide"}, "no network can be built from it"),

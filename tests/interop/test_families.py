@@ -128,6 +128,13 @@ def test_a_text_encoder_that_is_named_and_missing_is_one_line(tmp_path):
         from_published(refiner)
 
 
+@pytest.mark.parametrize("entry", [None, [], [None], [None, None], "text"])
+def test_entries_of_the_index_that_name_nothing(entry):
+    index = {"text_encoder": entry, "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+    configs = {"unet": {"addition_embed_type": "text_time"}}
+    assert stable_diffusion_xl.REFINER.recognises(index, configs) == (entry != "text")
+
+
 def test_what_no_card_recognises_is_one_line(tmp_path):
     write_json(tmp_path / "model_index.json", {"_class_name": "SomePipeline", "transformer": ["diffusers", "Some"]})
     with pytest.raises(ValueError, match=r"one of .*Stable Diffusion 1; got SomePipeline with transformer"):

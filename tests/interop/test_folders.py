@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.interop import load_autoencoder, load_unet, save_autoencoder, save_unet
+from diffusion_jax.interop.folders import autoencoder_of
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import UNet
 
@@ -289,3 +290,21 @@ def test_shards_and_the_half_precision_variant(tmp_path):
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     load_unet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("scaling_factor", None, "scaling_factor: expected a finite number, got None"),
+        ("scaling_factor", "0.18", "scaling_factor: expected a finite number, got '0.18'"),
+        ("scaling_factor", float("nan"), "scaling_factor: expected a finite number, got nan"),
+        ("shift_factor", "none", "shift_factor: expected a finite number, got 'none'"),
+        ("down_block_types", None, "down_block_types must be 2 times 'DownEncoderBlock2D'"),
+        ("block_out_channels", None, "up_block_types must be 1 times|down_block_types must be 1 times"),
+    ],
+)
+def test_fields_of_an_autoencoder_of_another_type_are_one_line(field, value, message):
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16], **blocks, field: value}
+    with pytest.raises(ValueError, match=f"vae/config.json: ({message})"):
+        autoencoder_of(config, "vae/config.json")

@@ -69,3 +69,17 @@ def test_every_mismatch_is_one_line():
             from_torch(wrong, "some/file", PARAMS)
         assert str(error.value).startswith("some/file ")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, np.float16, np.float32, np.float64, jnp.float8_e4m3fn, jnp.float8_e5m2]
+)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_one_line(value, dtype):
+    tensors = {name: tensor.astype(dtype) for name, tensor in to_torch(PARAMS).items()}
+    from_torch(tensors | {"norm1.weight": np.array([0, -1, jnp.finfo(dtype).max]).astype(dtype)}, "some/file", PARAMS)
+    wrong = tensors | {"norm1.weight": np.array([0, value, 1]).astype(dtype)}
+    with pytest.raises(
+        ValueError, match=r"^some/file: norm1.weight has 1 of 3 values that are NaN or infinite; [^\n]*$"
+    ):
+        from_torch(wrong, "some/file", PARAMS)

@@ -24,7 +24,7 @@ from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines import from_noise, text_to_image
 from diffusion_jax.pipelines.inpaint import inpainting_condition
-from diffusion_jax.pipelines.published import from_published, generator, published_times, sampler
+from diffusion_jax.pipelines.published import _own_size, from_published, generator, published_times, sampler
 from tests.interop import test_single_file
 
 UNET = {
@@ -142,7 +142,16 @@ def test_schedules_are_those_of_the_peer(config):
         ({"beta_schedule": "sigmoid"}, "'sigmoid' is unknown"),
         ({"beta_schedule": "linear", "prediction_type": "flow"}, "'flow' is unknown"),
         ({"beta_schedule": "linear", "beta_end": 2.0}, "betas must be one row of values inside"),
-        ({"beta_schedule": "linear", "num_train_timesteps": "many"}, "no noise schedule can be made from it"),
+        (
+            {"beta_schedule": "linear", "num_train_timesteps": "many"},
+            "no noise schedule can be made from it: num_train_timesteps: expected a number, got 'many'",
+        ),
+        ({"steps_offset": None}, "steps_offset: expected a number, got None"),
+        ({"beta_start": float("nan")}, "beta_start: expected a number, got nan"),
+        ({"_class_name": ["DDIMScheduler"]}, r"_class_name: expected a name, got \['DDIMScheduler'\]"),
+        ({"set_alpha_to_one": "false"}, "set_alpha_to_one: expected true or false, got 'false'"),
+        ({"use_karras_sigmas": "no"}, "use_karras_sigmas: expected true or false, got 'no'"),
+        ({"sigma_max": "high"}, "sigma_max: expected a number, got 'high'"),
     ],
 )
 def test_a_wrong_scheduler_is_one_line(config, message):
@@ -150,6 +159,17 @@ def test_a_wrong_scheduler_is_one_line(config, message):
         schedule_of(config, "scheduler_config.json")
     assert str(raised.value).startswith("scheduler_config.json: ")
     assert "\n" not in str(raised.value)
+
+
+def test_eps_that_begins_at_pure_noise_is_one_line(tmp_path):
+    """Of a folder, and of a file with the marker of zero terminal SNR alone. It may predict v."""
+    save_pipeline(our_pipeline(schedule=schedules.zero_terminal_snr(schedules.scaled_linear())), tmp_path / "folder")
+    held = test_single_file.checkpoint("sd1")[0] | {"ztsnr": test_single_file.EMPTY}
+    write_file(tmp_path / "file.safetensors", held)
+    for name in ("folder", "file.safetensors"):
+        with pytest.raises(ValueError, match=r"pure noise \(zero terminal SNR\), where eps .* set prediction to that"):
+            load_pipeline(tmp_path / name)
+    assert load_pipeline(tmp_path / "folder", prediction="v").prediction == "v"
 
 
 @pytest.mark.parametrize("missing", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
@@ -318,7 +338,8 @@ def saved(vocabulary, tmp_path_factory):
     def loaded(kind, prediction=None):
         path = tmp_path_factory.mktemp(kind)
         published(kind, vocabulary, path)
-        pipeline = load_pipeline(path, prediction=prediction)
+        pipeline = load_pipeline(path)
+        pipeline = pipeline._replace(prediction=prediction or pipeline.prediction)
         return path, pipeline, from_published(pipeline, size=(8, 8))
 
     return loaded
@@ -333,6 +354,29 @@ def test_a_model_of_another_size_is_that_loaded_for_it(kind, saved):
     jax.tree.map(np.testing.assert_array_equal, *conditions)
     with pytest.raises(ValueError, match="must be multiples of"):
         model.resized((9, 8))
+
+
+def test_clip_skip_is_that_of_the_peer(saved, tmp_path):
+    """The final norm after an earlier layer; a saved pipeline has the layers that are left."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    path, pipeline, _ = saved("sd")
+    encoder = transformers.CLIPTextModel.from_pretrained(path / "text_encoder")
+    ids = np.array([encoding.ids for encoding in pipeline.tokenizers[0].encode_batch(PROMPTS)])
+    with torch.no_grad():
+        states = encoder(torch.tensor(ids), output_hidden_states=True).hidden_states
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        expected = norm(states[-2]).numpy()
+    save_pipeline(pipeline.with_clip_skip(1), tmp_path)
+    for cut in (pipeline.with_clip_skip(1), load_pipeline(tmp_path)):
+        module, params = cut.text_encoders[0]
+        assert module.num_hidden_layers == 1
+        np.testing.assert_allclose(module.apply(params, jnp.asarray(ids)).last_hidden_state, expected, atol=2e-5)
+    assert pipeline.with_clip_skip(0) is pipeline
+    for layers in (-1, 2):
+        with pytest.raises(ValueError, match=f"clip_skip: expected 0 to 1, got {layers}"):
+            pipeline.with_clip_skip(layers)
+    with pytest.raises(ValueError, match="clip_skip: Stable Diffusion XL has no choice of the text encoders' layer"):
+        pipeline._replace(family=stable_diffusion_xl.FAMILY).with_clip_skip(1)
 
 
 def drawn_by(model, keys, numbers):
@@ -395,6 +439,17 @@ def test_a_latent_consistency_model_is_that_of_the_peer(vocabulary, tmp_path):
         theirs = whole(PROMPTS[:2], **options, latents=drawn_by(model, keys, iter([0]))()).images
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-3)
     assert np.std(theirs) > 0.1 and not np.allclose(ours, other, atol=1e-2)
+
+
+@pytest.mark.parametrize(("sample_size", "size"), [(4, [32, 32]), ((4, 6), [32, 48]), ([2, 3], [16, 24])])
+def test_the_own_size_of_a_model(sample_size, size):
+    assert _own_size(sample_size, 8) == size
+
+
+@pytest.mark.parametrize("sample_size", [None, "big", 0, -1, 2.5, (1, 2, 3)])
+def test_a_model_without_a_size_needs_one(sample_size):
+    with pytest.raises(ValueError, match=r"sample_size=.*, not the size of its images: set height and width"):
+        _own_size(sample_size, 8)
 
 
 def test_a_model_without_tokenizers_is_refused():

@@ -63,3 +63,12 @@ def test_another_layout_is_one_clear_error(theirs, tmp_path):
     write_file(tmp_path / FILE, tensors)
     with pytest.raises(ValueError, match=rf"{FILE}: expected a safety checker with .*; it lacks concept_embeds$"):
         load_safety_checker(tmp_path)
+
+
+def test_a_threshold_that_is_not_finite_is_refused(theirs, tmp_path):
+    """It would flag nothing."""
+    tensors = {name: np.array(tensor) for name, tensor in read_file(tmp_path / FILE).items()}
+    tensors["concept_embeds_weights"][3] = np.nan
+    write_file(tmp_path / FILE, tensors)
+    with pytest.raises(ValueError, match=rf"{FILE}: concept_embeds_weights has 1 of 17 values that are NaN"):
+        load_safety_checker(tmp_path)

@@ -43,7 +43,21 @@ UNETS = {
         "projection_class_embeddings_input_dim": 16 + 6 * 256,
     },
 }
-OF_FAMILY = {
+DISTILLED = {  # each attention has its own depth, up and down differ, the middle is one block or none
+    "ssd": UNETS["sdxl"]
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 1, 3], 1],
+    },
+    "vega": UNETS["sdxl"]
+    | {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1]}
+    | {"reverse_transformer_layers_per_block": [2, 1]},
+    "koala": UNETS["sdxl"] | {"layers_per_block": 1, "mid_block_type": None},
+    "sd2 small": UNETS["sd2"] | {"layers_per_block": 1, "mid_block_type": None},
+}
+OF_FAMILY = dict.fromkeys(("ssd", "vega", "koala"), stable_diffusion_xl.FAMILY) | {
+    "sd2 small": stable_diffusion_2.FAMILY,
     "sd1": stable_diffusion_1.FAMILY,
     "sd1 inpainting": stable_diffusion_1.FAMILY,
     "sd2": stable_diffusion_2.FAMILY,
@@ -190,7 +204,7 @@ def text_parts(family):
         held = {f"cond_stage_model.transformer.{name}": tensor for name, tensor in clip.items()}
         held["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(7)[None]
         return held, [clip]
-    if family == "sd2":
+    if family.startswith("sd2"):
         whole = clip_tensors(64, 3, projection=True)
         kept = {n: t for n, t in whole.items() if ".layers.2." not in n and n != "text_projection.weight"}
         return open_clip(whole, "cond_stage_model.model."), [kept]
@@ -202,7 +216,7 @@ def text_parts(family):
 @functools.cache
 def checkpoint(family):
     """(tensors of a whole checkpoint in one file, its parts as they were before)."""
-    config = UNETS[family]
+    config = (UNETS | DISTILLED)[family]
     unet, autoencoder = random_tensors(unet_of, config), random_tensors(autoencoder_of, AUTOENCODER)
     text, encoders = text_parts(family)
     held = {"model.diffusion_model." + ldm_unet_name(name, config): tensor for name, tensor in unet.items()}
@@ -216,7 +230,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(tensor, other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("family", UNETS)
+@pytest.mark.parametrize("family", UNETS | DISTILLED)
 def test_parts_come_back(family, tmp_path):
     held, originals = checkpoint(family)
     write_file(tmp_path / "model.safetensors", held)
@@ -225,21 +239,25 @@ def test_parts_come_back(family, tmp_path):
     assert list(parts) == ["unet", "vae", "text_encoder", "text_encoder_2"][: len(originals)]
     for part, original in zip(parts.values(), originals, strict=True):
         assert_equal(part.tensors, original)
-    for of, part in ((unet_of, parts["unet"]), (autoencoder_of, parts["vae"])):
-        from_torch(part.tensors, "test", of(part.config, "test")[1])
-    unet = unet_of(parts["unet"].config, "test")[0]
-    for field, value in UNETS[family].items():
+    unet, like = unet_of(parts["unet"].config, "test")
+    from_torch(parts["unet"].tensors, "test", like)
+    from_torch(parts["vae"].tensors, "test", autoencoder_of(parts["vae"].config, "test")[1])
+    for field, value in (UNETS | DISTILLED)[family].items():
         if not field.startswith("_") and field != "transformer_layers_per_block":
-            assert getattr(unet, field) == (tuple(value) if isinstance(value, list) else value), field
-    assert parts["vae"].config["scaling_factor"] == (0.13025 if family == "sdxl" else 0.18215)
+            assert getattr(unet, field) == as_tuple(value), field
+    assert parts["vae"].config["scaling_factor"] == (0.18215 if family.startswith(("sd1", "sd2")) else 0.13025)
 
 
-@pytest.mark.parametrize("family", UNETS)
+def as_tuple(value):
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("family", UNETS | DISTILLED)
 def test_names_are_those_of_the_peer(family):
     pytest.importorskip("torch")
     peer = pytest.importorskip("diffusers.loaders.single_file_utils")
     held, originals = checkpoint(family)
-    assert_equal(peer.convert_ldm_unet_checkpoint(dict(held), UNETS[family]), originals[0])
+    assert_equal(peer.convert_ldm_unet_checkpoint(dict(held), (UNETS | DISTILLED)[family]), originals[0])
     assert_equal(peer.convert_ldm_vae_checkpoint(dict(held), AUTOENCODER), originals[1])
 
 
@@ -291,6 +309,24 @@ PUBLISHED = {  # configs as published, the sizes of their networks in parameters
             "sample_size": 128,
         },
         2_567_463_684,
+    ),
+    "ssd": (
+        {
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+            "mid_block_type": "UNetMidBlock2D",
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "transformer_layers_per_block": [1, 2, 4],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "sample_size": 128,
+        },
+        None,
     ),
     "refiner": (
         {
@@ -434,7 +470,7 @@ def test_another_layer_of_the_text_encoder_is_a_warning(caplog, tmp_path):
         caplog.clear()
         write_file(tmp_path / "x.safetensors", checkpoint("sd1")[0], metadata={field: "2"})
         read_checkpoint(tmp_path / "x.safetensors")
-        assert (f"{field}=2" in caplog.text) == warned
+        assert (f"{field}=2" in caplog.text) == ("set clip_skip to 1" in caplog.text) == warned
 
 
 def test_a_table_of_an_xl_denoiser_has_zero_terminal_snr(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from diffusion_jax.interop.prompts import spelled
-from diffusion_jax.interop.tokenizers import load_tokenizer
+from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
 from diffusion_jax.models.text.encoder import tokenize
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -175,6 +175,24 @@ def test_clip(family, clip_folder, caplog):
     assert [record.getMessage().split(",")[0] for record in caplog.records] == ["cut 1 of 4 prompts to 77 tokens"]
 
 
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_a_saved_tokenizer_is_the_same_to_all_readers(kind, request, pieces, tmp_path):
+    """Its class is the one that transformers reads it by."""
+    transformers = pytest.importorskip("transformers")
+    if kind == "clip":
+        first, expected = load_tokenizer(request.getfixturevalue("clip_folder")("Stable Diffusion 2")), "CLIPTokenizer"
+    else:
+        folder = write_folder(tmp_path / "t5", *t5_families(pieces)[0], **{"spiece.model": pieces})
+        first, expected = load_tokenizer(folder, 77), "T5TokenizerFast"
+    save_tokenizer(first, tmp_path / "saved")
+    assert tokenizer_class(first) == expected
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["tokenizer_class"] == expected
+    strings = texts(300)
+    assert_equal(tmp_path / "saved", getattr(transformers, expected), strings)
+    again = load_tokenizer(tmp_path / "saved")
+    assert [e.ids for e in again.encode_batch(strings)] == [e.ids for e in first.encode_batch(strings)]
+
+
 def test_where_an_exclamation_mark_pads_it_does_so_everywhere(clip_folder):
     first, second = (load_tokenizer(clip_folder(name)).encode("cat!").ids[:4] for name in list(CLIP_FAMILIES)[:2])
     assert (first, second) == ([49406, 2368, 256, 49407], [49406, 2368, 0, 49407])
@@ -251,6 +269,17 @@ def test_lengths(pieces, tmp_path):
     assert length({"model_max_length": 300}, length=20) == 20
     with pytest.raises(ValueError, match=r"length: expected more than 1 tokens, .* got 1"):
         length(None, length=1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model_max_length": None}, {"model_max_length": "long"}, {"eos_token": 5}, {"added_tokens_decoder": None}],
+)
+def test_settings_of_another_type_are_one_line(config, pieces, tmp_path):
+    folder = write_folder(tmp_path / "t5", None, config, **{"spiece.model": pieces})
+    with pytest.raises(ValueError, match="expected the files of a CLIP or T5 tokenizer, but") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Updates of one map: the weights that peft merges, and the published formulas where peft has none."""
 
+import functools
 import json
 
 import numpy as np
@@ -81,6 +82,19 @@ def test_settings_in_a_file_beside(tmp_path):
     np.testing.assert_allclose(updated(numbers(0, *LINEAR), update, 1.0), merged, rtol=1e-5, atol=1e-6)
 
 
+def test_pickles_are_read_if_they_are_allowed(tmp_path):
+    """As older versions of diffusers and peft write them."""
+    torch = pytest.importorskip("torch")
+    held = {name: torch.tensor(tensor) for name, tensor in LORA.items()}
+    torch.save(held, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6}))
+    update = load_lora(tmp_path / "adapter_model.bin", allow_pickle=True)["unet"]["map"]
+    expected = 3 * LORA["map.lora_B.weight"] @ LORA["map.lora_A.weight"]
+    np.testing.assert_allclose(updated(np.zeros(LINEAR, np.float32), update, 1.0), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"is a pickle, .* set allow_pickle"):
+        load_lora(tmp_path / "adapter_model.bin")
+
+
 def test_a_tucker_core_is_three_convolutions(tmp_path):
     torch = pytest.importorskip("torch")
     down, mid, up = numbers(1, 4, 8, 1, 1), numbers(2, 4, 4, 3, 3), numbers(3, 12, 4, 1, 1)
@@ -120,8 +134,16 @@ LOHA = {f"map.hada_w{i}_{half}": numbers(i, *shape) for i in (1, 2) for half, sh
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        ({**LORA, "map.alpha": np.ones(3, np.float32)}, "alpha of shape .3,.; expected one finite number"),
-        ({**LORA, "map.alpha": np.float32(np.nan).reshape(())}, "expected one finite number"),
+        ({**LORA, "map.alpha": np.ones(3, np.float32)}, "alpha of shape .3,.; expected one number"),
+        ({**LORA, "map.alpha": np.float32(np.nan).reshape(())}, "map.alpha has 1 of 1 values that are NaN or infinite"),
+        (
+            {**LORA, "map.lora_A.weight": np.full((2, 8), np.inf, np.float16)},
+            "map.lora_A.weight has 16 of 16 values that",
+        ),
+        (
+            {**LORA, "map.dora_scale": np.float32([[np.nan], *11 * [[1]]])},
+            "map.dora_scale has 1 of 12 values that are NaN",
+        ),
         ({**LORA, "map.dora_scale": np.ones(5, np.float32)}, "a magnitude of shape .5,., the map has"),
         ({**LORA, "map.lora_down.weight": numbers(0, 2, 8)}, "two tensors of lora_down"),
         ({**LORA, "map.lora_mid.weight": numbers(0, 3, 3, 3, 3)}, "needs factors of one rank, got lora_down .2, 8."),
@@ -152,13 +174,20 @@ def test_what_does_not_fit_is_one_line(held, message, tmp_path):
         ({"bias": "lora_only"}, "bias is 'lora_only'; supported: none"),
         ({"peft_type": "OFT"}, "peft_type is 'OFT'; supported: LORA, LOHA, LOKR"),
         ({"use_dora": True}, "map has no magnitude, but the setting use_dora of the file is True"),
-        ({"lora_alpha": "many"}, "malformed settings"),
-        ({"lora_alpha": None}, "malformed settings"),
-        ({"alpha_pattern": [1]}, "malformed settings"),
+        ({"use_next_lora": 0.5, "peft_type": "VERA"}, "peft_type is 'VERA'; supported: LORA, LOHA, LOKR"),
+        ({"lora_alpha": "many"}, "malformed settings .*: lora_alpha: expected a finite number, got 'many'"),
+        ({"lora_alpha": None}, "lora_alpha: expected a finite number, got None"),
+        ({"alpha": True}, ": alpha: expected a finite number, got True"),
+        ({"r": None}, ": r: expected a whole number, at least 1, got None"),
+        ({"r": "16"}, ": r: expected a whole number, at least 1, got '16'"),
+        ({"r": 2.5}, ": r: expected a whole number, at least 1, got 2.5"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern: expected an object from maps to numbers, got \[1\]"),
+        ({"alpha_pattern": {"map": "8"}}, "alpha_pattern of map: expected a finite number, got '8'"),
+        ({"rank_pattern": {"map": None}}, "rank_pattern of map: expected a whole number, at least 1, got None"),
         ({"alpha_pattern": {"(": 1}}, "malformed pattern of maps"),
         ({"use_rslora": "yes"}, "use_rslora: expected true or false, got 'yes'"),
-        ({"r": 0}, "malformed settings"),
-        ({"lora_alpha": float("inf")}, "malformed settings"),
+        ({"r": 0}, ": r: expected a whole number, at least 1, got 0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number, got inf"),
     ],
 )
 def test_settings_that_are_not_supported_are_named(settings, message, tmp_path):
@@ -223,3 +252,38 @@ def test_other_kinds_are_refused_by_name(name, kind, tmp_path):
     with pytest.raises(ValueError, match=kind) as raised:
         ours(tmp_path, numbers(0, *LINEAR), {**LORA, name: numbers(0, 3)})
     assert name in str(raised.value)
+
+
+def peft_adapters():
+    """The kinds of adapters in peft, with a function from a config of the kind for one map to its tensors."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+
+    def tensors(config):
+        model = torch.nn.ModuleDict({"map": torch.nn.Linear(*LINEAR[::-1], bias=False)})
+        held = peft.get_peft_model_state_dict(peft.get_peft_model(model, config(target_modules=["map"])))
+        return {name: tensor.numpy() for name, tensor in held.items() if tensor.ndim}
+
+    kinds = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    return {kind.value: functools.partial(tensors, config) for kind, config in kinds.items()}
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's about its own kinds
+def test_all_other_adapters_of_peft_are_refused_by_name(tmp_path):
+    """By the setting peft_type in the file beside them, and by the names of their tensors alone."""
+    named = 0
+    for kind, tensors in peft_adapters().items():
+        if kind in ("LORA", "LOHA", "LOKR"):
+            continue
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"a_field": 1, "peft_type": kind}))
+        write_file(tmp_path / "adapter_model.safetensors", {"map.any": numbers(0, 3)})
+        with pytest.raises(ValueError, match=f"its setting peft_type is '{kind}'; supported: LORA, LOHA, LOKR"):
+            load_lora(tmp_path / "adapter_model.safetensors")
+        try:
+            held = tensors()
+        except Exception:  # not every kind can update one small map alone
+            continue
+        write_file(tmp_path / "x.safetensors", held)
+        with pytest.raises(ValueError, match=rf"belongs to updates of (?i:{kind})"):
+            load_lora(tmp_path / "x.safetensors")
+        named += 1
+    assert named > 15

@@ -152,7 +152,7 @@ def has_vector(unet: Tensors) -> bool:
 
 def has_linear_maps(unet: Tensors) -> bool:
     """Whether linear maps surround the transformers of a U-Net, instead of 1x1 convolutions."""
-    return np.ndim(unet.get("middle_block.1.proj_in.weight")) == 2
+    return any(tensor.ndim == 2 for name, tensor in unet.items() if name.endswith("proj_in.weight"))
 
 
 def fits(unet: UNet, autoencoder: AutoencoderKL) -> str:
@@ -203,9 +203,8 @@ def _unet(tensors, sample_size):
     layers = min(downsamplers) - 1
     tensors = {unet_name(name, layers): tensor for name, tensor in tensors.items()}
     widths = [len(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(_count(tensors, "down_blocks."))]
-    depths = [_count(tensors, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(len(widths))]
-    middle = "mid_block.attentions.0."
-    linear = tensors[middle + "proj_in.weight"].ndim == 2
+    down, up = ([_depths(tensors, f"{side}_blocks.{i}.") for i in range(len(widths))] for side in ("down", "up"))
+    linear = has_linear_maps(tensors)
     added = tensors.get("add_embedding.linear_1.weight")
     return Description(
         {
@@ -215,14 +214,10 @@ def _unet(tensors, sample_size):
             "out_channels": len(tensors["conv_out.weight"]),
             "block_out_channels": widths,
             "layers_per_block": layers,
-            "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
-            "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-            # the middle has the same value as the last level
-            "transformer_layers_per_block": [
-                *(depth or 1 for depth in depths[:-1]),
-                _count(tensors, middle + "transformer_blocks."),
-            ],
-            "cross_attention_dim": tensors[middle + "transformer_blocks.0.attn2.to_k.weight"].shape[1],
+            "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in down],
+            "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up],
+            **_middle_and_depths(tensors, down, up),
+            "cross_attention_dim": _first(tensors, ".attn2.to_k.weight").shape[1],
             "attention_head_dim": [width // 64 for width in widths] if linear else 8,
             "use_linear_projection": linear,
             "num_class_embeds": len(tensors["class_embedding.weight"]) if "class_embedding.weight" in tensors else None,
@@ -233,6 +228,36 @@ def _unet(tensors, sample_size):
         },
         tensors,
     )
+
+
+def _middle_and_depths(tensors, down, up):
+    """Fields of config.json: the kind of the middle block, and the transformer blocks in each attention.
+
+    down, up: depths of the levels, in the order of the blocks. SSD-1B and Segmind-Vega have one residual block in the
+    middle, and other depths upwards than downwards. The smallest distilled networks (KOALA, BK-SDM) have no middle.
+    """
+    resnets, middle = _count(tensors, "mid_block.resnets."), _depths(tensors, "mid_block.")
+    if resnets > 1 and not middle:
+        raise KeyError("mid_block.attentions.0")
+    depths = [*(depth or 1 for depth in down[:-1]), down[-1] or middle or 1]  # the middle has that of the last level
+    mirrored = all(upward in (0, depth) for upward, depth in zip(reversed(up), depths, strict=True))
+    return {
+        "mid_block_type": (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")[resnets],
+        "transformer_layers_per_block": depths,
+        "reverse_transformer_layers_per_block": None if mirrored else [depth or 1 for depth in up],
+    }
+
+
+def _depths(tensors, block):
+    """The number of transformer blocks in each attention of a block: one number if all have the same, 0 without any."""
+    count = _count(tensors, f"{block}attentions.")
+    depths = [_count(tensors, f"{block}attentions.{i}.transformer_blocks.") for i in range(count)]
+    return depths if len(set(depths)) > 1 else max(depths, default=0)
+
+
+def _first(tensors, ending):
+    """A tensor whose name ends so. Raises KeyError without any."""
+    return tensors[next((name for name in tensors if name.endswith(ending)), ending)]
 
 
 def _autoencoder(tensors, sample_size, scaling_factor):

@@ -22,7 +22,7 @@ FAMILY = Family(
     denoiser="unet",
     autoencoder="vae",
     tokenizers={"text_encoder": "tokenizer"},
-    prompt=Prompt(text=lambda output: output.last_hidden_state),
+    prompt=Prompt(text=lambda output: output.last_hidden_state, can_skip_layers=True),
     index=latent_diffusion.index_of("StableDiffusion", has_safety_checker=True),
     fits=latent_diffusion.fits,
     scheduler_changes={"clip_sample": False, "steps_offset": 1},

@@ -16,6 +16,6 @@ FAMILY = stable_diffusion_1.FAMILY._replace(
     source="Rombach et al. 2022, arXiv 2112.10752",
     recognises=lambda index, configs: bool(configs.get("unet", {}).get("use_linear_projection")),
     single_file=SingleFile(
-        LAYOUT.read, latent_diffusion.SCHEDULER, LAYOUT.states, ask="give 'eps' (512-base) or 'v' (768)"
+        LAYOUT.read, latent_diffusion.SCHEDULER, LAYOUT.states, ask="set prediction to 'eps' (512-base) or 'v' (768)"
     ),
 )

@@ -24,7 +24,9 @@ def _is_wide(configs: dict[str, Config]) -> bool:
 
 
 def _encoders(index: Config) -> list[str]:
-    return [name for name in ("text_encoder", "text_encoder_2") if index.get(name, [None])[0]]
+    return [
+        name for name in ("text_encoder", "text_encoder_2") if index.get(name) not in (None, [], [None], [None, None])
+    ]
 
 
 LAYOUT = Layout(

@@ -77,11 +77,13 @@ def _check_layer(header, layer):
     """Warn of a text encoder that was used up to another layer. Where the family never uses the last one, trainers
     write a 1 that has no effect."""
     for field in ("modelspec.encoder_layer", "ss_clip_skip"):
-        if header.get(field, "") not in (*UNSTATED, "1", str(layer)):
+        value = header.get(field, "")
+        if value not in (*UNSTATED, "1", str(layer)):
+            earlier = int(value) - layer if value.isdecimal() else 0
             logging.warning(
                 "%s=%s in the header: the model was trained on another layer of its text encoder, counted from the "
-                "end, than the %d that is used here, so prompts may be followed less well",
-                *(field, header[field], layer),
+                "end, than the %d that is used here, so prompts may be followed less well%s",
+                *(field, value, layer, f"; set clip_skip to {earlier} for that layer" if earlier > 0 else ""),
             )
 
 
