@@ -4,7 +4,7 @@ import functools
 import ipaddress
 import socket
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import uvicorn
 from absl import logging
@@ -40,13 +40,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
     try:
         facts = engine.start()
         logging.info("weights: %s", facts.origin)
-        app = application(Service(engine, facts, config), token, () if token else (*LOOPBACK, section.host))
+        app = application(Service(engine, facts, config), token, () if token else _names(section))
         logging.info("open %s", _address(section.host, listening.getsockname()[1], token))
         settings = connections.settings(app, facts.size, section.max_upload, log_level="warning")
         server = uvicorn.Server(settings)
         server.run(sockets=[listening])
     finally:
         engine.stop()
+
+
+def _names(section: ConfigDict) -> tuple[str, ...]:
+    """The names of the server that a Host header may have. Raises ValueError for what is no name."""
+    for name in section.hosts:
+        if not name or urlsplit(f"//{name}").hostname != name.lower():
+            raise ValueError(f"config.serve.hosts: expected names such as host.docker.internal, without a port, got {name!r}")
+    return (*LOOPBACK, section.host, *(name.lower() for name in section.hosts))
 
 
 def _listening(host: str, port: int) -> socket.socket:
