@@ -256,7 +256,9 @@ SERVE = {
     "max_steps": Field(150, whole(1, 1000), "The most steps of a request."),
     "max_side": Field(2048, side, "The largest height and width of a request, pixels."),
     "sizes": Field(
-        (), each(text), "Up to 16 more sizes to draw at, each WIDTHxHEIGHT; others are drawn at the nearest and resized."
+        (),
+        each(text),
+        "Up to 16 more sizes to draw at, each WIDTHxHEIGHT; others are drawn at the nearest and resized.",
     ),
     "max_upload": Field(20_000_000, whole(1000), "Bytes of a request."),
     "max_pixels": Field(16_000_000, whole(64), "Pixels of an uploaded picture."),

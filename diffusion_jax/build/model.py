@@ -153,7 +153,8 @@ def _time_smoothing(config: ConfigDict) -> float:
     """
     base, parts = schedule(config), np.linspace(0, 1, 101)[1:]
     with np.errstate(divide="ignore"):  # of the noise by the data, at pure noise
-        _, t = _parameterization(config).inputs(jnp.zeros((100, 1)), base(base.at(parts)))
+        x = jnp.asarray(np.zeros((100, 1)))  # unlike jnp.zeros, it compiles nothing
+        _, t = _parameterization(config).inputs(x, base(base.at(parts)))
     return float(f"{0.05 * 100 * float(np.abs(np.diff(t)).min()):.2g}")
 
 

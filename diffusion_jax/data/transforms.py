@@ -204,8 +204,8 @@ def _grey_of_many_bits(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
     (bits,) = tags.get(ExifTags.Base.BitsPerSample, (16,))
     if bits > 16 or tags.get(ExifTags.Base.SampleFormat, UNSIGNED) != UNSIGNED:
         raise BadRecord(
-            f"grey levels from {values.min()} to {values.max()}, expected 0 to 65535 in 8 to 16 bits: of signed numbers "
-            "and those of 32 bits it is not known which one is white"
+            f"grey levels from {values.min()} to {values.max()}, expected 0 to 65535 in 8 to 16 bits: of signed "
+            "numbers and those of 32 bits it is not known which one is white"
         )
     if values.min() < 0 or values.max() >= 2**bits:
         raise BadRecord(f"grey levels from {values.min()} to {values.max()}, expected 0 to {2**bits - 1}")

@@ -2,9 +2,10 @@
 
 import functools
 import ipaddress
+import re
 import socket
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import uvicorn
 from absl import logging
@@ -35,12 +36,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"config.serve.host={section.host} can be reached by others: set config.serve.token_file to a file with a "
             "token that they must send, or leave the host out"
         )
+    names = _names(section)
     listening = _listening(section.host, section.port)
     engine = Engine(functools.partial(worker.load, config, workdir), section.queue)
     try:
         facts = engine.start()
         logging.info("weights: %s", facts.origin)
-        app = application(Service(engine, facts, config), token, () if token else _names(section))
+        app = application(Service(engine, facts, config), token, () if token else names)
         logging.info("open %s", _address(section.host, listening.getsockname()[1], token))
         settings = connections.settings(app, facts.size, section.max_upload, log_level="warning")
         server = uvicorn.Server(settings)
@@ -52,8 +54,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def _names(section: ConfigDict) -> tuple[str, ...]:
     """The names of the server that a Host header may have. Raises ValueError for what is no name."""
     for name in section.hosts:
-        if not name or urlsplit(f"//{name}").hostname != name.lower():
-            raise ValueError(f"config.serve.hosts: expected names such as host.docker.internal, without a port, got {name!r}")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(
+                f"config.serve.hosts: expected names such as host.docker.internal, without a port, got {name!r}"
+            )
     return (*LOOPBACK, section.host, *(name.lower() for name in section.hosts))
 
 

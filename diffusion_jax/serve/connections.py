@@ -16,7 +16,7 @@ HEAD = 20.0  # seconds in which the head of a request must arrive
 CONNECTIONS = 1024  # open at once, half of them of one client; further ones are closed
 OTHER_FILES = 0.25  # of those that the process may have open: for all but connections
 PNG = 6  # bytes of a pixel of noise as a PNG in base64, at most
-TEXT = 65_536  # bytes of a state of the live canvas without its pictures
+STATE = 1 << 20  # bytes of a state of the live canvas beside two pictures of the model's size: they may be larger
 
 
 def most_connections() -> int:
@@ -68,13 +68,14 @@ def settings(app: ASGIApp, size: tuple[int, int], max_upload: int, **options) ->
     """The settings of uvicorn.
 
     size: height and width of the model's images, pixels.
-    max_upload: bytes of a request. A message of the live canvas has at most two pictures of the model's size.
+    max_upload: bytes of a request. A message of the live canvas may have fewer, as it is received before it is counted:
+      a longer one closes the connection with code 1009 and a reason.
     """
     return uvicorn.Config(
         app,
         http=Connection,
         server_header=False,
-        ws_max_size=min(max_upload, TEXT + 2 * PNG * size[0] * size[1]),
+        ws_max_size=min(max_upload, STATE + 2 * PNG * size[0] * size[1]),
         ws_max_queue=1,
         timeout_graceful_shutdown=PATIENCE,
         **options,

@@ -22,7 +22,8 @@ from diffusion_jax.serve.worker import Facts
 Kind = TypeVar("Kind", bound=BaseModel)
 LETTERS = 2000  # of a prompt
 SCALE = 30.0  # the largest guidance scale
-NOT_IN_METADATA = {"image", "mask", "fit", "seed", "prompt", "num_images", "previews"}  # fields left out of a PNG's text
+# fields left out of a PNG's text
+NOT_IN_METADATA = {"image", "mask", "fit", "seed", "prompt", "num_images", "previews"}
 
 
 class Problem(Exception):

@@ -50,10 +50,12 @@ WITHOUT_EFFECT = {  # other fields of the API -> values that change no picture; 
     "initial_noise_multiplier": (1,),
     "inpainting_fill": (1,),
     "distilled_cfg_scale": (3.5,),
+    "script_name": ("None",),
+    "refiner_checkpoint": ("None",),
 }
 OPTIONS_WITHOUT_EFFECT = {  # as `WITHOUT_EFFECT`, of options and of override_settings
-    **dict.fromkeys(("samples_save", "samples_format", "grid_save", "grid_format", "return_grid", "jpeg_quality"), None),
-    **dict.fromkeys(("save_images_add_number", "save_init_img", "enable_pnginfo", "save_txt", "webp_lossless"), None),
+    **dict.fromkeys(("samples_save", "samples_format", "grid_save", "grid_format", "return_grid"), None),
+    **dict.fromkeys(("save_images_add_number", "save_init_img", "enable_pnginfo", "save_txt", "jpeg_quality"), None),
     **dict.fromkeys(("do_not_show_images", "show_progress_type", "live_previews_enable", "sd_checkpoint_hash"), None),
     **dict.fromkeys(("live_preview_content", "show_progress_every_n_steps", "save_write_log_csv"), None),
     "CLIP_stop_at_last_layers": (1,),
@@ -309,7 +311,7 @@ def _ignored(body: TextToImage, model: str) -> list[str]:
 
 def _ignored_options(options: Mapping[str, Any], model: str) -> list[str]:
     """The names of options that have no effect here but would change the picture there."""
-    return without_effect(options, OPTIONS_WITHOUT_EFFECT | {"sd_model_checkpoint": (model,)})
+    return sorted(without_effect(options, OPTIONS_WITHOUT_EFFECT | {"sd_model_checkpoint": (model,)}))
 
 
 def _is_on(script: Any) -> bool:

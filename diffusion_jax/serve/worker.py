@@ -210,7 +210,7 @@ def facts(loaded: Loaded) -> Facts:
 def _further_sizes(model: DiffusionModel, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """The sizes of serve.sizes. Raises ValueError for one that this model cannot draw, and for too many."""
     if len(texts) > SIZES:
-        raise ValueError(f"config.serve.sizes: expected at most {SIZES}, as each has programs of its own, got {len(texts)}")
+        raise ValueError(f"config.serve.sizes: expected at most {SIZES}: each has its own programs; got {len(texts)}")
     try:
         further = tuple(map(sizes.parsed, texts))
         for size in further:

@@ -261,7 +261,9 @@ def test_grey_of_any_depth_goes_from_black_to_white(white_is_zero):
     levels = np.array([0, 0x12, 0x80, 0xFF])
     packed_12_bits = bytes.fromhex("00012f800fff")
     forms = [(8, levels.astype("<u1")), (16, (levels * 257).astype("<u2"))]
-    for bits, data in forms if white_is_zero else [*forms, (12, packed_12_bits)]:  # which Pillow reads in this form alone
+    for bits, data in (
+        forms if white_is_zero else [*forms, (12, packed_12_bits)]
+    ):  # which Pillow reads in this form alone
         grey = decode(tiff_of_grey(bytes(data), 4, bits, white_is_zero))[0, :, 0]
         np.testing.assert_array_equal(grey, 255 - levels if white_is_zero else levels)
     floats = tiff_of_grey((levels / 255).astype("<f4").tobytes(), 4, 32, white_is_zero, sample_format=3)

@@ -88,7 +88,9 @@ def test_a_model_that_lacks_a_sampler_uses_its_own():
     assert sampler("published", ("published", "ddim"), "published") == ("published", "", [])
 
 
-@pytest.mark.parametrize("name", ["magic", "", "karras", "Euler b", "x" * 1000, "Euler magic", "DPM++ 2M SDE Karras Karras", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["magic", "", "karras", "Euler b", "x" * 1000, "Euler magic", "DPM++ 2M SDE Karras Karras", "gpu"]
+)
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match="unknown sampler"):
         sampler(name, SOLVER_NAMES, "ddim")
@@ -131,7 +133,8 @@ def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
         "inpainting_fill": 0,
     }
     assert warned(ImageToImage, init_images=["x"], **of_image) == []
-    assert warned(alwayson_scripts={"controlnet": {"args": []}}, enable_hr=True, script_name="X/Y/Z plot") == [
+    scripts = {"controlnet": {"args": [{"module": "canny"}]}}
+    assert warned(alwayson_scripts=scripts, enable_hr=True, script_name="X/Y/Z plot") == [
         "enable_hr",
         "script_name",
         "alwayson_scripts.controlnet",
@@ -142,6 +145,27 @@ def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
         "override_settings.sd_model_checkpoint",
     ]
     assert warned(override_settings={"sd_model_checkpoint": "mine"}) == []
+    neutral = {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic", "samples_format": "png"}
+    assert warned(override_settings=neutral) == warned(override_settings={"sd_vae": "None"}) == []
+    assert warned(override_settings={"sd_vae": "a.safetensors"}) == ["override_settings.sd_vae"]
+
+
+def test_scripts_that_are_off_are_not_warned_of():
+    unit = {"module": "canny", "weight": 1.0}
+    off = [[], {}, [None], [{**unit, "enabled": False}], [{"enabled": False}, None], [False, {"x": 1}], [False]]
+    for arguments in off:
+        assert warned(alwayson_scripts={"ControlNet": {"args": arguments}}) == [], arguments
+    assert warned(alwayson_scripts={"a": {}, "b": None}) == []
+    for arguments in [unit], [{**unit, "enabled": True}], [{"enabled": False}, unit], [True, {"x": 1}], {"0": unit}:
+        assert warned(alwayson_scripts={"a": {"args": arguments}}) == ["alwayson_scripts.a"], arguments
+
+
+def test_images_and_ways_to_resize_that_are_not_used_are_warned_of():
+    def of_image(**values):
+        return warned(ImageToImage, **{"init_images": ["x"]} | values)
+
+    assert of_image(init_images=["x", "y", "z"]) == ["init_images.1", "init_images.2"]
+    assert of_image(resize_mode=1) == [] and of_image(resize_mode=2) == ["resize_mode=2"]
 
 
 def test_null_is_as_good_as_no_value():
