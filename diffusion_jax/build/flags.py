@@ -30,10 +30,15 @@ class _Whole(flags.ArgumentParser):
     def parse(self, argument: int | str | None) -> int | None:
         if not isinstance(argument, str):
             return argument
+        if argument == NOTHING:
+            return None
         try:
-            return None if argument == NOTHING else int(argument, 0)
+            return int(argument, 0)
         except ValueError:
-            return _whole(argument)
+            number = _float(argument)
+            if not number.is_integer():
+                raise
+            return int(number)
 
 
 class _Number(flags.FloatParser):
@@ -50,15 +55,12 @@ class _Tuple(TupleParser):
         return super().parse(() if argument in (NOTHING, [NOTHING]) else argument)
 
 
-def _whole(argument: str) -> int:
-    """A whole number with leading zeros or an exponent. Raises ValueError for anything else."""
+def _float(argument: str) -> float:
+    """A number, nan for other text."""
     try:
-        number = float(argument)
+        return float(argument)
     except ValueError:
-        number = float("nan")
-    if not number.is_integer():
-        raise ValueError("expected a whole number")
-    return int(number)
+        return float("nan")
 
 
 for _kind, _parser in {str: _Text(), int: _Whole(), float: _Number(), tuple: _Tuple()}.items():
