@@ -72,8 +72,14 @@ def steps_saved(workdir):
 def arrays(workdir):
     """Every array of the newest checkpoint."""
     newest = workdir / "checkpoints" / str(steps_saved(workdir)[-1])
-    with ocp.StandardCheckpointer() as reader:
-        return {item: jax.device_get(reader.restore(newest / item)) for item in ("state", "ema")}
+    with ocp.PyTreeCheckpointer() as reader:
+        return {item: _numpy(reader, newest / item) for item in ("state", "ema")}
+
+
+def _numpy(reader, folder):
+    """The arrays of an item, wherever its run had them."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree)
+    return reader.restore(folder, restore_args=as_numpy)
 
 
 def losses(workdir):

@@ -429,7 +429,6 @@ def flow_map(
         if model.network.takes_scale:
             scale = jax.vmap(lambda key: jax.random.uniform(key, minval=1.0, maxval=scale))(scale_keys)
             student_cond = student_cond | {"guidance": scale}
-
         output = _student(model, level, frozen["rest"], student_cond)
         predict = _predictions(teacher.model, level, frozen, cond, scale) if teacher else None
         path = Path(x0, eps, lambda u: (x0, eps), level, time_of, levels_at, path_keys, progress=frozen["step"] / total)
@@ -443,17 +442,19 @@ def flow_map(
         )
         target = method(path, maps)
         if plain:
-            target = _with_regression(
-                target, path, maps, jax.vmap(lambda key: jax.random.bernoulli(key, plain))(plain_keys)
-            )
+            target = _with_regression(target, path, maps, plain, plain_keys)
         target = jax.lax.stop_gradient(target)
-        error = jnp.square(target.out - output(params, path.at(target.u), target.u, target.to))
-        error = jnp.mean(error, axis=range(1, x0.ndim))
-        weight = target.weight * emphasis.weight(level(target.u), model.parameterization)
-        weight = weight * jax.lax.stop_gradient(error + 1e-3) ** -robust
-        return jnp.mean(weight * error), {"mse": jnp.mean(error)}
+        out = output(params, path.at(target.u), target.u, target.to)
+        return _weighted_error(target, out, emphasis.weight(level(target.u), model.parameterization), robust)
 
     return loss
+
+
+def _weighted_error(target: Target, out: State, weight: Times, robust: float) -> tuple[Float[Array, ""], dict]:
+    """(loss, metrics) of the student's output: see `flow_map`."""
+    error = jnp.mean(jnp.square(target.out - out), axis=range(1, out.ndim))
+    weight = target.weight * weight * jax.lax.stop_gradient(error + 1e-3) ** -robust
+    return jnp.mean(weight * error), {"mse": jnp.mean(error)}
 
 
 def _student(
@@ -477,8 +478,9 @@ def _predictions(
     return lambda x, u, to: denoise(x, level(u), cond, to=level(to))
 
 
-def _with_regression(target: Target, path: Path, maps: Maps, mask: Array) -> Target:
-    """The target, with plain regression for the examples where `mask`, (B,), is True."""
+def _with_regression(target: Target, path: Path, maps: Maps, plain: float, keys: Key[Array, "batch"]) -> Target:
+    """The target, with plain regression for each example with the probability `plain`."""
+    mask = jax.vmap(lambda key: jax.random.bernoulli(key, plain))(keys)
     u = jnp.maximum(path.draw(3), MIN_STEP)
     regression = Target(u, u, maps.parameterization.target(*path.ends(u), path.level(u)), jnp.ones_like(u))
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, regression)
