@@ -90,7 +90,7 @@ def _steps(
     start = int(state.step)
     train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate, strategy)
     batches, frozen = task.batches(start), strategy.place(task.frozen)
-    with RunLog(workdir, start, train.steps, train.batch_size, task.name) as log, _StopSignals() as stop:
+    with _StopSignals() as stop, RunLog(workdir, start, train.steps, train.batch_size, task.name) as log:
         previous = None
         for step in range(start + 1, train.steps + 1):
             state, metrics = train_step(state, frozen, strategy.split(next(batches)))
@@ -189,9 +189,11 @@ class _StopSignals:
         self._handlers = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._received and kind is None and not hosts.several():
+            signal.raise_signal(signal.Signals[self._received])  # it came after the last step
 
     def requested(self) -> str:
         """The signal that asks the run to stop now, or "". Every host calls this after each step: all stop at once."""

@@ -134,6 +134,14 @@ def test_the_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
     assert_same(saved(tmp_path), saved(whole))
 
 
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
+    close = loop.RunLog.__exit__
+    monkeypatch.setattr(loop.RunLog, "__exit__", lambda log, *exception: (stop(), close(log, *exception))[1])
+    with loop.sigterm_raises_stopped(), pytest.raises(loop.Stopped, match="stopped by SIGTERM; run again"):
+        fit(tmp_path)
+    assert saved(tmp_path).step == 12
+
+
 def test_sync_points_of_hosts_go_on_in_the_next_stage(monkeypatch):
     """Hosts that get a signal between two stages agree on the number after the last one: it must come soon."""
     points = []
