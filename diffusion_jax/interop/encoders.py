@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -36,6 +38,7 @@ DEFAULTS = {
     "T5EncoderModel": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
 }
 LAYERS = ("last_hidden_state", "penultimate")
+LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")  # of CLIP
 
 
 def load_text_encoder(
@@ -70,12 +73,22 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncode
 
 
 def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5Encoder) -> dict[str, np.ndarray]:
-    """A text encoder's tensors with one set of names. Different versions of transformers use different names."""
+    """A text encoder's tensors with one set of names. Different versions of transformers use different names.
+
+    Layers beyond those of config.json are left out, as in transformers: some folders skip the last ones so.
+    """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if isinstance(encoder, T5Encoder):
         return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
     other_prefixes = ("vision_model.", "visual_projection.", "logit_scale")
-    return {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
+    named = {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
+    unused = {name for name in named if (layer := LAYER.match(name)) and int(layer[1]) >= encoder.num_hidden_layers}
+    if unused:
+        logging.warning(
+            "the weights of a text encoder have more layers than the %d of its config.json, which are used",
+            encoder.num_hidden_layers,
+        )
+    return {name: tensor for name, tensor in named.items() if name not in unused}
 
 
 def qualified(path: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from diffusion_jax.interop import load_text_encoder, save_text_encoder
-from diffusion_jax.interop.encoders import text_encoder
+from diffusion_jax.interop.encoders import text_encoder, without_last_layers
 from diffusion_jax.interop.names import to_torch
 from diffusion_jax.interop.tensors import read_tensors, write_file
 from diffusion_jax.models.text.clip import ClipTextEncoder
@@ -69,6 +69,15 @@ def test_all_namings_are_one(name, rename, extra, tmp_path):
         tensors[extra] = tensors.get("shared.weight", np.arange(6)[None])
     write_file(tmp_path / "model.safetensors", tensors)
     assert_same(load_text_encoder(tmp_path), name)
+
+
+def test_layers_beyond_the_config_are_left_out_with_a_warning(tmp_path, caplog):
+    """As of folders that leave out the last layer by their config alone."""
+    encoder, weights = load_text_encoder(saved("CLIPTextModel", tmp_path, num_hidden_layers=1))
+    expected, kept = without_last_layers(CLIP, variables("CLIPTextModel"), 1)
+    assert encoder == expected
+    jax.tree.map(np.testing.assert_array_equal, weights, kept)
+    assert "more layers than the 1 of its config.json" in caplog.text
 
 
 def test_a_projection_that_the_weights_lack_is_ignored(tmp_path):
