@@ -1,5 +1,6 @@
 """Find the pictures of a folder, and their captions or classes."""
 
+import collections
 import csv
 import hashlib
 import io
@@ -8,12 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from absl import logging
+from PIL import Image
+
+from diffusion_jax.messages import first_line
+
+# Pillow's names of picture formats; it needs a plugin for HEIF and JXL, as for AVIF in some builds
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+COLUMNS = ("file_name", "text")
 METADATA = {  # files of captions, and their form in errors
     "metadata.jsonl": '{"file_name": "...", "text": "..."}',
     "metadata.csv": "the columns file_name and text",
+    "metadata.parquet": "the columns file_name and text",
 }
-DECODER = 2  # changes whenever `transforms.decode` gives other pixels
+DECODER = 3  # changes whenever `transforms.decode` gives other pixels
+csv.field_size_limit(2**31 - 1)  # of a text, which Python limits to 128 KiB
 
 Caption = str | tuple[str, ...]
 
@@ -34,13 +44,13 @@ class Listing(NamedTuple):
 def list_pictures(root: Path) -> Listing:
     """List the pictures below a folder. Captions or labels come from the first of these that exists.
 
-    metadata.jsonl or metadata.csv, in the folder or below, the imagefolder convention: lines {"file_name":
-      "cats/1.png", "text": "a cat"}, relative to the folder of the metadata; only these pictures. A list of texts is
-      several captions.
+    metadata.jsonl, metadata.csv or metadata.parquet, in the folder or below, the imagefolder convention: lines
+      {"file_name": "cats/1.png", "text": "a cat"}, relative to the folder of the metadata; only these pictures. A list
+      of texts is several captions.
     1.txt beside every 1.png: its caption.
     cats/1.png: every picture is in a subfolder, its class.
 
-    Follows links to folders, each folder once. Skips hidden files and folders.
+    Follows links to folders, each folder once. Skips hidden files and folders. Logs how many other files it leaves out.
     Raises FileNotFoundError if there is no folder or no picture, or if a picture or a caption is missing.
     Raises ValueError for metadata in another form, for a picture that two files of metadata name, and for text that is
     not UTF-8.
@@ -48,16 +58,32 @@ def list_pictures(root: Path) -> Listing:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     found = sorted(file.relative_to(root) for file in _files(root))
-    captions = _metadata(root, [file for file in found if file.name in METADATA])
-    if not captions:
-        files = [file for file in found if file.suffix.lower() in SUFFIXES]
-        if not files:
-            raise FileNotFoundError(f"{root} has no pictures ({' '.join(SUFFIXES)})")
-        captions = _sidecars(root, files)
-    if captions:
-        return Listing([file for file, _ in captions], _alike([caption for _, caption in captions]), [], [])
-    if any(len(file.parts) == 1 for file in files):
-        return Listing(files, [], [], [])
+    metadata = [file for file in found if file.name in METADATA]
+    listing = _described(root, metadata) if metadata else _undescribed(root, found)
+    used = {*metadata, *listing.files, *(file.with_suffix(".txt") for file in listing.files)}
+    left_out = collections.Counter(file.suffix.lower() or "without a suffix" for file in found if file not in used)
+    if left_out:
+        why = "no metadata name them" if metadata else "they are no pictures of a known form"
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
+        logging.warning("%s: left out %d files, as %s: %s", root, left_out.total(), why, kinds)
+    return listing
+
+
+def _described(root: Path, metadata: list[Path]) -> Listing:
+    """The pictures that files of metadata name."""
+    captions = _metadata(root, metadata)
+    return Listing([file for file, _ in captions], _alike([caption for _, caption in captions]), [], [])
+
+
+def _undescribed(root: Path, found: list[Path]) -> Listing:
+    """The pictures among the files of a folder, with the captions beside them, or else their classes."""
+    suffixes = [suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS]
+    files = [file for file in found if file.suffix.lower() in suffixes]
+    if not files:
+        raise FileNotFoundError(f"{root} has no pictures ({' '.join(suffixes)})")
+    captions = _sidecars(root, files)
+    if captions or any(len(file.parts) == 1 for file in files):
+        return Listing(files, captions, [], [])
     classes = sorted({file.parts[0] for file in files})
     return Listing(files, [], [classes.index(file.parts[0]) for file in files], classes)
 
@@ -111,14 +137,9 @@ def _metadata(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
 
 def _lines(metadata: Path) -> list[tuple[Path, Caption]]:
     """(picture, caption) from the lines of metadata, the picture relative to its folder."""
-    text, captions = _text(metadata), []
-    if metadata.suffix == ".csv":
-        try:
-            lines = list(csv.DictReader(io.StringIO(text), strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{metadata}: expected CSV, got an error: {error}") from error
-    else:  # str.splitlines would also split inside of texts, at U+2028 for example
-        lines = text.split("\n")
+    read = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(metadata.suffix)
+    # str.splitlines would also split inside of texts, at U+2028 for example
+    lines, captions = read(metadata) if read else _text(metadata).split("\n"), []
     for number, line in enumerate(lines, start=1):
         if isinstance(line, str) and not line.strip():
             continue
@@ -131,6 +152,24 @@ def _lines(metadata: Path) -> list[tuple[Path, Caption]]:
     if not captions:
         raise ValueError(f"{metadata} is empty: write its lines or remove it")
     return captions
+
+
+def _csv_rows(metadata: Path) -> list[dict]:
+    try:
+        return list(csv.DictReader(io.StringIO(_text(metadata)), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{metadata}: expected CSV, got an error: {error}") from error
+
+
+def _parquet_rows(metadata: Path) -> list[dict]:
+    """The rows with the columns that are needed: others may have whole pictures."""
+    import pyarrow.parquet  # imported late: it takes a while, and few folders have such a file
+
+    try:
+        columns = [name for name in COLUMNS if name in pyarrow.parquet.read_schema(metadata).names]
+        return pyarrow.parquet.read_table(metadata, columns=columns).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{metadata}: expected Parquet, got an error: {first_line(error)}") from error
 
 
 def _entry(entry: Any) -> tuple[Path, Caption]:
@@ -149,8 +188,8 @@ def _alike(captions: list[Caption]) -> list[Caption]:
     return [caption if isinstance(caption, tuple) else (caption,) for caption in captions]
 
 
-def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
-    """(picture, caption) from the text files beside the pictures, or empty if there are none."""
+def _sidecars(root: Path, files: list[Path]) -> list[Caption]:
+    """The captions in the text files beside the pictures, or empty if there are none."""
     uncaptioned = [file for file in files if not (root / file).with_suffix(".txt").is_file()]
     if len(uncaptioned) == len(files):
         return []
@@ -158,7 +197,7 @@ def _sidecars(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
         raise FileNotFoundError(
             f"{root} has captions, but none for {len(uncaptioned)} of its pictures: {_first_few(uncaptioned)}"
         )
-    return [(file, _text((root / file).with_suffix(".txt")).strip()) for file in files]
+    return [_text((root / file).with_suffix(".txt")).strip() for file in files]
 
 
 def _text(file: Path) -> str:

@@ -1,15 +1,17 @@
 """Turn any picture into a square of uint8 RGB, and that into the input of a network."""
 
+import functools
 import io
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from diffusion_jax.messages import first_line
 
@@ -20,6 +22,7 @@ LIGHT = 127  # a mask is above this where it marks
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"tRNS", b"iCCP", b"eXIf")  # the optional ones that decide about pixels, with texts of these names:
 PNG_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+PNG_ALL_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 TURNS = {  # value of EXIF's orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,8 +33,12 @@ TURNS = {  # value of EXIF's orientation -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 SRGB = ImageCms.createProfile("sRGB")
+WHITE_IS_ZERO = 0  # the value of a TIFF's PhotometricInterpretation for inverted grey
+UNSIGNED = (1,)  # the value of a TIFF's SampleFormat for whole numbers from 0
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` checks the size itself
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # bytes of a profile or a text; PIL's 1 MiB is too little for some profiles
 Transform = Callable[[Record, np.random.Generator], Record]
+Content = TypeVar("Content")
 
 
 class BadRecord(ValueError):
@@ -43,14 +50,14 @@ def decode(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Read a picture from its file or its encoded bytes: 8-bit sRGB, upright by its EXIF tag, transparency on white.
 
-    Colours are converted by the ICC profile, if there is one that fits. Grey of 16 bits keeps its high byte. Grey of
-    floats goes from 0, black, to 1, white. Of an animation, the first frame is read.
+    Colours are converted by the ICC profile, if there is one that fits. Grey of 12 or 16 bits keeps its highest 8. Grey
+    of floats goes from 0, black, to 1, white. Of an animation, the first frame is read.
 
     max_pixels: larger pictures are not decoded.
     formats: that PIL may try, None for all.
     Raises BadRecord if it is truncated, not a picture, too large, too elongated, or of numbers out of range.
     """
-    return _read(image, _on_white, max_pixels, formats)
+    return _read(image, functools.partial(_upright, _on_white), max_pixels, formats)
 
 
 def decode_mask(
@@ -60,30 +67,44 @@ def decode_mask(
 
     Arguments and errors are those of `decode`.
     """
-    return _read(image, _marks, max_pixels, formats)
+    return _read(image, functools.partial(_upright, _marks), max_pixels, formats)
 
 
 def decode_alpha(
     image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "height width"]:
     """Read the alpha of a picture, 255 everywhere if it has none. Arguments and errors are those of `decode`."""
-    return _read(image, _alpha, max_pixels, formats)
+    return _read(image, functools.partial(_upright, _alpha), max_pixels, formats)
+
+
+def decode_texts(
+    image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Read the texts in a picture's metadata, by name. Arguments and errors are those of `decode`."""
+
+    def texts(opened: Image.Image) -> dict[str, str]:
+        return {name: text for name, text in opened.info.items() if isinstance(text, str)}
+
+    return _read(image, texts, max_pixels, formats, (*PNG_CHUNKS, *PNG_ALL_TEXTS))
 
 
 def _read(
     image: str | PathLike | bytes,
-    convert: Callable[[Image.Image], Image.Image],
+    take: Callable[[Image.Image], Content],
     max_pixels: int,
     formats: Sequence[str] | None,
-) -> np.ndarray:
-    """The pixels of the decoded, converted and then turned picture. Whatever a decoder raises is a bad record."""
+    png_chunks: tuple[bytes, ...] = PNG_CHUNKS,
+) -> Content:
+    """What `take` returns for the decoded picture. Whatever a decoder raises is a bad record.
+
+    png_chunks: the optional ones to keep.
+    """
     try:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
-        with Image.open(io.BytesIO(_without_metadata(data)), formats=formats) as opened:
+        with Image.open(io.BytesIO(_without_metadata(data, png_chunks)), formats=formats) as opened:
             _check_size(*opened.size, max_pixels)
             opened.load()
-            turn, converted = _turn(opened), convert(opened)
-            return np.asarray(converted if turn is None else converted.transpose(turn))
+            return take(opened)
     except UnidentifiedImageError as error:
         raise BadRecord("not a picture of a known format") from error
     except BadRecord:
@@ -92,25 +113,25 @@ def _read(
         raise BadRecord(f"not a readable picture ({first_line(error)})") from error
 
 
-def _without_metadata(data: bytes) -> bytes:
-    """A PNG without metadata: PIL fails if that is damaged or large. Other formats unchanged."""
+def _without_metadata(data: bytes, png_chunks: tuple[bytes, ...]) -> bytes:
+    """A PNG without other metadata: PIL fails if that is damaged or large. Other formats unchanged."""
     if not data.startswith(PNG):
         return data
     kept, start = [PNG], len(PNG)
     while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, name, content, checksum
-        if _decides(data[start + 4 : end - 4], data[end - 4 : end]):
+        if _is_kept(data[start + 4 : end - 4], data[end - 4 : end], png_chunks):
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
 
 
-def _decides(chunk: bytes, checksum: bytes) -> bool:
-    """Whether a chunk of a PNG, its name and content, decides about pixels. Damaged optional chunks do not."""
+def _is_kept(chunk: bytes, checksum: bytes, optional: tuple[bytes, ...]) -> bool:
+    """Whether to keep a chunk of a PNG, its name and content. Damaged optional chunks are left out."""
     if chunk[:1].isupper():
         return True
-    decides = chunk.startswith(PNG_CHUNKS) or chunk[4:].startswith(PNG_TEXTS)
-    return decides and zlib.crc32(chunk) == int.from_bytes(checksum, "big")
+    is_known = chunk.startswith(optional) or chunk[4:].startswith(PNG_TEXTS)
+    return is_known and zlib.crc32(chunk) == int.from_bytes(checksum, "big")
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -118,6 +139,12 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadRecord(f"{width}x{height} pixels, expected at most {max_pixels} in all")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise BadRecord(f"{width}x{height} pixels, expected sides of at most {MAX_RATIO} to 1")
+
+
+def _upright(convert: Callable[[Image.Image], Image.Image], image: Image.Image) -> np.ndarray:
+    """The pixels of the converted picture, upright by its EXIF tag."""
+    turn, converted = _turn(image), convert(image)
+    return np.asarray(converted if turn is None else converted.transpose(turn))
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -155,16 +182,44 @@ def _alpha(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The picture's colours without alpha, mode L, RGB or CMYK. Raises BadRecord for grey levels out of range."""
     if image.mode.startswith(("I", "F")):
-        values, white = np.asarray(image), 1 if image.mode == "F" else 0xFFFF
-        if not (values.min() >= 0 and values.max() <= white):  # not a number is out of range
-            raise BadRecord(f"grey levels from {values.min():g} to {values.max():g}, expected 0 to {white}")
-        levels = np.round(values * 255) if image.mode == "F" else values >> 8
-        return Image.fromarray(levels.astype(np.uint8))
+        return Image.fromarray(_grey_of_floats(image) if image.mode == "F" else _grey_of_many_bits(image))
     if image.mode in ("1", "L", "LA"):
         return image.convert("L")
     if image.mode == "CMYK":
         return image
     return image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB")
+
+
+def _grey_of_floats(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
+    """Levels from 0 to 1 in 8 bits, those included that are rounded to them."""
+    values, rounding = np.asarray(image), 0.5 / 255
+    if not (values.min() >= -rounding and values.max() <= 1 + rounding):  # not a number is out of range
+        raise BadRecord(f"grey levels from {values.min():g} to {values.max():g}, expected 0 to 1")
+    return np.round(255 * (1 - values if _is_inverted(image) else values)).astype(np.uint8)
+
+
+def _grey_of_many_bits(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
+    """The highest 8 bits of levels that are whole numbers. PIL keeps those of 12 bits as they are."""
+    values, tags = np.asarray(image), _tags(image)
+    (bits,) = tags.get(ExifTags.Base.BitsPerSample, (16,))
+    if bits > 16 or tags.get(ExifTags.Base.SampleFormat, UNSIGNED) != UNSIGNED:
+        raise BadRecord(
+            f"grey levels from {values.min()} to {values.max()}, expected 0 to 65535 in 8 to 16 bits: of signed "
+            "numbers and those of 32 bits it is not known which one is white"
+        )
+    if values.min() < 0 or values.max() >= 2**bits:
+        raise BadRecord(f"grey levels from {values.min()} to {values.max()}, expected 0 to {2**bits - 1}")
+    return ((2**bits - 1 - values if _is_inverted(image) else values) >> (bits - 8)).astype(np.uint8)
+
+
+def _is_inverted(image: Image.Image) -> bool:
+    """Whether 0 is white. PIL inverts levels of up to 8 bits itself."""
+    return _tags(image).get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO
+
+
+def _tags(image: Image.Image) -> Mapping:
+    """The tags of a TIFF; of other formats, none."""
+    return getattr(image, "tag_v2", {})
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -181,6 +236,11 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def centred(image: UInt8[np.ndarray, "..."], size: tuple[int, int]) -> UInt8[np.ndarray, "..."]:
     """A picture or a mask, resized to cover `size`, height and width, and cropped at its centre."""
     return crop(*size, upscale=True)({"image": image}, np.random.default_rng(0))["image"]  # rng is unused
+
+
+def stretched(image: UInt8[np.ndarray, "..."], size: tuple[int, int]) -> UInt8[np.ndarray, "..."]:
+    """A picture or a mask, resized to `size`, height and width, whatever its shape is."""
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 def check_one_size(

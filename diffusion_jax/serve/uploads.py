@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion_jax.data.transforms import decode, decode_alpha, decode_mask
-from diffusion_jax.messages import first_line
+from diffusion_jax.data.transforms import decode, decode_alpha, decode_mask, decode_texts, stretched
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of base64 text, or of a data URL. Raises ValueError for other text."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
+    """The bytes of base64 text, or of a data URL, with or without white space. Raises ValueError for other text."""
+    letters = "".join(text.split())
+    if letters[:5].lower() == "data:":
+        letters = letters.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(letters, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError("expected a picture in base64") from error
 
@@ -45,20 +45,13 @@ def mask_of_size(data: bytes, size: tuple[int, int], max_pixels: int, invert: bo
 
     invert: mark what the mask does not mark.
     """
-    levels = Image.fromarray(mask(data, max_pixels))
-    stretched = np.asarray(levels.resize(size[::-1], Image.Resampling.LANCZOS))
-    return _png(255 - stretched if invert else stretched)
+    levels = stretched(mask(data, max_pixels), size)
+    return _png(255 - levels if invert else levels)
 
 
 def texts(data: bytes, max_pixels: int) -> dict[str, str]:
     """The texts in a PNG. Errors as in `picture`."""
-    picture(data, max_pixels)
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            opened.load()  # texts may stand behind the pixels
-            return {name: text for name, text in opened.info.items() if isinstance(text, str)}
-    except Exception as error:  # damaged texts, which do not matter for pixels
-        raise ValueError(f"its texts cannot be read ({first_line(error)})") from error
+    return decode_texts(data, max_pixels, FORMATS)
 
 
 def _png(levels: UInt8[np.ndarray, "height width"]) -> bytes:

@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, features
+from pyarrow import parquet
 
 from diffusion_jax.data import sources
 
@@ -183,6 +185,64 @@ def test_metadata_may_be_in_a_folder_below_and_of_either_form(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "test/b.png", "text": "b"}')
     with pytest.raises(ValueError, match=r"b\.png: metadata\.jsonl and test/metadata\.csv name it"):
         sources.folder(tmp_path)
+
+
+def test_metadata_may_be_parquet(tmp_path):
+    paint(tmp_path / "train" / "a.png", 5)
+    paint(tmp_path / "train" / "b.png", 6)
+    file = tmp_path / "train" / "metadata.parquet"
+    columns = {"file_name": ["a.png", "b.png"], "image": [b"x", b"y"]}
+    parquet.write_table(pa.table(columns | {"text": ["an a", "a b"]}), file)
+    source = sources.folder(tmp_path)
+    assert {source[i]["caption"]: int(source[i]["image"][0, 0, 0]) for i in range(2)} == {"an a": 5, "a b": 6}
+    parquet.write_table(pa.table(columns | {"text": [["one", "two"], ["three"]]}), file)
+    assert sources.folder(tmp_path).captions == [("one", "two"), ("three",)]
+    for wrong, row in (columns | {"text": ["an a", None]}, 2), (columns | {"txt": ["an a", "a b"]}, 1), ({"x": [1]}, 1):
+        parquet.write_table(pa.table(wrong), file)
+        with pytest.raises(ValueError, match=rf"parquet row {row}: expected the columns file_name and text, got "):
+            sources.folder(tmp_path)
+    file.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"metadata\.parquet: expected Parquet, got an error: "):
+        sources.folder(tmp_path)
+
+
+def test_a_caption_may_be_long(tmp_path):
+    """The csv module of Python stops at 128 KiB."""
+    paint(tmp_path / "a.png")
+    caption = "a cat, " * 60_000
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\na.png,"{caption}"\n')
+    assert sources.folder(tmp_path).captions == [caption]
+
+
+FORMS = {
+    "a.JPG": "JPEG", "b.jfif": "JPEG", "c.jpe": "JPEG", "d.avif": "AVIF", "e.jp2": "JPEG2000", "f.tga": "TGA",
+    "g.ppm": "PPM", "h.bmp": "BMP", "i.TIFF": "TIFF", "j.apng": "PNG",
+}  # fmt: skip
+
+
+def test_every_picture_that_pillow_reads_is_used_and_other_files_are_counted(tmp_path, caplog):
+    def said():
+        lines, _ = [record.getMessage() for record in caplog.records], caplog.clear()
+        return [line.removeprefix(f"{tmp_path}: ") for line in lines]
+
+    known = [name for name, form in FORMS.items() if form != "AVIF" or features.check("avif")]
+    for name in known:
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / name, FORMS[name])
+    source = sources.folder(tmp_path)
+    assert [file.rpartition("/")[2] for file in source.files] == known and not said()
+    assert all(abs(int(source[i]["image"][0, 0, 0]) - 200) < 4 for i in range(len(source)))
+    for name in ("1.heic", "2.HEIC", "train.parquet", "LICENSE", ".hidden"):
+        (tmp_path / name).touch()
+    assert len(sources.folder(tmp_path)) == len(known)
+    others = "2 .heic, 1 without a suffix, 1 .parquet"
+    assert said() == [f"left out 4 files, as they are no pictures of a known form: {others}"]
+    for name in known:
+        (tmp_path / name).with_suffix(".txt").write_text("red")
+    assert sources.folder(tmp_path)[0]["caption"] == "red" and len(said()) == 1
+    (tmp_path / "metadata.jsonl").write_text(TEXT.replace("a.png", "a.JPG") % '"a"')
+    assert len(sources.folder(tmp_path)) == 1
+    (line,) = said()
+    assert line.startswith("left out ") and "as no metadata name them" in line and "1 .jfif" in line
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -1,13 +1,14 @@
 """Any picture becomes the right square, or a bad record that says why."""
 
 import io
+import struct
 import zlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from diffusion_jax.data.transforms import (
     SRGB,
@@ -15,6 +16,7 @@ from diffusion_jax.data.transforms import (
     centred_mask,
     decode,
     decode_mask,
+    decode_texts,
     to_float,
     to_uint8,
     variants,
@@ -184,6 +186,40 @@ def test_damaged_or_large_metadata_does_not_decide_about_a_png():
         decode(png[:33] + b"\xff" * 8 + png[33:])
 
 
+def test_a_large_profile_or_text_of_orientation_is_read():
+    """PIL stops at 1 MiB, which profiles of printers exceed."""
+    exchanged = matrix_profile(*SRGB_IN_D50.T[[1, 2, 0]], gamma=1.0)
+    large = exchanged + bytes(3 << 20)
+    large = len(large).to_bytes(4, "big") + large[4:]
+    image = Image.new("RGB", (4, 4), (40, 120, 200))
+    small, big = (decode(encode(image, icc_profile=profile)) for profile in (exchanged, large))
+    np.testing.assert_array_equal(big, small)
+    png = encode(Image.fromarray(coordinates(4, 6)))
+    turned = b"<tiff:Orientation>6</tiff:Orientation>" + b" " * (3 << 20)
+    assert decode(with_chunk(png, b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + turned)).shape == (6, 4, 3)
+    compressed = b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(turned)
+    assert decode(with_chunk(png, b"iTXt", compressed)).shape == (6, 4, 3)
+
+
+def test_texts_are_read_with_one_decoding(monkeypatch):
+    loads, load = [], PngImageFile.load
+
+    def counted(self):
+        loads.append(self)
+        return load(self)
+
+    monkeypatch.setattr(PngImageFile, "load", counted)
+    info = PngInfo()
+    info.add_itxt("prompt", "a kitty")
+    assert decode_texts(encode(Image.new("RGB", (4, 4)), pnginfo=info)) == {"prompt": "a kitty"}
+    assert len(loads) == 1 and decode_texts(of_form(Image.new("RGB", (4, 4)), "JPEG")).keys() <= {"comment"}
+    for wrong, reason in (b"none", "known format"), (encode(Image.new("1", (4000, 2))), "32 to 1"):
+        with pytest.raises(BadRecord, match=reason):
+            decode_texts(wrong)
+    damaged = with_chunk(encode(Image.new("RGB", (4, 4)), pnginfo=info), b"tEXt", b"a\0b", b"bad!")
+    assert decode_texts(damaged) == {"prompt": "a kitty"}
+
+
 def test_whatever_a_decoder_raises_is_a_bad_record(monkeypatch):
     png = encode(Image.new("RGB", (4, 4)))
     for error in (TypeError("a"), KeyError(), ZeroDivisionError(), OverflowError("b\nc"), MemoryError()):
@@ -200,11 +236,46 @@ def test_floats_are_black_at_0_and_white_at_1():
     levels = np.array([[0, 51, 102, 255]], np.uint8)
     tiff = of_form(Image.fromarray(levels.astype(np.float32) / 255), "TIFF")
     np.testing.assert_array_equal(decode(tiff)[..., 0], levels)
-    for bad in (np.nan, 1.5, -0.1):
+    rounded = np.array([[-1e-4, 1.0000001]], np.float32)  # as a resize leaves them
+    np.testing.assert_array_equal(decode(of_form(Image.fromarray(rounded), "TIFF"))[0, :, 0], [0, 255])
+    for bad in (np.nan, np.inf, 1.5, -0.1):
         with pytest.raises(BadRecord, match=r"grey levels from .*, expected 0 to 1"):
             decode(of_form(Image.fromarray(np.full((2, 2), bad, np.float32)), "TIFF"))
     with pytest.raises(BadRecord, match="grey levels from 0 to 70000, expected 0 to 65535"):
         decode(of_form(Image.fromarray(np.array([[0, 70000]], np.int32)), "TIFF"))
+
+
+def tiff_of_grey(data: bytes, width: int, bits: int, white_is_zero: bool = False, sample_format: int = 1) -> bytes:
+    """One row of grey levels as a TIFF, by the tags of TIFF 6.0, section 3 to 8."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 8, 277: 1, 278: 1}
+    tags |= {279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    start = 8 + len(data) + len(data) % 2
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, start) + data.ljust(start - 8, b"\0") + directory
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_grey_of_any_depth_goes_from_black_to_white(white_is_zero):
+    """TIFF 6.0, section 4: BlackIsZero maps 0 to black and 2^bits - 1 to white, WhiteIsZero the other way round."""
+    levels = np.array([0, 0x12, 0x80, 0xFF])
+    packed_12_bits = bytes.fromhex("00012f800fff")
+    forms = [(8, levels.astype("<u1")), (16, (levels * 257).astype("<u2"))]
+    for bits, data in (
+        forms if white_is_zero else [*forms, (12, packed_12_bits)]
+    ):  # which Pillow reads in this form alone
+        grey = decode(tiff_of_grey(bytes(data), 4, bits, white_is_zero))[0, :, 0]
+        np.testing.assert_array_equal(grey, 255 - levels if white_is_zero else levels)
+    floats = tiff_of_grey((levels / 255).astype("<f4").tobytes(), 4, 32, white_is_zero, sample_format=3)
+    np.testing.assert_array_equal(decode(floats)[0, :, 0], 255 - levels if white_is_zero else levels)
+    np.testing.assert_array_equal(decode_mask(floats)[0], 255 - levels if white_is_zero else levels)
+
+
+@pytest.mark.parametrize(("bits", "sample_format"), [(16, 2), (32, 1), (32, 2)])
+def test_grey_whose_white_is_unknown_is_bad(bits, sample_format):
+    levels = np.array([0, 40, 255]).astype(f"<i{bits // 8}").tobytes()
+    with pytest.raises(BadRecord, match="grey levels from 0 to 255, expected 0 to 65535 in 8 to 16 bits: of signed"):
+        decode(tiff_of_grey(levels, 3, bits, sample_format=sample_format))
 
 
 def matrix_profile(red, green, blue, gamma: float) -> bytes:
