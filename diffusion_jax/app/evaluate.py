@@ -104,10 +104,28 @@ def _points(section: ConfigDict, workdir: Path) -> dict[str, tuple[int, float]]:
     elif len(section.averages) > 1:
         raise ValueError(f"eval.along measures one average along the run, got eval.averages={tuple(section.averages)}")
     else:
-        points = {f"step {step}": (step, section.averages[0]) for step in steps}
+        return _along(workdir / "averages", steps, section.averages[0])
     for step, length in points.values():
         averages.factors(workdir / "averages", step, length)  # raises for what cannot be made
     return points
+
+
+def _along(folder: Path, steps: Sequence[int], length: float) -> dict[str, tuple[int, float]]:
+    """The steps whose averages of a length can be made, as `_points`: the first ones have few saved averages before
+    them. Logs those that are left out. Raises ValueError if it can be made at no step.
+    """
+    errors: dict[int, ValueError] = {}
+    for step in steps:
+        try:
+            averages.factors(folder, step, length)
+        except ValueError as error:
+            errors[step] = error
+    if len(errors) == len(steps):
+        raise errors[steps[-1]]
+    if errors:
+        names, first = ", ".join(map(str, errors)), next(iter(errors.values()))
+        logging.warning("eval.along leaves out %d of %d steps (%s): %s", len(errors), len(steps), names, first)
+    return {f"step {step}": (step, length) for step in steps if step not in errors}
 
 
 def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:

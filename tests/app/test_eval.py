@@ -10,13 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, codec
-from diffusion_jax.app import sample
+from diffusion_jax.app import evaluate, sample
 from diffusion_jax.conditioning import class_labels
 from diffusion_jax.core import parameterization, schedules
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord, to_float
 from diffusion_jax.evaluation.likelihood import evaluate_likelihood
 from diffusion_jax.model import DiffusionModel, Network
+from diffusion_jax.training import averages
 from tests import command_line, test_main
 from tests.serve import tiny
 from tests.test_main import TINY, finish, start
@@ -256,6 +257,33 @@ def test_distances_of_a_run(trained, tmp_path):
     later = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["distances"]["guidance 2"]["pixels"]
     assert later == distances
     assert (tmp_path / "run" / "eval" / "report.html").read_text().count("<section>") == 2
+
+
+def test_along_a_run_the_steps_that_cannot_give_a_length_are_left_out_and_named(tmp_path, caplog):
+    folder, steps = tmp_path / "averages", range(10, 210, 10)
+    folder.mkdir()
+    for step in steps:
+        (folder / f"{step}.safetensors").touch()
+    section = ConfigDict({"averages": (0.2,), "along": True})
+    points = evaluate._points(section, tmp_path)
+    left_out = [step for step in steps if f"step {step}" not in points]
+    assert left_out and 0 < len(left_out) < len(steps)
+    for step in steps:
+        if step in left_out:
+            with pytest.raises(ValueError, match=r"cannot give one of length 0\.2"):
+                averages.factors(folder, step, 0.2)
+        else:
+            assert points[f"step {step}"] == (step, 0.2)
+            averages.factors(folder, step, 0.2)
+    names = ", ".join(map(str, left_out))
+    assert f"eval.along leaves out {len(left_out)} of {len(steps)} steps ({names}): the averages in" in caplog.text
+    for file in folder.glob("*0.safetensors"):
+        if file.name != "10.safetensors":
+            file.unlink()
+    with pytest.raises(ValueError, match=r"saved at 1 steps up to 10, cannot give one of length 0\.2: the nearest is"):
+        evaluate._points(section, tmp_path)
+    with pytest.raises(ValueError, match=r"in \(0, 0\.28\]"):
+        evaluate._points(ConfigDict({"averages": (0.5,), "along": True}), tmp_path)
 
 
 @pytest.mark.slow
