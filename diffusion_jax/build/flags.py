@@ -3,15 +3,68 @@
 import itertools
 import sys
 import traceback
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.tuple_parser import TupleParser
 
 from diffusion_jax.build import shipped
 
 CONFIG = ("--config", "-config")
 NO_PRESETS = "TypeError: get_config() takes 0 positional arguments but 1 was given"
 TRACEBACK = "Error whilst parsing config file:"  # ml_collections prints this before a traceback
+NOTHING = "None"  # the word for no value
+
+
+class _Text(flags.ArgumentParser):
+    """A text as it is; None is the empty one."""
+
+    def parse(self, argument: str) -> str:
+        return "" if argument == NOTHING else argument
+
+
+class _Whole(flags.ArgumentParser):
+    """A whole number, also as 1e3; None only passes the check of fields that may be None."""
+
+    def parse(self, argument: int | str | None) -> int | None:
+        if not isinstance(argument, str):
+            return argument
+        if argument == NOTHING:
+            return None
+        try:
+            return int(argument, 0)
+        except ValueError:
+            number = _float(argument)
+            if not number.is_integer():
+                raise
+            return int(number)
+
+
+class _Number(flags.FloatParser):
+    """A number; None as for `_Whole`."""
+
+    def parse(self, argument: float | str | None) -> float | None:
+        return None if argument in (None, NOTHING) else super().parse(argument)
+
+
+class _Tuple(TupleParser):
+    """A tuple as in Python, or its one value; None is the empty one."""
+
+    def parse(self, argument: Any) -> tuple:
+        return super().parse(() if argument in (NOTHING, [NOTHING]) else argument)
+
+
+def _float(argument: str) -> float:
+    """A number, nan for other text."""
+    try:
+        return float(argument)
+    except ValueError:
+        return float("nan")
+
+
+for _kind, _parser in {str: _Text(), int: _Whole(), float: _Number(), tuple: _Tuple()}.items():
+    config_flags.register_flag_parser_for_type(_kind, _parser)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
