@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning as conditionings
+from diffusion_jax import parallel
 from diffusion_jax.build import shipped
 from diffusion_jax.build.agreement import check_network, check_updated
 from diffusion_jax.build.choice import choose
@@ -153,7 +154,8 @@ def _time_smoothing(config: ConfigDict) -> float:
     """
     base, parts = schedule(config), np.linspace(0, 1, 101)[1:]
     with np.errstate(divide="ignore"):  # of the noise by the data, at pure noise
-        _, t = _parameterization(config).inputs(jnp.zeros((100, 1)), base(base.at(parts)))
+        x = parallel.whole(np.zeros((100, 1), np.float32))  # compiles nothing, unlike jnp.zeros
+        _, t = _parameterization(config).inputs(x, base(base.at(parts)))
     return float(f"{0.05 * 100 * float(np.abs(np.diff(t)).min()):.2g}")
 
 
