@@ -21,6 +21,12 @@ SAMPLERS = {  # solver -> its name in the web UI
     "plms": "PLMS",
     "consistency": "LCM",
 }
+SAME_SAMPLERS = {  # its other names for the same method; a name that ends in _gpu says where its noise is made
+    "LMSD": "lms",
+    "PNDM": "plms",
+    "DPM++ 2M SDE GPU": "dpmpp_2m_sde",
+    "DPM++ SDE GPU": "dpmpp_sde",
+}
 NEAREST_SAMPLERS = {  # its other names -> the nearest solver: of the same order, with noise or without
     "DPM2": "dpm_solver",
     "DPM2 a": "dpmpp_sde",
@@ -28,13 +34,35 @@ NEAREST_SAMPLERS = {  # its other names -> the nearest solver: of the same order
     "DPM ad": "dpm_solver",
     "DPM adaptive": "dpm_solver",
     "DPM++ 2S a": "dpmpp_sde",
+    "DPM++ 2S a CFG++": "dpmpp_sde",
+    "DPM++ 2M CFG++": "dpmpp_2m",
     "DPM++ 3M SDE": "dpmpp_2m_sde",
+    "DPM++ 3M SDE GPU": "dpmpp_2m_sde",
     "DPM++ 2M SDE Heun": "dpmpp_2m_sde",
+    "DPM++ 2M SDE Heun GPU": "dpmpp_2m_sde",
     "DDIM CFG++": "ddim",
-    "Restart": "heun",
+    "Euler CFG++": "euler",
+    "Euler a CFG++": "euler_ancestral",
+    "ER SDE": "dpmpp_2m_sde",
+    "Exp Heun 2 x0": "heun",
+    "Exp Heun 2 x0 SDE": "dpmpp_sde",
+    "Gradient Estimation": "dpmpp_2m",
+    "Gradient Estimation CFG++": "dpmpp_2m",
     "HeunPP2": "heun",
     "IPNDM": "plms",
     "IPNDM V": "plms",
+    "KDPM2": "dpm_solver",
+    "KDPM2 a": "dpmpp_sde",
+    "Res Multistep": "dpmpp_2m",
+    "Res Multistep CFG++": "dpmpp_2m",
+    "Res Multistep a": "dpmpp_2m_sde",
+    "Res Multistep a CFG++": "dpmpp_2m_sde",
+    "Restart": "heun",
+    "SA Solver": "dpmpp_2m_sde",
+    "SA Solver PECE": "dpmpp_2m_sde",
+    "SEEDS 2": "dpmpp_sde",
+    "SEEDS 3": "dpmpp_sde",
+    "TCD": "consistency",
     "UniPC BH2": "unipc",
 }
 SCHEDULERS = {  # spacing -> its name in the web UI
@@ -49,8 +77,11 @@ SCHEDULERS = {  # spacing -> its name in the web UI
 SAME_SCHEDULERS = {  # its other names for the same spacing
     "Normal": "linspace",
     "Simple": "trailing",
+    "SGM": "trailing",
     "Polyexponential": "logsnr",  # with its default rho of 1
     "DDIM Uniform": "leading",
+    "ka": "karras",
+    "exp": "logsnr",
 }
 NEAREST_SCHEDULERS = {  # its other names -> the nearest spacing
     "KL Optimal": "logsnr",
@@ -58,11 +89,14 @@ NEAREST_SCHEDULERS = {  # its other names -> the nearest spacing
     "Align Your Steps GITS": "karras",
     "Align Your Steps 11": "karras",
     "Align Your Steps 32": "karras",
+    "AYS": "karras",
+    "AYS GITS": "karras",
+    "AYS 11": "karras",
+    "AYS 32": "karras",
     "Beta": "trailing",
     "Turbo": "trailing",
     "Linear Quadratic": "quadratic",
 }
-SUFFIXES = {"karras": "karras", "ka": "karras", "exponential": "logsnr", "exp": "logsnr"}  # of samplers' names
 
 
 def _key(name: str) -> str:
@@ -79,14 +113,14 @@ def _labels(table: Mapping[str, str]) -> dict[str, str]:
     return {label: ours for ours, label in table.items()} | {ours: ours for ours in table}
 
 
-EXACT = _table(_labels(SAMPLERS))
+EXACT = _table(_labels(SAMPLERS), SAME_SAMPLERS)
 KNOWN = _table(NEAREST_SAMPLERS) | EXACT
 EXACT_SCHEDULERS = _table(_labels(SCHEDULERS), SAME_SCHEDULERS)
 KNOWN_SCHEDULERS = _table(NEAREST_SCHEDULERS) | EXACT_SCHEDULERS
 
 
 def sampler(name: str, solvers: Sequence[str], default: str) -> tuple[str, str, list[str]]:
-    """(solver, spacing, notes) of a sampler's name.
+    """(solver, spacing, notes) of a sampler's name, which may end in a scheduler's.
 
     spacing: of a name such as "DPM++ 2M Karras", else "".
     notes: what to say if it is not that sampler itself.
@@ -96,14 +130,17 @@ def sampler(name: str, solvers: Sequence[str], default: str) -> tuple[str, str, 
     if name in solvers:
         return name, "", []
     key = _key(name)
-    suffix = next((end for end in SUFFIXES if key not in KNOWN and key.removesuffix(end) in KNOWN), "")
-    key = key.removesuffix(suffix)
-    if key not in KNOWN:
+    # the longest first: "Euler a" is no Euler, but "Euler AYS" is
+    parts = ((key[:end], key[end:]) for end in range(len(key), 0, -1))
+    known = [(method, steps) for method, steps in parts if method in KNOWN and steps in KNOWN_SCHEDULERS]
+    if not known:
         raise ValueError(f"unknown sampler {name[:40]!r}; /sdapi/v1/samplers has the known ones")
-    solver = KNOWN[key] if KNOWN[key] in solvers else default
-    is_exact = EXACT.get(key) == solver
-    notes = [] if is_exact else [f"sampler {name}: drawn with the nearest, {SAMPLERS.get(solver, solver)}"]
-    return solver, SUFFIXES.get(suffix, ""), notes
+    method, steps = known[0]
+    solver, spacing = KNOWN[method] if KNOWN[method] in solvers else default, KNOWN_SCHEDULERS[steps]
+    if EXACT.get(method) == solver and steps in EXACT_SCHEDULERS:
+        return solver, spacing, []
+    nearest = f"{SAMPLERS.get(solver, solver)} {SCHEDULERS[spacing] if spacing else ''}".strip()
+    return solver, spacing, [f"sampler {name}: drawn with the nearest, {nearest}"]
 
 
 def scheduler(name: str, spacings: Sequence[str]) -> tuple[str, list[str]]:
