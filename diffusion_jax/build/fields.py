@@ -247,13 +247,18 @@ SERVE = {
     "host": Field("127.0.0.1", text, "Address to listen on; any other than the loopback needs a token_file."),
     "port": Field(7860, whole(0, 65535), "Port to listen on; 0 for any free one."),
     "token_file": Field("", text, "File with the token that clients must send; empty for none."),
+    "hosts": Field(
+        (), each(text), "Further names by which clients call the server without a token, such as host.docker.internal."
+    ),
     "batch_size": Field(4, whole(1, 256), "Images drawn at once. Smaller batches are filled up to it."),
     "queue": Field(64, whole(1), "Requests that may wait; more are refused."),
     "max_images": Field(16, whole(1, 256), "The most images of a request."),
     "max_steps": Field(150, whole(1, 1000), "The most steps of a request."),
     "max_side": Field(2048, side, "The largest height and width of a request, pixels."),
     "sizes": Field(
-        (), each(text), "Further sizes to draw at, each WIDTHxHEIGHT; any other is drawn at the nearest and resized."
+        (),
+        each(text),
+        "Up to 16 more sizes to draw at, each WIDTHxHEIGHT; others are drawn at the nearest and resized.",
     ),
     "max_upload": Field(20_000_000, whole(1000), "Bytes of a request."),
     "max_pixels": Field(16_000_000, whole(64), "Pixels of an uploaded picture."),

@@ -2,6 +2,7 @@
 
 import functools
 import ipaddress
+import re
 import socket
 from pathlib import Path
 from urllib.parse import quote
@@ -35,18 +36,29 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"config.serve.host={section.host} can be reached by others: set config.serve.token_file to a file with a "
             "token that they must send, or leave the host out"
         )
+    names = _names(section)
     listening = _listening(section.host, section.port)
     engine = Engine(functools.partial(worker.load, config, workdir), section.queue)
     try:
         facts = engine.start()
         logging.info("weights: %s", facts.origin)
-        app = application(Service(engine, facts, config), token, () if token else (*LOOPBACK, section.host))
+        app = application(Service(engine, facts, config), token, () if token else names)
         logging.info("open %s", _address(section.host, listening.getsockname()[1], token))
         settings = connections.settings(app, facts.size, section.max_upload, log_level="warning")
         server = uvicorn.Server(settings)
         server.run(sockets=[listening])
     finally:
         engine.stop()
+
+
+def _names(section: ConfigDict) -> tuple[str, ...]:
+    """The names of the server that a Host header may have. Raises ValueError for what is no name."""
+    for name in section.hosts:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(
+                f"config.serve.hosts: expected names such as host.docker.internal, without a port, got {name!r}"
+            )
+    return (*LOOPBACK, section.host, *(name.lower() for name in section.hosts))
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -18,7 +18,7 @@ from diffusion_jax.serve.service import Gone, Service
 
 async def live(service: Service, socket: WebSocket) -> None:
     """Serve one canvas until it is closed. Sends {"type": "next"} to ask, and answers with {"type": "frame"} and then
-    the PNG in bytes, with {"type": "same"}, or with {"type": "error", "message": ...}.
+    the PNG in bytes, with {"type": "same"}, or with {"type": "error", "message": ...}. A message in bytes closes it.
     """
     await socket.accept()
     client = client_of(socket.scope)
@@ -30,7 +30,11 @@ async def live(service: Service, socket: WebSocket) -> None:
     try:
         while True:
             await socket.send_json({"type": "next"})
-            state = await coming
+            try:
+                state = await coming
+            except KeyError:  # Starlette's error for bytes instead of text
+                await socket.close(1003, "expected JSON as text, got bytes")
+                return
             coming = asyncio.create_task(socket.receive_text())
             if state == last:
                 await socket.send_json({"type": "same"})
@@ -44,7 +48,7 @@ async def live(service: Service, socket: WebSocket) -> None:
                 continue
             await socket.send_json({"type": "frame", "seconds": monotonic() - start})
             await socket.send_bytes(image)
-    except (WebSocketDisconnect, RuntimeError, KeyError):  # closed, also while sending; or bytes instead of text
+    except (WebSocketDisconnect, RuntimeError):  # closed, also while sending
         return
     finally:
         coming.cancel()

@@ -35,6 +35,10 @@ BAD = {
     "expected one line of ASCII": [*DEMO, "--config.serve.token_file=EMPTY"],
     "No such file or directory": [*DEMO, "--config.serve.token_file=NONE"],
     "Address already in use": [*DEMO, "--config.serve.port=TAKEN"],
+    "config.serve.hosts: expected names such as host.docker.internal, without a port, got 'a:80'": [
+        *DEMO,
+        "--config.serve.hosts=('b.example', 'a:80')",
+    ],
     "config.serve.port must be in [0, 65535], got 70000": [*DEMO, "--config.serve.port=70000"],
     "config.serve has no field 'prot'; known: batch_size, ": [*DEMO, "--config.serve.prot=1"],
     "no checkpoint in ": [*TINY, "--mode=serve", "--config.serve.port=0"],

@@ -29,6 +29,7 @@ export class Live {
     Object.assign(this, { state, show, tell, asked: false, sent: "", seconds: 0 });
     this.socket = new WebSocket(`${location.protocol.replace("http", "ws")}//${location.host}/api/live`);
     this.socket.onmessage = ({ data }) => this.take(data);
+    this.socket.onclose = ({ reason }) => this.closed || tell(reason || "the server closed the live canvas");
     this.timer = setInterval(() => this.answer(), 15);
   }
 
@@ -51,6 +52,7 @@ export class Live {
   }
 
   close() {
+    this.closed = true;
     clearInterval(this.timer);
     this.socket.close();
   }
