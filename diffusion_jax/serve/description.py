@@ -7,9 +7,10 @@ from pydantic.json_schema import models_json_schema
 
 from diffusion_jax.serve.openai import Edit, Generation
 from diffusion_jax.serve.schema import Request
-from diffusion_jax.serve.webui import ImageToImage, PictureInfo, TextToImage
+from diffusion_jax.serve.webui import ACTIONS, LISTS, ImageToImage, Options, PictureInfo, TextToImage
 
 TEMPLATE = "#/components/schemas/{model}"
+NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 EVENTS = "Server-sent events: queued, progress, picture, animation, done, error."
 READ = {  # what can be read -> what it is
     "/api/model": "The model: its size, solvers and noise schedule.",
@@ -22,6 +23,15 @@ READ = {  # what can be read -> what it is
     "/sdapi/v1/options": "The options of a web UI.",
     "/sdapi/v1/progress": "How far the request of this client is.",
     "/sdapi/v1/memory": "The memory of the machine.",
+    "/sdapi/v1/cmd-flags": "The flags that a web UI was started with.",
+    "/sdapi/v1/embeddings": "The learned words, as web UIs list them: none.",
+    "/sdapi/v1/scripts": "The scripts of web UIs: none.",
+    **{f"/sdapi/v1/{name}": "A list of web UIs that is empty here." for name in LISTS},
+}
+ACT = {  # what can be posted without a body -> what it does
+    "/sdapi/v1/interrupt": "Stop this client's requests of web UIs.",
+    "/sdapi/v1/skip": "Stop this client's requests of web UIs.",
+    **{f"/sdapi/v1/{name}": "Nothing: there is one model, and it stays." for name in ACTIONS},
 }
 
 
@@ -30,9 +40,9 @@ def openapi(request: type[Request], live: type[Request]) -> dict[str, Any]:
 
     request, live: `schema.of_model`, for pictures and for frames of the live canvas.
     """
-    kinds = (request, live, Generation, Edit, TextToImage, ImageToImage, PictureInfo)
+    kinds = (request, live, Generation, Edit, TextToImage, ImageToImage, PictureInfo, Options)
     _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=TEMPLATE)
-    paths = {path: {"get": {"summary": about, "responses": _responses()}} for path, about in READ.items()}
+    paths = {path: _read(about) for path, about in READ.items()}
     paths |= {
         "/api/generate": _post("Draw pictures.", request, answer="text/event-stream", about=EVENTS),
         "/v1/images/generations": _post("Draw pictures, as OpenAI's API does.", Generation),
@@ -40,16 +50,20 @@ def openapi(request: type[Request], live: type[Request]) -> dict[str, Any]:
         "/sdapi/v1/png-info": _post("Read the settings in a PNG.", PictureInfo),
         "/sdapi/v1/txt2img": _post("Draw pictures, as web UIs do.", TextToImage),
         "/sdapi/v1/img2img": _post("Change a picture, as web UIs do.", ImageToImage),
-        "/sdapi/v1/interrupt": {
-            "post": {"summary": "Stop this client's requests of web UIs.", "responses": _responses()}
-        },
+        "/v1/models/{name}": {"parameters": [NAME], **_read("The model, if it has this name.")},
     }
+    paths |= {path: {"post": {"summary": about, "responses": _responses()}} for path, about in ACT.items()}
+    paths["/sdapi/v1/options"] |= _post("Say which options of a web UI have no effect here.", Options)
     return {
         "openapi": "3.1.0",
         "info": {"title": "diffusion_jax", "version": "1", "description": "Pictures from a diffusion model."},
         "paths": paths,
         "components": {"schemas": schemas["$defs"]},
     }
+
+
+def _read(about: str) -> dict[str, Any]:
+    return {"get": {"summary": about, "responses": _responses()}}
 
 
 def _responses(media: str = "application/json", about: str = "Done.") -> dict[str, Any]:

@@ -9,9 +9,10 @@ from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import cookie_parser
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from diffusion_jax.serve.bodies import error_answer
 from diffusion_jax.serve.schema import Problem
 
 COOKIE = "diffusion_token"
@@ -56,7 +57,7 @@ class Guard:
             return
         client, refusal = client_of(scope), self._refusal(scope)
         if refusal is None and self.open[client] >= OPEN:
-            refusal = _error(429, f"a client may have {OPEN} requests at once", {"retry-after": "5"})
+            refusal = error_answer(scope["path"], Problem(429, f"a client may have {OPEN} requests at once", retry=5))
         self.open[client] += 1
         try:
             if scope["type"] == "http":
@@ -74,38 +75,37 @@ class Guard:
         try:
             if refusal is None and body.length > self.max_bytes:
                 await body.drain()
-                refusal = _error(413, body.too_long)
+                refusal = error_answer(scope["path"], Problem(413, body.too_long))
         except Problem as error:
-            refusal = _error(error.status, error.message)
+            refusal = error_answer(scope["path"], error)
         try:
             await (refusal or self.app)(scope, body.receive, _with_headers(send, body))
         finally:
             body.forget()
 
     def _refusal(self, scope: Scope) -> Response | None:
-        headers = Headers(scope=scope)
+        headers, path = Headers(scope=scope), scope["path"]
         host, origin = headers.get("host", ""), headers.get("origin")
         name = _split(f"//{host}")
         if name is None:
-            return _error(400, "the Host header is malformed")
+            return error_answer(path, Problem(400, "the Host header is malformed"))
         if self.hosts and name.hostname not in self.hosts:
-            return _error(
-                400,
-                "this server has another name: open it as localhost or 127.0.0.1, or start it with "
-                "config.serve.token_file, then it has any name",
-            )
+            reason = "this server has another name: open it as localhost or 127.0.0.1, add the name to "
+            reason += "config.serve.hosts, or start it with config.serve.token_file, then it has any name"
+            return error_answer(path, Problem(400, reason))
         site = _split(origin or "")
         if origin is not None and (site is None or site.netloc != host):
-            return _error(403, "requests from pages of other sites are refused")
+            return error_answer(path, Problem(403, "requests from pages of other sites are refused"))
         if not self.token or self._is_known(headers):
             return None
-        if scope["type"] == "http" and scope["path"] == "/" and self._matches(_token_in_address(scope)):
+        if scope["type"] == "http" and path == "/" and self._matches(_token_in_address(scope)):
             answer = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
             return answer
-        if scope["path"] == "/":
+        if path == "/":
             return PlainTextResponse("This server needs its token: open the address that it printed.", 401)
-        return _error(401, "the token is missing or wrong", {"www-authenticate": 'Basic realm="diffusion_jax"'})
+        asked = {"www-authenticate": 'Basic realm="diffusion_jax"'}
+        return error_answer(path, Problem(401, "the token is missing or wrong"), asked)
 
     def _is_known(self, headers: Headers) -> bool:
         kind, _, value = headers.get("authorization", "").partition(" ")
@@ -185,10 +185,6 @@ def _split(address: str) -> SplitResult | None:
 def _token_in_address(scope: Scope) -> str:
     """The token in the address."""
     return QueryParams(scope["query_string"]).get("token", "")
-
-
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": {"message": message, "type": "refused", "param": None}}, status, headers)
 
 
 def _with_headers(send: Send, body: _Body) -> Send:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from diffusion_jax.serve import sizes, uploads
-from diffusion_jax.serve.bodies import event_text, json_object, value_of
+from diffusion_jax.serve.bodies import event_text, json_object, value_of, warning, without_effect
 from diffusion_jax.serve.engine import Ended, PictureDone, Progress
 from diffusion_jax.serve.guard import client_of
 from diffusion_jax.serve.schema import Problem, checked, png
@@ -25,11 +25,19 @@ from diffusion_jax.serve.service import QueuedRequest, Service, problem
 NUMBERS = ("steps", "guidance", "strength", "seed")
 EXTRA_FIELDS = ("negative_prompt", "solver", "spacing", *NUMBERS)  # of `schema.Request`, that OpenAI's API lacks
 FIELDS = {"num_images": "n", "width": "size", "height": "size"}  # of `schema.Request` -> their names here
+WITHOUT_EFFECT = {  # other fields of OpenAI's API -> values that change no picture there; None: no value does
+    **dict.fromkeys(("user", "safety_identifier"), None),
+    "quality": ("auto", "standard"),
+    "background": ("auto", "opaque"),
+    "moderation": ("auto",),
+    "output_compression": (100,),
+    "input_fidelity": ("low",),
+}
 FILES = 17  # of a form: 16 images and a mask
 
 
 class Generation(BaseModel):
-    """POST /v1/images/generations. Other fields of the API are taken and have no effect."""
+    """POST /v1/images/generations. `warnings` of the answer name other fields of the API, which have no effect."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -52,13 +60,13 @@ def routes(service: Service) -> list[Route]:
     card = {"id": service.facts.name, "object": "model", "created": int(time()), "owned_by": "diffusion_jax"}
 
     async def generations(http: Http) -> Response:
-        return await _answer(service, http, "image_generation", checked(Generation, await json_object(http)), {})
+        return await _answer(service, http, "image_generation", checked(Generation, await json_object(http)), {}, [])
 
     async def edits(http: Http) -> Response:
         async with http.form(max_files=FILES, max_part_size=service.limits.max_upload) as form:
             body = checked(Edit, {name: _number(name, v) for name, v in form.items() if isinstance(v, str)})
-            images = await _images(service, form)
-        return await _answer(service, http, "image_edit", body, images)
+            images, unused = await _images(service, form)
+        return await _answer(service, http, "image_edit", body, images, unused)
 
     async def models(http: Http) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
@@ -84,12 +92,21 @@ def _number(name: str, value: str) -> Any:
         return value
 
 
-async def _images(service: Service, form: FormData) -> dict[str, str]:
-    """The image of a form and its mask, in base64. Without a mask, the transparent part of the image is the mask."""
+async def _images(service: Service, form: FormData) -> tuple[dict[str, str], list[str]]:
+    """The image of a form and its mask, in base64, and the names of files that are not used.
+
+    Of several images it is the first: the mask is of that one. Without a mask, the transparent part of the image is the
+    mask. Browsers send an empty file without a name for one that nobody has chosen.
+    """
     files: dict[str, UploadFile] = {}
+    unused = []
     for name, file in form.multi_items():
-        if isinstance(file, UploadFile):
-            files.setdefault(name.removesuffix("[]"), file)  # of several images the first: the mask is of that one
+        if isinstance(file, UploadFile) and (file.filename or file.size):
+            name = name.removesuffix("[]")
+            if name in files or name not in ("image", "mask"):
+                unused.append(name)
+            else:
+                files[name] = file
     if "image" not in files:
         raise Problem(400, "a file is needed", "image")
     image = await files["image"].read()
@@ -102,7 +119,7 @@ async def _images(service: Service, form: FormData) -> dict[str, str]:
     if mask is None and field == "mask":
         raise Problem(400, "expected transparency where the image is edited, got none", "mask")
     encoded = {"image": image} | ({"mask": mask} if mask else {})
-    return {name: base64.b64encode(data).decode() for name, data in encoded.items()}
+    return {name: base64.b64encode(data).decode() for name, data in encoded.items()}, unused
 
 
 def _values(body: Generation, images: dict[str, str]) -> dict[str, Any]:
@@ -113,7 +130,9 @@ def _values(body: Generation, images: dict[str, str]) -> dict[str, Any]:
         "num_images": body.n or 1,
         "previews": "some" if body.partial_images else "none",
     }
-    values |= {name: extra[name] for name in EXTRA_FIELDS if name in extra} | images
+    values |= {name: extra[name] for name in EXTRA_FIELDS if extra.get(name) is not None} | images
+    if isinstance(extra.get("seed"), int) and extra["seed"] < 0:  # as other programs say: a new one
+        del values["seed"]
     if body.size and body.size != "auto":
         try:
             values["height"], values["width"] = sizes.parsed(body.size)
@@ -122,33 +141,41 @@ def _values(body: Generation, images: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-async def _answer(service: Service, http: Http, event: str, body: Generation, images: dict[str, str]) -> Response:
+def _ignored(body: Generation) -> list[str]:
+    """The names of fields of a request that have no effect here but would change the picture there."""
+    extra = {name: value for name, value in (body.model_extra or {}).items() if name not in EXTRA_FIELDS}
+    return without_effect(extra, WITHOUT_EFFECT)
+
+
+async def _answer(
+    service: Service, http: Http, event: str, body: Generation, images: dict[str, str], unused: list[str]
+) -> Response:
+    """The answer with the pictures. unused: names of files of the request that are not used."""
     try:
         queued = await service.ask(client_of(http.scope), _values(body, images))
     except Problem as error:
         raise Problem(error.status, error.reason, FIELDS.get(error.field, error.field), error.retry) from error
+    about = _about(queued, [warning(name) for name in [*unused, *_ignored(body)]])
     if body.stream:
-        return StreamingResponse(_events(service, http, event, body, queued), media_type="text/event-stream")
+        return StreamingResponse(_events(service, http, event, body, queued, about), media_type="text/event-stream")
     pictures = await service.pictures(http.is_disconnected, queued)
-    return JSONResponse(
-        {"created": int(time()), "data": [{"b64_json": picture} for picture in pictures]} | _about(queued)
-    )
+    return JSONResponse({"created": int(time()), "data": [{"b64_json": picture} for picture in pictures]} | about)
 
 
-def _about(queued: QueuedRequest) -> dict[str, Any]:
+def _about(queued: QueuedRequest, warnings: list[str]) -> dict[str, Any]:
     """What the API says of each answer: no part of a picture is counted in tokens here. `warnings` are ours."""
     usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
     usage["input_tokens_details"] = {"text_tokens": 0, "image_tokens": 0}
     size = sizes.written((queued.request.height, queued.request.width))
     about = {"size": size, "quality": "auto", "background": "opaque", "output_format": "png"}
-    return about | {"usage": usage, "warnings": queued.notes}
+    return about | {"usage": usage, "warnings": queued.notes + warnings}
 
 
 async def _events(
-    service: Service, http: Http, event: str, body: Generation, queued: QueuedRequest
+    service: Service, http: Http, event: str, body: Generation, queued: QueuedRequest, about: dict[str, Any]
 ) -> AsyncIterator[str]:
-    """The answer as server-sent events: up to partial_images previews, then the pictures."""
-    about, previews_sent = {"created_at": int(time())} | _about(queued), 0
+    """The answer as server-sent events: up to partial_images previews, then the pictures. about: in each event."""
+    about, previews_sent = {"created_at": int(time())} | about, 0
     async for update in service.follow(http.is_disconnected, queued):
         match update:
             case Progress(previews=previews) if previews and previews_sent < (body.partial_images or 0):

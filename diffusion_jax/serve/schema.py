@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict as Config
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from diffusion_jax import pictures
 from diffusion_jax.build.fields import SEEDS
-from diffusion_jax.data.transforms import centred, centred_mask, check_one_size
+from diffusion_jax.data.transforms import centred, centred_mask, check_one_size, stretched
 from diffusion_jax.serve import sizes, uploads
 from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared
 from diffusion_jax.serve.worker import Facts
@@ -22,7 +22,8 @@ from diffusion_jax.serve.worker import Facts
 Kind = TypeVar("Kind", bound=BaseModel)
 LETTERS = 2000  # of a prompt
 SCALE = 30.0  # the largest guidance scale
-NOT_IN_METADATA = {"image", "mask", "seed", "prompt", "num_images", "previews"}  # fields left out of a PNG's text
+# fields left out of a PNG's text
+NOT_IN_METADATA = {"image", "mask", "fit", "seed", "prompt", "num_images", "previews"}
 
 
 class Problem(Exception):
@@ -73,7 +74,15 @@ class Request(BaseModel):
         description="The same, of the image's size. Its light parts are drawn anew; of a mask with transparency, those "
         "that are not transparent.",
     )
+    fit: Literal["crop", "stretch"] = Field(
+        "crop", description="How an image of another shape gets the size: cropped at its centre, or stretched."
+    )
     previews: Literal["none", "some", "all"] = Field("none", description="Whether to show what it will become.")
+
+    @field_validator("mask")
+    @classmethod
+    def _none_if_empty(cls, value: str | None) -> str | None:
+        return value or None
 
     @model_validator(mode="after")
     def _has_its_images(self) -> "Request":
@@ -95,7 +104,8 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
     max_side = max(limits.max_side, *(side for size in facts.sizes for side in size))
 
     def side(title: str, default: int) -> Any:
-        about = f"Pixels; {default} is the model's own. Other sizes are drawn at the nearest of the model and resized."
+        about = f"Pixels, at most {limits.max_side} or those of a size of the model; {default} is its own. Other sizes "
+        about += "are drawn at the nearest of the model and resized."
         return Field(default, ge=1, le=max_side, title=title, description=about)
 
     def changed_field(name: str, **changes) -> Any:
@@ -135,14 +145,19 @@ def checked(kind: type[Kind], values: Any, status: int = 400) -> Kind:
         raise Problem(status, first["msg"].removeprefix("Value error, "), field) from error
 
 
-def to_frame(request: Request, model_sizes: Sequence[tuple[int, int]], max_pixels: int) -> sizes.Frame:
-    """The request's size and that which is drawn for it, the uploaded pictures decoded. Raises Problem for one that
-    cannot be used.
+def to_frame(request: Request, model_sizes: Sequence[tuple[int, int]], limits: Config) -> sizes.Frame:
+    """The request's size and that which is drawn for it, the uploaded pictures decoded. Raises Problem for what cannot
+    be used.
 
-    model_sizes: `worker.Facts.sizes`.
+    model_sizes: `worker.Facts.sizes`. Each may be larger than limits.max_side.
+    limits: config.serve.
     """
     size = request.height, request.width
-    image, mask = _image_and_mask(request, size, max_pixels)
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side > limits.max_side and size not in model_sizes:
+            own = ", ".join(map(sizes.written, model_sizes))
+            raise Problem(400, f"expected at most {limits.max_side} pixels, or a size of the model: {own}", name)
+    image, mask = _image_and_mask(request, size, limits.max_pixels)
     return sizes.Frame(size, sizes.nearest(size, model_sizes), image, mask)
 
 
@@ -191,13 +206,14 @@ def _image_and_mask(
         return None, None
     field = "image"
     try:
-        image = uploads.picture(uploads.from_base64(request.image), max_pixels)
-        if request.mask is None:
-            return centred(image, size), None
-        field = "mask"
-        mask = uploads.mask(uploads.from_base64(request.mask), max_pixels)
-        check_one_size(mask, image)
-        return centred(image, size), centred_mask(mask, size)
+        image = mask = uploads.picture(uploads.from_base64(request.image), max_pixels)
+        if request.mask is not None:
+            field = "mask"
+            mask = uploads.mask(uploads.from_base64(request.mask), max_pixels)
+            check_one_size(mask, image)
+        if request.fit == "stretch":
+            image, mask = stretched(image, size), stretched(mask, size)
+        return centred(image, size), None if request.mask is None else centred_mask(mask, size)
     except ValueError as error:
         raise Problem(400, str(error), field) from error
 

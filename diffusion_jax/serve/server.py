@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -19,7 +17,7 @@ from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from diffusion_jax.serve import description, openai, webui
-from diffusion_jax.serve.bodies import event_text, json_object
+from diffusion_jax.serve.bodies import error_answer, event_text, json_object
 from diffusion_jax.serve.engine import Ended, PictureDone, Progress, Queued
 from diffusion_jax.serve.guard import Guard, client_of
 from diffusion_jax.serve.live import live
@@ -44,7 +42,7 @@ def application(service: Service, token: str = "", hosts: tuple[str, ...] = ()) 
         if isinstance(error, HTTPException):
             error = Problem(error.status_code, error.detail)
         service.metrics.refused.labels(str(error.status)).inc()
-        return JSONResponse(_error(http, error), error.status, {"retry-after": str(error.retry)} if error.retry else {})
+        return error_answer(http.scope["path"], error)
 
     async def forget(http: Http, error: ClientDisconnect) -> Response:
         return await refuse(http, Problem(400, "the client left"))
@@ -132,11 +130,3 @@ async def _events(service: Service, http: Http, queued: QueuedRequest) -> AsyncI
             case Ended(error=error):
                 failure = problem(error)
                 yield event_text("error", {"message": failure.message, "status": failure.status})
-
-
-def _error(http: Http, error: Problem) -> dict[str, Any]:
-    """The body of an error, in the form that clients of the path expect."""
-    if http.scope["path"].startswith("/sdapi/"):
-        return {"error": HTTPStatus(error.status).phrase, "detail": error.message, "body": "", "errors": error.message}
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.field or None, "code": None}}

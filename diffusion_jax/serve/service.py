@@ -56,7 +56,7 @@ class Service:
         request = schema.checked(self.live_model if live else self.model, values)
         try:
             self.engine.check_room(client)  # before pictures are decoded
-            frame = await asyncio.to_thread(schema.to_frame, request, self.facts.sizes, self.limits.max_pixels)
+            frame = await asyncio.to_thread(schema.to_frame, request, self.facts.sizes, self.limits)
             pictures = await asyncio.to_thread(schema.to_pictures, request, frame, live)
             if self.facts.needs_image and not pictures[0].shared.mask:
                 raise Problem(400, "this model only inpaints: it needs an image and a mask", "mask")
@@ -130,4 +130,4 @@ def _resized(event: Event, frame: Frame) -> Event:
 
 def problem(error: Refused | Failed) -> Problem:
     """The answer to a request that ended with this error."""
-    return Problem(400 if isinstance(error, Refused) else 500, error.message)
+    return Problem(400, error.message, error.field) if isinstance(error, Refused) else Problem(500, error.message)

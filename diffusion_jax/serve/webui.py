@@ -5,7 +5,7 @@ import base64
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request as Http
@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from diffusion_jax.messages import as_json
 from diffusion_jax.serve import uploads
-from diffusion_jax.serve.bodies import json_object
+from diffusion_jax.serve.bodies import json_object, warning, without_effect
 from diffusion_jax.serve.engine import CANCELLED, Ended, Job, PictureDone, Progress
 from diffusion_jax.serve.guard import client_of
 from diffusion_jax.serve.samplers import SAMPLERS, SCHEDULERS, sampler, scheduler
@@ -28,7 +28,9 @@ FIELDS = {  # of `schema.Request` -> their names here
     "spacing": "scheduler",
     "strength": "denoising_strength",
     "image": "init_images",
+    "fit": "resize_mode",
 }
+FITS = {0: "stretch", 1: "crop"}  # resize_mode -> `schema.Request.fit`; for others, crop
 WITHOUT_EFFECT = {  # other fields of the API -> values that change no picture; None: no value does
     **dict.fromkeys(("save_images", "do_not_save_samples", "do_not_save_grid", "include_init_images"), None),
     **dict.fromkeys(("override_settings_restore_afterwards", "force_task_id", "comments", "infotext"), None),
@@ -38,9 +40,8 @@ WITHOUT_EFFECT = {  # other fields of the API -> values that change no picture; 
     **dict.fromkeys(("hr_sampler_name", "hr_scheduler", "hr_cfg", "hr_distilled_cfg", "firstpass_image"), None),
     **dict.fromkeys(("firstphase_width", "firstphase_height", "script_args", "refiner_switch_at"), None),
     **dict.fromkeys(("s_tmin", "s_tmax", "mask_blur_x", "mask_blur_y", "inpaint_full_res_padding"), None),
-    "denoising_strength": None,  # of text to image
+    **dict.fromkeys(("denoising_strength", "resize_mode"), None),  # of text to image
     "eta": (1,),
-    "resize_mode": (1,),
     "s_noise": (1,),
     "image_cfg_scale": (1.5,),
     "mask_blur": (4,),
@@ -49,6 +50,23 @@ WITHOUT_EFFECT = {  # other fields of the API -> values that change no picture; 
     "initial_noise_multiplier": (1,),
     "inpainting_fill": (1,),
     "distilled_cfg_scale": (3.5,),
+    "script_name": ("None",),
+    "refiner_checkpoint": ("None",),
+}
+OPTIONS_WITHOUT_EFFECT = {  # as `WITHOUT_EFFECT`, of options and of override_settings
+    **dict.fromkeys(("samples_save", "samples_format", "grid_save", "grid_format", "return_grid"), None),
+    **dict.fromkeys(("save_images_add_number", "save_init_img", "enable_pnginfo", "save_txt", "jpeg_quality"), None),
+    **dict.fromkeys(("do_not_show_images", "show_progress_type", "live_previews_enable", "sd_checkpoint_hash"), None),
+    **dict.fromkeys(("live_preview_content", "show_progress_every_n_steps", "save_write_log_csv"), None),
+    "CLIP_stop_at_last_layers": (1,),
+    "sd_vae": ("Automatic", "None"),
+    "sd_unet": ("Automatic", "None"),
+    "eta_ancestral": (1,),
+    "s_noise": (1,),
+    "img2img_color_correction": (False,),
+    "inpainting_mask_weight": (1,),
+    "initial_noise_multiplier": (1,),
+    "randn_source": ("GPU", "CPU", "NV"),  # seeds give other noise here in any case
 }
 LISTS = ("loras", "upscalers", "sd-vae", "hypernetworks", "latent-upscale-modes", "realesrgan-models")
 LISTS += ("face-restorers", "prompt-styles", "sd-modules", "script-info")  # of which this server has none
@@ -58,15 +76,15 @@ OUR_TEXTS = {"prompt", "seed", "steps", "solver", "guidance", "width", "height"}
 
 
 class TextToImage(BaseModel):
-    """POST /sdapi/v1/txt2img. A null is as good as no value. `info` of the answer warns of other fields that the API
-    has: they have no effect.
+    """POST /sdapi/v1/txt2img. A null is as good as no value. `info` of the answer warns of what the API has and has no
+    effect here.
     """
 
     model_config = ConfigDict(extra="allow")
 
     prompt: str = ""
     negative_prompt: str = ""
-    seed: int = Field(-1, ge=-1, description="-1 for a new one.")
+    seed: int = Field(-1, description="A negative one for a new one.")
     steps: int | None = None
     cfg_scale: float | None = None
     width: int | None = None
@@ -86,12 +104,21 @@ class TextToImage(BaseModel):
 
 
 class ImageToImage(TextToImage):
-    """POST /sdapi/v1/img2img. The image is resized to cover the size, and cropped."""
+    """POST /sdapi/v1/img2img."""
 
-    init_images: list[str] = Field(min_length=1, description="Pictures in base64; the first is used.")
+    init_images: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, description="Pictures in base64; the first is used."
+    )
+    resize_mode: int = Field(0, description="0: the image is stretched to the size. 1: it covers it, and is cropped.")
     mask: str | None = Field(None, description="Its light parts are drawn anew, or its opaque ones.")
     inpainting_mask_invert: Literal[0, 1] = 0
     denoising_strength: float | None = None
+
+
+class Options(BaseModel):
+    """POST /sdapi/v1/options. `warnings` of the answer name what has no effect here."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 class PictureInfo(BaseModel):
@@ -135,10 +162,12 @@ def routes(service: Service) -> list[Route]:
         return JSONResponse(await asyncio.to_thread(_picture_info, body, service))
 
     async def options(http: Http) -> Response:
-        if http.method == "POST":
-            await json_object(http)  # there is one model, and nothing else to set
-            return JSONResponse({})
         return JSONResponse(settings)
+
+    async def set_options(http: Http) -> Response:
+        asked = await json_object(http)
+        changed = {name: value for name, value in asked.items() if settings.get(name) != value}
+        return JSONResponse({"warnings": [warning(name) for name in _ignored_options(changed, title)]})
 
     return [
         Route("/sdapi/v1/txt2img", text_to_image, methods=["POST"]),
@@ -149,7 +178,8 @@ def routes(service: Service) -> list[Route]:
         Route("/sdapi/v1/samplers", _always(samplers)),
         Route("/sdapi/v1/schedulers", _always(schedulers)),
         Route("/sdapi/v1/sd-models", _always([model])),
-        Route("/sdapi/v1/options", options, methods=["GET", "POST"]),
+        Route("/sdapi/v1/options", options),
+        Route("/sdapi/v1/options", set_options, methods=["POST"]),
         Route("/sdapi/v1/png-info", picture_info, methods=["POST"]),
         Route("/sdapi/v1/memory", _memory),
         Route("/sdapi/v1/cmd-flags", _always({"api": True})),
@@ -206,10 +236,10 @@ def _progress(running: dict[Job, Progress], with_preview: bool) -> dict[str, Any
 
 
 def _images(service: Service, body: ImageToImage) -> dict[str, Any]:
-    values = {"image": body.init_images[0]}
+    values = {"image": body.init_images[0], "fit": FITS.get(body.resize_mode, "crop")}
     if body.denoising_strength is not None:
         values["strength"] = body.denoising_strength
-    if body.mask is not None:
+    if body.mask:
         values["mask"] = _mask(body, service.limits.max_pixels)
     return values
 
@@ -260,7 +290,7 @@ def _values(body: TextToImage, method: dict[str, Any], images: dict[str, Any]) -
     """The request in fields of `schema.Request`."""
     values: dict[str, Any] = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} | method | images
     values |= {"num_images": body.batch_size * body.n_iter, "previews": "some"}
-    if body.seed != -1:
+    if body.seed >= 0:
         values["seed"] = body.seed
     optional = {"steps": body.steps, "width": body.width, "height": body.height}
     return values | {name: value for name, value in optional.items() if value is not None}
@@ -268,28 +298,39 @@ def _values(body: TextToImage, method: dict[str, Any], images: dict[str, Any]) -
 
 def _ignored(body: TextToImage, model: str) -> list[str]:
     """A warning for each field and setting of a request that has no effect here but would change the picture there."""
-
-    def is_neutral(name: str, value: Any) -> bool:
-        neutral = WITHOUT_EFFECT.get(name, ())
-        return neutral is None or value in (None, False, "", [], {}, -1) or value in neutral
-
-    names = [name for name, value in (body.model_extra or {}).items() if not is_neutral(name, value)]
+    names = without_effect(body.model_extra or {}, WITHOUT_EFFECT)
     if "alwayson_scripts" in names and isinstance(scripts := body.model_extra["alwayson_scripts"], dict):
         names.remove("alwayson_scripts")
-        names += [f"alwayson_scripts.{name}" for name in scripts]
-    names += [f"override_settings.{name}" for name in body.override_settings if name != "sd_model_checkpoint"]
-    if body.override_settings.get("sd_model_checkpoint", model) not in (model, "", None):
-        names.append("override_settings.sd_model_checkpoint")
-    return [f"{name[:60]} has no effect on this server" for name in names]
+        names += [f"alwayson_scripts.{name}" for name, script in scripts.items() if _is_on(script)]
+    names += [f"override_settings.{name}" for name in _ignored_options(body.override_settings, model)]
+    if isinstance(body, ImageToImage):
+        names += [f"init_images.{i}" for i in range(1, len(body.init_images))]
+        names += [] if body.resize_mode in FITS else [f"resize_mode={body.resize_mode}"]
+    return [warning(name) for name in names]
 
 
-async def _ask(service: Service, client: str, values: dict[str, Any]) -> QueuedRequest:
-    """Queue a request. Its errors have the names and the status of this API."""
-    try:
-        return await service.ask(client, values)
-    except Problem as error:
-        status = 422 if error.status == 400 else error.status
-        raise Problem(status, error.reason, FIELDS.get(error.field, error.field), error.retry) from error
+def _ignored_options(options: Mapping[str, Any], model: str) -> list[str]:
+    """The names of options that have no effect here but would change the picture there."""
+    return sorted(without_effect(options, OPTIONS_WITHOUT_EFFECT | {"sd_model_checkpoint": (model,)}))
+
+
+def _is_on(script: Any) -> bool:
+    """Whether a script has an effect there: not without arguments, if the first one is False, or if none of its units
+    is enabled, as of ControlNet.
+    """
+    arguments = script.get("args") if isinstance(script, dict) else script
+    units = list(arguments.values()) if isinstance(arguments, dict) else arguments
+    if not isinstance(units, list):
+        return bool(units)
+    are_off = [unit is None or (isinstance(unit, dict) and not unit.get("enabled", True)) for unit in units]
+    return not (all(are_off) or units[0] is False)
+
+
+def _named(error: Problem) -> Problem:
+    """The error with the names and the status of this API."""
+    return Problem(
+        422 if error.status == 400 else error.status, error.reason, FIELDS.get(error.field, error.field), error.retry
+    )
 
 
 async def _answer(
@@ -304,7 +345,10 @@ async def _answer(
     method, notes = _method(service, body)
     guidance, more_notes = _guidance(service, body)
     notes += more_notes
-    queued = await _ask(service, client, _values(body, method | guidance, images))
+    try:
+        queued = await service.ask(client, _values(body, method | guidance, images))
+    except Problem as error:
+        raise _named(error) from error
     job, finished, previews = queued.job, {}, {}
     running[job] = Progress(0, 1, {})
     try:
@@ -316,7 +360,7 @@ async def _answer(
                 case PictureDone(number=number):
                     finished[number] = await service.png(queued, event)
                 case Ended(error=error) if error and error != CANCELLED:
-                    raise problem(error)
+                    raise _named(problem(error))
     finally:
         del running[job]
     for number in previews.keys() - finished.keys():

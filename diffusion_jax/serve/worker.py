@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel
 from diffusion_jax.build import weights
+from diffusion_jax.build.fields import side
 from diffusion_jax.compilation import configure
 from diffusion_jax.core.solvers import SPACINGS
 from diffusion_jax.data.transforms import to_uint8
@@ -44,6 +45,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the eve
 SHARE = 4  # a preview is shown after this many times the time that it takes
 SAMPLING = ("solver", "spacing", "steps", "guidance")
 CURVE = 101  # points of the schedule's curves
+SIZES = 16  # the most further sizes
 
 
 class Loaded(NamedTuple):
@@ -120,9 +122,13 @@ class Step(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """The picture cannot be drawn as it was asked for."""
+    """The picture cannot be drawn as it was asked for.
+
+    field: of `schema.Request` that is wrong, or "".
+    """
 
     message: str
+    field: str = ""
 
 
 class Failed(NamedTuple):
@@ -165,11 +171,12 @@ def load(config: ConfigDict, workdir: Path) -> Loaded:
 
 
 def _student(loaded: Loaded, workdir: Path) -> Loaded | None:
-    """The model of serve.live_weights, if it was distilled from this one."""
+    """The model of serve.live_weights, if it was distilled from this one. It is served by the same section."""
     folder = loaded.config.serve.live_weights
     config = weights.load_config(folder) if folder else None
     if config is None or Path(config.get("teacher", "")) not in (Path(loaded.origin), workdir):
         return None
+    config.serve = loaded.config.serve
     return Loaded(config, weights.load_model(folder, loaded.model.size, teacher=loaded.model), folder)
 
 
@@ -181,13 +188,12 @@ def facts(loaded: Loaded) -> Facts:
     folder = Path(weights).parent if comma else Path(weights)  # RUN/checkpoints, step 20, averaged
     t = np.linspace(schedule.t_min, schedule.t_max, CURVE)
     solvers = usable_solvers(config, model)
-    further = _further_sizes(model, serve.get("sizes", ()))
     curves = {"t": t, "alpha": schedule(t).alpha, "sigma": schedule(t).sigma}
     return Facts(
         name=config.name,
         origin=f"{folder.name}{comma}{step}",
         size=model.size,
-        sizes=(model.size, *further),
+        sizes=(model.size, *_further_sizes(model, serve.sizes)),
         needs_image=bool(model.network.known_channels),
         tasks=usable_tasks(model, solvers),
         guided=not build.sampling.has_guidance(config, model) and not config.sample.cfg_pp,
@@ -197,15 +203,19 @@ def facts(loaded: Loaded) -> Facts:
         batch_size=parallel.divisible(serve.batch_size),
         live_size=parallel.divisible(1),
         curves={name: np.asarray(values).tolist() for name, values in curves.items()},
-        live=loaded.live and facts(loaded.live)._replace(sizes=(model.size, *further)),
+        live=loaded.live and facts(loaded.live),
     )
 
 
 def _further_sizes(model: DiffusionModel, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """The sizes of serve.sizes. Raises ValueError for one that this model cannot draw."""
+    """The sizes of serve.sizes. Raises ValueError for one that this model cannot draw, and for too many."""
+    if len(texts) > SIZES:
+        raise ValueError(f"config.serve.sizes: expected at most {SIZES}: each has its own programs; got {len(texts)}")
     try:
         further = tuple(map(sizes.parsed, texts))
         for size in further:
+            if must_be := next(filter(None, map(side, size)), ""):
+                raise ValueError(f"height and width must be {must_be}, got {sizes.written(size)}")
             model.resized(size)
     except ValueError as error:
         raise ValueError(f"config.serve.sizes: {error}") from error
@@ -369,7 +379,7 @@ def _draw(artists: Mapping[bool, Artist], model_facts: Facts, batch: Batch, show
         try:
             groups[str(artist.shapes(picture))].append(i)
         except ValueError as error:
-            outcomes[i] = Refused(one_line(error))
+            outcomes[i] = Refused(one_line(error), "prompt")
     for places in groups.values():
         pictures = filled([batch.pictures[i] for i in places], size)
         images = _images(artist, pictures, functools.partial(_after_step, artist, batch, places, [0.0], show))

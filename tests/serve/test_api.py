@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from diffusion_jax.serve import webui
@@ -252,6 +252,24 @@ def test_the_live_canvas_draws_only_what_has_changed(client):
     np.testing.assert_array_equal(frame[:, 4:], SEEN[:, 4:])
 
 
+def test_a_state_of_the_live_canvas_that_is_too_long_closes_it_with_the_reason(client):
+    with connect(live(client)) as socket:
+        socket.recv(30)
+        socket.send(json.dumps({"prompt": "3", "image": "A" * 400_000}))
+        assert json.loads(socket.recv(30))["message"].startswith("image: ")
+        socket.recv(30)
+        socket.send(json.dumps({"prompt": "3", "image": "A" * 600_000}))
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(30)
+    assert closed.value.rcvd.code == 1009 and "500000 bytes" in closed.value.rcvd.reason
+    with connect(live(client)) as socket:
+        socket.recv(30)
+        socket.send(b"{}")
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(30)
+    assert closed.value.rcvd.code == 1003 and closed.value.rcvd.reason == "expected JSON as text, got bytes"
+
+
 def test_a_student_draws_the_live_canvas_and_nothing_else():
     with (
         tiny.served(tiny.load_with_student, hosts=("localhost",)) as (address, _),
@@ -417,21 +435,108 @@ def test_the_web_ui_api_takes_what_its_plugins_send(client):
         result = client.post("/sdapi/v1/img2img", json=ask | image | {"inpainting_mask_invert": invert}).json()
         np.testing.assert_array_equal(np.asarray(opened(result["images"][0]))[unchanged], SEEN[unchanged])
     for wrong in (
-        {"steps": "many"}, {"seed": -5}, {"batch_size": 0}, {"batch_size": 17}, {"sampler_name": "magic"},
+        {"steps": "many"}, {"seed": 2**32}, {"batch_size": 0}, {"batch_size": 17}, {"sampler_name": "magic"},
         {"scheduler": "magic"}, {"width": 5000}, {"cfg_scale": 99}, {"sampler_name": 3}, {"steps": 9999},
     ):  # fmt: skip
-        answer = client.post("/sdapi/v1/txt2img", json=ask | wrong)
-        (field,) = wrong
-        assert answer.status_code == 422 and answer.json()["detail"].startswith(f"{field}: ")
-    for wrong, field in ({"denoising_strength": 7}, "denoising_strength"), ({"init_images": ["zz!"]}, "init_images"):
-        answer = client.post("/sdapi/v1/img2img", json=ask | image | wrong)
-        assert answer.status_code == 422 and answer.json()["detail"].startswith(f"{field}: ")
+        assert wrong_field(client.post("/sdapi/v1/txt2img", json=ask | wrong)) == [*wrong]
+    for wrong, place in [
+        ({"denoising_strength": 7}, ["denoising_strength"]), ({"init_images": ["zz!"]}, ["init_images"]),
+        ({"init_images": [""]}, ["init_images", 0]), ({"init_images": [None]}, ["init_images", 0]),
+        ({"mask": "zz!"}, ["mask"]),
+    ]:  # fmt: skip
+        assert wrong_field(client.post("/sdapi/v1/img2img", json=ask | image | wrong)) == place
+
+
+def wrong_field(answer):
+    """The place of the field that an error of the web UI's API names, in the form of FastAPI's validation."""
+    assert answer.status_code == 422
+    (detail,) = answer.json()["detail"]
+    place, (body, *field) = ".".join(map(str, detail["loc"][1:])), detail["loc"]
+    assert body == "body" and answer.json()["errors"] == f"{place}: {detail['msg']}"
+    return field
+
+
+def test_a_prompt_that_is_refused_is_named_as_each_api_does(client):
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "cat"})
+    assert wrong_field(answer) == ["prompt"] and "expected a number in" in answer.text
+    error = client.post("/v1/images/generations", json={"prompt": "cat"}).json()["error"]
+    assert error["param"] == "prompt" and error["message"].startswith(
+        "prompt: this model knows classes: expected a number"
+    )
+
+
+def test_a_new_seed_is_any_negative_one_in_the_apis_of_other_programs(client):
+    ask = {"prompt": "3", "steps": 2}
+    for seed in (-1, -2, -(10**6)):
+        info = json.loads(client.post("/sdapi/v1/txt2img", json=ask | {"seed": seed}).json()["info"])
+        assert info["seed"] >= 0
+        assert client.post("/v1/images/generations", json=ask | {"seed": seed}).status_code == 200
+
+
+def test_base64_may_have_white_space_and_a_mask_may_be_empty(client):
+    text = encoded(SEEN)
+    lines = "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    ask = {"strength": 0.0, "steps": 2}
+    for image in (lines, f" data:image/png;base64,\n{lines}\n", f"DATA:image/png;base64, {text}"):
+        (same,) = pictures(client, image=image, mask="", **ask)
+        np.testing.assert_array_equal(np.asarray(same), SEEN)
+    assert len(pictures(client, mask="", steps=2)) == 1, "as if there were none"
+    ask = {"prompt": "3", "width": 8, "height": 8, "init_images": [lines], "denoising_strength": 0, "steps": 2}
+    for mask in ("", None):
+        answer = client.post("/sdapi/v1/img2img", json=ask | {"mask": mask}).json()
+        np.testing.assert_array_equal(np.asarray(opened(answer["images"][0])), SEEN)
+    files = {"image": base64.b64decode(text), "mask": ("", b"")}  # as a browser sends a file that nobody chose
+    assert client.post("/v1/images/edits", files=files, data={"prompt": "3", "steps": "2"}).status_code == 200
+
+
+def test_an_image_of_another_shape_is_stretched_or_cropped(client):
+    """resize_mode 0 of the web UI resizes both sides, 1 covers the size and crops."""
+    wide = np.repeat(SEEN, 2, axis=1)
+    ask = {"prompt": "3", "width": 8, "height": 8, "init_images": [encoded(wide)], "denoising_strength": 0, "steps": 2}
+    images = [Image.fromarray(wide).resize((8, 8), Image.Resampling.LANCZOS), Image.fromarray(wide[:, 4:12])]
+    for mode, expected in (0, images[0]), (None, images[0]), (1, images[1]):
+        answer = client.post("/sdapi/v1/img2img", json=ask | {"resize_mode": mode}).json()
+        np.testing.assert_array_equal(np.asarray(opened(answer["images"][0])), np.asarray(expected))
+        assert json.loads(answer["info"])["warnings"] == []
+    marked = np.zeros((8, 16), np.uint8)
+    marked[:, :8] = 255
+    mask = {"mask": encoded(marked), "resize_mode": 0, "denoising_strength": 1}
+    result = np.asarray(opened(client.post("/sdapi/v1/img2img", json=ask | mask).json()["images"][0]))
+    np.testing.assert_array_equal(result[:, 5:], np.asarray(images[0])[:, 5:])
+
+
+def test_what_has_no_effect_is_warned_of_in_every_api(client):
+    ask = {"prompt": "3", "steps": 2}
+    without = {"background": "transparent", "quality": "high", "style": "vivid", "moderation": "low", "magic": 1}
+    neutral = {"background": "opaque", "quality": "auto", "moderation": "auto", "user": "me", "output_format": "png"}
+    nulls = dict.fromkeys(("steps", "seed", "solver", "style"))
+
+    def warnings(**values):
+        return client.post("/v1/images/generations", json=ask | values).json()["warnings"]
+
+    assert warnings(**without) == [f"{name} has no effect on this server" for name in without]
+    assert warnings(**neutral) == warnings(**nulls) == []
+    assert client.post("/v1/images/generations", json=ask | {"output_format": "webp"}).status_code == 400
+    holed = base64.b64decode(encoded(np.dstack([SEEN, half_mask(invert=True)])))
+    files = [("image[]", ("a.png", holed)), ("image[]", ("b.png", holed))]
+    form = {"prompt": "3", "steps": "2", "input_fidelity": "high"}
+    answer = client.post("/v1/images/edits", files=files, data=form).json()
+    assert [warning.partition(" ")[0] for warning in answer["warnings"]] == ["image", "input_fidelity"]
+    stream = client.post("/v1/images/generations", json=ask | {"stream": True, "style": "vivid"}).text
+    assert "style has no effect on this server" in stream
+
+    own = client.get("/sdapi/v1/options").json()
+    other = {"sd_model_checkpoint": "other", "CLIP_stop_at_last_layers": 2, "sd_vae": "Automatic"}
+    for options, ignored in (own, []), (own | other, ["CLIP_stop_at_last_layers", "sd_model_checkpoint"]):
+        answer = client.post("/sdapi/v1/options", json=options).json()
+        assert sorted(answer["warnings"]) == [f"{name} has no effect on this server" for name in ignored]
 
 
 def test_the_web_ui_api_says_what_it_does_otherwise(client):
     nothing = dict.fromkeys(webui.TextToImage.model_fields)
     ask = nothing | {"prompt": "3", "seed": 1, "steps": 3, "sampler_name": "DPM2 a Karras", "enable_hr": True}
-    answer = client.post("/sdapi/v1/txt2img", json=ask | {"alwayson_scripts": {"controlnet": {"args": []}}})
+    scripts = {"controlnet": {"args": [{"module": "canny"}]}}
+    answer = client.post("/sdapi/v1/txt2img", json=ask | {"alwayson_scripts": scripts})
     info = json.loads(answer.json()["info"])
     assert info["sampler_name"] == "DPM++ SDE" and "Karras" in info["infotexts"][0]
     nearest, hires, controlnet = info["warnings"]
@@ -497,15 +602,20 @@ def test_another_size_is_drawn_at_the_model_s_own_and_resized(client):
 
 def test_further_sizes_are_those_of_the_config():
     with (
-        tiny.served(functools.partial(tiny.load, sizes=("16x8",)), hosts=("localhost",)) as (address, _),
+        tiny.served(functools.partial(tiny.load, sizes=("24x8",)), hosts=("localhost",)) as (address, _),
         httpx.Client(base_url=address, timeout=60) as http,
     ):
-        (image,) = pictures(http, steps=2, width=16, height=8)
-        (near,) = pictures(http, steps=2, width=14, height=8)
+        (image,) = pictures(http, steps=2, width=24, height=8)
+        (near,) = pictures(http, steps=2, width=16, height=8)
         (square,) = pictures(http, steps=2, width=9, height=8)
-        assert image.size == (16, 8) and "drawn" not in image.text
-        assert (near.text["drawn"], square.text["drawn"]) == ("16x8", "8x8")
-        assert http.get("/api/model").json()["sizes"] == [[8, 8], [8, 16]]
+        assert image.size == (24, 8) and "drawn" not in image.text
+        assert (near.text["drawn"], square.text["drawn"]) == ("24x8", "8x8")
+        assert http.get("/api/model").json()["sizes"] == [[8, 8], [8, 24]]
+        for wrong, field in ({"width": 24, "height": 9}, "width"), ({"width": 8, "height": 24}, "height"):
+            error = http.post("/api/generate", json={"prompt": "3"} | wrong).json()["error"]
+            assert (
+                error["param"] == field and "at most 16 pixels, or a size of the model: 8x8, 24x8" in error["message"]
+            )
 
 
 def test_a_form_that_is_nested_too_deeply_is_a_clear_error(client):

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.routing import Route
 
+from diffusion_jax.serve import openai, server, webui
 from tests.documents import example
 from tests.serve import tiny
 
@@ -18,9 +21,19 @@ SEEN = np.full((8, 8, 3), 90, np.uint8)
 
 
 @pytest.fixture(scope="module")
-def address():
-    with tiny.served(token="secret", queue=64) as (address, _):
-        yield address
+def served():
+    with tiny.served(token="secret", queue=64) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def service(served):
+    return served[1]
 
 
 def png(image):
@@ -34,8 +47,8 @@ def opened(text):
 
 
 def test_the_client_of_openai_gets_pictures(address):
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
+    sdk = pytest.importorskip("openai")
+    client = sdk.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id).id == model.id == "digits"
     answer = client.images.generate(model=model.id, prompt="3", n=2, size="8x8", extra_body={"steps": 3, "seed": 5})
@@ -55,10 +68,10 @@ def test_the_client_of_openai_gets_pictures(address):
     np.testing.assert_array_equal(result[:, 4:], SEEN[:, 4:])
     assert np.any(result[:, :4] != SEEN[:, :4])
 
-    with pytest.raises(openai.BadRequestError, match="expected a number in"):
+    with pytest.raises(sdk.BadRequestError, match="expected a number in"):
         client.images.generate(prompt="cat")
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+    with pytest.raises(sdk.AuthenticationError):
+        sdk.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
 
 
 def test_the_example_of_the_documents_works(address):
@@ -86,13 +99,24 @@ def test_the_client_of_web_uis_gets_pictures(address):
     api.interrupt()
 
 
-def test_the_description_names_every_interface_and_the_limits_of_the_model(address):
+def routes(service):
+    """(path, method) of the server, but the page itself and the description."""
+    all_routes = [*server._routes(service), *openai.routes(service), *webui.routes(service)]
+    return {
+        (re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path), method)
+        for route in all_routes
+        if isinstance(route, Route) and route.path not in ("/", "/openapi.json")
+        for method in route.methods - {"HEAD"}
+    }
+
+
+def test_the_description_names_every_interface_and_the_limits_of_the_model(address, service):
     described = httpx.get(f"{address}/openapi.json", headers={"authorization": "Bearer secret"}).json()
     fields = described["components"]["schemas"]["Request"]["properties"]
     assert fields["width"]["maximum"] == 16 and fields["steps"]["default"] == 4 and "ddim" in fields["solver"]["enum"]
     assert all(field["description"] for field in fields.values())
-    for path in ("/api/generate", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/health"):
-        assert path in described["paths"]
+    methods = {(path, method.upper()) for path, about in described["paths"].items() for method in about}
+    assert {(path, method) for path, method in methods if method != "PARAMETERS"} == routes(service)
     assert all(f"'$ref': '#/components/schemas/{name}'" in str(described) for name in ("Request", "Generation", "Edit"))
 
 

@@ -328,10 +328,18 @@ def test_a_worker_that_cannot_start_again_fails_what_waits(tmp_path):
         assert queue.state == "failed"
 
 
-@pytest.mark.parametrize(("size", "expected"), [("8by8", "expected WIDTHxHEIGHT, got '8by8'"), ("0x8", "multiples of")])
-def test_a_size_that_the_model_cannot_draw_is_one_clear_error(size, expected):
-    with pytest.raises(ValueError, match=rf"^config\.serve\.sizes: .*{expected}"):
-        worker.facts(tiny.load(sizes=(size,)))
+def test_sizes_that_the_model_cannot_draw_are_one_clear_error():
+    loaded = tiny.load()
+    wrong = {
+        "expected WIDTHxHEIGHT, got '8by8'": ["8by8"],
+        r"height and width must be in \[8, 8192\], got 0x8": ["0x8"],
+        r"height and width must be in \[8, 8192\], got 99999x8": ["16x8", "99999x8"],
+        "expected at most 16: each has its own programs; got 17": ["16x8"] * 17,
+    }
+    for expected, sizes in wrong.items():
+        loaded.config.serve.sizes = tuple(sizes)
+        with pytest.raises(ValueError, match=rf"^config\.serve\.sizes: {expected}"):
+            worker.facts(loaded)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path):

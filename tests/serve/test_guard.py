@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import uvicorn
+from ml_collections import ConfigDict
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -101,6 +103,30 @@ def test_a_malformed_authorization_is_a_wrong_token(value):
     assert asked(guarded("secret"), headers={"authorization": value})[0] == 401
 
 
+def test_errors_have_the_form_that_clients_of_the_path_expect():
+    """AUTOMATIC1111's web UI: error, detail, body and errors; its detail is a list for what is wrong in a request."""
+    for headers, status in ({"host": "evil.example"}, 400), ({"origin": "http://evil.example"}, 403), ({}, 401):
+        app = guarded("" if status == 400 else "secret", ("localhost",))
+        openai, web_ui = (
+            json.loads(asked(app, headers=headers, path=path)[2]) for path in ("/v1/models", "/sdapi/v1/txt2img")
+        )
+        assert openai["error"]["type"] == "invalid_request_error" and openai["error"]["param"] is None
+        assert web_ui.keys() == {"error", "detail", "body", "errors"} and web_ui["detail"] == openai["error"]["message"]
+    for path in ("/v1/x", "/sdapi/v1/x"):
+        status, headers, body = asked(guarded(), [b"x" * MAX_BYTES, b"x"], path=path)
+        assert status == 413 and ("detail" in json.loads(body)) == path.startswith("/sdapi")
+
+
+def test_a_host_has_the_names_that_it_is_given():
+    app = guarded(hosts=("localhost", "host.docker.internal"))
+    for host in ("host.docker.internal", "Host.Docker.Internal:7860", "localhost"):
+        assert asked(app, headers={"host": host})[0] == 200
+    status, _, body = asked(app, headers={"host": "host.docker.internal.evil.example"})
+    assert status == 400 and b"config.serve.hosts" in body
+    config = ConfigDict({"host": "127.0.0.1", "hosts": ("Host.Docker.Internal",)})
+    assert serve._names(config) == ("localhost", "127.0.0.1", "::1", "127.0.0.1", "host.docker.internal")
+
+
 def test_every_answer_says_that_only_this_server_s_pages_may_use_it():
     for path in ("/", "/fail", "/none"):
         _, headers, _ = asked(guarded(), method="GET", path=path)
@@ -184,9 +210,9 @@ def listening():
             thread.join()
 
 
-def until_closed(port, *parts, pause=0.15):
+def until_closed(port, *parts, pause=0.15, source="127.0.0.1"):
     """Seconds until the server closes a connection on which these parts come, one after each pause."""
-    with socket.create_connection(("127.0.0.1", port)) as client:
+    with socket.create_connection(("127.0.0.1", port), source_address=(source, 0)) as client:
         start = time.monotonic()
         for part in parts:
             client.sendall(part)
@@ -211,10 +237,25 @@ def test_a_connection_without_a_request_is_closed(monkeypatch):
                 time.sleep(0.2)
 
 
-def test_connections_have_a_limit(monkeypatch):
-    monkeypatch.setattr(connections, "CONNECTIONS", 2)
+def test_connections_have_a_limit_together_and_for_each_client(monkeypatch):
+    monkeypatch.setattr(connections, "CONNECTIONS", 4)
     with listening() as port, contextlib.ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-        time.sleep(0.2)
-        assert until_closed(port) < 3
+
+        def connect(source):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), source_address=(source, 0)))
+            time.sleep(0.1)
+
+        connect("127.0.0.1")
+        connect("127.0.0.1")
+        assert until_closed(port) < 3, "one client has half of them"
+        with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2")) as other:
+            assert other.get(f"http://127.0.0.1:{port}").text == "0", "another one has its own"
+        connect("127.0.0.2")
+        connect("127.0.0.2")
+        assert until_closed(port, source="127.0.0.3") < 3, "all are in use"
+
+
+@pytest.mark.parametrize(("files", "most"), [(1024, 768), (256, 192), (100_000, 1024), (-1, 1024)])
+def test_connections_leave_files_for_the_rest_of_the_process(monkeypatch, files, most):
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (files, files))
+    assert connections.most_connections() == most

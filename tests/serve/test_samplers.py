@@ -34,11 +34,27 @@ EXACT = {
     "UniPC": ("unipc", ""),
     "uni_pc": ("unipc", ""),
     "LCM": ("consistency", ""),
+    "dpmpp_sde_gpu": ("dpmpp_sde", ""),
+    "dpmpp_2m_sde_gpu": ("dpmpp_2m_sde", ""),
+    "Euler SGMUniform": ("euler", "trailing"),
+    "Euler A SGMUniform": ("euler_ancestral", "trailing"),
+    "DPM++ 2M SGM Uniform": ("dpmpp_2m", "trailing"),
+    "DPM++ 2M Simple": ("dpmpp_2m", "trailing"),
+    "DPM++ 2M DDIM": ("dpmpp_2m", "leading"),
+    "ddim ddim_uniform": ("ddim", "leading"),
+    "Euler Normal": ("euler", "linspace"),
+    "Euler a Uniform": ("euler_ancestral", "linspace"),
+    "DPM++ 2M SDE Polyexponential": ("dpmpp_2m_sde", "logsnr"),
+    "Euler Automatic": ("euler", ""),
 }
 NEAREST = [
     "DPM2", "DPM2 a", "DPM2 Karras", "DPM2 a Karras", "k_dpm_2", "k_dpm_2_a", "k_dpm_2_ka", "DPM fast", "DPM adaptive",
     "k_dpm_ad", "DPM++ 2S a", "DPM++ 2S a Karras", "k_dpmpp_2s_a_ka", "DPM++ 3M SDE", "DPM++ 3M SDE Karras",
     "DPM++ 3M SDE Exponential", "DPM++ 2M SDE Heun", "DPM++ 2M SDE Heun Karras", "Restart", "DDIM CFG++", "HeunPP2",
+    "Euler CFG++", "Euler a CFG++", "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp",
+    "dpmpp_2m_cfg_pp", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde_gpu", "res_multistep", "res_multistep_ancestral_cfg_pp",
+    "gradient_estimation", "er_sde", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece", "exp_heun_2_x0", "ipndm_v",
+    "uni_pc_bh2", "Euler CFG++ Karras",
 ]  # fmt: skip
 
 
@@ -54,13 +70,27 @@ def test_the_nearest_stands_for_a_sampler_that_is_not_here_and_is_named(name):
     assert spacing == ("karras" if name.endswith(("Karras", "_ka")) else "logsnr" if "Exp" in name else "")
 
 
+def test_every_scheduler_may_end_a_sampler_s_name():
+    nearest = {"Turbo": "trailing", "Beta": "trailing", "KL Optimal": "logsnr", "Align Your Steps": "karras"}
+    nearest |= {"AYS": "karras", "Align Your Steps 32": "karras", "Linear Quadratic": "quadratic"}
+    for method, solver in {"DPM++ 2M SDE": "dpmpp_2m_sde", "Euler": "euler", "Euler A": "euler_ancestral"}.items():
+        for suffix, spacing in nearest.items():
+            name = f"{method} {suffix}"
+            ours, steps, (note,) = sampler(name, SOLVER_NAMES, "ddim")
+            assert (ours, steps) == (solver, spacing) and note.startswith(f"sampler {name}: drawn with the nearest, ")
+    note = "sampler Euler AYS: drawn with the nearest, Euler Karras"
+    assert sampler("Euler AYS", SOLVER_NAMES, "ddim") == ("euler", "karras", [note])
+
+
 def test_a_model_that_lacks_a_sampler_uses_its_own():
     assert sampler("Euler a", ("consistency",), "consistency")[0] == "consistency"
     assert "LCM" in sampler("Euler a", ("consistency",), "consistency")[2][0]
     assert sampler("published", ("published", "ddim"), "published") == ("published", "", [])
 
 
-@pytest.mark.parametrize("name", ["magic", "", "karras", "Euler b", "x" * 1000])
+@pytest.mark.parametrize(
+    "name", ["magic", "", "karras", "Euler b", "x" * 1000, "Euler magic", "DPM++ 2M SDE Karras Karras", "gpu"]
+)
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match="unknown sampler"):
         sampler(name, SOLVER_NAMES, "ddim")
@@ -103,7 +133,8 @@ def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
         "inpainting_fill": 0,
     }
     assert warned(ImageToImage, init_images=["x"], **of_image) == []
-    assert warned(alwayson_scripts={"controlnet": {"args": []}}, enable_hr=True, script_name="X/Y/Z plot") == [
+    scripts = {"controlnet": {"args": [{"module": "canny"}]}}
+    assert warned(alwayson_scripts=scripts, enable_hr=True, script_name="X/Y/Z plot") == [
         "enable_hr",
         "script_name",
         "alwayson_scripts.controlnet",
@@ -114,6 +145,27 @@ def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
         "override_settings.sd_model_checkpoint",
     ]
     assert warned(override_settings={"sd_model_checkpoint": "mine"}) == []
+    neutral = {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic", "samples_format": "png"}
+    assert warned(override_settings=neutral) == warned(override_settings={"sd_vae": "None"}) == []
+    assert warned(override_settings={"sd_vae": "a.safetensors"}) == ["override_settings.sd_vae"]
+
+
+def test_scripts_that_are_off_are_not_warned_of():
+    unit = {"module": "canny", "weight": 1.0}
+    off = [[], {}, [None], [{**unit, "enabled": False}], [{"enabled": False}, None], [False, {"x": 1}], [False]]
+    for arguments in off:
+        assert warned(alwayson_scripts={"ControlNet": {"args": arguments}}) == [], arguments
+    assert warned(alwayson_scripts={"a": {}, "b": None}) == []
+    for arguments in [unit], [{**unit, "enabled": True}], [{"enabled": False}, unit], [True, {"x": 1}], {"0": unit}:
+        assert warned(alwayson_scripts={"a": {"args": arguments}}) == ["alwayson_scripts.a"], arguments
+
+
+def test_images_and_ways_to_resize_that_are_not_used_are_warned_of():
+    def of_image(**values):
+        return warned(ImageToImage, **{"init_images": ["x"]} | values)
+
+    assert of_image(init_images=["x", "y", "z"]) == ["init_images.1", "init_images.2"]
+    assert of_image(resize_mode=1) == [] and of_image(resize_mode=2) == ["resize_mode=2"]
 
 
 def test_null_is_as_good_as_no_value():
