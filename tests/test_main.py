@@ -78,7 +78,9 @@ def arrays(workdir):
 
 def _numpy(reader, folder):
     """The arrays of an item, wherever its run had them."""
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree)
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+    )
     return reader.restore(folder, restore_args=as_numpy)
 
 

@@ -165,8 +165,7 @@ def routes(service: Service) -> list[Route]:
         return JSONResponse(settings)
 
     async def set_options(http: Http) -> Response:
-        asked = await json_object(http)
-        changed = {name: value for name, value in asked.items() if settings.get(name) != value}
+        changed = {name: value for name, value in (await json_object(http)).items() if settings.get(name) != value}
         return JSONResponse({"warnings": [warning(name) for name in _ignored_options(changed, title)]})
 
     return [

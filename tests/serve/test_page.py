@@ -181,6 +181,18 @@ def test_the_canvas_follows_the_brush(page):
     expect(page.locator("#live .result")).not_to_have_attribute("src", painted, timeout=WAIT)
 
 
+def test_why_the_live_canvas_is_closed_is_told(page):
+    """The server of these tests takes 500,000 bytes of a state."""
+    told = page.evaluate(
+        """async () => {
+            const { Live } = await import("/page/api.js");
+            const state = { prompt: "3", image: "A".repeat(600000) };
+            return new Promise((told) => new Live(() => state, () => {}, told));
+        }"""
+    )
+    assert "500000 bytes" in told
+
+
 def test_what_is_not_marked_stays_as_it_is(page):
     page.click("#tab-edit")
     inpaint(page)
