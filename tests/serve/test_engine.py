@@ -185,7 +185,7 @@ def test_a_full_queue_says_when_to_come_back(engine):
 def test_a_wrong_prompt_harms_no_other_picture_of_its_batch(engine):
     good, bad, _ = drawn(engine, picture(), picture("cat"), picture("5"))
     np.testing.assert_array_equal(good, drawn(engine, picture())[0])
-    assert bad == Refused("this model knows classes: expected a number in 0..9, got 'cat'")
+    assert bad == Refused("this model knows classes: expected a number in 0..9, got 'cat'", "prompt")
 
 
 def test_what_cannot_be_drawn_is_refused(engine):
