@@ -82,11 +82,11 @@ def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5En
         return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
     other_prefixes = ("vision_model.", "visual_projection.", "logit_scale")
     named = {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
-    unused = {name for name in named if (layer := LAYER.match(name)) and int(layer[1]) >= encoder.num_hidden_layers}
+    count = encoder.num_hidden_layers
+    unused = {name for name in named if (layer := LAYER.match(name)) and 0 < count <= int(layer[1])}
     if unused:
         logging.warning(
-            "the weights of a text encoder have more layers than the %d of its config.json, which are used",
-            encoder.num_hidden_layers,
+            "the weights of a text encoder have more layers than the %d of its config.json, which are used", count
         )
     return {name: tensor for name, tensor in named.items() if name not in unused}
 

@@ -105,6 +105,7 @@ def test_half_precision(tmp_path):
         ("CLIPTextModel", {"architectures": 5}, "expected the architecture of a text encoder, .*; got 5"),
         ("CLIPTextModel", {"hidden_act": "relu"}, "hidden_act: expected one of gelu, quick_gelu, got 'relu'"),
         ("CLIPTextModel", {"num_hidden_layers": 3}, "lacks 16 tensors: text_model.encoder.layers.2"),
+        ("CLIPTextModel", {"num_hidden_layers": 0}, "has unknown 32 tensors: text_model.encoder.layers.0"),
         ("CLIPTextModel", {"hidden_size": "wide"}, "no network can be built from it"),
         ("T5EncoderModel", {"feed_forward_proj": None}, "feed_forward_proj: expected 'gated-gelu', got 'relu'"),
         ("T5EncoderModel", {"d_kv": 8}, "misshapen"),
