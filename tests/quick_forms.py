@@ -26,6 +26,9 @@ SKIPPED = {
     r"python main\.py .*:(coco256|imagenet256)": "needs the data set",
     r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
     r"curl": "needs the server",
+    r"python main\.py --config=configs/latent_cfg\.py --mode=sample --prompt .* --config\.sample\.": (
+        "tests/test_command_lines.py draws its picture"
+    ),
 }
 NEEDED = {
     r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step|latency)": "diffusers",
