@@ -21,6 +21,7 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     size: of images, pixels on a side, for sources with a choice.
     """
     data = config.data
+    paths.local(data.cache, "config.data.cache")  # raises now and not when the first stage is trained
     name, data_dir = data.splits[split], data_folder(data)
     if data.source == "emoji":
         return sources.emoji(size, name, data_dir, data.styles, data.concepts)

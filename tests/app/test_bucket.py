@@ -15,7 +15,10 @@ from tests.test_main import TINY, TWO_STAGES, finish, start
 HOME = "home/.cache/diffusion_jax"
 RUN = "gs://experiments/run"
 SHORT = ["--config.autoencoder.train.steps=2", "--config.train.post_hoc", "--config.train.checkpoint_every=2"]
-EVAL = ["--config.eval.images=2", "--config.eval.steps=1", "--config.eval.terms=2", "--config.eval.batch_size=2"]
+EVAL = [
+    *("--mode=eval", "--config.eval.measures=('distances',)", "--config.eval.networks=('pixels',)"),
+    *("--config.eval.images=20", "--config.eval.reference=20"),
+]
 
 
 @pytest.fixture
@@ -50,11 +53,13 @@ def test_a_run_lives_in_a_bucket_from_its_first_stage_to_its_export(gcs, tmp_pat
     picture = Image.open(paths.fetched(workdir / "samples" / "0000.png"))
     assert picture.size == (16, 16) and f"{RUN}/checkpoints, step 4" in picture.text["weights"]
 
-    command_line.succeed(*base, "--mode=eval", *EVAL, cwd=tmp_path)
+    command_line.succeed(*base, *EVAL, cwd=tmp_path)
     assert json.loads((workdir / "eval" / "report.json").read_text())["weights"].startswith(RUN)
-    beside = ["--config.eval.averages=0.1", "--config.eval.along", f"--config.eval.beside=('{RUN}',)"]
-    command_line.succeed(*base, "--mode=eval", *EVAL, *beside, cwd=tmp_path)
-    assert list(json.loads((workdir / "eval" / "report.json").read_text())["likelihood"]) == ["step 2", "step 4"]
+    assert list((cache / "cache").glob("statistics-*.npz"))
+    beside = ["--config.eval.averages=(0.1,)", "--config.eval.along", f"--config.eval.beside=('{RUN}',)"]
+    command_line.succeed(*base, *EVAL, *beside, cwd=tmp_path)
+    assert list(json.loads((workdir / "eval" / "report.json").read_text())["distances"]) == ["step 2", "step 4"]
+    assert (workdir / "eval" / "step_4" / "guidance_2" / "generated.png").exists()
     assert (workdir / "eval" / "report.html").read_text().count("<section>") == 2
 
     command_line.succeed(*base, "--mode=export", cwd=tmp_path)
