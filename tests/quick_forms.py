@@ -22,6 +22,9 @@ SKIPPED = {
     r"gcloud": "needs an account at Google Cloud",
     r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
     r"curl": "needs the server",
+    r"python main\.py --config=configs/latent_cfg\.py --mode=sample --prompt .* --config\.sample\.": (
+        "tests/test_command_lines.py draws its picture"
+    ),
 }
 NEEDED = {
     r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step|latency)": "diffusers",

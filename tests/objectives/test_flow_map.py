@@ -381,10 +381,10 @@ def test_a_new_student_says_what_its_teacher_says():
     fields = {
         "in_channels": 3,
         "out_channels": 3,
-        "down_block_types": ("DownBlock2D",) * 2,
+        "down_block_types": ("DownBlock2D",),
         "mid_block_type": None,
-        "up_block_types": ("UpBlock2D",) * 2,
-        "block_out_channels": (8, 16),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (8,),
         "layers_per_block": 1,
         "norm_num_groups": 4,
     }
