@@ -66,7 +66,7 @@ def test_a_run_lives_in_a_bucket_from_its_first_stage_to_its_export(gcs, tmp_pat
     trained, exported = load_model(RUN), load_model(f"{RUN}/export")
     for a, b in ((trained.params, exported.params), (trained.codec.params, exported.codec.params)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), dict(a), dict(b))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["__pycache__", "home", "two_stages.py"]  # no "gs:"
+    assert {path.name for path in tmp_path.iterdir()} <= {"__pycache__", "home", "two_stages.py"}  # no "gs:"
 
 
 @pytest.mark.parametrize(
