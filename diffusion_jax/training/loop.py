@@ -104,11 +104,11 @@ def _steps(
             if last:
                 _check_finite(metrics, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
-                log.publish()  # first, so that the log has all steps of a checkpoint
-                checkpoints.save(state)
+                log.publish()  # log and averages first, so that they have all steps of a checkpoint
                 kept_averages = parallel.to_host(state.averages)
                 if kept_averages and parallel.is_main():
                     averages.save(workdir / "averages", step, kept_averages)
+                checkpoints.save(state)
             if task.snapshot and (step % train.snapshot_every == 0 or step == train.steps):
                 average = parallel.to_host(state.ema)
                 if parallel.is_main():
