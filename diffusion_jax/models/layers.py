@@ -12,6 +12,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Num
 
@@ -21,7 +22,7 @@ kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
 
 
-def updated_kernel(module: nn.Module, kernel: Float[Array, "h w channels features"]) -> Array:
+def updated_kernel(module: nn.Module, kernel: Float[Array | np.ndarray, "h w channels features"]) -> Array | np.ndarray:
     """The kernel of a convolution with its low-rank update, down up, if the module has one (`models.lora`)."""
     if not module.has_variable("lora", "down"):
         return kernel
