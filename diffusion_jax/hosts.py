@@ -121,7 +121,7 @@ def raise_together(error: Exception | None) -> None:
         if error:
             raise error
         return
-    message = ("" if error is None else str(error)).encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES)
+    message = ("" if error is None else str(error) or repr(error)).encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES)
     for host, row in enumerate(parallel.from_all_hosts(np.frombuffer(message, np.uint8))):
         if text := row.tobytes().decode(errors="ignore").strip():
             raise OSError(f"host {host}: {text}") from error

@@ -258,7 +258,7 @@ def _division(mesh: Mesh, leaf: Any) -> NamedSharding:
 def local(tree: PyTree, name: str) -> PyTree:
     """Weights as this host alone samples with them: divided over its devices if the strategy `name` divides them."""
     if name == "pmap" or jax.local_device_count() == 1:
-        return tree
+        return jax.tree.map(jnp.asarray, tree)
     mesh = Mesh(np.array(jax.local_devices()), (SHARDS,))
     return jax.device_put(tree, jax.tree.map(functools.partial(_division, mesh), tree))
 

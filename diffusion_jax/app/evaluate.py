@@ -84,7 +84,7 @@ def _of_model(config: ConfigDict, workdir: Path, folder: Path) -> dict:
         report[name] = {} if points else measure(model, folder)
         for label, (step, length) in points.items():
             logging.info("%s", label)
-            at_point = model._replace(params=weights.averaged(workdir, untrained, base_params, step, length))
+            at_point = model._replace(params=weights.averaged(config, workdir, untrained, base_params, step, length))
             report[name][label] = measure(at_point, folder / label.replace(" ", "_"))
     return report
 

@@ -58,6 +58,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     with locked(workdir):
         _save_config(config, workdir)
         hosts.check_same(str(len(source)), "a number of records")
+        hosts.check_same(str(first_stage_task is None), "a first stage")
         if first_stage_task is not None:
             first_stage.train(first_stage_task, config, first_stage_folder)
         model = model._replace(codec=weights.trained_codec(config, workdir, model.codec))
@@ -68,6 +69,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             return sample.sheet(config, list(sample.generate(snapshot_request, current, config.sample.batch_size)))
 
         records, transform = _training_records(config, workdir, source, model)
+        hosts.check_same(str(len(records)), "a number of readable records")
         logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), len(records))
         task = Task(
             name="denoiser",
@@ -129,7 +131,7 @@ def _training_records(
         encoded = np.asarray(codec.encode(images.reshape(-1, *images.shape[2:])))
         return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
 
-    embedder = parallel.whole(conditioning.params, 1)
+    embedder = parallel.whole(conditioning.params, 1) if is_cached else None
 
     def of_captions(batch: dict) -> PyTree:
         return jax.tree.map(np.asarray, conditioning.embed(embedder, conditioning.of_records(batch)))

@@ -98,7 +98,7 @@ def load(
         codec = trained_codec(config, workdir, model.codec)
         return model._replace(params=params, codec=codec), f"{checkpoints.folder}, step {step}, averaged"
     if "checkpoint" in config:
-        return model, config.checkpoint
+        return model._replace(params=parallel.local(model.params, config.train.parallel)), config.checkpoint
     folder = shipped.find(config.weights)
     if config.weights and (folder / LORA).exists():
         base, file = updated(config, model, teacher), folder / LORA
@@ -133,7 +133,9 @@ def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
     return Checkpoints(workdir / "checkpoints").restore_ema(like)
 
 
-def averaged(workdir: Path, model: DiffusionModel, base_params: PyTree, step: int, length: float) -> PyTree:
+def averaged(
+    config: ConfigDict, workdir: Path, model: DiffusionModel, base_params: PyTree, step: int, length: float
+) -> PyTree:
     """The weights of a model, averaged over a part of the run before a step: see `training.averages`.
 
     model: as `build.model.diffusion_model` makes it.
@@ -141,4 +143,4 @@ def averaged(workdir: Path, model: DiffusionModel, base_params: PyTree, step: in
     """
     like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
     average = averages.load(workdir / "averages", step, length, like)
-    return model.adapter.join(average, base_params)
+    return parallel.local(model.adapter.join(average, base_params), config.train.parallel)

@@ -75,7 +75,7 @@ class _Saved(NamedTuple):
 
 
 def load(folder: Path, step: int, length: float, like: PyTree) -> PyTree:
-    """The average of a length at a step, float32.
+    """The average of a length at a step, float32 on the host.
 
     step: of the run, at which averages were saved.
     length: standard deviation of its weights over the steps, as a part of the run so far (sigma_rel).
@@ -88,7 +88,7 @@ def load(folder: Path, step: int, length: float, like: PyTree) -> PyTree:
         for average, factor in averages:
             for path in total:
                 total[path] += factor * tensors[f"{average.name}/{path}"]
-    leaves = [jnp.asarray(values, jnp.float32) for values in total.values()]
+    leaves = [values.astype(np.float32) for values in total.values()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

@@ -1,10 +1,9 @@
 """Checkpoints with Orbax: the whole training state, so that a run resumes exactly."""
 
 import pathlib
-import time
+from logging import getLogger
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -24,6 +23,7 @@ QUICK = 1 << 30  # bytes of a state that any disk takes in time
 # Orbax logs each error with its traceback and raises it as well. What it raises is told here in one line.
 _ORBAX = str(pathlib.Path(ocp.__file__).parent)
 logging.get_absl_logger().addFilter(lambda record: not record.pathname.startswith(_ORBAX))
+getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())  # of its reads that end in an error
 
 
 class Checkpoints:
@@ -65,13 +65,11 @@ class Checkpoints:
 
         A large state alone is worth a measurement of the disk.
         """
-        size = _bytes(state)
+        divided = any(map(parallel.is_divided, jax.tree.leaves(state)))
+        size = _bytes(state) / (jax.process_count() if divided else 1)  # that this host writes
         if size < QUICK or not parallel.is_main():
             return
-        probe, start = self.folder / "speed.partial", time.perf_counter()
-        probe.write_bytes(bytes(PROBE))
-        seconds = size / PROBE * (time.perf_counter() - start)
-        probe.unlink()
+        seconds = size / PROBE * paths.seconds_to_write(self.folder, PROBE)
         if seconds > NOTICE:
             logging.warning(
                 "a checkpoint of %.1f GB takes about %.0f s in %s, and a spot VM ends %d s after its warning: "
@@ -130,10 +128,10 @@ class Checkpoints:
         return like._replace(**restored["state"], ema=restored["ema"])
 
     def restore_ema(self, like: PyTree) -> PyTree:
-        """The averaged weights of the newest checkpoint that is intact; `like` gives structure and shapes."""
+        """The averaged weights of the newest checkpoint that is intact, as numpy; `like` gives structure and shapes."""
         # numpy as an example asks for numpy, whatever devices the training had
         example = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), like)
-        return jax.tree.map(jnp.asarray, self._restore(ema=example)["ema"])
+        return self._restore(ema=example)["ema"]
 
     def check(self, like: PyTree) -> None:
         """Raise ValueError, naming the first difference, if averaged weights in the newest checkpoint that can be read
@@ -170,17 +168,23 @@ class Checkpoints:
         return steps
 
     def _restore(self, **items: PyTree) -> dict[str, PyTree]:
-        """The items of the newest checkpoint that is intact. Damaged ones that are newer are removed by a run that
-        saves.
+        """The items of the newest checkpoint that is intact. A run that saves sets newer ones aside.
+
+        Several hosts read different files, so one of them may find damage alone: then the run ends.
         """
         damaged: dict[int, str] = {}
         for step in self._steps():
             try:
                 restored = self._read(step, items)
-            except OtherConfig:
+            except NOT_DAMAGE:
                 raise
             except Exception as error:  # Orbax passes on any error of its readers
                 damaged[step] = first_line(error)
+                if hosts.several():
+                    raise ValueError(
+                        f"the checkpoint of step {step} in {self.folder} is damaged ({damaged[step]}): move its folder "
+                        "away to go on from the one before"
+                    ) from error
                 continue
             for newer, reason in damaged.items():
                 logging.warning(
@@ -188,24 +192,28 @@ class Checkpoints:
                     *(newer, self.folder, reason, step),
                 )
                 if self._saving:
-                    self._manager.delete(newer)
+                    self._set_aside(newer)
             return restored
         step, reason = next(iter(damaged.items()))
         raise ValueError(
             f"no checkpoint in {self.folder} can be read, the one of step {step} is damaged: {reason}; "
-            "remove the folder to train anew, or name another --workdir"
+            "move the folder away to train anew, or name another --workdir"
         )
+
+    def _set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again."""
+        (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+        self._manager.reload()
 
     def _read(self, step: int, items: dict[str, PyTree]) -> dict[str, PyTree]:
         """Raises OtherConfig, and any other exception for a damaged checkpoint."""
-        self._check(
-            step, **items
-        )  # checked first, because Orbax may fail in the middle of reading arrays of other shapes
+        # checked first, because Orbax may fail in the middle of reading arrays of other shapes
+        self._check(step, **items)
         has_sums = (self.folder / str(step) / "sums").exists()  # checkpoints of earlier versions have none
         args = {name: ocp.args.StandardRestore(like) for name, like in items.items()}
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(**args, **({"sums": ocp.args.JsonRestore()} if has_sums else {}))
-        )
+        if has_sums:
+            args["sums"] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         for name in items if has_sums else ():
             for path, value in _sums(restored[name]).items():
                 if value != restored["sums"][name][path]:
@@ -215,6 +223,9 @@ class Checkpoints:
 
 class OtherConfig(ValueError):
     """A checkpoint of another model or optimizer."""
+
+
+NOT_DAMAGE = (OtherConfig, MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)
 
 
 def _split(state: TrainState) -> tuple[dict, PyTree]:

@@ -45,8 +45,11 @@ class Task(NamedTuple):
     snapshot: Callable[[PyTree], np.ndarray] | None = None
 
 
-class Stopped(Exception):
-    """The run received SIGTERM or SIGINT and can go on from its last checkpoint."""
+class Stopped(BaseException):
+    """The run received SIGTERM or SIGINT and can go on from its last checkpoint.
+
+    Like KeyboardInterrupt it is no Exception, so what handles errors of libraries does not take it for one of them.
+    """
 
 
 class Diverged(ArithmeticError):
@@ -109,12 +112,12 @@ def _steps(
                 if kept_averages and parallel.is_main():
                     averages.save(workdir / "averages", step, kept_averages)
                 checkpoints.save(state)
-            if task.snapshot and (step % train.snapshot_every == 0 or step == train.steps):
+            if task.snapshot and not signalled and (step % train.snapshot_every == 0 or step == train.steps):
                 average = parallel.to_host(state.ema)
                 if parallel.is_main():
                     log.image(step, task.snapshot(average))
             if step == train.steps:
-                signalled = stop.requested()  # the signal may also arrive during the snapshot
+                signalled = signalled or stop.requested()  # the signal may also arrive during the snapshot
             if signalled:
                 checkpoints.finish()
                 raise Stopped(

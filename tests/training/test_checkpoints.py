@@ -92,7 +92,31 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_end(finished, tmp_
     flip_a_bit(tmp_path / "run" / "checkpoints" / "12" / "state" / "manifest.ocdbt")
     fit(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "run"), saved(finished))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "8", "damaged-12"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("full"), PermissionError("not yours"), loop.Stopped("stopped by SIGTERM")]
+)
+def test_what_is_no_damage_sets_nothing_aside(error, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+
+    def fail(self, step, items):
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "_read", fail)
+    with pytest.raises(type(error)):
+        fit(tmp_path / "run", steps=20)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_one_of_several_hosts_does_not_choose_another_checkpoint(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    delete(tmp_path / "run" / "checkpoints" / "12" / "ema" / "_METADATA")
+    monkeypatch.setattr("diffusion_jax.hosts.several", lambda: True)
+    with pytest.raises(ValueError, match=r"step 12 .* is damaged \(.*\): move its folder away") as error:
+        Checkpoints(tmp_path / "run" / "checkpoints").restore_ema(linear.initial())
+    assert "\n" not in str(error.value)
 
 
 def test_reading_removes_nothing(finished, tmp_path):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
-from diffusion_jax import parallel
+from diffusion_jax import build, parallel
 from diffusion_jax.training import step as steps
 
 WIDTH, STEPS = 160, 20  # a kernel of WIDTH x WIDTH is large enough to be divided
@@ -50,9 +51,17 @@ def loss_in_bfloat16(params, frozen, batch, keys):
 FROZEN = {"map": np.asarray(np.eye(WIDTH) * 1.5, np.float32)}
 
 
-def train(strategy, accumulate=1):
+def clipped_muon():
+    section = ConfigDict(
+        {"kind": "muon", "learning_rate": 1e-3, "warmup": 1, "decay": "constant", "clip": 0.1, "weight_decay": 0.1}
+        | {"b1": 0.9, "b2": 0.99}
+    )
+    return build.objective.optimizer(section, STEPS)
+
+
+def train(strategy, accumulate=1, optimizer=None):
     """(losses, state) of 20 steps on the same records."""
-    optimizer = optax.adam(1e-3)
+    optimizer = optimizer or optax.adam(1e-3)
     train_step = steps.make_train_step(loss, optimizer, 0.9, accumulate, strategy)
     state = strategy.create(lambda params: steps.init_state(params, optimizer, 0, True), jax.device_get(initial()))
     frozen, losses = strategy.place(FROZEN), []
@@ -74,6 +83,17 @@ def all_strategies_are_one_device():
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state), jax.device_get(one)
             )
+
+
+def muon_and_clipping_see_whole_gradients():
+    (losses, one), (got, state) = (
+        train(strategy, 1, clipped_muon())
+        for strategy in (parallel.strategy("pmap", jax.devices()[:1]), parallel.strategy("fsdp"))
+    )
+    np.testing.assert_allclose(got, losses, rtol=1e-6)
+    params = zip(*(jax.tree.leaves(jax.device_get(each.params)) for each in (state, one)), strict=True)
+    for a, b in params:
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def a_device_holds_its_part():
@@ -100,6 +120,10 @@ def a_broken_example_is_every_devices_skipped_step():
 
 def test_every_strategy_is_one_device():
     in_eight_devices(all_strategies_are_one_device)
+
+
+def test_muon_and_clipping_see_whole_gradients():
+    in_eight_devices(muon_and_clipping_see_whole_gradients)
 
 
 def test_a_device_holds_its_part():
