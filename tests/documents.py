@@ -44,7 +44,8 @@ def commands(document):
     for block in blocks(document):
         if is_python(block):
             continue
-        for command in re.split(r"\n|&&", block.replace("\\\n", "")):
+        on_hosts = re.sub(r'(?m)^all "(.*)"$', r"\1", block.replace("\\\n", ""))  # BUILD.md's name for every host
+        for command in re.split(r"\n|&&", on_hosts):
             for name, value in variables.items():
                 command = re.sub(rf"\${name}\b", value, command)
             defined = re.fullmatch(r'\s*(\w+)="(.*)"\s*', command)
