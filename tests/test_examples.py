@@ -48,7 +48,11 @@ def test_contributing_solver():
 
 def trained(loss, params, frozen, records, workdir):
     """What training with this loss makes of params."""
-    batches = loader(Source("records", len(records), lambda i: records[i]), 8, seed=0)
+    source = Source("records", len(records), lambda i: records[i])
+
+    def batches(start):
+        return loader(source, 8, seed=0, start=start)
+
     task = Task("example", loss, params, frozen, batches, optax.adam(0.1))
     return fit(task, workdir, linear.section(steps=200, checkpoint_every=200), seed=0)
 
