@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffusion_jax import paths
 from diffusion_jax.data.batching import filled_batches
-from diffusion_jax.data.loader import Reader, stack
+from diffusion_jax.data.loader import THREADS, Reader, stack
 from diffusion_jax.data.sources import Captions, Source
 from diffusion_jax.data.transforms import Record, Transform
 
@@ -84,7 +84,7 @@ def _batches(source: Source, batch_size: int, transform: Transform | None) -> It
     """Yield (indices of good records, their batch padded to batch_size), with a progress bar."""
     reader = Reader(source, transform)
     reads = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
-    read_options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=max(8, 2 * batch_size))
+    read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, 2 * batch_size))
     bar = tqdm(reads.to_iter_dataset(read_options), desc=f"caching {source.name}", total=len(source), unit="records")
     good = ((index, record) for index, record in bar if record is not None)
     for count, batch in filled_batches(good, batch_size):

@@ -161,9 +161,6 @@ def routes(service: Service) -> list[Route]:
         body = checked(PictureInfo, await json_object(http), 422)
         return JSONResponse(await asyncio.to_thread(_picture_info, body, service))
 
-    async def options(http: Http) -> Response:
-        return JSONResponse(settings)
-
     async def set_options(http: Http) -> Response:
         changed = {name: value for name, value in (await json_object(http)).items() if settings.get(name) != value}
         return JSONResponse({"warnings": [warning(name) for name in _ignored_options(changed, title)]})
@@ -177,7 +174,7 @@ def routes(service: Service) -> list[Route]:
         Route("/sdapi/v1/samplers", _always(samplers)),
         Route("/sdapi/v1/schedulers", _always(schedulers)),
         Route("/sdapi/v1/sd-models", _always([model])),
-        Route("/sdapi/v1/options", options),
+        Route("/sdapi/v1/options", _always(settings)),
         Route("/sdapi/v1/options", set_options, methods=["POST"]),
         Route("/sdapi/v1/png-info", picture_info, methods=["POST"]),
         Route("/sdapi/v1/memory", _memory),

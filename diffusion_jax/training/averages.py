@@ -58,7 +58,7 @@ def save(folder: Path, step: int, averages: dict[str, PyTree]) -> None:
     flat = {
         f"{name}/{path}": np.asarray(leaf, np.float16)
         for name, tree in averages.items()
-        for path, leaf in _flat_leaves(tree)
+        for path, leaf in flat_leaves(tree)
     }
     with paths.written(folder / f"{step}.safetensors") as file:
         save_file(flat, file)
@@ -82,7 +82,7 @@ def load(folder: Path, step: int, length: float, like: PyTree) -> PyTree:
     like: a pytree of the same structure and shapes.
     Raises what `factors` raises, and ValueError for files that do not fit.
     """
-    total = {path: np.zeros(leaf.shape) for path, leaf in _flat_leaves(like)}
+    total = {path: np.zeros(leaf.shape) for path, leaf in flat_leaves(like)}
     for saved_step, averages in itertools.groupby(factors(folder, step, length).items(), lambda item: item[0].step):
         tensors = _read(folder / f"{saved_step}.safetensors", total)
         for average, factor in averages:
@@ -156,7 +156,8 @@ def _overlaps(
     return (gamma_a + 1) * (gamma_b + 1) / both / shorter * powers
 
 
-def _flat_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+def flat_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """(path, leaf) of each leaf, the path joined by "/"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 

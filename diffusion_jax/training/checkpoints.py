@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.tree_util import keystr
 from jaxtyping import PyTree
 
 from diffusion_jax import hosts, parallel, paths
 from diffusion_jax.messages import first_line
 from diffusion_jax.paths import Path
+from diffusion_jax.training.averages import flat_leaves
 from diffusion_jax.training.step import TrainState
 
 ARRAY_DESCRIPTION = 2048  # upper estimate of the bytes of metadata that Orbax writes for an array
@@ -244,12 +244,12 @@ def _bytes(tree: PyTree) -> int:
 
 def _shapes(tree: PyTree) -> dict[str, str]:
     """The shape of each array by its path. Works for a checkpoint's metadata too."""
-    return {path: f"shape {tuple(leaf.shape)}" for path, leaf in _leaves(tree)}
+    return {path: f"shape {tuple(leaf.shape)}" for path, leaf in flat_leaves(tree)}
 
 
 def _sums(tree: PyTree) -> dict[str, int]:
     """The sum of each array's bits, as unsigned numbers modulo 2^32. It does not depend on where the parts are."""
-    paths, leaves = zip(*_leaves(tree), strict=True)
+    paths, leaves = zip(*flat_leaves(tree), strict=True)
     own = [sum(_sum(part) for part in parallel.own_parts(leaf)) % 2**32 for leaf in leaves]
     totals = parallel.from_all_hosts(np.array(own, np.uint32)).sum(0, dtype=np.uint32)
     return dict(zip(paths, totals.tolist(), strict=True))
@@ -258,8 +258,3 @@ def _sums(tree: PyTree) -> dict[str, int]:
 def _sum(array: np.ndarray) -> int:
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
     return int(bits.sum(dtype=np.uint32))
-
-
-def _leaves(tree: PyTree) -> list[tuple[str, PyTree]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]

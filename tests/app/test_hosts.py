@@ -5,7 +5,6 @@ Real processes on the loopback, where hosts matter.
 
 import json
 import signal
-import socket
 import time
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import hosts
+from tests.ports import free_port
 from tests.test_main import TINY, TWO_STAGES, finish, start, steps_saved, wait_until
 
 TOGETHER = 60  # seconds in which all hosts end after one of them
@@ -46,12 +46,6 @@ def train(config, folder):
 command.MODES["train"] = train
 get_config = digits.get_config
 """
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start_two(*workdirs, flags=(), base):

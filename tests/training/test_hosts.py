@@ -1,17 +1,16 @@
 """Several hosts: processes that find one another on the loopback, with two devices each."""
 
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from tests.ports import free_port
+
 
 def train(workdir, steps, hosts=2):
     """The last line that each host prints, its final weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tests.training.hosts"]
     processes = [
         subprocess.Popen([*command, *map(str, (rank, hosts, port, workdir, steps))], stdout=subprocess.PIPE, text=True)

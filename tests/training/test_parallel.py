@@ -20,9 +20,9 @@ STRATEGIES = ("pmap", "fsdp", "fsdp=4", "fsdp=1")
 
 
 def in_eight_devices(function):
-    """Call a function of this module in a process of its own, where the host shows 8 devices."""
+    """Call a test module's function in a process of its own, where the host shows 8 devices."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    code = f"from tests.training import test_parallel as t; t.{function.__name__}()"
+    code = f"from {function.__module__} import {function.__name__} as f; f()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

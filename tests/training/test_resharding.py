@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.ports import free_port
+
 # hosts, devices of each, strategy, steps until it stops
 LIVES = [(2, 2, "fsdp", 3), (1, 8, "fsdp=4", 6), (1, 1, "pmap", 9), (4, 2, "fsdp", 12)]
 
 
 def train(workdir, hosts, devices, strategy, steps):
     """(the records of each step in their order, the final weights), the same on every host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tests.training.resharded"]
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

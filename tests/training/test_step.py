@@ -1,9 +1,6 @@
 """One step: the same gradient however the batch is divided, and updates that are not finite leave no trace."""
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import jax
@@ -15,6 +12,7 @@ import pytest
 from diffusion_jax import parallel
 from diffusion_jax.training import step as steps
 from tests.training import linear
+from tests.training.test_parallel import in_eight_devices
 
 
 @functools.cache
@@ -54,10 +52,7 @@ def eight_devices_are_one():
 
 
 def test_gradient_on_eight_devices_is_that_of_one():
-    code = "from tests.training.test_step import eight_devices_are_one; eight_devices_are_one()"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_eight_devices(eight_devices_are_one)
 
 
 def test_the_step_is_the_gradient_of_the_whole_batch():
