@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 import jax
@@ -27,6 +28,9 @@ LOST = (
     f"run all hosts again to go on from the last checkpoint; {LOG_LEVEL}=0 shows the runtime's own messages"
 )
 
+# The runtime and this program may find at the same time that another host is dead. The first thread that takes this
+# lock ends the process, and none that comes later says it again.
+_ending = threading.RLock()
 _last_words = ("", ERROR)  # what `_at_abort` prints, and the exit status
 
 
@@ -155,9 +159,12 @@ def finish(status: int) -> None:
         _end_with("", status)
 
 
-def leave(status: int) -> NoReturn:
-    """End this process at once, without waiting for the other hosts, which may be waiting for this one."""
-    _end_with("", status)
+def leave(status: int, message: str) -> NoReturn:
+    """Print the message and end this process at once, without waiting for the other hosts: they may be waiting for this
+    one.
+    """
+    _ending.acquire()
+    print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -178,6 +185,7 @@ def _end_with(message: str, status: int = ERROR) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _at_abort(_: int) -> None:
+    _ending.acquire()
     message, status = _last_words
     if message:
         line_end = "\n" if Progress.on_screen else ""

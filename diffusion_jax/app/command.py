@@ -134,7 +134,7 @@ def run() -> None:
 
 def _fail(message: str, status: int = hosts.ERROR) -> NoReturn:
     """Print the message and exit. One host of several does not wait for the others: they may be waiting for it."""
-    print(message, file=sys.stderr)
     if hosts.several():
-        hosts.leave(status)
+        hosts.leave(status, message)
+    print(message, file=sys.stderr)
     sys.exit(status)

@@ -5,6 +5,8 @@ Real processes on the loopback, where hosts matter.
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -211,6 +213,28 @@ def test_an_exception_on_one_host_ends_both(error, status, last_line, linear, tm
     zero, one = map(finish, start_two(tmp_path / "run", base=linear(f"raise {error}")))
     assert one[0] == status and one[1].strip().splitlines()[-1] == last_line, one[1]
     assert zero[0] == 2 and len(errors(zero[1])) == 1 and "this host lost the others" in zero[1], zero[1]
+
+
+TWO_ENDINGS = """
+import sys, threading, time
+from diffusion_jax import hosts
+
+class Slow:  # a terminal that takes its time, so that the runtime gives up in between
+    def write(self, text):
+        time.sleep(0.5)
+        sys.__stderr__.write(text)
+    flush = sys.__stderr__.flush
+
+hosts._last_words = "second", 2
+sys.stderr = Slow()
+threading.Timer(0.2, hosts._at_abort, [6]).start()
+hosts.leave(1, "error: first")
+"""
+
+
+def test_the_program_and_the_runtime_do_not_both_say_that_a_host_is_lost():
+    done = subprocess.run([sys.executable, "-c", TWO_ENDINGS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "error: first\n")
 
 
 def test_hosts_with_other_configs_say_so(monkeypatch):
