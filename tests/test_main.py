@@ -19,7 +19,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from tests import command_line
+from tests import command_line, device_flags
 from tests.command_line import ROOT
 
 TINY = [
@@ -50,7 +50,7 @@ def start(*flags, base=TINY, cwd=ROOT, devices=1, **variables):
         os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": device_flags(devices),
             "PYTHONPATH": str(ROOT),
         }
         | variables

@@ -15,7 +15,6 @@ from diffusion_jax import parallel
 
 parallel.SMALL = 16  # so that this small model is divided too
 """
-DEVICES = "--xla_force_host_platform_device_count=4"
 SHORT = ["--config.autoencoder.train.steps=2", "--config.train.steps=2", "--config.train.batch_size=8"]
 DIVIDED = ["--config.train.parallel=fsdp=2", "--config.autoencoder.train.parallel=fsdp"]
 
@@ -30,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *flags):
-    status, stderr = finish(start(*flags, base=["--config=config.py"], cwd=folder, XLA_FLAGS=DEVICES))
+    status, stderr = finish(start(*flags, base=["--config=config.py"], cwd=folder, devices=4))
     assert status == 0, stderr
 
 

@@ -5,8 +5,10 @@ weights.
 import os
 import sys
 
+from tests import device_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = device_flags(2)
 
 import optax
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests import device_flags
+
 WIDTH = 512  # whose parts need no padding on a TPU, so that the operations have their plain names
 
 TPU_COMPILER = os.environ.get("TPU_COMPILER", "")  # a folder of its own: where it is installed, JAX looks for a TPU
@@ -36,7 +38,7 @@ print(step.lower(state, frozen, batch).compile().as_text())
 def collectives(platform: str, strategy: str) -> dict[str, set[str]]:
     """The compiled step's collective operations -> the types of their results."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": device_flags(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, (TPU_COMPILER, os.environ.get("PYTHONPATH")))),
     }

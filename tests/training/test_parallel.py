@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel
 from diffusion_jax.training import step as steps
+from tests import device_flags
 
 WIDTH, STEPS = 160, 20  # a kernel of WIDTH x WIDTH is large enough to be divided
 STRATEGIES = ("pmap", "fsdp", "fsdp=4", "fsdp=1")
@@ -21,7 +22,7 @@ STRATEGIES = ("pmap", "fsdp", "fsdp=4", "fsdp=1")
 
 def in_eight_devices(function):
     """Call a test module's function in a process of its own, where the host shows 8 devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": device_flags(8), "JAX_PLATFORMS": "cpu"}
     code = f"from {function.__module__} import {function.__name__} as f; f()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

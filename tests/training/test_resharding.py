@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import device_flags
 from tests.ports import free_port
 
 # hosts, devices of each, strategy, steps until it stops
@@ -20,8 +21,7 @@ def train(workdir, hosts, devices, strategy, steps):
     """(the records of each step in their order, the final weights), the same on every host."""
     port = free_port()
     command = [sys.executable, "-m", "tests.training.resharded"]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": device_flags(devices)}
     processes = [
         subprocess.Popen([*command, *map(str, (rank, hosts, port, strategy, workdir, steps))], env=environment)
         for rank in range(hosts)
