@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from typing import NoReturn
 
 import jax
@@ -19,6 +20,7 @@ from diffusion_jax.messages import Progress, first_line
 
 HEARTBEAT = 30  # seconds of silence after which a host counts as dead
 SHUTDOWN = 15  # seconds that hosts wait for one another at the end, after they have met
+MOMENT = 2  # seconds between the message of a host that fails and its end
 NO_LOG = 4  # a log level above FATAL
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # the variable by which users ask for what the runtime logs: 0 is all
 ERROR = 2  # exit status
@@ -160,13 +162,14 @@ def finish(status: int) -> None:
 
 
 def leave(status: int, message: str) -> NoReturn:
-    """Print the message and end this process at once, without waiting for the other hosts: they may be waiting for this
-    one.
+    """Print the message and end this process soon, without waiting for the other hosts: they may be waiting for this
+    one. They have a moment, because they may be about to end with the same message, which says more than `LOST`.
     """
     _ending.acquire()
     print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(MOMENT)
     os._exit(status)
 
 

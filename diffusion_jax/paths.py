@@ -33,6 +33,7 @@ Path = pathlib.Path | epath.Path
 SCHEME = "gs://"
 OTHER_SCHEME = re.compile(r"[A-Za-z][\w+.-]+://|gs:/")
 CACHE = pathlib.Path.home() / ".cache" / "diffusion_jax"
+COPYING = "copying-"  # the name of an unfinished copy begins so
 VERSION = ("size", "mtime", "generation")  # facts that change with an object
 PAST_THE_END = 416  # status of a request for bytes after the last one
 PATIENCE = 600  # seconds that a request which fails is repeated
@@ -161,18 +162,28 @@ def copy_into(folder: str | os.PathLike, source: str | pathlib.Path) -> None:
         _put(file, folder / file.relative_to(source).as_posix())
 
 
-def remove_folder(folder: str | os.PathLike) -> None:
-    """Remove a folder and all in it, if it exists."""
+def replace_folder(folder: str | os.PathLike, source: str | pathlib.Path) -> None:
+    """Let a folder have the files of a local one and no others. The old ones go when all of the new ones are there."""
     folder = at(folder)
-    if not in_bucket(folder):
+    if in_bucket(folder):
+        copy_into(folder, source)
+        kept = {str(folder / file.relative_to(source).as_posix()) for file in _files(source)}
+        for name in _filesystem().find(str(folder)):
+            if SCHEME + name not in kept:
+                _filesystem().rm_file(name)
+        return
+    new = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        shutil.copytree(source, new)
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        folder.rmtree()
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def fetched(path: str | os.PathLike, levels: int = 1) -> pathlib.Path:
     """The local path of a file or folder to read. What is in a bucket is copied to ~/.cache/diffusion_jax/copies, and
-    copied again only if it has changed there.
+    copied again only if it has changed there. The new copy replaces the old one.
 
     levels: of a folder, how deep its files are copied: 1 for those that are directly in it.
     Raises FileNotFoundError if there is nothing at the path of a bucket, and OSError without space for the copy.
@@ -185,7 +196,7 @@ def fetched(path: str | os.PathLike, levels: int = 1) -> pathlib.Path:
     if not objects:
         raise FileNotFoundError(f"{path}: no such file or folder")
     version = [[name, *(str(objects[name].get(key)) for key in VERSION)] for name in sorted(objects)]
-    copy = CACHE / "copies" / hashlib.sha256(json.dumps([str(path), version]).encode()).hexdigest()[:32] / path.name
+    copy = CACHE / "copies" / _digest([str(path), levels]) / _digest(version) / path.name
     if not copy.exists():
         size = sum(facts["size"] for facts in objects.values())
         logging.info("copying %s, %.1f MB, to %s", path, size / 1e6, copy)
@@ -193,21 +204,28 @@ def fetched(path: str | os.PathLike, levels: int = 1) -> pathlib.Path:
     return copy
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
 def _copy(places: dict[str, str], size: int, copy: pathlib.Path) -> None:
-    """Copy objects of a bucket. The copy appears when it is whole.
+    """Copy objects of a bucket. The copy appears when it is whole, and earlier ones beside it go.
 
     places: object -> its place in the copy, "" for a copy that is a single file.
     """
     copy.parent.parent.mkdir(parents=True, exist_ok=True)
     if (free := free_space(copy.parent.parent)) < size:
         raise OSError(f"no space left for {copy}: {size / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix="copying-", dir=copy.parent.parent))
+    earlier = [folder for folder in copy.parent.parent.iterdir() if not folder.name.startswith(COPYING)]
+    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=COPYING, dir=copy.parent.parent))
     try:
         for name, place in places.items():
             target = unfinished / copy.name / place
             target.parent.mkdir(parents=True, exist_ok=True)
             _filesystem().get_file(name, str(target))
         unfinished.rename(copy.parent)
+        for folder in earlier:
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         if not copy.exists():  # else another process was first
             raise
@@ -236,9 +254,8 @@ class Spool:
                 self._published[file] = version
 
     def close(self) -> None:
-        """Publish, and remove the temporary folder."""
+        """Remove the temporary folder."""
         if self.is_apart:
-            self.publish()
             shutil.rmtree(self.folder)
 
 

@@ -73,16 +73,31 @@ def test_an_error_of_writing_names_the_file_and_not_the_temporary_one(tmp_path):
     assert error.value.filename == str(tmp_path / "missing" / "note.txt")
 
 
-def test_a_folder_is_copied_and_removed(folder, tmp_path):
+def test_a_folder_is_copied_and_replaced(folder, tmp_path):
     source = tmp_path / "source"
     (source / "below").mkdir(parents=True)
     (source / "a").write_text("1")
     (source / "below" / "b").write_text("2")
     paths.copy_into(folder, source)
     assert (folder / "a").read_text() == "1" and (folder / "below" / "b").read_text() == "2"
-    paths.remove_folder(folder)
-    paths.remove_folder(folder)
-    assert not folder.exists()
+    (source / "a").unlink()
+    (source / "c").write_text("3")
+    for _ in range(2):
+        paths.replace_folder(folder, source)
+        assert sorted(path.name for path in folder.iterdir()) == ["below", "c"]
+        assert (folder / "below" / "b").read_text() == "2" and (folder / "c").read_text() == "3"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+    folder, source = tmp_path / "report", tmp_path / "source"
+    for place in (folder, source):
+        place.mkdir()
+        (place / "a").write_text(place.name)
+    (source / "b").symlink_to("missing")
+    with pytest.raises(OSError, match="No such file"):
+        paths.replace_folder(folder, source)
+    assert [path.read_text() for path in folder.iterdir()] == ["report"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "source"]
 
 
 def test_what_a_bucket_has_is_copied_once_and_again_when_it_changes(gcs, tmp_path):
@@ -96,7 +111,7 @@ def test_what_a_bucket_has_is_copied_once_and_again_when_it_changes(gcs, tmp_pat
     assert paths.fetched(model) == copy and copy.is_relative_to(tmp_path) and copy.name == "model"
     gcs.fails = lambda method, path: False
     paths.write(model / "config.json", '{"x": 1}')
-    assert (paths.fetched(model) / "config.json").read_text() == '{"x": 1}'
+    assert (paths.fetched(model) / "config.json").read_text() == '{"x": 1}' and not copy.exists()
     assert paths.fetched(model / "config.json").name == "config.json"
     assert paths.fetched(model, levels=3) != copy
     with pytest.raises(FileNotFoundError, match="gs://experiments/missing: no such file or folder"):

@@ -49,8 +49,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             folder = workdir / "eval"
             (temporary / "report.json").write_text(as_json(report, indent=2) + "\n")
             (temporary / "report.html").write_text(report_page.page([temporary, *other_reports]), encoding="utf-8")
-            paths.remove_folder(folder)
-            paths.copy_into(folder, temporary)
+            paths.replace_folder(folder, temporary)
             logging.info("wrote %s", folder / "report.html")
 
 

@@ -32,12 +32,16 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self._progress.close()
         if self._main:
             self._lines.close()
             self._board.close()
-            self._spool.close()
+            try:
+                if kind is None or not issubclass(kind, OSError):  # a bucket that failed would only be waited for again
+                    self._spool.publish()
+            finally:
+                self._spool.close()
 
     def publish(self) -> None:
         """Bring the log into a work directory in a bucket; a local one has it already.
