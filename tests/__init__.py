@@ -17,10 +17,8 @@ def device_flags(count: int) -> str:
 
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-QUICK = "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""  # later ones do not know it
-    "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""
-)  # which later ones do not know
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+CHEAP = "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""  # later XLA has no choice
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes started from here inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diffusion_jax_tests_")
