@@ -16,8 +16,16 @@ trained = test_main.trained  # a fixture
 STUDENT = [flag for flag in TINY if "config=" not in flag and "sample.steps" not in flag and "train.steps" not in flag]
 
 
-def run(method, teacher, workdir, *flags, devices=1):
-    base = [f"--config=configs/few_step.py:digits/{method}", *STUDENT, f"--config.teacher={teacher}"]
+DIVIDED = """
+from configs.few_step import get_config
+from diffusion_jax import parallel
+
+parallel.SMALL = 16  # so that this small model is divided too
+"""
+
+
+def run(method, teacher, workdir, *flags, devices=1, config="configs/few_step.py"):
+    base = [f"--config={config}:digits/{method}", *STUDENT, f"--config.teacher={teacher}"]
     if devices == 1:
         return command_line.succeed(*base, *flags, f"--workdir={workdir}")
     status, stderr = finish(start(*flags, f"--workdir={workdir}", base=base, devices=devices))
@@ -59,14 +67,22 @@ def test_a_stopped_ladder_goes_on_as_if_it_had_not_stopped(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_student_of_eight_devices_is_that_of_one(trained, tmp_path):
-    """To the rounding of sums over the batch, which AdamW magnifies where gradients are small."""
+@pytest.mark.parametrize(
+    "method, strategies", [("taught_mean_flow", ["pmap", "fsdp=4"]), ("lora/taught_scm", ["fsdp"])]
+)
+def test_a_student_of_eight_devices_is_that_of_one(method, strategies, trained, tmp_path):
+    """With its teacher whole on each device and divided, to the rounding of sums over the batch, which AdamW magnifies
+    where gradients are small.
+    """
+    (tmp_path / "divided.py").write_text(DIVIDED)
     flags = ["--mode=train", "--config.train.steps=3", "--config.train.log_every=1"]
-    for devices in (1, 8):
-        run("taught_mean_flow", trained, tmp_path / str(devices), *flags, devices=devices)
-    np.testing.assert_allclose(*(losses(tmp_path / name) for name in ("1", "8")), rtol=1e-4)
-    one, eight = (arrays(tmp_path / name)["ema"] for name in ("1", "8"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, eight)
+    run(method, trained, tmp_path / "one", *flags)
+    for name in strategies:
+        config = {"devices": 8, "config": tmp_path / "divided.py"}
+        run(method, trained, tmp_path / name, *flags, f"--config.train.parallel={name}", **config)
+        np.testing.assert_allclose(*(losses(tmp_path / run) for run in ("one", name)), rtol=1e-4)
+        one, eight = (arrays(tmp_path / run)["ema"] for run in ("one", name))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, eight)
 
 
 @pytest.mark.slow
