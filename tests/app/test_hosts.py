@@ -3,6 +3,7 @@
 Real processes on the loopback, where hosts matter.
 """
 
+import functools
 import json
 import signal
 import subprocess
@@ -11,11 +12,16 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from configs import digits
 from diffusion_jax import hosts
+from diffusion_jax.training import loop
+from diffusion_jax.training.checkpoints import Checkpoints
 from tests.ports import free_port
-from tests.test_main import TINY, TWO_STAGES, finish, start, steps_saved, wait_until
+from tests.test_main import TINY, TWO_STAGES, finish, start, steps_saved, unfinished, wait_until
+from tests.training import linear as model
 
 TOGETHER = 60  # seconds in which all hosts end after one of them
 
@@ -42,7 +48,7 @@ def batches(start):
 def train(config, folder):
     with workdir.locked(folder):
         task = loop.Task("linear", loss, linear.initial(), linear.FROZEN, batches, optax.adam(0.05))
-        section = linear.section(steps=10**6, log_every=1, checkpoint_every=3)
+        section = linear.section(steps=STEPS, log_every=1, checkpoint_every=3)
         loop.fit(task, folder, section, config.seed)
 
 command.MODES["train"] = train
@@ -71,8 +77,8 @@ def start_two(*workdirs, flags=(), base):
 def linear(tmp_path):
     """fault -> the flags of such a config."""
 
-    def flags(fault="pass"):
-        (tmp_path / "linear.py").write_text(LINEAR.replace("FAULT", fault))
+    def flags(fault="pass", steps=10**6):
+        (tmp_path / "linear.py").write_text(LINEAR.replace("FAULT", fault).replace("STEPS", str(steps)))
         return [f"--config={tmp_path}/linear.py"]
 
     return flags
@@ -82,6 +88,10 @@ def errors(stderr):
     """The errors that were said, in one line each or not."""
     lines = [line.split("\r")[-1] for line in stderr.splitlines()]
     return [line for line in lines if line.startswith("error: ") or "Traceback" in line or ".cc:" in line]
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def logged(workdir):
@@ -202,6 +212,28 @@ def test_when_one_host_is_killed_the_other_ends_with_one_line(killed, number, li
     finish(processes[killed])
     assert seconds < TOGETHER
     assert status == 2 and len(errors(stderr)) == 1 and "this host lost the others" in stderr, stderr
+
+
+@pytest.mark.slow
+def test_a_host_killed_during_a_save_costs_no_more_than_that_checkpoint(linear, tmp_path):
+    def saves(before):
+        return steps_saved(tmp_path / "run") != before and unfinished(tmp_path / "run")
+
+    for killed in (0, 1):
+        saves_another = functools.partial(saves, before=steps_saved(tmp_path / "run"))
+        processes = start_two(tmp_path / "run", base=linear())
+        wait_until(saves_another, processes[0], pause=0.001)
+        processes[killed].kill()
+        (_, _), (status, stderr) = finish(processes[killed]), finish(processes[1 - killed])
+        assert status == 2 and len(errors(stderr)) == 1, stderr
+    steps = steps_saved(tmp_path / "run")[-1] + 5
+    assert [finish(process)[0] for process in start_two(tmp_path / "run", base=linear(steps=steps))] == [0, 0]
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, steps + 1))
+    task = loop.Task("linear", model.loss, model.initial(), model.FROZEN, model.batches(8), optax.adam(0.05))
+    section = model.section(steps=steps, log_every=1, checkpoint_every=steps)
+    alone = loop.fit(task, tmp_path / "alone", section, digits.get_config().seed)
+    together = Checkpoints(tmp_path / "run" / "checkpoints").restore_ema(model.initial())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), together, alone)
 
 
 @pytest.mark.slow
