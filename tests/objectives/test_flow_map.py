@@ -248,12 +248,13 @@ def test_errors_shrink_along_the_path_on_every_schedule(name, method, other_end)
         np.testing.assert_allclose(number, 0.5, atol=0.1)
 
 
+@pytest.mark.parametrize("start", [1.0, 0.6, 0.2])
 @pytest.mark.parametrize(
     "name", [name for name, (_, says) in (SCHEDULES | OTHERS).items() if says is not parameterization.eps]
 )
-def test_errors_shrink_along_the_end_of_a_step(name):
+def test_errors_shrink_along_the_end_of_a_step(name, start):
     """The Lagrangian method. An eps of zero is that of no data, so this prediction is left out."""
-    assert contraction(*linear_effect(name, "lagrangian", 1.0, by_end=True))[2:-2].min() > 0.1
+    assert contraction(*linear_effect(name, "lagrangian", start, by_end=True))[2:-2].min() > 0.1
 
 
 @pytest.mark.parametrize("name", ["edm, v", "cosine", "flow"])
