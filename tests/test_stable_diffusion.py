@@ -119,6 +119,7 @@ def test_pictures_that_the_safety_checker_flags_are_held_back(run, checkpoint, t
     assert np.max(pictures(tmp_path / "stable_diffusion")) > 0
 
 
+@pytest.mark.slow
 def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoint, photographs, tmp_path):
     draw = ["--mode=sample", "--config.sample.steps=3", "--prompt=the cat"]
     run("stable_diffusion", *draw)
@@ -146,6 +147,7 @@ def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoin
     np.testing.assert_array_equal(pictures(tmp_path / "again"), tuned)  # stored as they are
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_drawn_with_and_exported(run, checkpoint, photographs, tmp_path):
     draw = ["--mode=sample", "--config.sample.steps=3", "--prompt=the cat"]
     run("lora", *TRAIN, f"--config.data.path={photographs}")
@@ -166,6 +168,7 @@ def test_a_lora_is_trained_drawn_with_and_exported(run, checkpoint, photographs,
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_lora_learns_to_draw_in_few_steps(run, photographs, tmp_path):
     """Latent consistency: the checkpoint with guidance is the teacher, convolutions are updated too."""
     method = ["--config.objective.name=consistency_distillation", "--config.objective.scale=7.5"]

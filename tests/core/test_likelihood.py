@@ -148,6 +148,7 @@ def test_the_bound_is_above_the_negative_log_likelihood_and_tends_to_it(mixture)
     assert 0.15 < gaps[1] / gaps[0] < 0.3 and 0.15 < gaps[2] / gaps[1] < 0.3, gaps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [schedules.linear(100), SCHEDULES["zero terminal SNR"], schedules.flow()])
 def test_some_terms_estimate_all_of_them(schedule):
     x0, denoise = draw(HIGH, CLEAN, 512), each_its_level(HIGH)
