@@ -1,12 +1,13 @@
 """The condition of a denoiser: none, a class, or a text."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from diffusion_jax.data.transforms import Record
 from diffusion_jax.models.text.encoder import TextEncoder
@@ -52,38 +53,68 @@ def class_labels(num_classes: int) -> Conditioning:
     )
 
 
-def text(encoder: TextEncoder, pooled: bool = False) -> Conditioning:
-    """Captions through a text encoder: an embedding for each token and the mask of tokens. null is the empty prompt.
+def text(
+    encoders: TextEncoder | Sequence[TextEncoder], on_tokens: bool = False, null_is_zeros: bool = False
+) -> Conditioning:
+    """Captions through one or several text encoders: "text", an embedding for each token, "mask", the mask of tokens,
+    and "text_embeds", the vectors of the encoders with `pooled` one after the other.
 
     Records give tokens, which are embedded in the cache, or in the training step if a record has several captions.
 
-    pooled: add one vector for the whole text, "text_embeds": the mean over tokens, its values of mean square 1.
+    on_tokens: several encoders join one after the other, narrower ones filled up with zeros (as in Stable Diffusion 3,
+      Esser et al. 2024). Otherwise they join token by token (as in Stable Diffusion XL, Podell et al. 2023).
+    null_is_zeros: "no condition" is zeros, and not the empty prompt.
+    Raises ValueError for encoders of different lengths that join token by token.
     """
+    encoders = (encoders,) if isinstance(encoders, TextEncoder) else tuple(encoders)
+    if not on_tokens and len({encoder.length for encoder in encoders}) > 1:
+        lengths = " and ".join(str(encoder.length) for encoder in encoders)
+        raise ValueError(f"text encoders that join token by token need the same length, got {lengths} tokens")
 
     def tokens(prompts: Sequence[str]) -> PyTree:
-        ids, mask = encoder.tokenize(prompts)
-        return {"ids": ids, "mask": mask}
+        pairs = (encoder.tokenize(prompts) for encoder in encoders)
+        return {str(i): {"ids": ids, "mask": mask} for i, (ids, mask) in enumerate(pairs)}
 
     @jax.jit
     def embed(params: PyTree, inputs: PyTree) -> PyTree:
         if "text" in inputs:
             return inputs
-        cond = {"text": encoder.apply(params, inputs["ids"], inputs["mask"]), "mask": inputs["mask"]}
-        return cond | ({"text_embeds": _pooled(**cond)} if pooled else {})
+        parts = [inputs[str(i)] for i in range(len(encoders))]
+        embeddings = [
+            encoder.apply(weights, part["ids"], part["mask"])
+            for encoder, weights, part in zip(encoders, params, parts, strict=True)
+        ]
+        join = _one_after_the_other if on_tokens else _token_by_token
+        cond = join([embedding.tokens for embedding in embeddings], [part["mask"] for part in parts])
+        pooled = [part.vector for encoder, part in zip(encoders, embeddings, strict=True) if encoder.pooled]
+        return cond | ({"text_embeds": jnp.concatenate(pooled, axis=-1)} if pooled else {})
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
-        return jax.tree.map(np.asarray, embed(encoder.params, tokens(prompts)))
+        return jax.tree.map(np.asarray, embed(params, tokens(prompts)))
 
+    params = tuple(encoder.params for encoder in encoders)
+    null = jax.tree.map(lambda leaf: leaf[0], of_prompts([""]))
+    if null_is_zeros:
+        null = {name: np.ones_like(leaf) if name == "mask" else np.zeros_like(leaf) for name, leaf in null.items()}
     return Conditioning(
-        cache_key=lambda: f"{encoder.name}{' pooled' * pooled}",
+        cache_key=lambda: f"{' '.join(map(_key, encoders))}{' on tokens' * (on_tokens and len(encoders) > 1)}",
         of_records=lambda records: tokens(list(records["caption"])),
         of_prompts=of_prompts,
-        null=jax.tree.map(lambda leaf: leaf[0], of_prompts([""])),
+        null=null,
         embed=embed,
-        params=encoder.params,
+        params=params,
     )
 
 
-def _pooled(text: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]) -> Float[Array, "batch width"]:
-    total = jnp.sum(text, axis=1, where=mask[..., None])
-    return total / jnp.sqrt(jnp.mean(total**2, axis=-1, keepdims=True)).clip(1e-6)
+def _key(encoder: TextEncoder) -> str:
+    return f"{encoder.cache_key()}{' pooled' * encoder.pooled}"
+
+
+def _token_by_token(texts: Sequence[Array], masks: Sequence[Array]) -> PyTree:
+    return {"text": jnp.concatenate(texts, axis=-1), "mask": functools.reduce(jnp.logical_or, masks)}
+
+
+def _one_after_the_other(texts: Sequence[Array], masks: Sequence[Array]) -> PyTree:
+    width = max(text.shape[-1] for text in texts)
+    filled = [jnp.pad(text, ((0, 0), (0, 0), (0, width - text.shape[-1]))) for text in texts]
+    return {"text": jnp.concatenate(filled, axis=1), "mask": jnp.concatenate(masks, axis=1)}

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import build, hosts, parallel, paths
 from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.workdir import locked
-from diffusion_jax.build import agreement, weights
+from diffusion_jax.build import agreement, encoders, weights
 from diffusion_jax.build.initial import from_teacher, initial
 from diffusion_jax.data.cache import cached
 from diffusion_jax.data.loader import stack
@@ -107,6 +107,9 @@ def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None
 
 
 def _save_config(config: ConfigDict, workdir: Path) -> None:
+    if agreement.has_text_encoders(config):
+        config = ConfigDict(config)
+        config.condition.encoders = encoders.pinned(config.condition)
     text = config.to_json_best_effort(indent=2) + "\n"
     hosts.check_same(text, "a config")
     if parallel.is_main():

@@ -57,6 +57,11 @@ def condition_kind(config: ConfigDict) -> str:
     return config.condition.kind if "condition" in config else "text"
 
 
+def has_text_encoders(config: ConfigDict) -> bool:
+    """Whether the config names text encoders. Those of a checkpoint come with it."""
+    return "condition" in config and config.condition.kind == "text"
+
+
 def check_condition(config: ConfigDict, source: Source) -> None:
     """Raise ValueError for a source that lacks the condition of the config's denoiser."""
     kind = condition_kind(config)

@@ -1,5 +1,9 @@
 """Names in a config -> entries of a table."""
 
+import jax.numpy as jnp
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
 
 def choose(table: dict, name: str, what: str):
     """table[name], or a ValueError that lists the known names."""

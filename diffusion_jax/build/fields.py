@@ -113,6 +113,17 @@ SPLITS = {
 CONDITION = {
     "kind": Field("none", text, "none, class or text."),
     "num_classes": Field(10, whole(1), "For kind=class: the number of classes of the source."),
+    "encoders": Field(
+        ("minilm",),
+        each(text),
+        "For kind=text: minilm, or folders of text encoders (CLIP, T5, UMT5, BERT) as transformers saves them, with "
+        "their tokenizer in them or beside them. FOLDER@layer=penultimate,norm=True,length=77,pooled=True sets for one "
+        "which layer it gives (last, penultimate, or a number of layers after it), whether its final norm follows, its "
+        "tokens and whether its vector joins.",
+    ),
+    "join": Field("channels", text, "For several encoders: channels, token by token, or tokens, one after the other."),
+    "null": Field("prompt", text, "No condition: prompt, the empty one, or zeros."),
+    "dtype": Field("float32", text, "Compute type of the encoders: float32, or bfloat16 for TPU and GPU."),
     "length": Field(32, whole(3, 512), "For kind=text: tokens of a prompt, with its start and end token."),
     "pooled": Field(False, flag, "For kind=text: also one vector for the whole prompt."),
 }

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from diffusion_jax import codec as codecs
 from diffusion_jax import conditioning as conditionings
 from diffusion_jax import parallel, paths
-from diffusion_jax.build import shipped
+from diffusion_jax.build import encoders, fields, shipped
 from diffusion_jax.build.agreement import check_network, check_updated
-from diffusion_jax.build.choice import choose
+from diffusion_jax.build.choice import DTYPES, choose
 from diffusion_jax.codec import Codec, check_size
 from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core import parameterization, schedules
@@ -22,7 +22,6 @@ from diffusion_jax.interop import PublishedPipeline, load_pipeline
 from diffusion_jax.interop.embeddings import add_embeddings
 from diffusion_jax.interop.folders import autoencoder_of, read_config
 from diffusion_jax.interop.lora import merge_lora
-from diffusion_jax.interop.text import minilm
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
@@ -41,7 +40,6 @@ SCHEDULES = {
 PARAMETERIZATIONS = {name: lambda section, value=value: value for name, value in parameterization.NAMED.items()} | {
     "edm": lambda section: parameterization.edm(section.sigma_data)
 }
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def has_denoiser(config: ConfigDict) -> bool:
@@ -141,8 +139,11 @@ def lora_scale(config: ConfigDict) -> float:
 
 
 def network(config: ConfigDict) -> UNet:
-    """The untrained network of config.model."""
-    return UNet(**({"time_smoothing": _time_smoothing(config)} | _fields(config.model)))
+    """The untrained network of config.model. It reads texts of any width if its cross_attention_dim is None."""
+    values = {"time_smoothing": _time_smoothing(config)} | _fields(config.model)
+    if config.condition.kind == "text" and values.get("cross_attention_dim") is None:
+        values["cross_attention_dim"] = encoders.width(config.condition)
+    return UNet(**values)
 
 
 def _time_smoothing(config: ConfigDict) -> float:
@@ -186,9 +187,16 @@ def conditioning(config: ConfigDict) -> Conditioning:
     kinds = {
         "none": conditionings.unconditional,
         "class": lambda: conditionings.class_labels(config.condition.num_classes),
-        "text": lambda: conditionings.text(minilm(config.condition.length), config.condition.pooled),
+        "text": lambda: _text(config.condition),
     }
     return choose(kinds, config.condition.kind, "condition kind")()
+
+
+def _text(section: ConfigDict) -> Conditioning:
+    section = fields.section(fields.CONDITION, **section)
+    on_tokens = choose({"channels": False, "tokens": True}, section.join, "condition.join")
+    null_is_zeros = choose({"prompt": False, "zeros": True}, section.null, "condition.null")
+    return conditionings.text(encoders.text_encoders(section), on_tokens, null_is_zeros)
 
 
 def _parameterization(config: ConfigDict) -> Parameterization:

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from diffusion_jax import codec as codecs
 from diffusion_jax import parallel
-from diffusion_jax.build import fields, shipped
+from diffusion_jax.build import encoders, fields, shipped
+from diffusion_jax.build.agreement import has_text_encoders
 from diffusion_jax.build.model import diffusion_model, has_denoiser
 from diffusion_jax.codec import Codec
 from diffusion_jax.interop import load_autoencoder, load_unet
@@ -129,6 +130,8 @@ def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
                 f"config.loras: the weights in {workdir} were trained with {', '.join(trained_loras) or 'none'}; "
                 "for others run --mode=export and name its folder as --config.checkpoint, with another --workdir"
             )
+    if has_text_encoders(config):
+        encoders.check_same(config.condition, load_config(workdir).condition, str(workdir))
     like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
     return Checkpoints(workdir / "checkpoints").restore_ema(like)
 

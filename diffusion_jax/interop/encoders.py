@@ -17,18 +17,24 @@ from diffusion_jax import paths
 from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.tensors import read_tensors, write_file, write_json
-from diffusion_jax.interop.tokenizers import load_tokenizer
+from diffusion_jax.interop.tokenizers import FILES, load_tokenizer
+from diffusion_jax.models.text.bert import BertEncoder
 from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.text.embedding import embedding
 from diffusion_jax.models.text.encoder import TextEncoder, tokenize
 from diffusion_jax.models.text.t5 import T5Encoder
 from diffusion_jax.paths import Path
 
 WEIGHTS = "model"
+MODEL_TYPES = {"T5EncoderModel": "t5", "UMT5EncoderModel": "umt5", "BertModel": "bert"}
+Encoder = ClipTextEncoder | T5Encoder | BertEncoder
 MODULES = {
     "CLIPTextModel": ClipTextEncoder,
     "CLIPTextModelWithProjection": ClipTextEncoder,
     "CLIPModel": ClipTextEncoder,
     "T5EncoderModel": T5Encoder,
+    "UMT5EncoderModel": T5Encoder,
+    "BertModel": BertEncoder,
 }
 # Default values in transformers of fields missing in config.json, where our defaults differ.
 DEFAULTS = {
@@ -36,14 +42,17 @@ DEFAULTS = {
     "CLIPTextModelWithProjection": dict(projection_dim=512),
     "CLIPModel": dict(projection_dim=512),
     "T5EncoderModel": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
+    "UMT5EncoderModel": dict(vocab_size=250112, d_model=512, d_ff=1024, num_layers=8, num_heads=6, own_biases=True),
+    "BertModel": {},
 }
-LAYERS = ("last_hidden_state", "penultimate")
+RUNTIME_FIELDS = {"parent", "name", "dtype", "own_biases", "final_norm"}  # of no config.json
+NAMED_LAYERS = {"last": 0, "penultimate": 1}  # layers after it
 LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")  # of CLIP
 
 
 def load_text_encoder(
     folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False
-) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
+) -> tuple[Encoder, PyTree]:
     """The text encoder of a folder and its variables. Run it by `encoder.apply(variables, ids)`, T5 with a mask too.
 
     folder: of a text encoder, or of a whole CLIP model.
@@ -57,12 +66,12 @@ def load_text_encoder(
     return encoder, from_torch(canonical(tensors, encoder), source, like, dtype)
 
 
-def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncoder | T5Encoder, PyTree]:
+def text_encoder_of(config: Mapping, source: str | Path) -> tuple[Encoder, PyTree]:
     """The encoder that a config.json describes, and the shapes of its variables. Arguments as in `folders.unet_of`."""
     (name, *_) = np.ravel(config.get("architectures") or None).tolist()
     if name not in MODULES:
         raise ValueError(f"{source}: expected the architecture of a text encoder, {', '.join(MODULES)}; got {name}")
-    known_fields = {field.name for field in dataclasses.fields(MODULES[name])} - {"parent", "name", "dtype"}
+    known_fields = {field.name for field in dataclasses.fields(MODULES[name])} - RUNTIME_FIELDS
     if name == "CLIPTextModel":
         known_fields.remove("projection_dim")  # of the full CLIP model
     if name == "CLIPModel":
@@ -72,7 +81,7 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[ClipTextEncode
     return module_and_shapes(MODULES[name], fields, source, lambda encoder: encoder.example_inputs())
 
 
-def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5Encoder) -> dict[str, np.ndarray]:
+def canonical(tensors: Mapping[str, np.ndarray], encoder: Encoder) -> dict[str, np.ndarray]:
     """A text encoder's tensors with one set of names. Different versions of transformers use different names.
 
     Layers beyond those of config.json are left out, as in transformers: some folders skip the last ones so.
@@ -80,6 +89,9 @@ def canonical(tensors: Mapping[str, np.ndarray], encoder: ClipTextEncoder | T5En
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if isinstance(encoder, T5Encoder):
         return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
+    if isinstance(encoder, BertEncoder):
+        plain = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+        return {name: tensor for name, tensor in plain.items() if not name.startswith(("pooler.", "cls."))}
     other_prefixes = ("vision_model.", "visual_projection.", "logit_scale")
     named = {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
     count = encoder.num_hidden_layers
@@ -96,13 +108,11 @@ def qualified(path: str) -> str:
     return path if path.startswith("text_") else f"text_model.{path}"
 
 
-def save_text_encoder(
-    encoder: ClipTextEncoder | T5Encoder, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
-) -> None:
+def save_text_encoder(encoder: Encoder, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
     """Write a folder that `load_text_encoder` and diffusers read. dtype: of the stored tensors."""
-    kind = "t5" if isinstance(encoder, T5Encoder) else "clip_text_model"
-    head = {"architectures": [class_name(encoder)], "model_type": kind}
-    names = sorted({field.name for field in dataclasses.fields(encoder)} - {"parent", "name", "dtype"})
+    name = class_name(encoder)
+    head = {"architectures": [name], "model_type": MODEL_TYPES.get(name, "clip_text_model")}
+    names = sorted({field.name for field in dataclasses.fields(encoder)} - RUNTIME_FIELDS)
     fields = {name: getattr(encoder, name) for name in names if getattr(encoder, name) is not None}
     folder = paths.at(folder)
     write_json(folder / "config.json", head | fields)
@@ -125,50 +135,78 @@ def without_last_layers(encoder: ClipTextEncoder, variables: PyTree, count: int)
     return encoder.clone(num_hidden_layers=left), {**variables, "params": params}
 
 
-def class_name(encoder: ClipTextEncoder | T5Encoder) -> str:
+def class_name(encoder: Encoder) -> str:
     """The name of the encoder's class in transformers."""
     if isinstance(encoder, T5Encoder):
-        return "T5EncoderModel"
+        return "UMT5EncoderModel" if encoder.own_biases else "T5EncoderModel"
+    if isinstance(encoder, BertEncoder):
+        return "BertModel"
     return "CLIPTextModel" if encoder.projection_dim is None else "CLIPTextModelWithProjection"
 
 
 def text_encoder(
     folder: str | Path,
-    tokenizer_folder: str | Path,
+    tokenizer_folder: str | Path | None = None,
     length: int | None = None,
-    layer: str = "last_hidden_state",
+    layer: str | int = "last",
+    norm: bool | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> TextEncoder:
     """A published encoder and its tokenizer as a `models.text.encoder.TextEncoder`, e.g. from pipeline/text_encoder and
     pipeline/tokenizer.
 
-    Denoisers attend to the padding of CLIP like to any token, so its mask is True everywhere. T5's is not.
+    Denoisers attend to the padding of CLIP like to any token, so its mask is True everywhere. That of T5 and BERT is
+    not. The vector of CLIP is that of its end token, after its projection if it has one; of the others it is
+    `mean_of_tokens`.
 
+    tokenizer_folder: by default the encoder's folder, or one beside it: tokenizer_2 of text_encoder_2.
     length: tokens of a prompt, as in `load_tokenizer`.
-    layer: of CLIP, "last_hidden_state" or "penultimate".
-    dtype: of the large multiplications.
+    layer: whose tokens: "last", "penultimate", or a number of layers after it.
+    norm: whether the final norm follows that layer; by default it follows the last one. BERT has none.
+    dtype: of the weights and of the large multiplications.
     Raises ValueError for another layer or a length beyond the encoder's positions, and the errors of both loaders.
     """
-    if layer not in LAYERS:
-        raise ValueError(f"layer: expected one of {', '.join(LAYERS)}, got {layer!r}")
-    module, params = load_text_encoder(folder)
+    module, params = load_text_encoder(folder, dtype)
     module = module.clone(dtype=dtype)
+    skipped = _skipped(layer, module)
+    tokenizer_folder = tokenizer_folder or tokenizer_beside(folder)
     tokenizer = load_tokenizer(tokenizer_folder, length)
     length = tokenizer.padding["length"]
-    if isinstance(module, T5Encoder):
-        tokenize_prompts, apply = tokenize, module.apply
-    else:
-        tokenize_prompts, apply = _tokenize_with_full_mask, functools.partial(_clip_layer, module, layer)
+    if isinstance(module, BertEncoder) and norm is not None:
+        raise ValueError(f"{folder}: norm is for encoders with a final norm, and BERT has none: leave it out")
+    has_norm = skipped == 0 if norm is None else norm
+    apply, tokenize_prompts = embedding(module, skipped, has_norm), tokenize
+    if isinstance(module, ClipTextEncoder):
+        tokenize_prompts = _tokenize_with_full_mask
     ids = jnp.zeros((1, length), jnp.int32)
-    embedding = jax.eval_shape(apply, params, ids, ids == 0)
+    tokens = jax.eval_shape(apply, params, ids, ids == 0).tokens
     return TextEncoder(
         tokenize=functools.partial(tokenize_prompts, tokenizer=tokenizer, length=length),
         apply=apply,
         params=params,
         length=length,
-        width=embedding.shape[-1],
-        name=f"{_fingerprint(folder, tokenizer_folder)}-{layer}-{length}",
+        width=tokens.shape[-1],
+        cache_key=lambda: f"{fingerprint(folder, tokenizer_folder)}-{skipped}-{has_norm}-{length}-{jnp.dtype(dtype)}",
     )
+
+
+def tokenizer_beside(folder: str | Path) -> Path:
+    """The folder of the tokenizer of a text encoder's folder. Raises FileNotFoundError if there is none."""
+    folder = paths.at(folder)
+    named = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    for place in (folder, named):
+        if any((place / name).exists() for name in FILES):
+            return place
+    raise FileNotFoundError(f"{folder}: expected its tokenizer there or in {named}")
+
+
+def _skipped(layer: str | int, module: Encoder) -> int:
+    """How many layers come after the one whose tokens are used."""
+    count = NAMED_LAYERS.get(layer, layer)
+    layers = module.num_layers if isinstance(module, T5Encoder) else module.num_hidden_layers
+    if not isinstance(count, int) or not 0 <= count < layers:
+        raise ValueError(f"layer: expected last, penultimate or a number from 0 to {layers - 1}, got {layer!r}")
+    return count
 
 
 def _tokenize_with_full_mask(prompts, tokenizer, length):
@@ -176,11 +214,7 @@ def _tokenize_with_full_mask(prompts, tokenizer, length):
     return ids, np.ones_like(mask)
 
 
-def _clip_layer(module, layer, params, ids, mask):
-    return getattr(module.apply(params, ids), layer)
-
-
-def _fingerprint(*folders):
+def fingerprint(*folders: str | Path) -> str:
     """SHA-256 of the files in these folders."""
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(paths.fetched(folder).iterdir()) if path.is_file()):

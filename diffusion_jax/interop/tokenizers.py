@@ -1,10 +1,19 @@
-"""Tokenizers of CLIP and T5 from the tokenizer folder of a checkpoint."""
+"""Tokenizers of CLIP, T5 and BERT from the tokenizer folder of a checkpoint."""
 
 import itertools
 import tempfile
 
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    BertWordPieceTokenizer,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from diffusion_jax import paths
 from diffusion_jax.interop.tensors import read_json, write_json
@@ -19,6 +28,8 @@ CLIP_ROLES = {
     "pad_token": "<|endoftext|>",
 }
 T5_ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+BERT_ROLES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
+FILES = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt")  # a folder of a tokenizer has one of them
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # CLIP's words: its start and end token, English endings, runs of letters, single digits, runs of other characters.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -28,14 +39,14 @@ UNKNOWN_LENGTH = 10**6  # transformers writes a larger number if the length is u
 def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     """The tokenizer of a folder. It cuts and pads every prompt to `length` tokens, with start and end token.
 
-    It is read from tokenizer.json, or built from vocab.json and merges.txt (CLIP, Radford et al. 2021: byte pairs) or
-    spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018). tokenizer_config.json and
-    special_tokens_map.json name the padding token: the end token in OpenAI's CLIP, "!" in OpenCLIP. Special tokens are
-    recognised anywhere in a prompt, so every "!" becomes padding there. The reference does the same, and the networks
-    were trained with it. So are added tokens, such as learned words, in tokenizer_config.json, or in added_tokens.json
-    of older versions of transformers.
+    It is read from tokenizer.json, or built from vocab.json and merges.txt (CLIP, Radford et al. 2021: byte pairs),
+    spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018) or vocab.txt (BERT, Devlin et al. 2019).
+    tokenizer_config.json and special_tokens_map.json name the padding token: the end token in OpenAI's CLIP, "!" in
+    OpenCLIP. Special tokens are recognised anywhere in a prompt, so every "!" becomes padding there. The reference does
+    the same, and the networks were trained with it. So are added tokens, such as learned words, in
+    tokenizer_config.json, or in added_tokens.json of older versions of transformers.
 
-    length: None is model_max_length of tokenizer_config.json, else 77 for CLIP and 512 for T5.
+    length: None is model_max_length of tokenizer_config.json, else 77 for CLIP and 512 for T5 and BERT.
     Raises FileNotFoundError for a folder without a tokenizer, and ValueError for malformed files or too small a length.
     """
     folder = paths.fetched(folder)
@@ -50,7 +61,7 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
         raise
     except Exception as error:  # each file format fails in its own way
         reason = first_line(error)
-        raise ValueError(f"{folder}: expected the files of a CLIP or T5 tokenizer, but {reason}") from None
+        raise ValueError(f"{folder}: expected the files of a CLIP, T5 or BERT tokenizer, but {reason}") from None
 
     num_special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
     if length <= num_special_tokens:
@@ -84,7 +95,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 def tokenizer_class(tokenizer: Tokenizer) -> str:
     """The name of a tokenizer's class in transformers."""
-    return "CLIPTokenizer" if _is_clip(tokenizer) else "T5TokenizerFast"
+    names = {models.BPE: "CLIPTokenizer", models.WordPiece: "BertTokenizerFast"}
+    return names.get(type(tokenizer.model), "T5TokenizerFast")
 
 
 def _is_clip(tokenizer):
@@ -109,19 +121,31 @@ def _settings(folder):
 
 def _build(folder, settings):
     """(tokenizer with only the special tokens of its files, default roles, default length)."""
-    tokenizer_file, vocab, merges, pieces = (
-        folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
-    )
+    tokenizer_file, vocab, pieces, words = (folder / name for name in FILES)
+    merges = folder / "merges.txt"
     if tokenizer_file.is_file():
         tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
-        is_clip = _is_clip(tokenizer)
     elif vocab.is_file() and merges.is_file():
-        tokenizer, is_clip = _clip(read_json(vocab), merges.read_text(encoding="utf-8"), settings), True
+        tokenizer = _clip(read_json(vocab), merges.read_text(encoding="utf-8"), settings)
     elif pieces.is_file():
-        tokenizer, is_clip = _t5(pieces.read_bytes(), settings), False
+        tokenizer = _t5(pieces.read_bytes(), settings)
+    elif words.is_file():
+        tokenizer = _bert(words, settings)
     else:
-        raise FileNotFoundError(f"{folder}: expected tokenizer.json, vocab.json with merges.txt, or spiece.model there")
-    return (tokenizer, CLIP_ROLES, 77) if is_clip else (tokenizer, T5_ROLES, 512)
+        raise FileNotFoundError(
+            f"{folder}: expected tokenizer.json, vocab.json with merges.txt, spiece.model or vocab.txt there"
+        )
+    roles, length = {models.BPE: (CLIP_ROLES, 77), models.WordPiece: (BERT_ROLES, 512)}.get(
+        type(tokenizer.model), (T5_ROLES, 512)
+    )
+    return tokenizer, roles, length
+
+
+def _bert(words, settings):
+    """Pieces of words; those inside a word begin with "##"."""
+    lowercase = settings.get("do_lower_case", True)
+    strip_accents = settings.get("strip_accents")
+    return BertWordPieceTokenizer(str(words), lowercase=lowercase, strip_accents=strip_accents)._tokenizer
 
 
 def _clip(vocab, merges, settings):

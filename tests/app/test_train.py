@@ -16,7 +16,7 @@ from diffusion_jax.build.initial import initial
 from diffusion_jax.data.sources import Source
 from diffusion_jax.interop import load_unet, save_unet
 from diffusion_jax.model import network_of
-from diffusion_jax.models.text.encoder import TextEncoder
+from diffusion_jax.models.text.encoder import TextEmbedding, TextEncoder
 
 SIZE = 8
 
@@ -102,9 +102,10 @@ def letters() -> conditioning.Conditioning:
         return np.array([[ord(prompt[:1] or " ")] for prompt in prompts], np.int32), np.ones((len(prompts), 1), bool)
 
     def embed(params, ids, mask):
-        return params * ids[..., None].astype(np.float32)
+        tokens = params * ids[..., None].astype(np.float32)
+        return TextEmbedding(tokens, tokens[:, 0])
 
-    return conditioning.text(TextEncoder(tokenize, embed, np.float32(1), 1, 1, "letters"))
+    return conditioning.text(TextEncoder(tokenize, embed, np.float32(1), 1, 1, lambda: "letters"))
 
 
 @pytest.mark.parametrize("in_cache", [False, True])

@@ -13,7 +13,9 @@ from diffusion_jax.interop import load_text_encoder, save_text_encoder
 from diffusion_jax.interop.encoders import text_encoder, without_last_layers
 from diffusion_jax.interop.names import to_torch
 from diffusion_jax.interop.tensors import read_tensors, write_file
+from diffusion_jax.models.text.bert import BertEncoder
 from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.text.embedding import mean_of_tokens
 from diffusion_jax.models.text.t5 import T5Encoder
 
 CLIP = ClipTextEncoder(9, 8, 12, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=6, eos_token_id=1)
@@ -21,6 +23,8 @@ ENCODERS = {
     "CLIPTextModel": CLIP,
     "CLIPTextModelWithProjection": CLIP.clone(projection_dim=4),
     "T5EncoderModel": T5Encoder(9, 8, 4, 12, 2, 2),
+    "UMT5EncoderModel": T5Encoder(9, 8, 4, 12, 2, 2, own_biases=True),
+    "BertModel": BertEncoder(9, 8, 2, 2, 12, 6),
 }
 
 
@@ -98,8 +102,8 @@ def test_half_precision(tmp_path):
     [
         (
             "CLIPTextModel",
-            {"architectures": ["BertModel"]},
-            "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel; got BertModel",
+            {"architectures": ["GPT2Model"]},
+            "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel, UMT5EncoderModel, BertModel; got GPT2Model",
         ),
         ("CLIPTextModel", {"architectures": None}, "expected the architecture of a text encoder, .*; got None"),
         ("CLIPTextModel", {"architectures": 5}, "expected the architecture of a text encoder, .*; got 5"),
@@ -147,29 +151,88 @@ def test_clip_behind_the_seam(tmp_path):
     """The mask is True on padding too, since denoisers attend to it."""
     words = write_tokenizer(tmp_path / "tokenizer", "bpe", ["<s>", "$A", "</s>"])
     folder = saved("CLIPTextModel", tmp_path / "encoder")
-    last, early = (text_encoder(folder, words, layer=layer) for layer in ("last_hidden_state", "penultimate"))
+    last, early, normed, raw = (
+        text_encoder(folder, words, **settings)
+        for settings in ({}, {"layer": "penultimate"}, {"layer": 1, "norm": True}, {"layer": "last", "norm": False})
+    )
     ids, mask = last.tokenize(["a b", "c"])
     np.testing.assert_array_equal(ids, [[2, 3, 4, 1, 0, 0], [2, 5, 1, 0, 0, 0]])
     assert mask.all()
     out = jax.jit(CLIP.apply)(variables("CLIPTextModel"), ids)
-    np.testing.assert_allclose(jax.jit(last.apply)(last.params, ids, mask), out.last_hidden_state, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(early.apply)(early.params, ids, mask), out.penultimate, atol=1e-5)
+    shorter_clip, shorter_params = without_last_layers(CLIP, variables("CLIPTextModel"), 1)
+    cut = jax.jit(shorter_clip.apply)(shorter_params, ids)
+    for encoder, tokens in (
+        (last, out.last_hidden_state),
+        (early, out.penultimate),
+        (normed, cut.last_hidden_state),
+        (raw, out.states[-1]),
+    ):
+        given = jax.jit(encoder.apply)(encoder.params, ids, mask)
+        np.testing.assert_allclose(given.tokens, tokens, atol=1e-5)
+        np.testing.assert_allclose(given.vector, out.pooled, atol=1e-5)
     assert (last.length, last.width) == (6, 8)
 
     shorter = text_encoder(folder, words, length=4)
-    assert len({last.name, early.name, shorter.name}) == 3
-    assert text_encoder(folder, words).name == last.name
+    half = text_encoder(folder, words, dtype=jnp.bfloat16)
+    others = early, normed, raw, shorter, half
+    assert len({encoder.cache_key() for encoder in (last, *others)}) == 1 + len(others)
+    assert text_encoder(folder, words).cache_key() == last.cache_key()
+    np.testing.assert_allclose(
+        jax.jit(half.apply)(half.params, ids, mask).tokens, out.last_hidden_state, atol=0.1, err_msg="in bfloat16"
+    )
     with pytest.raises(ValueError, match="reads at most 6 tokens, got 7"):
         text_encoder(folder, words, length=7)
-    with pytest.raises(ValueError, match="layer: expected one of last_hidden_state, penultimate, got 'first'"):
-        text_encoder(folder, words, layer="first")
+    for layer in ("first", 2, -1):
+        with pytest.raises(ValueError, match="layer: expected last, penultimate or a number from 0 to 1, got "):
+            text_encoder(folder, words, layer=layer)
 
 
 def test_t5_behind_the_seam(tmp_path):
     words = write_tokenizer(tmp_path / "tokenizer", "unigram", ["$A", "</s>"])
-    encoder = text_encoder(saved("T5EncoderModel", tmp_path / "encoder"), words)
+    folder = saved("T5EncoderModel", tmp_path / "encoder")
+    encoder = text_encoder(folder, words)
     ids, mask = encoder.tokenize(["a b", "c"])
     np.testing.assert_array_equal(ids, [[3, 4, 1, 0, 0, 0], [5, 1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(mask, ids > 0)
-    out = jax.jit(encoder.apply)(encoder.params, ids, mask)
-    assert (out.shape, out.dtype) == ((2, encoder.length, encoder.width), jnp.float32)
+    tokens, vector = jax.jit(encoder.apply)(encoder.params, ids, mask)
+    assert (tokens.shape, tokens.dtype) == ((2, encoder.length, encoder.width), jnp.float32)
+    np.testing.assert_allclose(vector, mean_of_tokens(tokens, jnp.asarray(mask)), atol=1e-6)
+
+    def rms(x):
+        return np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
+
+    scale = variables("T5EncoderModel")["params"]["encoder"]["final_layer_norm"]["scale"]
+    for layer in (0, 1):
+        raw, normed = (text_encoder(folder, words, layer=layer, norm=norm) for norm in (False, True))
+        plain, expected = (jax.jit(each.apply)(each.params, ids, mask).tokens for each in (raw, normed))
+        np.testing.assert_allclose(plain / rms(plain) * scale, expected, atol=1e-4)
+    assert np.abs(tokens - expected).max() > 1e-3, "the last layer but one is another"
+
+
+def test_bert_behind_the_seam(tmp_path):
+    """With the pooler and the names of a model for another task, and with its tokenizer in the same folder."""
+    folder = saved("BertModel", tmp_path)
+    tensors, _ = read_tensors(folder, "model")
+    extra = {
+        "pooler.dense.bias": np.zeros(8),
+        "cls.predictions.bias": np.zeros(9),
+        "embeddings.position_ids": np.arange(6),
+    }
+    write_file(folder / "model.safetensors", {f"bert.{name}": tensor for name, tensor in (tensors | extra).items()})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "##b", "c", "d"]))
+    encoder = text_encoder(folder, length=6)
+    ids, mask = encoder.tokenize(["A abb", "z"])
+    np.testing.assert_array_equal(ids, [[2, 4, 4, 6, 6, 3], [2, 1, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(mask, ids > 0)
+    expected = jax.jit(ENCODERS["BertModel"].apply)(variables("BertModel"), ids, mask)
+    np.testing.assert_allclose(jax.jit(encoder.apply)(encoder.params, ids, mask).tokens, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="norm is for encoders with a final norm, and BERT has none"):
+        text_encoder(folder, norm=True)
+
+
+def test_a_tokenizer_is_found_in_the_folder_or_beside_it(tmp_path):
+    folder = saved("CLIPTextModel", tmp_path / "text_encoder_2")
+    with pytest.raises(FileNotFoundError, match=r"text_encoder_2: expected its tokenizer there or in .*tokenizer_2"):
+        text_encoder(folder)
+    write_tokenizer(tmp_path / "tokenizer_2", "bpe", ["<s>", "$A", "</s>"])
+    assert text_encoder(folder).length == 6

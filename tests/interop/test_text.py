@@ -21,7 +21,7 @@ def encoder():
 def sentence(encoder, prompts):
     """The mean over tokens, on the unit sphere, as the model was trained to compare sentences."""
     ids, mask = encoder.tokenize(prompts)
-    tokens = jax.jit(encoder.apply)(encoder.params, ids, mask)
+    tokens = jax.jit(encoder.apply)(encoder.params, ids, mask).tokens
     mean = np.sum(tokens * mask[..., None], axis=1)
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
@@ -30,7 +30,7 @@ def test_shapes_and_types(encoder):
     ids, mask = encoder.tokenize(["flag of Japan", ""])
     assert (ids.dtype, mask.dtype) == (np.int32, bool)
     assert mask.sum(axis=1).tolist() == [5, 2]  # two tokens mark the ends
-    out = jax.jit(encoder.apply)(encoder.params, ids, mask)
+    out = jax.jit(encoder.apply)(encoder.params, ids, mask).tokens
     assert (out.shape, out.dtype) == ((2, encoder.length, encoder.width), np.float32)
 
 
@@ -70,5 +70,5 @@ def test_equals_the_peer(encoder):
     with torch.no_grad():
         peer = transformers.BertModel.from_pretrained(folder).eval()
         expected = peer(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
-    out = np.asarray(jax.jit(encoder.apply)(encoder.params, ids, mask))
+    out = np.asarray(jax.jit(encoder.apply)(encoder.params, ids, mask).tokens)
     np.testing.assert_allclose(out[mask], expected[mask], atol=2e-5)

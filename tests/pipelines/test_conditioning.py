@@ -1,10 +1,13 @@
 """The condition of a denoiser: none, a class, or a text; and its "no condition"."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_jax import conditioning
-from diffusion_jax.models.text.encoder import TextEncoder
+from diffusion_jax.models.text.embedding import mean_of_tokens
+from diffusion_jax.models.text.encoder import TextEmbedding, TextEncoder
 
 
 def letters(length=4):
@@ -15,9 +18,10 @@ def letters(length=4):
         return ids.reshape(-1, length), ids.reshape(-1, length) > 0
 
     def apply(params, ids, mask):
-        return params["gain"] * np.float32(1) * (ids[..., None] ** np.array([1, 2]))
+        tokens = params["gain"] * np.float32(1) * (ids[..., None] ** np.array([1, 2]))
+        return TextEmbedding(tokens, mean_of_tokens(tokens, mask))
 
-    return TextEncoder(tokenize, apply, {"gain": np.float32(1)}, length, 2, "letters")
+    return TextEncoder(tokenize, apply, {"gain": np.float32(1)}, length, 2, lambda: f"letters {length}")
 
 
 def test_classes_are_numbers():
@@ -64,7 +68,7 @@ def test_no_text_is_the_empty_text():
 
 def test_one_vector_for_the_whole_text():
     """It does not see padding, and is as long for every text."""
-    texts = conditioning.text(letters(), pooled=True)
+    texts = conditioning.text(letters()._replace(pooled=True))
     cond = texts.of_prompts(["ab", "abcdef", ""])
     assert cond["text_embeds"].shape == (3, 2) and texts.cache_key() != conditioning.text(letters()).cache_key()
     mean = np.array([97 + 98, 97**2 + 98**2])
@@ -73,3 +77,40 @@ def test_one_vector_for_the_whole_text():
     np.testing.assert_array_equal(cond["text_embeds"][2], 0)
     again = texts.embed(texts.params, texts.of_records({"caption": np.array(["ab", "abcdef"], object)}))
     np.testing.assert_array_equal(again["text_embeds"], cond["text_embeds"][:2])
+
+
+@pytest.mark.parametrize("on_tokens", [False, True])
+def test_several_encoders_join(on_tokens):
+    encoders = letters()._replace(pooled=True), letters(6 if on_tokens else 4), letters()._replace(pooled=True)
+    if on_tokens:  # a wider one
+        apply = encoders[1].apply
+        encoders = (
+            encoders[0],
+            encoders[1]._replace(apply=lambda *inputs: TextEmbedding(jnp.repeat(apply(*inputs).tokens, 2, -1), None)),
+            encoders[2],
+        )
+    texts = conditioning.text(encoders, on_tokens=on_tokens)
+    cond, alone = texts.of_prompts(["ab", "abcdef"]), conditioning.text(encoders[0]).of_prompts(["ab", "abcdef"])
+    assert cond["text_embeds"].shape == (2, 4)
+    np.testing.assert_allclose(cond["text_embeds"], np.tile(alone["text_embeds"], 2))
+    if on_tokens:
+        assert cond["text"].shape == (2, 14, 4) and cond["mask"].sum(1).tolist() == [6, 14]
+        np.testing.assert_array_equal(cond["text"][:, :4], np.pad(alone["text"], ((0, 0), (0, 0), (0, 2))))
+        np.testing.assert_array_equal(cond["text"][:, 10:], cond["text"][:, :4])
+    else:
+        np.testing.assert_array_equal(cond["text"], np.tile(alone["text"], 3))
+        np.testing.assert_array_equal(cond["mask"], alone["mask"])
+    of_records = texts.embed(texts.params, texts.of_records({"caption": np.array(["ab", "abcdef"], object)}))
+    jax.tree.map(np.testing.assert_array_equal, of_records, cond)
+    keys = {conditioning.text(encoders[:count], on_tokens).cache_key() for count in (1, 2, 3)}
+    assert len(keys) == 3
+
+
+def test_encoders_of_different_lengths_do_not_join_token_by_token():
+    with pytest.raises(ValueError, match="need the same length, got 4 and 6 tokens"):
+        conditioning.text((letters(4), letters(6)))
+
+
+def test_no_text_can_be_zeros():
+    null = conditioning.text(letters()._replace(pooled=True), null_is_zeros=True).null
+    assert not null["text"].any() and not null["text_embeds"].any() and null["mask"].all()

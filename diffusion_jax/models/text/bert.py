@@ -3,8 +3,12 @@
 Field names follow config.json and layer names the state dict of transformers' `BertModel`.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -19,38 +23,46 @@ class Embeddings(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        length = ids.shape[1]
+        if length > self.max_position_embeddings:
+            raise ValueError(f"this text encoder reads at most {self.max_position_embeddings} tokens, got {length}")
         words = nn.Embed(self.vocab_size, self.hidden_size, name="word_embeddings")(ids)
         positions = nn.Embed(self.max_position_embeddings, self.hidden_size, name="position_embeddings")
         segments = nn.Embed(self.type_vocab_size, self.hidden_size, name="token_type_embeddings")
-        x = words + positions(jnp.arange(ids.shape[1])) + segments(jnp.zeros_like(ids))
-        return nn.LayerNorm(self.layer_norm_eps, name="LayerNorm")(x)
+        x = words + positions(jnp.arange(length)) + segments(jnp.zeros_like(ids))
+        return nn.LayerNorm(self.layer_norm_eps, dtype=jnp.float32, name="LayerNorm")(x)
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v in heads. Padding is masked."""
+    """softmax(q k^T / sqrt(d)) v in heads, the softmax in float32. Padding is masked."""
 
     num_attention_heads: int
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
         heads = (*x.shape[:2], self.num_attention_heads, -1)
-        query, key, value = (nn.Dense(x.shape[-1], name=name)(x).reshape(heads) for name in ("query", "key", "value"))
-        return nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :]).reshape(x.shape)
+        project = functools.partial(nn.Dense, x.shape[-1], dtype=self.dtype)
+        query, key, value = (project(name=name)(x).reshape(heads) for name in ("query", "key", "value"))
+        mask = mask[:, None, None, :]
+        attended = nn.dot_product_attention(query, key, value, mask=mask, force_fp32_for_softmax=True)
+        return attended.reshape(x.shape)
 
 
 class AddNorm(nn.Module):
     """LayerNorm(residual + Dense(x)), the end of both halves of a layer."""
 
     layer_norm_eps: float
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length hidden"], residual: Float[Array, "batch length width"]
     ) -> Float[Array, "batch length width"]:
-        x = nn.Dense(residual.shape[-1], name="dense")(x)
-        return nn.LayerNorm(self.layer_norm_eps, name="LayerNorm")(residual + x)
+        x = nn.Dense(residual.shape[-1], dtype=self.dtype, name="dense")(x)
+        return nn.LayerNorm(self.layer_norm_eps, dtype=jnp.float32, name="LayerNorm")(residual + x)
 
 
 class Attention(nn.Module):
@@ -58,23 +70,25 @@ class Attention(nn.Module):
 
     num_attention_heads: int
     layer_norm_eps: float
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
-        attended = SelfAttention(self.num_attention_heads, name="self")(x, mask)
-        return AddNorm(self.layer_norm_eps, name="output")(attended, x)
+        attended = SelfAttention(self.num_attention_heads, self.dtype, name="self")(x, mask)
+        return AddNorm(self.layer_norm_eps, self.dtype, name="output")(attended, x)
 
 
 class Intermediate(nn.Module):
     """gelu(Dense(x)), the exact gelu."""
 
     intermediate_size: int
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length hidden"]:
-        return nn.gelu(nn.Dense(self.intermediate_size, name="dense")(x), approximate=False)
+        return nn.gelu(nn.Dense(self.intermediate_size, dtype=self.dtype, name="dense")(x), approximate=False)
 
 
 class Layer(nn.Module):
@@ -83,51 +97,56 @@ class Layer(nn.Module):
     num_attention_heads: int
     intermediate_size: int
     layer_norm_eps: float
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
-        x = Attention(self.num_attention_heads, self.layer_norm_eps, name="attention")(x, mask)
-        hidden = Intermediate(self.intermediate_size, name="intermediate")(x)
-        return AddNorm(self.layer_norm_eps, name="output")(hidden, x)
+        x = Attention(self.num_attention_heads, self.layer_norm_eps, self.dtype, name="attention")(x, mask)
+        hidden = Intermediate(self.intermediate_size, self.dtype, name="intermediate")(x)
+        return AddNorm(self.layer_norm_eps, self.dtype, name="output")(hidden, x)
 
 
 class Encoder(nn.Module):
     """The stack of layers."""
 
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    layer_norm_eps: float
+    layer: Callable[..., Layer]
+    count: int
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
-        for i in range(self.num_hidden_layers):
-            layer = Layer(self.num_attention_heads, self.intermediate_size, self.layer_norm_eps, name=f"layer_{i}")
-            x = layer(x, mask)
+        for i in range(self.count):
+            x = self.layer(name=f"layer_{i}")(x, mask)
         return x
 
 
 class BertEncoder(nn.Module):
-    """Token ids -> one embedding for each token, `last_hidden_state` in transformers. Defaults are MiniLM-L6-H384's."""
+    """Token ids -> one embedding for each token, `last_hidden_state` in transformers. Defaults are BERT base's.
+
+    dtype: of the large multiplications. Parameters, norms, softmax and results are float32.
+    """
 
     vocab_size: int = 30522
-    hidden_size: int = 384
-    num_hidden_layers: int = 6
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    intermediate_size: int = 1536
+    intermediate_size: int = 3072
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self, ids: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
-        """ids: (B, L) tokens. mask: (B, L), False on padding."""
+        """ids: (B, L) tokens. mask: (B, L), False on padding. Raises ValueError for too large an L."""
+        if self.hidden_act != "gelu":
+            raise ValueError(f"hidden_act: expected 'gelu', got {self.hidden_act!r}")
         x = Embeddings(
             self.vocab_size,
             self.hidden_size,
@@ -136,10 +155,11 @@ class BertEncoder(nn.Module):
             self.layer_norm_eps,
             name="embeddings",
         )(ids)
-        return Encoder(
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.intermediate_size,
-            self.layer_norm_eps,
-            name="encoder",
-        )(x, mask)
+        layer = functools.partial(
+            Layer, self.num_attention_heads, self.intermediate_size, self.layer_norm_eps, self.dtype
+        )
+        return Encoder(layer, self.num_hidden_layers, name="encoder")(x, mask)
+
+    def example_inputs(self) -> tuple[Int[Array, "1 1"], Bool[Array, "1 1"]]:
+        """The smallest valid arguments of `init`."""
+        return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

@@ -27,13 +27,18 @@ class TextFeatures(NamedTuple):
     """The features of a text that denoisers use.
 
     last_hidden_state: every token after all layers and the final norm (Stable Diffusion 1 and 2).
-    penultimate: every token before the last layer, not normalized (both encoders of Stable Diffusion XL).
     pooled: `last_hidden_state` at the token that ends the text, projected if the encoder has a projection.
+    states: every token before the first layer and after each, not normalized.
     """
 
     last_hidden_state: Float[Array, "batch length width"]
-    penultimate: Float[Array, "batch length width"]
     pooled: Float[Array, "batch features"]
+    states: tuple[Float[Array, "batch length width"], ...]
+
+    @property
+    def penultimate(self) -> Float[Array, "batch length width"]:
+        """Every token before the last layer, not normalized (both encoders of Stable Diffusion XL)."""
+        return self.states[-2]
 
 
 class Embeddings(nn.Module):
@@ -107,19 +112,17 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers. Returns the output and the input of the last layer."""
+    """A stack of layers. Returns its input and the output of each layer."""
 
     layer: Callable[..., nn.Module]
     count: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length width"]
-    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch length width"]]:
-        last_input = x
+    def __call__(self, x: Float[Array, "batch length width"]) -> tuple[Float[Array, "batch length width"], ...]:
+        states = [x]
         for i in range(self.count):
-            last_input, x = x, self.layer(name=f"layers_{i}")(x)
-        return x, last_input
+            states.append(self.layer(name=f"layers_{i}")(states[-1]))
+        return tuple(states)
 
 
 def stack(fields: nn.Module, dtype: DTypeLike, causal: bool) -> Callable[..., Encoder]:
@@ -137,7 +140,7 @@ def stack(fields: nn.Module, dtype: DTypeLike, causal: bool) -> Callable[..., En
 
 
 class TextTransformer(nn.Module):
-    """Embeddings, layers, final norm. Returns the normalized tokens and the input of the last layer."""
+    """Embeddings, layers, final norm. Returns the normalized tokens, and those before and after each layer."""
 
     embeddings: Callable[..., nn.Module]
     encoder: Callable[..., nn.Module]
@@ -146,9 +149,9 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(
         self, ids: Int[Array, "batch length"]
-    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch length width"]]:
-        x, last_input = self.encoder(name="encoder")(self.embeddings(name="embeddings")(ids))
-        return nn.LayerNorm(self.eps, dtype=jnp.float32, name="final_layer_norm")(x), last_input
+    ) -> tuple[Float[Array, "batch length width"], tuple[Float[Array, "batch length width"], ...]]:
+        states = self.encoder(name="encoder")(self.embeddings(name="embeddings")(ids))
+        return nn.LayerNorm(self.eps, dtype=jnp.float32, name="final_layer_norm")(states[-1]), states
 
 
 class ClipTextEncoder(nn.Module):
@@ -178,13 +181,13 @@ class ClipTextEncoder(nn.Module):
         """ids: (B, L) tokens, with the end token in every row. Raises ValueError for too large an L."""
         embeddings = functools.partial(Embeddings, self.vocab_size, self.hidden_size, self.max_position_embeddings)
         encoder = stack(self, self.dtype, causal=True)
-        tokens, last_input = TextTransformer(embeddings, encoder, self.layer_norm_eps, name="text_model")(ids)
+        tokens, states = TextTransformer(embeddings, encoder, self.layer_norm_eps, name="text_model")(ids)
 
         ends = ids if self.eos_token_id == OLD_EOS else ids == self.eos_token_id
         pooled = tokens[jnp.arange(len(ids)), jnp.argmax(ends, axis=1)]
         if self.projection_dim is not None:
             pooled = Dense(self.projection_dim, use_bias=False, name="text_projection")(pooled)
-        return TextFeatures(tokens, last_input, pooled)
+        return TextFeatures(tokens, pooled, states)
 
     def example_inputs(self) -> tuple[Int[Array, "1 1"]]:
         """The smallest valid arguments of `init`."""

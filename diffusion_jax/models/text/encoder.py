@@ -6,27 +6,36 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from tokenizers import Tokenizer
+
+
+class TextEmbedding(NamedTuple):
+    """tokens: an embedding for each token. vector: one for the whole text."""
+
+    tokens: Float[Array, "batch length width"]
+    vector: Float[Array, "batch features"]
 
 
 class TextEncoder(NamedTuple):
     """How prompts become the embeddings that a denoiser attends to.
 
     tokenize: prompts -> (ids (B, L) int32, mask (B, L) bool, False on padding). Cuts long prompts with a warning.
-    apply: (params, ids, mask) -> embeddings (B, L, D) float32, a pure function.
+    apply: (params, ids, mask) -> TextEmbedding in float32, a pure function.
     params: the weights, first argument of `apply`.
     length: L, tokens of a prompt.
     width: D, channels of an embedding.
-    name: identifies the encoder and its length, used in cache keys.
+    cache_key: () -> identifies the weights, the layer and the length; part of the key of cached records.
+    pooled: whether the vector is part of the condition.
     """
 
     tokenize: Callable[[Sequence[str]], tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]]
-    apply: Callable[..., Float[Array, "batch length width"]]
-    params: dict
+    apply: Callable[..., TextEmbedding]
+    params: PyTree
     length: int
     width: int
-    name: str
+    cache_key: Callable[[], str]
+    pooled: bool = False
 
 
 def tokenize(

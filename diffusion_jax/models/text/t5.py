@@ -133,11 +133,13 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks and the final norm. All blocks share the bias of the first one."""
+    """The blocks and the final norm, if any. All blocks share the bias of the first one, or each has its own."""
 
     block: Callable[..., Block]
     count: int
     eps: float
+    own_biases: bool
+    final_norm: bool
 
     @nn.compact
     def __call__(
@@ -145,8 +147,8 @@ class Stack(nn.Module):
     ) -> Float[Array, "batch length width"]:
         bias = None
         for i in range(self.count):
-            x, bias = self.block(name=f"block_{i}")(x, mask, bias)
-        return rms_norm(self.eps, "final_layer_norm")(x)
+            x, bias = self.block(name=f"block_{i}")(x, mask, None if self.own_biases else bias)
+        return rms_norm(self.eps, "final_layer_norm")(x) if self.final_norm else x
 
 
 class T5Encoder(nn.Module):
@@ -154,6 +156,8 @@ class T5Encoder(nn.Module):
 
     d_kv: width of a head. num_heads · d_kv may differ from d_model.
     feed_forward_proj: "gated-gelu", as in v1.1 and later. Raises ValueError for another.
+    own_biases: each layer has relative positions of its own (UMT5, Chung et al. 2023).
+    final_norm: whether the result is normalized.
     dtype: of the large multiplications. Parameters, norms, softmax and results are float32. Activations overflow
       float16, but not bfloat16.
     """
@@ -168,6 +172,8 @@ class T5Encoder(nn.Module):
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"
+    own_biases: bool = False
+    final_norm: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -192,7 +198,7 @@ class T5Encoder(nn.Module):
             functools.partial(FeedForwardLayer, self.d_ff, eps, self.dtype),
         )
         x = nn.Embed(self.vocab_size, self.d_model, name="shared")(ids)
-        return Stack(block, self.num_layers, eps, name="encoder")(x, mask)
+        return Stack(block, self.num_layers, eps, self.own_biases, self.final_norm, name="encoder")(x, mask)
 
     def example_inputs(self) -> tuple[Int[Array, "1 1"], Bool[Array, "1 1"]]:
         """The smallest valid arguments of `init`."""
