@@ -11,7 +11,8 @@ Presets, after a colon (`--config=configs/latent_cfg.py:full`):
                (docs/results.md)
   fast         the same in one network call, or a few (--config.sample.steps): updates of the demo weights, trained
                as configs/few_step.py:lora/lcm (docs/few_steps.md)
-  coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice
+  coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice;
+               --config.condition.encoders="('FOLDER',)" takes CLIP or T5 instead of MiniLM (docs/text.md)
   imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
                estimated from the compiled FLOPs at 40 % utilisation; not trained yet
 All presets of emoji use the trained first stage in weights/emoji/vae (docs/results.md);
@@ -19,6 +20,7 @@ All presets of emoji use the trained first stage in weights/emoji/vae (docs/resu
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import common, emoji, few_step
 
@@ -57,7 +59,7 @@ def _coco256() -> ConfigDict:
     config.model = _large_unet(
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=384,
+        cross_attention_dim=placeholder(int),  # the width of the text encoders
         attention_head_dim=8,
     )
     config.optimizer = common.optimizer(1e-4, warmup=5000)

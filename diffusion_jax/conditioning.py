@@ -1,7 +1,8 @@
 """The condition of a denoiser: none, a class, or a text."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ class Conditioning(NamedTuple):
     null: "no condition"; leaves without the batch axis.
     embed: (params, inputs from `of_records`) -> cond. A cond is returned unchanged. A pure function.
     params: weights of `embed`.
+    words: learned words that prompts may use (textual inversion), and how many vectors each has.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
     """
 
@@ -31,6 +33,7 @@ class Conditioning(NamedTuple):
     null: PyTree
     embed: Callable[[PyTree, PyTree], PyTree] = lambda params, inputs: inputs
     params: PyTree = None
+    words: Mapping[str, int] = MappingProxyType({})
     for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda conditioning, size: conditioning
 
 

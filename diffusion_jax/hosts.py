@@ -1,5 +1,6 @@
 """Several hosts, each a process of one run: they find one another, meet, agree, and end together."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -23,7 +24,7 @@ SHUTDOWN = 15  # seconds that hosts wait for one another at the end, after they 
 MOMENT = 2  # seconds between the message of a host that fails and its end
 NO_LOG = 4  # a log level above FATAL
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # the variable by which users ask for what the runtime logs: 0 is all
-ERROR = 2  # exit status
+ERROR, AGAIN = 2, 75  # exit statuses: mend something; run it again (EX_TEMPFAIL: Kubernetes, Slurm and systemd do it)
 MESSAGE_BYTES = 1024
 LOST = (
     "this host lost the others: the host that ended first says why; "
@@ -74,7 +75,7 @@ def connect(
             else f"found no other hosts ({first_line(error)}): give --coordinator=HOST:PORT --processes=N --process=I, "
             "or --nodistributed for one host"
         ) from error
-    _end_with(LOST)
+    _end_with(LOST, AGAIN)
 
 
 def several_found() -> bool:
@@ -133,13 +134,16 @@ def raise_together(error: Exception | None) -> None:
             raise OSError(f"host {host}: {text}") from error
 
 
-def check_same(value: str, what: str) -> None:
-    """Raise ValueError, on every host, unless the value is the same on all of them. what: a name for the message."""
+def check_same(value: str, what: str, advice: str = "start every host with the same command") -> None:
+    """Raise ValueError, on every host, unless the value is the same on all of them.
+
+    what, advice: for the message, a name of the value and what to do.
+    """
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
     rows = _rows(digest)
     others = [host for host, row in enumerate(rows) if not np.array_equal(row, rows[0])]
     if others:
-        raise ValueError(f"host {others[0]} has {what} other than host 0: start every host with the same command")
+        raise ValueError(f"host {others[0]} has {what} other than host 0: {advice}")
 
 
 def token() -> str:
@@ -152,13 +156,14 @@ def _rows(array: np.ndarray) -> np.ndarray:
 
 
 def finish(status: int) -> None:
-    """Wait for all hosts at the end of their work. If one ends later than another then, that is no error.
+    """Wait for all hosts at the end of their work. If one is gone by then, that is no error.
 
     status: exit status that follows.
     """
     if several():
-        meet("end")
         _end_with("", status)
+        with contextlib.suppress(Exception):  # what the runtime raises when a host is gone
+            meet("end")
 
 
 def leave(status: int, message: str) -> NoReturn:

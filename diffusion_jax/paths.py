@@ -34,6 +34,7 @@ SCHEME = "gs://"
 OTHER_SCHEME = re.compile(r"[A-Za-z][\w+.-]+://|gs:/")
 CACHE = pathlib.Path.home() / ".cache" / "diffusion_jax"
 COPYING = "copying-"  # the name of an unfinished copy begins so
+ROLES = "give the machine's service account the roles Storage Object Admin and Storage Legacy Bucket Reader"
 VERSION = ("size", "mtime", "generation")  # facts that change with an object
 PAST_THE_END = 416  # status of a request for bytes after the last one
 PATIENCE = 600  # seconds that a request which fails is repeated
@@ -279,7 +280,7 @@ def _check_bucket(bucket: str) -> None:
     except Exception as error:  # several libraries take part in a request
         raise OSError(
             f"cannot read {SCHEME}{bucket} ({first_line(error)}): sign in by `gcloud auth application-default login`, "
-            "or give the machine's service account the role Storage Object Admin"
+            f"or {ROLES}"
         ) from error
 
 

@@ -280,7 +280,7 @@ BAD = {
     "Unknown command line flag 'mod'": [*TINY, "--mod=train"],
     "unknown preset 'foo' of latent_cfg; known: small": ["--config=configs/latent_cfg.py:foo", "--mode=train"],
     "config.train has no field 'stepz'; known: accumulate, batch_size": changed("train.stepz=1"),
-    "flag --config.train.steps=many: invalid literal for int()": changed("train.steps=many"),
+    "flag --config.train.steps=many: expected a whole number, got 'many'": changed("train.steps=many"),
     "unknown solver 'magic'; known: ": changed("sample.solver=magic"),
     "unknown schedule 'magic'; known: cosine": changed("schedule.name=magic"),
     "unknown spacing 'magic'": changed("sample.spacing=magic"),

@@ -22,7 +22,6 @@ from diffusion_jax.compilation import configure
 from diffusion_jax.messages import first_line, one_line
 from diffusion_jax.training.loop import Diverged, Stopped
 
-STOPPED = 75  # exit status EX_TEMPFAIL: Kubernetes, Slurm and systemd run such a job again
 INTERRUPTED = 130
 MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run, "serve": serve.run}
 OF_SEVERAL_HOSTS = ("train", "eval")
@@ -66,6 +65,11 @@ def _connect(mode: str) -> None:
     place = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if mode in OF_SEVERAL_HOSTS:
         hosts.connect(_DISTRIBUTED.value, *place, stop_together=mode == "train")
+        if jax.process_count() > 1 and not hosts.several():
+            raise ValueError(
+                f"this host is one of {jax.process_count()} of a slice, and its environment does not list them: give "
+                "--distributed on every host"
+            )
     elif _DISTRIBUTED.value or any(value is not None for value in place):
         raise ValueError(
             f"--mode={mode} runs on one host: leave out --distributed, --coordinator, --processes and --process"
@@ -114,15 +118,15 @@ def run() -> None:
         app.run(main, flags_parser=parse_flags)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        hosts.finish(STOPPED)
-        sys.exit(STOPPED)
+        hosts.finish(hosts.AGAIN)
+        sys.exit(hosts.AGAIN)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             _fail(f"error: not enough memory for these networks, images and batches: {one_line(error)}")
         if hosts.several():
-            _fail(f"error: {hosts.LOST} ({first_line(error)})")
+            _fail(f"error: {hosts.LOST} ({first_line(error)})", hosts.AGAIN)
         raise
     except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
         _fail(f"error: {one_line(error)}")

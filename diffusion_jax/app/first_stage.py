@@ -141,7 +141,9 @@ def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transfo
 
 def _some_records(source: Source, transform: Transform, count: int, seed: int | None = None) -> Iterator[Record]:
     """Batches of records, `count` in all or as many as there are. In the source's order, or shuffled by a seed."""
-    size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)  # divides the source without remainder
+    # a divisor, so that all batches have one size and one program; the last is smaller if a record is bad
+    size = max(n for n in range(1, BATCH + 1) if len(source) % n == 0)
+    size = size if size >= BATCH // 4 else min(BATCH, len(source))
     records = one_epoch(source, size, transform, seed)
     return itertools.islice(records, -(-count // size))
 

@@ -38,7 +38,7 @@ class _Whole(flags.ArgumentParser):
         except ValueError:
             number = _float(argument)
             if not number.is_integer():
-                raise
+                raise ValueError(f"expected a whole number, got {argument!r}") from None
             return int(number)
 
 
@@ -46,7 +46,12 @@ class _Number(flags.FloatParser):
     """A number; None as for `_Whole`."""
 
     def parse(self, argument: float | str | None) -> float | None:
-        return None if argument in (None, NOTHING) else super().parse(argument)
+        if argument in (None, NOTHING):
+            return None
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError(f"expected a number, got {argument!r}") from None
 
 
 class _Tuple(TupleParser):

@@ -115,7 +115,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
 def _file_and_scale(file: str) -> tuple[str, float]:
     """FILE or FILE@SCALE."""
     path, _, scale = file.rpartition("@")
-    if not path:
+    if not path or paths.at(file).is_file():
         return file, 1.0
     try:
         number = float(scale)

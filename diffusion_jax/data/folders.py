@@ -22,6 +22,7 @@ METADATA = {  # files of captions, and their form in errors
     "metadata.csv": "the columns file_name and text",
     "metadata.parquet": "the columns file_name and text",
 }
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 DECODER = 3  # changes whenever `transforms.decode` gives other pixels
 csv.field_size_limit(2**31 - 1)  # of a text, which Python limits to 128 KiB
 
@@ -52,8 +53,8 @@ def list_pictures(root: Path) -> Listing:
 
     Follows links to folders, each folder once. Skips hidden files and folders. Logs how many other files it leaves out.
     Raises FileNotFoundError if there is no folder or no picture, or if a picture or a caption is missing.
-    Raises ValueError for metadata in another form, for a picture that two files of metadata name, and for text that is
-    not UTF-8.
+    Raises ValueError for metadata in another form, for a picture that two files of metadata name, for text that is not
+    UTF-8, and for folders that are splits, as train and test, where classes are expected.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
@@ -85,6 +86,11 @@ def _undescribed(root: Path, found: list[Path]) -> Listing:
     if captions or any(len(file.parts) == 1 for file in files):
         return Listing(files, captions, [], [])
     classes = sorted({file.parts[0] for file in files})
+    if {name.lower() for name in classes} <= SPLITS:
+        raise ValueError(
+            f"{root} has the folders {', '.join(classes)}, which are splits and no classes: name one of them, as "
+            f"{root / classes[0]}"
+        )
     return Listing(files, [], [classes.index(file.parts[0]) for file in files], classes)
 
 
@@ -145,7 +151,7 @@ def _lines(metadata: Path) -> list[tuple[Path, Caption]]:
             continue
         try:
             captions.append(_entry(json.loads(line) if isinstance(line, str) else line))
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeEncodeError, RecursionError) as error:
             what = "line" if isinstance(line, str) else "row"
             form = METADATA[metadata.name]
             raise ValueError(f"{metadata} {what} {number}: expected {form}, got {str(line)[:80]}") from error
@@ -173,11 +179,12 @@ def _parquet_rows(metadata: Path) -> list[dict]:
 
 
 def _entry(entry: Any) -> tuple[Path, Caption]:
-    """(picture, caption) from one line. Raises KeyError or TypeError for one in another form."""
+    """(picture, caption) from one line. Raises KeyError, TypeError or UnicodeEncodeError for one in another form."""
     texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
     is_list = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
     if not is_list or None in entry:  # csv keeps what is beyond the last column under None
         raise TypeError
+    "".join([*texts, str(entry["file_name"])]).encode()  # raises for half of a surrogate pair
     return Path(entry["file_name"]), texts[0] if len(texts) == 1 else tuple(texts)
 
 

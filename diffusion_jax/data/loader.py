@@ -105,7 +105,7 @@ def loader(
 def one_epoch(
     source: Source, batch_size: int, transform: Transform | None = None, seed: int | None = None
 ) -> grain.DatasetIterator:
-    """The batches of one pass over a source. Records that do not fill a batch at the end are left out.
+    """The batches of one pass over a source. The last one may be smaller.
 
     source: the records. Bad ones are skipped with a warning.
     seed: of the order. None keeps the source's.
@@ -118,4 +118,4 @@ def one_epoch(
     indices = grain.MapDataset.range(len(source)).seed(seed or 0)
     records = (indices if seed is None else indices.shuffle()).random_map(Reader(source, transform))
     read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, 2 * batch_size))
-    return iter(records.to_iter_dataset(read_options).batch(batch_size, drop_remainder=True, batch_fn=stack))
+    return iter(records.to_iter_dataset(read_options).batch(batch_size, drop_remainder=False, batch_fn=stack))

@@ -106,7 +106,8 @@ def _read(
             opened.load()
             return take(opened)
     except UnidentifiedImageError as error:
-        raise BadRecord("not a picture of a known format") from error
+        known = f", one of {', '.join(formats)}" if formats else ""
+        raise BadRecord(f"not a picture of a known format{known}") from error
     except BadRecord:
         raise
     except Exception as error:  # decoders of damaged pictures raise anything

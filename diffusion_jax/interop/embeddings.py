@@ -132,7 +132,8 @@ def _with_word(part: Part, tokenizer: Tokenizer, word: str, vectors: np.ndarray)
         )
     end = tokenizer.encode("").ids[1]
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
+    is_word = word[0].isalnum() and word[-1].isalnum()  # else it may stand beside letters, as <word>s
+    tokenizer.add_tokens([AddedToken(name, single_word=is_word, normalized=True) for name in names])
     ids = [tokenizer.token_to_id(name) for name in names]
     size = max(part.module.vocab_size, max(ids) + 1)
 

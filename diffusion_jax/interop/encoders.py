@@ -71,6 +71,8 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[Encoder, PyTre
     (name, *_) = np.ravel(config.get("architectures") or None).tolist()
     if name not in MODULES:
         raise ValueError(f"{source}: expected the architecture of a text encoder, {', '.join(MODULES)}; got {name}")
+    if config.get("use_attention_mask"):
+        raise ValueError(f"{source}: use_attention_mask=true, which hides the padding, is not supported")
     known_fields = {field.name for field in dataclasses.fields(MODULES[name])} - RUNTIME_FIELDS
     if name == "CLIPTextModel":
         known_fields.remove("projection_dim")  # of the full CLIP model

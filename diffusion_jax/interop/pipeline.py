@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
@@ -34,6 +35,7 @@ from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tok
 from diffusion_jax.messages import first_line
 from diffusion_jax.paths import Path
 
+NO_NETWORKS = ("scheduler", "feature_extractor", "safety_checker")  # further entries of model_index.json
 LEVELS = 2  # of folders in a pipeline: itself, and those of its parts
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # names in diffusers and here
 
@@ -127,6 +129,11 @@ def load_pipeline(
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = paths.fetched(path, LEVELS)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder: name a folder that diffusers saved, or a .safetensors file; a name on a "
+            "hub is not looked up"
+        )
     if prediction not in (None, *PREDICTIONS.values()):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
     family, networks, scheduler, index = _read(path, allow_pickle)
@@ -218,7 +225,7 @@ def _read(path: Path, allow_pickle: bool) -> tuple[Family, dict[str, Network], M
     networks = {}
     for name, (config, tensors) in parts.items():
         component = family.parts[name]
-        module, like = component.build(config, sources[name])
+        module, like = component.build(config, sources[name] if path.is_file() else path / name / "config.json")
         networks[name] = Network(module, like, component.tensors(tensors, module), sources[name])
     return family, networks, scheduler, index
 
@@ -241,14 +248,23 @@ def _family_and_configs(path: Path) -> tuple[Family, dict[str, dict]]:
             raise ValueError(f"{path / 'model_index.json'}: {family.name} has the parts {expected}, got no {name}")
         if name in used and name not in configs:
             raise FileNotFoundError(f"{path / name / 'config.json'}: no such file")
+    others = [name for name in used if name not in {*family.parts, *family.tokenizers.values(), *NO_NETWORKS}]
+    if others:
+        logging.warning("%s: %s, which is not supported and not used", path / "model_index.json", ", ".join(others))
     return family, {name: configs[name] for name in family.parts if name in configs}
 
 
 def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, str]:
     """The noise schedule and the prediction ("eps", "v" or "x0") of the content of a scheduler_config.json.
 
-    source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind.
+    source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind, and for a
+      network whose time is not the step of the schedule.
     """
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"{source}: timestep_type={config['timestep_type']!r}: the network reads a time that is not the step of a "
+            "schedule, and only 'discrete' is supported"
+        )
     try:
         config = with_defaults(config)
         kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)

@@ -14,6 +14,7 @@ Other syntax of these and similar programs is refused: AND (several prompts) and
 (files). A backslash before the first character keeps what follows as text.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -27,8 +28,9 @@ ROUND, SQUARE = "()", "[]"
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 FILES = "LoRAs (loras, merge_lora) and learned words (embeddings, add_embeddings) are loaded with the model"
 REFUSED = {
-    r"\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
-    r"\bADD(?:COMM|BASE|COL|ROW)\b": "divides the picture into regions in web interfaces, which is not supported",
+    r"(?<!\\)\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
+    r"(?<!\\)\bADD(?:COMM|BASE|COL|ROW)\b": "divides the picture into regions in web interfaces, "
+    "which is not supported",
     r"\)\s*\.(?:and|blend|swap)\(": "combines several prompts in InvokeAI, which is not supported",
     r"(?<!\\)\)(?:\d*\.\d+|\++|--+)(?=[\s,)]|$)": "is a weight in InvokeAI and compel; write it as in (words:1.2)",
     r"(?<!\S)--(?:ar|aspect|chaos|niji|no|q|quality|s|seed|style|stylize|tile|v)\b": "is an option of Midjourney, "
@@ -142,18 +144,33 @@ def _token_ids(text, tokenizer):
 
 
 def spelled(text: str, tokenizer: Tokenizer) -> str:
-    """The text with all tokens of its learned words (`embeddings`): "word" becomes "word word_1 word_2"."""
+    """The text with all tokens of its learned words (`embeddings`): "word" becomes "word word_1 word_2".
+
+    A word that begins or ends in a letter or digit is found only as a whole word there, another one such as <word>
+    anywhere. The longest is found first.
+    """
     spellings = {}
-    for word in (token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special):
-        tokens = [word]
-        while tokenizer.token_to_id(f"{word}_{len(tokens)}") is not None:
-            tokens.append(f"{word}_{len(tokens)}")
-        if len(tokens) > 1:
-            spellings[word.lower()] = " ".join(tokens)
+    for word, count in learned_words(tokenizer).items():
+        tokens = [word, *(f"{word}_{i}" for i in range(1, count))]
+        spellings[word.lower()] = f" {' '.join(tokens)} " if count > 1 else word
     if not spellings:
         return text
-    words = "|".join(re.escape(word) for word in sorted(spellings, key=len, reverse=True))
-    return re.sub(rf"(?<!\w)({words})(?!\w)", lambda match: spellings[match[0].lower()], text, flags=re.IGNORECASE)
+    words = "|".join(map(_found, sorted(spellings, key=len, reverse=True)))
+    return re.sub(words, lambda match: spellings[match[0].lower()], text, flags=re.IGNORECASE)
+
+
+def learned_words(tokenizer: Tokenizer) -> dict[str, int]:
+    """The learned words of a tokenizer, and how many tokens each has."""
+    names = {token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special}
+    counts = {name: next(i for i in itertools.count(1) if f"{name}_{i}" not in names) for name in sorted(names)}
+    further = {f"{name}_{i}" for name, count in counts.items() for i in range(1, count)}
+    return {name: count for name, count in counts.items() if name not in further}
+
+
+def _found(word: str) -> str:
+    """The pattern that finds a learned word."""
+    start, end = (r"(?<!\w)" if word[0].isalnum() else "", r"(?!\w)" if word[-1].isalnum() else "")
+    return f"{start}{re.escape(word)}{end}"
 
 
 def chunked_for_each(

@@ -76,7 +76,10 @@ def read_file(
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in the header of a .safetensors file. Raises ValueError if it is malformed."""
-    return _read_header(paths.fetched(path))[1]
+    path = paths.fetched(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return _read_header(path)[1]
 
 
 def write_file(

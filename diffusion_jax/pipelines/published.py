@@ -18,7 +18,7 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.interop.prompts import emphasise, spelled
+from diffusion_jax.interop.prompts import emphasise, learned_words, spelled
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.model import DiffusionModel, network_of, none_held_back
 from diffusion_jax.models.text.encoder import tokenize
@@ -198,6 +198,7 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,
+        words={word: n for tokenizer in published.tokenizers for word, n in learned_words(tokenizer).items()},
         for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sized else current,
     )
 

@@ -67,7 +67,8 @@ def without_effect(values: Mapping[str, Any], neutral: Mapping[str, tuple | None
 
     def is_neutral(name: str, value: Any) -> bool:
         others = neutral.get(name, ())
-        return others is None or value in (None, False, "", [], {}, -1) or value in others
+        is_empty = value is False or value in (None, "", [], {}, -1)
+        return others is None or is_empty or value in others
 
     return [name for name, value in values.items() if not is_neutral(name, value)]
 

@@ -5,13 +5,14 @@ import base64
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from diffusion_jax.build.fields import SEEDS
 from diffusion_jax.messages import as_json
 from diffusion_jax.serve import uploads
 from diffusion_jax.serve.bodies import json_object, warning, without_effect
@@ -43,12 +44,13 @@ WITHOUT_EFFECT = {  # other fields of the API -> values that change no picture; 
     **dict.fromkeys(("denoising_strength", "resize_mode"), None),  # of text to image
     "eta": (1,),
     "s_noise": (1,),
-    "image_cfg_scale": (1.5,),
-    "mask_blur": (4,),
+    **dict.fromkeys(("subseed_strength", "s_churn", "s_min_uncond"), (0,)),
+    "image_cfg_scale": (0, 1.5),
+    "mask_blur": (0, 4),
     "mask_round": (True,),
     "inpaint_full_res": (True,),
     "initial_noise_multiplier": (1,),
-    "inpainting_fill": (1,),
+    "inpainting_fill": (0, 1),  # clients send 0 without being asked
     "distilled_cfg_scale": (3.5,),
     "script_name": ("None",),
     "refiner_checkpoint": ("None",),
@@ -58,7 +60,9 @@ OPTIONS_WITHOUT_EFFECT = {  # as `WITHOUT_EFFECT`, of options and of override_se
     **dict.fromkeys(("save_images_add_number", "save_init_img", "enable_pnginfo", "save_txt", "jpeg_quality"), None),
     **dict.fromkeys(("do_not_show_images", "show_progress_type", "live_previews_enable", "sd_checkpoint_hash"), None),
     **dict.fromkeys(("live_preview_content", "show_progress_every_n_steps", "save_write_log_csv"), None),
-    "CLIP_stop_at_last_layers": (1,),
+    **dict.fromkeys(("s_churn", "s_min_uncond", "eta_noise_seed_delta", "img2img_extra_noise"), (0,)),
+    **dict.fromkeys(("token_merging_ratio", "token_merging_ratio_img2img", "token_merging_ratio_hr"), (0,)),
+    "CLIP_stop_at_last_layers": (0, 1),
     "sd_vae": ("Automatic", "None"),
     "sd_unet": ("Automatic", "None"),
     "eta_ancestral": (1,),
@@ -111,7 +115,7 @@ class ImageToImage(TextToImage):
     )
     resize_mode: int = Field(0, description="0: the image is stretched to the size. 1: it covers it, and is cropped.")
     mask: str | None = Field(None, description="Its light parts are drawn anew, or its opaque ones.")
-    inpainting_mask_invert: Literal[0, 1] = 0
+    inpainting_mask_invert: int = Field(0, ge=0, le=1)
     denoising_strength: float | None = None
 
 
@@ -138,6 +142,10 @@ def routes(service: Service) -> list[Route]:
     model = {"title": title, "model_name": title, "hash": None, "sha256": None, "filename": title, "config": None}
     settings = {"sd_model_checkpoint": title, "sd_checkpoint_hash": "", "samples_format": "png"}
     settings |= {"CLIP_stop_at_last_layers": 1, "sampler_name": SAMPLERS.get(solver, solver)}
+
+    learned_words = {
+        word: {"step": None, "sd_checkpoint": None, "vectors": count} for word, count in facts.words.items()
+    }
 
     async def text_to_image(http: Http) -> Response:
         body = checked(TextToImage, await json_object(http), 422)
@@ -179,7 +187,7 @@ def routes(service: Service) -> list[Route]:
         Route("/sdapi/v1/png-info", picture_info, methods=["POST"]),
         Route("/sdapi/v1/memory", _memory),
         Route("/sdapi/v1/cmd-flags", _always({"api": True})),
-        Route("/sdapi/v1/embeddings", _always({"loaded": {}, "skipped": {}})),
+        Route("/sdapi/v1/embeddings", _always({"loaded": learned_words, "skipped": {}})),
         Route("/sdapi/v1/scripts", _always({"txt2img": [], "img2img": []})),
         *(Route(f"/sdapi/v1/{name}", _always([])) for name in LISTS),
         *(Route(f"/sdapi/v1/{name}", _always({}), methods=["POST"]) for name in ACTIONS),
@@ -287,7 +295,7 @@ def _values(body: TextToImage, method: dict[str, Any], images: dict[str, Any]) -
     values: dict[str, Any] = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} | method | images
     values |= {"num_images": body.batch_size * body.n_iter, "previews": "some"}
     if body.seed >= 0:
-        values["seed"] = body.seed
+        values["seed"] = body.seed % SEEDS  # larger ones are usual there
     optional = {"steps": body.steps, "width": body.width, "height": body.height}
     return values | {name: value for name, value in optional.items() if value is not None}
 
@@ -302,7 +310,9 @@ def _ignored(body: TextToImage, model: str) -> list[str]:
     if isinstance(body, ImageToImage):
         names += [f"init_images.{i}" for i in range(1, len(body.init_images))]
         names += [] if body.resize_mode in FITS else [f"resize_mode={body.resize_mode}"]
-    return [warning(name) for name in names]
+    return [warning(name) for name in names] + (
+        [f"seed={body.seed} became {body.seed % SEEDS}"] if body.seed >= SEEDS else []
+    )
 
 
 def _ignored_options(options: Mapping[str, Any], model: str) -> list[str]:

@@ -70,6 +70,7 @@ class Facts(NamedTuple):
     tasks: that it can do; see `schema.Request`.
     guided: whether the guidance scale can be chosen.
     sampling: solver, spacing, steps and guidance, unless a request has others.
+    words: learned words that prompts may use, and how many vectors each has.
     batch_size, live_size: images drawn at once, also for a frame of the live canvas.
     curves: the noise schedule: t, alpha, sigma.
     live: the same of the model of the live canvas; None if it is this one.
@@ -85,6 +86,7 @@ class Facts(NamedTuple):
     solvers: tuple[str, ...]
     spacings: tuple[str, ...]
     sampling: dict[str, str | int | float]
+    words: dict[str, int]
     batch_size: int
     live_size: int
     curves: dict[str, list[float]]
@@ -200,6 +202,7 @@ def facts(loaded: Loaded) -> Facts:
         solvers=solvers,
         spacings=("", *model.published_times, *SPACINGS),
         sampling={name: config.sample[name] for name in SAMPLING},
+        words=dict(model.conditioning.words),
         batch_size=parallel.divisible(serve.batch_size),
         live_size=parallel.divisible(1),
         curves={name: np.asarray(values).tolist() for name, values in curves.items()},

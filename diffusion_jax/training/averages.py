@@ -41,8 +41,9 @@ def updated(averages: dict[str, PyTree], params: PyTree, step: Int[Array, ""]) -
     """The averages after one more step (eq. 5). step: number of steps before this one."""
 
     def update(name: str, average: PyTree) -> PyTree:
-        decay = (1 - 1 / (step + 1.0)) ** (exponent(float(name)) + 1)
-        return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+        # 1 - (1 - 1 / (step + 1)) ** (exponent + 1), exact for many steps too
+        rate = -jnp.expm1((exponent(float(name)) + 1) * jnp.log1p(-1 / (step + 1.0)))
+        return jax.tree.map(lambda old, new: old + rate * (new - old), average, params)
 
     return {name: update(name, average) for name, average in averages.items()}
 

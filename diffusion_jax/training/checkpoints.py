@@ -17,6 +17,7 @@ from diffusion_jax.training.step import TrainState
 
 ARRAY_DESCRIPTION = 2048  # upper estimate of the bytes of metadata that Orbax writes for an array
 NOTICE = 30  # seconds between the warning of a spot VM and its end
+UNSAFE, UNSAFE_IN_BUCKET = "[", "[*?#"  # Orbax takes a path for a pattern, and one of a bucket for a web address
 PROBE = 1 << 26  # bytes written to measure the speed of the disk
 QUICK = 1 << 30  # bytes of a state that any disk takes in time
 
@@ -32,17 +33,29 @@ class Checkpoints:
     `save` writes behind the training. Use it as a context manager, which waits for the last one to be on disk.
 
     keep: number of newest checkpoints to keep. 0 only reads, and changes nothing in the folder.
+    Raises ValueError for a path that Orbax would take for a pattern, and OSError for a folder that cannot be read.
     """
 
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder, self._saving = paths.absolute(folder), keep > 0
+        unsafe = UNSAFE_IN_BUCKET if paths.in_bucket(self.folder) else UNSAFE
+        if found := sorted(set(unsafe) & set(str(self.folder))):
+            raise ValueError(
+                f"{self.folder}: checkpoints cannot be kept in a folder with {' '.join(found)} in its path: rename it, "
+                "or name another --workdir"
+            )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
             create=self._saving,
             cleanup_tmp_directories=self._saving,  # a killed run or a full disk leaves a partial checkpoint
             enable_async_checkpointing=self._saving,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except Exception as error:  # several libraries take part in a request
+            if not paths.in_bucket(self.folder):
+                raise
+            raise OSError(f"cannot read {self.folder} ({first_line(error)}): {paths.ROLES}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -73,7 +73,9 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
         return init_state(params, task.optimizer, seed, train.post_hoc)
 
     with Checkpoints(workdir / "checkpoints", NUM_CHECKPOINTS) as checkpoints:
-        if checkpoints.latest_step() is None:
+        newest = checkpoints.latest_step()
+        hosts.check_same(str(newest), "a newest checkpoint", "a shared disk may show new files late: start all again")
+        if newest is None:
             state = strategy.create(initial, task.params)
         else:
             state = checkpoints.restore(strategy.shapes(jax.eval_shape(initial, task.params)))

@@ -14,6 +14,7 @@ from tests import command_line
 from tests.interop.test_encoders import saved, write_tokenizer
 
 CONFIG = """
+from ml_collections.config_dict import placeholder
 from configs import common, digits
 
 def get_config():
@@ -24,7 +25,7 @@ def get_config():
     config.model.update(
         block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         mid_block_type="UNetMidBlock2DCrossAttn", norm_num_groups=4, attention_head_dim=4, cross_attention_dim=None,
-        num_class_embeds=None, class_embed_type=None, projection_class_embeddings_input_dim=None,
+        num_class_embeds=None, class_embed_type=placeholder(str), projection_class_embeddings_input_dim=placeholder(int),
     )
     config.train.update(steps=2, batch_size=4, checkpoint_every=2)
     config.sample.update(prompts=("a b", "c"), steps=2, num_images=1)

@@ -123,7 +123,7 @@ BAD = {
     "eval.statistics needs one file for each of eval.networks, got 1": f"{ALONE} --config.eval.statistics=('a.npz',)",
     "none/eval has no report.json of an evaluation": "--config.eval.beside=('none',)",
     "config.eval has no field 'image'; known: along, averages, batch_size, beside": "--config.eval.image=3",
-    "flag --config.eval.images=many: invalid literal for int()": "--config.eval.images=many",
+    "flag --config.eval.images=many: expected a whole number, got 'many'": "--config.eval.images=many",
     "eval.images must be at least 1, got 0": "--config.eval.images=0",
     "eval.batch_size must be at least 1, got 0": "--config.eval.batch_size=0",
     "eval.probes must be in [1, 1000], got 0": "--config.eval.probes=0",

@@ -55,10 +55,10 @@ def test_none_is_no_value_and_a_whole_number_may_have_an_exponent(monkeypatch, o
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("whole=1.5", "invalid literal for int"), ("whole=many", "invalid literal for int"),
-        ("whole=inf", "invalid literal for int"), ("whole=nan", "invalid literal for int"),
-        ("whole=none", "invalid literal for int"), ("whole=", "invalid literal for int"),
-        ("number=none", "could not convert"), ("flag=None", "boolean"),
+        ("whole=1.5", "expected a whole number, got"), ("whole=many", "expected a whole number, got"),
+        ("whole=inf", "expected a whole number, got"), ("whole=nan", "expected a whole number, got"),
+        ("whole=none", "expected a whole number, got"), ("whole=", "expected a whole number, got"),
+        ("number=none", "expected a number, got"), ("flag=None", "boolean"),
     ],
 )  # fmt: skip
 def test_a_value_of_another_kind_is_named(monkeypatch, override, message):

@@ -88,8 +88,9 @@ def test_any_number_of_processes_shares_the_same_batches(processes):
             assert_same({name: np.concatenate([share[name] for share in shares]) for name in expected}, expected)
 
 
-def test_one_epoch_ends_without_a_partial_batch():
-    assert labels(one_epoch(numbers(10), 4)) == list(range(8))
+def test_one_epoch_has_every_good_record():
+    assert labels(one_epoch(numbers(10), 4)) == list(range(10))
+    assert labels(one_epoch(numbers(4, bad=(2,)), 4)) == [0, 1, 3]
     assert labels(one_epoch(numbers(9, bad=(2,)), 4)) == [0, 1, 3, 4, 5, 6, 7, 8]
     shuffled = labels(one_epoch(numbers(8), 4, seed=1))
     assert sorted(shuffled) == list(range(8)) != shuffled

@@ -291,3 +291,20 @@ def test_unknown_tfds_names_get_one_line(tmp_path, name, message):
     with pytest.raises(ValueError, match=message) as error:
         sources.tfds_source(name, "train", tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train",), ("Test",)])
+def test_folders_that_are_splits_are_no_classes(names, tmp_path):
+    for name in names:
+        paint(tmp_path / name / "cats" / "1.png")
+    with pytest.raises(ValueError, match=rf"has the folders {', '.join(names)}, which are splits .* as .*/{names[0]}$"):
+        sources.folder(tmp_path)
+    assert sources.folder(tmp_path / names[0]).num_classes == 1
+
+
+def test_half_of_a_surrogate_pair_is_no_caption(tmp_path):
+    """As JavaScript writes an emoji that was cut."""
+    paint(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat \\ud83d"}')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl line 1: expected "):
+        sources.folder(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax.interop import load_pipeline, save_pipeline
 from diffusion_jax.interop.embeddings import add_embeddings
 from diffusion_jax.interop.families import stable_diffusion_xl
-from diffusion_jax.interop.prompts import chunked
+from diffusion_jax.interop.prompts import chunked, learned_words
 from diffusion_jax.interop.tensors import write_file
 from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.models.text.clip import ClipTextEncoder
@@ -227,3 +227,23 @@ def test_text_embeddings_are_those_of_the_peer(vocabulary, tmp_path):  # noqa: F
     np.testing.assert_allclose(
         conditioning.of_records({"caption": ["a <toy> b"]})["text"], theirs, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt", "vectors"),
+    [
+        ({"bad": TWO, "bad-artist": ONE}, "a bad-artist b", ONE),
+        ({"<s1>": TWO, "<s0>": ONE}, "a <s1><s0> b", np.concatenate([TWO, ONE])),
+        ({"<s1>": TWO, "<s0>": ONE}, "a<s0><s1>b", np.concatenate([ONE, TWO])),
+        ({"bad": TWO, "bad2": ONE}, "a bad2 bad b", np.concatenate([ONE, TWO])),
+    ],
+)
+def test_words_beside_one_another_are_the_peers(words, prompt, vectors, pipeline, tmp_path):
+    """The longest word is found first, and one in angle brackets needs no space around it, as in diffusers."""
+    after = pipeline
+    for i, (word, rows_of_word) in enumerate(words.items()):
+        write_file(tmp_path / f"{i}.safetensors", {word: rows_of_word})
+        after = add_embeddings(after, tmp_path / f"{i}.safetensors")
+    np.testing.assert_array_equal(rows(after, prompt), in_prompt(pipeline, vectors, pipeline))
+    assert learned_words(after.tokenizers[0]) == {word: len(rows_of_word) for word, rows_of_word in words.items()}
+    assert from_published(after).conditioning.words == learned_words(after.tokenizers[0])

@@ -152,6 +152,7 @@ def test_schedules_are_those_of_the_peer(config):
         ({"set_alpha_to_one": "false"}, "set_alpha_to_one: expected true or false, got 'false'"),
         ({"use_karras_sigmas": "no"}, "use_karras_sigmas: expected true or false, got 'no'"),
         ({"sigma_max": "high"}, "sigma_max: expected a number, got 'high'"),
+        ({"timestep_type": "continuous"}, "timestep_type='continuous': the network reads a time that is not the step"),
     ],
 )
 def test_a_wrong_scheduler_is_one_line(config, message):
@@ -170,6 +171,30 @@ def test_eps_that_begins_at_pure_noise_is_one_line(tmp_path):
         with pytest.raises(ValueError, match=r"pure noise \(zero terminal SNR\), where eps .* set prediction to that"):
             load_pipeline(tmp_path / name)
     assert load_pipeline(tmp_path / "folder", prediction="v").prediction == "v"
+
+
+def test_parts_of_a_folder_that_are_not_used_are_named(tmp_path, caplog):
+    save_pipeline(our_pipeline(), tmp_path)
+    file, config = tmp_path / "model_index.json", tmp_path / "text_encoder" / "config.json"
+    others = {
+        "controlnet": ["diffusers", "ControlNetModel"],
+        "image_encoder": [None, None],
+        "feature_extractor": ["x", "y"],
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | others))
+    with caplog.at_level("WARNING"):
+        load_pipeline(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}: controlnet, which is not supported and not used"
+    ]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_attention_mask": True}))
+    with pytest.raises(ValueError, match=r"text_encoder/config\.json: use_attention_mask=true, .* is not supported"):
+        load_pipeline(tmp_path)
+
+
+def test_a_name_on_a_hub_is_one_line():
+    with pytest.raises(FileNotFoundError, match=r"^someone/model: no such file or folder: .* a hub is not looked up$"):
+        load_pipeline("someone/model")
 
 
 @pytest.mark.parametrize("missing", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])

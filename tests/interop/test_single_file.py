@@ -422,6 +422,15 @@ def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_the_refiner_in_one_file(tmp_path):
+    """Its only encoder is the second one of XL, at the place of the first."""
+    first, second = "conditioner.embedders.0.", "conditioner.embedders.1."
+    held = {name: tensor for name, tensor in checkpoint("sdxl")[0].items() if not name.startswith(first)}
+    write_file(tmp_path / "x.safetensors", {name.replace(second, first): tensor for name, tensor in held.items()})
+    read = read_checkpoint(tmp_path / "x.safetensors")
+    assert read.family == stable_diffusion_xl.REFINER and set(read.parts) == {"unet", "vae", "text_encoder_2"}
+
+
 def sigmas(schedule):
     level = schedule(np.arange(1000))
     return np.float32(level.sigma / np.maximum(level.alpha, 1e-4))

@@ -139,6 +139,10 @@ def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
         "script_name",
         "alwayson_scripts.controlnet",
     ]
+    assert warned(eta=0, s_noise=0, s_churn=0) == ["eta", "s_noise"]  # 0 is a value, and not no value
+    assert warned(override_settings={"eta_ancestral": 0}) == ["override_settings.eta_ancestral"]
+    (note,) = _ignored(TextToImage(seed=2**32 + 7), "mine")
+    assert note == f"seed={2**32 + 7} became 7"
     settings = {"sd_model_checkpoint": "other", "CLIP_stop_at_last_layers": 2}
     assert warned(override_settings=settings) == [
         "override_settings.CLIP_stop_at_last_layers",

@@ -156,3 +156,11 @@ def test_a_slow_disk_is_told_before_the_run(finished, tmp_path, monkeypatch, cap
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.startswith("a checkpoint of 0.0 GB takes about 0 s in") and "\n" not in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[a]"])
+def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(name, tmp_path):
+    """Else its checkpoints are written and can never be read."""
+    with pytest.raises(ValueError, match=r"checkpoints cannot be kept in a folder with \[ in its path: rename it"):
+        Checkpoints(tmp_path / name / "checkpoints", keep=2)
+    assert not (tmp_path / name).exists()

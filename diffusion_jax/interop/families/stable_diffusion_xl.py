@@ -38,6 +38,9 @@ LAYOUT = Layout(
         ("text_encoder_2", "conditioner.embedders.1.model.", open_clip),
     ),
 )
+REFINER_LAYOUT = LAYOUT._replace(
+    encoders=(("text_encoder_2", "conditioner.embedders.0.model.", open_clip),), needs_encoder=True
+)
 FAMILY = Family(
     name="Stable Diffusion XL",
     licence="CreativeML Open RAIL++-M",
@@ -65,11 +68,5 @@ REFINER = FAMILY._replace(
     parts={"unet": UNET, "vae": AUTOENCODER, "text_encoder_2": TEXT_ENCODER},
     tokenizers={"text_encoder_2": "tokenizer_2"},
     prompt=None,  # its denoiser also wants an aesthetic score
-    single_file=SingleFile(
-        LAYOUT._replace(
-            encoders=(("text_encoder_2", "conditioner.embedders.0.model.", open_clip),), needs_encoder=True
-        ).read,
-        latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"},
-        LAYOUT.states,
-    ),
+    single_file=FAMILY.single_file._replace(read=REFINER_LAYOUT.read, states=REFINER_LAYOUT.states),
 )
