@@ -19,9 +19,9 @@ Fine-tuning trains the whole U-Net on a folder of images with captions (any data
 gradients, optimizer and average in float32, takes 17 GB for Stable Diffusion 1 and 51 GB for XL, and activations come
 on top. Where a chip has less, divide it over several (docs/scaling.md):
 
-    $SD --mode=train --config.data.path=PHOTOS --config.train.parallel=fsdp                                  # 8 chips
-    $SD --mode=train --config.data.path=PHOTOS --config.train.parallel=fsdp --config.train.batch_size=256 \
-        --config.train.accumulate=4 --config.remat                                                           # 16 chips
+    DIVIDED="--config.train.parallel=fsdp --config.dtype=bfloat16"
+    $SD --mode=train --config.data.path=PHOTOS $DIVIDED                                                      # 8 chips
+    $SD --mode=train --config.data.path=PHOTOS $DIVIDED --config.train.batch_size=256 --config.train.accumulate=4  # 16
 
 `configs/lora.py` needs less. The run's weights are then used by sample and export with the same --workdir. This was
 tried on a small model (docs/results.md), not yet on a published one.

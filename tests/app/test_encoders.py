@@ -25,7 +25,8 @@ def get_config():
     config.model.update(
         block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         mid_block_type="UNetMidBlock2DCrossAttn", norm_num_groups=4, attention_head_dim=4, cross_attention_dim=None,
-        num_class_embeds=None, class_embed_type=placeholder(str), projection_class_embeddings_input_dim=placeholder(int),
+        num_class_embeds=None, class_embed_type=placeholder(str),
+        projection_class_embeddings_input_dim=placeholder(int),
     )
     config.train.update(steps=2, batch_size=4, checkpoint_every=2)
     config.sample.update(prompts=("a b", "c"), steps=2, num_images=1)

@@ -60,11 +60,12 @@ def test_other_feed_forwards_are_refused():
 
 
 @pytest.mark.parametrize("length", [9, 300])  # beyond the largest distance too
-@pytest.mark.parametrize("config", [TINY, NEAR])
-def test_agrees_with_the_peer_both_ways(config, length, tmp_path):
+@pytest.mark.parametrize(("kind", "config"), [("T5", TINY), ("T5", NEAR), ("UMT5", TINY)])
+def test_agrees_with_the_peer_both_ways(kind, config, length, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = transformers.T5EncoderModel(transformers.T5Config(**config, feed_forward_proj="gated-gelu")).eval()
+    peer = getattr(transformers, f"{kind}EncoderModel")
+    theirs = peer(getattr(transformers, f"{kind}Config")(**config, feed_forward_proj="gated-gelu")).eval()
     for parameter in theirs.parameters():  # scales start as 1, which would hide a mistake
         parameter.data += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -81,6 +82,6 @@ def test_agrees_with_the_peer_both_ways(config, length, tmp_path):
     assert np.abs(out - expected)[mask].max() <= 2e-5 * np.abs(expected).max()
 
     save_text_encoder(encoder, weights, tmp_path / "ours")
-    back, report = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, report = peer.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     np.testing.assert_array_equal(run_peer(back.eval()), expected)
