@@ -215,7 +215,7 @@ def test_an_inpainting_model_needs_its_image_and_mask(run, vocabulary, tmp_path)
 
 BAD = {
     "config.checkpoint is empty: name a diffusers folder": ["--config.checkpoint="],
-    "nowhere/model_index.json: no such file": ["--config.checkpoint=nowhere"],
+    "nowhere: no such file or folder": ["--config.checkpoint=nowhere"],
     "height and width must be multiples of 2 pixels, got 13 and 8": ["--config.sample.height=13"],
     "tile must be a multiple of 8 pixels, or 0 for none, got 3": ["--config.sample.tile=3"],
     "expected FILE or FILE@SCALE with a finite number, got 'x@y'": ["--config.loras=('x@y',)"],

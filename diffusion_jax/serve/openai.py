@@ -63,7 +63,7 @@ def routes(service: Service) -> list[Route]:
         return await _answer(service, http, "image_generation", checked(Generation, await json_object(http)), {}, [])
 
     async def edits(http: Http) -> Response:
-        if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+        if http.headers.get("content-type", "").startswith("application/json"):
             raise Problem(400, "expected a form, multipart/form-data, with the pictures as files")
         async with http.form(max_files=FILES, max_part_size=service.limits.max_upload) as form:
             body = checked(Edit, {name: _number(name, v) for name, v in form.items() if isinstance(v, str)})

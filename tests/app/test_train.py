@@ -116,7 +116,7 @@ def test_a_picture_of_several_captions_is_told_by_another_one_each_time(in_cache
     records, transform = train._training_records(config, tmp_path, source, model)
     captions_of = {}
     for batch in itertools.islice(build.data.batches(records, config.train, config.seed, transform)(0), 40):
-        for latent, ids in zip(batch["latent"], batch["cond"]["ids"][:, 0], strict=True):
+        for latent, ids in zip(batch["latent"], batch["cond"]["0"]["ids"][:, 0], strict=True):
             captions_of.setdefault(int(latent[0, 0, 0]) // 20, set()).add(chr(ids))
     assert captions_of == {i: set("abc") for i in range(5)} | {5: {"d"}}
 

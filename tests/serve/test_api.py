@@ -435,7 +435,7 @@ def test_the_web_ui_api_takes_what_its_plugins_send(client):
         result = client.post("/sdapi/v1/img2img", json=ask | image | {"inpainting_mask_invert": invert}).json()
         np.testing.assert_array_equal(np.asarray(opened(result["images"][0]))[unchanged], SEEN[unchanged])
     for wrong in (
-        {"steps": "many"}, {"seed": 2**32}, {"batch_size": 0}, {"batch_size": 17}, {"sampler_name": "magic"},
+        {"steps": "many"}, {"seed": 1.5}, {"batch_size": 0}, {"batch_size": 17}, {"sampler_name": "magic"},
         {"scheduler": "magic"}, {"width": 5000}, {"cfg_scale": 99}, {"sampler_name": 3}, {"steps": 9999},
     ):  # fmt: skip
         assert wrong_field(client.post("/sdapi/v1/txt2img", json=ask | wrong)) == [*wrong]
@@ -616,6 +616,11 @@ def test_further_sizes_are_those_of_the_config():
             assert (
                 error["param"] == field and "at most 16 pixels, or a size of the model: 8x8, 24x8" in error["message"]
             )
+
+
+def test_an_edit_in_json_says_that_a_form_is_expected(client):
+    answer = client.post("/v1/images/edits", json={"prompt": "3"})
+    assert answer.status_code == 400 and "expected a form, multipart/form-data" in answer.json()["error"]["message"]
 
 
 def test_a_form_that_is_nested_too_deeply_is_a_clear_error(client):
