@@ -3,8 +3,8 @@
 A wrong value is found by building what it describes, before the work starts.
 
 fields, ranges: what a config may contain. flags: the command line. agreement: whether the parts fit together.
-model, data, objective, sampling: what a config describes. initial, weights: what training starts from, and trained
-weights. shipped: the files that come with the program.
+model, encoders, data, objective, sampling: what a config describes. initial, weights: what training starts from, and
+trained weights. shipped: the files that come with the program.
 """
 
 from diffusion_jax.build import agreement, data, fields, model, objective, sampling, shipped, weights

@@ -143,10 +143,6 @@ def routes(service: Service) -> list[Route]:
     settings = {"sd_model_checkpoint": title, "sd_checkpoint_hash": "", "samples_format": "png"}
     settings |= {"CLIP_stop_at_last_layers": 1, "sampler_name": SAMPLERS.get(solver, solver)}
 
-    learned_words = {
-        word: {"step": None, "sd_checkpoint": None, "vectors": count} for word, count in facts.words.items()
-    }
-
     async def text_to_image(http: Http) -> Response:
         body = checked(TextToImage, await json_object(http), 422)
         return await _answer(service, client_of(http.scope), http.is_disconnected, running, body, {})
@@ -187,11 +183,17 @@ def routes(service: Service) -> list[Route]:
         Route("/sdapi/v1/png-info", picture_info, methods=["POST"]),
         Route("/sdapi/v1/memory", _memory),
         Route("/sdapi/v1/cmd-flags", _always({"api": True})),
-        Route("/sdapi/v1/embeddings", _always({"loaded": learned_words, "skipped": {}})),
+        Route("/sdapi/v1/embeddings", _always(_embeddings(facts.words))),
         Route("/sdapi/v1/scripts", _always({"txt2img": [], "img2img": []})),
         *(Route(f"/sdapi/v1/{name}", _always([])) for name in LISTS),
         *(Route(f"/sdapi/v1/{name}", _always({}), methods=["POST"]) for name in ACTIONS),
     ]
+
+
+def _embeddings(words: Mapping[str, int]) -> dict[str, Any]:
+    """The learned words, as clients show them."""
+    loaded = {word: {"step": None, "sd_checkpoint": None, "vectors": count} for word, count in words.items()}
+    return {"loaded": loaded, "skipped": {}}
 
 
 def _always(content: Any) -> Callable[[Http], Awaitable[Response]]:
