@@ -112,17 +112,19 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers. Returns its input and the output of each layer."""
+    """A stack of layers. Returns its output, and its input with the output of each layer."""
 
     layer: Callable[..., nn.Module]
     count: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch length width"]) -> tuple[Float[Array, "batch length width"], ...]:
+    def __call__(
+        self, x: Float[Array, "batch length width"]
+    ) -> tuple[Float[Array, "batch length width"], tuple[Float[Array, "batch length width"], ...]]:
         states = [x]
         for i in range(self.count):
             states.append(self.layer(name=f"layers_{i}")(states[-1]))
-        return tuple(states)
+        return states[-1], tuple(states)
 
 
 def stack(fields: nn.Module, dtype: DTypeLike, causal: bool) -> Callable[..., Encoder]:
@@ -150,8 +152,8 @@ class TextTransformer(nn.Module):
     def __call__(
         self, ids: Int[Array, "batch length"]
     ) -> tuple[Float[Array, "batch length width"], tuple[Float[Array, "batch length width"], ...]]:
-        states = self.encoder(name="encoder")(self.embeddings(name="embeddings")(ids))
-        return nn.LayerNorm(self.eps, dtype=jnp.float32, name="final_layer_norm")(states[-1]), states
+        x, states = self.encoder(name="encoder")(self.embeddings(name="embeddings")(ids))
+        return nn.LayerNorm(self.eps, dtype=jnp.float32, name="final_layer_norm")(x), states
 
 
 class ClipTextEncoder(nn.Module):

@@ -59,7 +59,7 @@ class VisionTransformer(nn.Module):
     def __call__(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch features"]:
         x = self.embeddings(name="embeddings")(images)
         x = self.norm(name="pre_layrnorm")(x) if self.pre_norm else x
-        tokens = self.encoder(name="encoder")(x)[-1]
+        tokens, _ = self.encoder(name="encoder")(x)
         return self.norm(name="post_layernorm")(tokens[:, 0])
 
 
