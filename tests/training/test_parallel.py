@@ -1,8 +1,10 @@
 """Strategies: a step divided over devices is the step of one device, and each device holds its part alone."""
 
+import functools
 import os
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params, primitives
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel
@@ -117,6 +120,52 @@ def a_broken_example_is_every_devices_skipped_step():
         state, metrics = train_step(state, strategy.place(FROZEN), strategy.split(batch))
         assert metrics["bad_steps"] == 1 and np.isnan(metrics["loss"])
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(initial()))
+
+
+def deep_loss(block, params, frozen, batch, keys):
+    """Residual blocks with activations that are wider than their results."""
+    x = batch["x"]
+    for layer in params["layers"]:
+        x = block(layer, x)
+    return jnp.mean(jnp.square(x - frozen["map"][0])), {}
+
+
+def block(layer, x):
+    return x + jnp.tanh(jnp.tanh(x @ layer["up"]) @ layer["up"].T) @ layer["down"]
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def a_checkpoint_in_the_loss_keeps_only_its_results():
+    """The backward pass of fsdp takes from the forward pass what that of one device would, and parts of weights."""
+    strategy, optimizer, layers = parallel.strategy("fsdp"), optax.sgd(1.0), 3
+    layer = {"up": jnp.ones((WIDTH, 3 * WIDTH)) / WIDTH, "down": jnp.eye(WIDTH)}
+    initial, kept = {"layers": [layer] * layers}, {}
+    for name, maybe_checkpointed in {"all": block, "results": jax.checkpoint(block)}.items():
+        loss = functools.partial(deep_loss, maybe_checkpointed)
+        state = strategy.shapes(jax.eval_shape(lambda: steps.init_state(initial, optimizer, 0)))
+        batch = strategy.batch_shapes({"x": jax.ShapeDtypeStruct((32, WIDTH), "float32")})
+        step = steps.make_train_step(loss, optimizer, 0.9, 1, strategy)
+        backward = [
+            equation
+            for equation in equations(jax.make_jaxpr(step)(state, strategy.shapes(FROZEN), batch).jaxpr)
+            if equation.primitive is primitives.remat_p and equation.params["differentiated"]
+        ]
+        kept[name] = Counter(variable.aval.shape for variable in backward[0].invars)
+        assert len(backward) == (1 if name == "all" else 1 + layers), "its own checkpoints are still there"
+        assert kept[name][WIDTH, 3 * WIDTH] == kept[name][WIDTH, WIDTH] == 0, "no whole weight"
+        assert kept[name][WIDTH, 3 * WIDTH // 8] == layers, "but its part"
+    assert kept["all"][4, 3 * WIDTH] >= layers
+    assert kept["results"][4, 3 * WIDTH] == 0 < kept["results"][4, WIDTH] < kept["all"][4, WIDTH]
+
+
+def test_a_checkpoint_in_the_loss_keeps_only_its_results():
+    in_eight_devices(a_checkpoint_in_the_loss_keeps_only_its_results)
 
 
 def test_every_strategy_is_one_device():
