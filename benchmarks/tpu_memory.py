@@ -36,6 +36,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "As for main.py.")
 _TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x4"], f"Slices, each one of {', '.join(tpu.CHIPS)} and its shape.")
 _PARALLEL = flags.DEFINE_list("parallel", None, "Values of config.train.parallel; by default that of the config.")
 _BATCH = flags.DEFINE_list("batch", None, "Examples a chip in a micro-batch; by default what the config comes to.")
+_LEVEL = flags.DEFINE_enum("level", "O1", ["O0", "O1", "O2", "O3"], "Effort of the compiler, as in LLVM.")
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Assumed share of the chips' peak, for the estimate of hours.")
 _QUICK = flags.DEFINE_bool("quick", False, quick.HELP)
 TIME_IDS = 6  # of SDXL: original size, crop, target size
@@ -44,6 +45,7 @@ TIME_IDS = 6  # of SDXL: original size, crop, target size
 def main(_) -> None:
     config = _CONFIG.value
     quick.note(_QUICK.value)
+    jax.config.update("jax_optimization_level", _LEVEL.value)
     if _QUICK.value and "model" in config:
         config.model.update(quick.tiny_unet(config.model.to_dict()))
         config.data.size = 64
