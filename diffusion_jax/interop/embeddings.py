@@ -2,6 +2,7 @@
 
     {"<cat-toy>": (width,) or (count, width)}             diffusers; the word is the name of the tensor
     {"emb_params": …}, {"clip_l": …, "clip_g": …}         kohya; the word is the name of the file
+    {"text_encoders_0": …, "text_encoders_1": …}          diffusers' pivotal tuning, likewise
     {"name": …, "string_to_param": {"*": …}}              web interfaces, a pickle; the word is the name of the file,
                                                           and the name inside, as in diffusers, unless it is taken
 
@@ -95,6 +96,8 @@ def _words(
         check_finite(name, tensor, path)
     vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
     if vectors.keys() <= names.keys():
+        if len({names[name] for name in vectors}) < len(vectors):
+            raise ValueError(f"{path}: expected one name for each text encoder, got {', '.join(sorted(vectors))}")
         return {word or path.stem: {names[name]: rows for name, rows in vectors.items()}}, name_inside
     if not vectors.keys().isdisjoint(name for other in families.FAMILIES for name in other.embeddings):
         raise ValueError(
