@@ -1,5 +1,7 @@
 """The names that clients of AUTOMATIC1111's web UI send."""
 
+import re
+
 import pytest
 
 from diffusion_jax.build.sampling import SOLVERS
@@ -54,7 +56,7 @@ NEAREST = [
     "Euler CFG++", "Euler a CFG++", "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp",
     "dpmpp_2m_cfg_pp", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde_gpu", "res_multistep", "res_multistep_ancestral_cfg_pp",
     "gradient_estimation", "er_sde", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece", "exp_heun_2_x0", "ipndm_v",
-    "uni_pc_bh2", "Euler CFG++ Karras",
+    "uni_pc_bh2", "Euler CFG++ Karras", "[Forge] Flux Realistic", "[Forge] Flux Realistic (Slow)",
 ]  # fmt: skip
 
 
@@ -96,6 +98,18 @@ def test_an_unknown_name_is_refused(name):
         sampler(name, SOLVER_NAMES, "ddim")
     with pytest.raises(ValueError, match="unknown scheduler"):
         scheduler(name + "!a", SPACING_NAMES)
+
+
+def test_the_error_for_an_unknown_name_has_close_ones():
+    for name, close in {"DPM++ 2N": "DPM++ 2M", "Eular a": "Euler a", "[Forge] Flux Realist": "Flux Realistic"}.items():
+        with pytest.raises(
+            ValueError, match=rf"unknown sampler .* .close: .*{re.escape(close)}.*.; /sdapi/v1/samplers"
+        ):
+            sampler(name, SOLVER_NAMES, "ddim")
+    with pytest.raises(ValueError, match=r"unknown scheduler 'Karas' .close: Karras.*.; /sdapi/v1/schedulers has"):
+        scheduler("Karas", SPACING_NAMES)
+    with pytest.raises(ValueError, match="unknown sampler 'magic'; /sdapi/v1/samplers has the known ones"):
+        sampler("magic", SOLVER_NAMES, "ddim")
 
 
 def test_every_scheduler_of_the_web_ui_is_known():
