@@ -17,7 +17,7 @@ from diffusion_jax.build.fields import SEEDS
 from diffusion_jax.data.transforms import centred, centred_mask, check_one_size, stretched
 from diffusion_jax.serve import sizes, uploads
 from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared
-from diffusion_jax.serve.worker import Facts
+from diffusion_jax.serve.loading import Facts
 
 Kind = TypeVar("Kind", bound=BaseModel)
 LETTERS = 10_000  # of a prompt, about as many as fit into `prompts.MAX_CHUNKS`
@@ -149,7 +149,7 @@ def to_frame(request: Request, model_sizes: Sequence[tuple[int, int]], limits: C
     """The request's size and that which is drawn for it, the uploaded pictures decoded. Raises Problem for what cannot
     be used.
 
-    model_sizes: `worker.Facts.sizes`. Each may be larger than limits.max_side.
+    model_sizes: `loading.Facts.sizes`. Each may be larger than limits.max_side.
     limits: config.serve.
     """
     size = request.height, request.width

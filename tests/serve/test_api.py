@@ -16,7 +16,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from diffusion_jax.serve import webui
+from diffusion_jax.serve import webui_bodies
 from diffusion_jax.serve.sizes import Frame
 from tests.serve import tiny
 
@@ -543,7 +543,7 @@ def test_what_has_no_effect_is_warned_of_in_every_api(client):
 
 
 def test_the_web_ui_api_says_what_it_does_otherwise(client):
-    nothing = dict.fromkeys(webui.TextToImage.model_fields)
+    nothing = dict.fromkeys(webui_bodies.TextToImage.model_fields)
     ask = nothing | {"prompt": "3", "seed": 1, "steps": 3, "sampler_name": "DPM2 a Karras", "enable_hr": True}
     scripts = {"controlnet": {"args": [{"module": "canny"}]}}
     answer = client.post("/sdapi/v1/txt2img", json=ask | {"alwayson_scripts": scripts})

@@ -7,7 +7,7 @@ import pytest
 from diffusion_jax.build.sampling import SOLVERS
 from diffusion_jax.core.solvers import SPACINGS
 from diffusion_jax.serve.samplers import sampler, scheduler
-from diffusion_jax.serve.webui import ImageToImage, TextToImage, _ignored
+from diffusion_jax.serve.webui_bodies import ImageToImage, TextToImage, ignored
 
 SOLVER_NAMES, SPACING_NAMES = tuple(SOLVERS), ("", *SPACINGS)
 EXACT = {
@@ -127,7 +127,7 @@ def test_every_scheduler_of_the_web_ui_is_known():
 
 def warned(kind=TextToImage, **values):
     """The fields that a request is warned of."""
-    return [warning.partition(" has no effect")[0] for warning in _ignored(kind.model_validate(values), "mine")]
+    return [warning.partition(" has no effect")[0] for warning in ignored(kind.model_validate(values), "mine")]
 
 
 def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
@@ -155,7 +155,7 @@ def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
     ]
     assert warned(eta=0, s_noise=0, s_churn=0) == ["eta", "s_noise"]  # 0 is a value, and not no value
     assert warned(override_settings={"eta_ancestral": 0}) == ["override_settings.eta_ancestral"]
-    (note,) = _ignored(TextToImage(seed=2**32 + 7), "mine")
+    (note,) = ignored(TextToImage(seed=2**32 + 7), "mine")
     assert note == f"seed={2**32 + 7} became 7"
     settings = {"sd_model_checkpoint": "other", "CLIP_stop_at_last_layers": 2}
     assert warned(override_settings=settings) == [
