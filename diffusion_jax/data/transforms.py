@@ -66,7 +66,7 @@ def decode_mask(
 ) -> UInt8[np.ndarray, "height width"]:
     """Read a mask: its alpha, unless that is 255 everywhere, else its grey levels. Light marks, see `LIGHT`.
 
-    If no grey level is light and there are two, as of labels 0 and 1, the larger marks. Arguments and errors are those
+    If no level is light and there are two, as of labels 0 and 1, the larger marks. Arguments and errors are those
     of `decode`; more levels than two, none of them light, are an error too.
     """
     return _read(image, functools.partial(_upright, _marks), max_pixels, formats)
@@ -183,13 +183,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _marks(image: Image.Image) -> Image.Image:
     """The mask that a picture is, mode L. Raises BadRecord if it does not say what it marks."""
     alpha = _alpha(image)
-    if alpha.getextrema() != (255, 255):
-        return alpha
-    grey = _eight_bits(image).convert("L")
-    values = _whole_numbers(image)[0] if image.mode.startswith("I") else np.asarray(grey)
+    is_opaque = alpha.getextrema() == (255, 255)
+    mask = _eight_bits(image).convert("L") if is_opaque else alpha
+    values = _whole_numbers(image)[0] if is_opaque and image.mode.startswith("I") else np.asarray(mask)
     levels = np.unique(values)
-    if grey.getextrema()[1] > LIGHT or len(levels) == 1:
-        return grey
+    if mask.getextrema()[1] > LIGHT or len(levels) == 1:
+        return mask
     if len(levels) > 2:
         raise BadRecord(
             f"a mask of {len(levels)} levels from {levels[0]} to {levels[-1]}, none of them light: expected black and "

@@ -86,6 +86,8 @@ def load_lora(
     names = {}  # place -> path with dots, where the file has dots
     settings = read_settings(path, pipeline.family.denoiser if pipeline else DENOISER)
     tensors = read_file(path, allow_pickle)
+    if not tensors:
+        raise ValueError(f"{path}: expected the updates of a LoRA, got a file without tensors")
     _refuse_others(path, tensors)
     for name, tensor in tensors.items():
         check_finite(name, tensor, path)
@@ -169,7 +171,7 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
     if remaining:
         raise ValueError(
             f"{source}: {len(remaining)} updates of maps that the network does not have, such as {min(remaining)}; "
-            "it was made for another model"
+            "it was made for another model, or names the maps in an unknown way"
         )
     return params
 

@@ -388,6 +388,7 @@ def mask_forms() -> dict[str, bytes]:
         "labels, RGB": encode(Image.fromarray(marked.astype(np.uint8)).convert("RGB")),
         "labels, 16 bits": encode(Image.fromarray(marked.astype(np.uint16))),
         "labels, palette": encode(labels),
+        "faint strokes": encode(Image.merge("LA", (black, grey.point(lambda level: level // 5)))),
         "JPEG": of_form(grey, "JPEG", quality=95),
         "opaque RGBA": encode(grey.convert("RGBA")),
         "opaque LA": encode(grey.convert("LA")),

@@ -53,6 +53,8 @@ FILES = {  # a file, its content, the prompt's word and its vectors
     "one vector": ("x", {"<toy>": ONE[0]}, "<toy>", ONE),
     "several vectors": ("x", {"<toy>": TWO}, "<toy>", TWO),
     "the name of the file": ("toy-cat", {"emb_params": TWO}, "toy-cat", TWO),
+    "the name of the file, from a pickle": ("toy", {"*": TWO}, "toy", TWO),
+    "and with the name of its dict": ("toy", {"string_to_param.*": TWO}, "toy", TWO),
     "half precision": ("toy", {"emb_params": TWO.astype(np.float16)}, "toy", TWO.astype(np.float16)),
 }
 
@@ -119,6 +121,19 @@ def test_two_encoders_have_vectors_of_their_own(names, of_two, tmp_path):
     after = add_embeddings(of_two, tmp_path / "toy.safetensors")
     for encoder, vectors in enumerate((TWO, GRAND)):
         np.testing.assert_array_equal(rows(after, "a toy b", encoder), in_prompt(of_two, vectors, of_two, encoder))
+
+
+def test_embeddings_of_pivotal_tuning_are_safetensors_with_another_ending(of_two, tmp_path):
+    write_file(tmp_path / "embeddings.pti", {"text_encoders_0": TWO, "text_encoders_1": GRAND})
+    after = add_embeddings(of_two, tmp_path / "embeddings.pti", "TOK")
+    np.testing.assert_array_equal(rows(after, "a TOK b", 1), in_prompt(of_two, GRAND, of_two, 1))
+
+
+def test_text_encoders_get_as_many_vectors(of_two, tmp_path):
+    """Their tokens stand side by side."""
+    write_file(tmp_path / "toy.safetensors", {"clip_l": ONE, "clip_g": GRAND})
+    with pytest.raises(ValueError, match="as many vectors for each text encoder, got 2 of clip_g, 1 of clip_l"):
+        add_embeddings(of_two, tmp_path / "toy.safetensors")
 
 
 @pytest.mark.parametrize("word", ["[V]", "(x)", "a:b", "toy (v2)", "back\\slash", "<[x]>"])

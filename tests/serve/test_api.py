@@ -403,7 +403,8 @@ def test_masks_that_mark_nothing_or_have_another_size_are_refused(client):
         return client.post("/v1/images/edits", files=files, data={"prompt": "3"})
 
     opaque = np.dstack([SEEN, np.full((8, 8), 255, np.uint8)])
-    answers = {"expected transparency": [edit(SEEN), edit(half_mask()), edit(opaque)]}
+    nearly = np.dstack([SEEN, 255 - np.arange(64, dtype=np.uint8).reshape(8, 8)])
+    answers = {"expected transparency": [edit(SEEN), edit(half_mask()), edit(opaque), edit(nearly)]}
     ask = {"prompt": "3", "image": encoded(SEEN), "mask": encoded(half_mask()[:4])}
     sizes = "it is 8x4 pixels and the image 8x8: they must be of one size"
     answers[sizes] = [edit(strokes()[:4]), client.post("/api/generate", json=ask)]
