@@ -27,8 +27,9 @@ from tokenizers import Tokenizer
 
 EMPHASIS = 1.1
 ROUND, SQUARE = "()", "[]"
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 MAX_CHUNKS = 32  # of a prompt: each number of chunks compiles its own programs, whose memory grows with it
+MAX_WEIGHT = 1e6  # far more than any use, and far from what float32 cannot hold
 FILES = "LoRAs (loras, merge_lora) and learned words (embeddings, add_embeddings) are loaded with the model"
 REFUSED = {
     r"(?<!\\)\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
@@ -67,30 +68,31 @@ def parse(prompt: str) -> list[tuple[str, float]]:
         found = re.search(pattern, prompt)
         if found:
             raise ValueError(f"prompt: {found[0]} {reason}")
-    pieces: list[tuple[str, float]] = []
-    # of each open bracket: index of the piece after it, and its place in the prompt
+    texts: list[str] = []
+    factors: list[tuple[int, int | None, float]] = []  # first text, the one after the last, and their factor
+    # of each open bracket: index of the text after it, and its place in the prompt
     opened: dict[str, list[tuple[int, int]]] = {ROUND: [], SQUARE: []}
     implied = {ROUND: EMPHASIS, SQUARE: 1 / EMPHASIS}
-
-    def multiply(start: int, factor: float):
-        pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
-
     for symbol in SYMBOLS.finditer(prompt):
         escaped, number, bracket = symbol.groups()
         kind = SQUARE if bracket and bracket in SQUARE else ROUND
         if bracket and bracket == kind[0]:
-            opened[kind].append((len(pieces), symbol.start()))
+            opened[kind].append((len(texts), symbol.start()))
         elif (bracket or number) and opened[kind]:
             start, place = opened[kind].pop()
             if kind == SQUARE:
                 _refuse_schedule(prompt[place : symbol.end()])
-            multiply(start, implied[kind] if number is None else float(number))
+            factors.append((start, len(texts), implied[kind] if number is None else float(number)))
         else:
-            pieces.append((escaped[1:] if escaped else symbol.group(), 1.0))
-    for kind, starts in opened.items():
-        for start, _ in starts:
-            multiply(start, implied[kind])
-    return _joined(pieces)
+            texts.append(escaped[1:] if escaped else symbol.group())
+    factors += [(start, None, implied[kind]) for kind, starts in opened.items() for start, _ in starts]
+    weights = np.ones(len(texts))
+    with np.errstate(over="ignore"):
+        for start, end, factor in factors:
+            weights[start:end] *= factor
+    if not np.all(np.abs(weights) <= MAX_WEIGHT):
+        raise ValueError(f"prompt: it has a weight above {MAX_WEIGHT:g}; write a smaller one")
+    return _joined(list(zip(texts, weights.tolist(), strict=True)))
 
 
 def is_syntax(word: str) -> bool:
