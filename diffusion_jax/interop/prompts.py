@@ -1,4 +1,4 @@
-"""Weighted prompts of any length for CLIP's encoders, in the grammar of popular web interfaces.
+"""Weighted prompts of several chunks for CLIP's encoders, in the grammar of popular web interfaces.
 
     (word)       its tokens count 1.1 times          ((word))     1.1 · 1.1 times
     (word:1.3)   1.3 times                           [word]       1 / 1.1 times
