@@ -30,6 +30,7 @@ ROUND, SQUARE = "()", "[]"
 BREAK = re.compile(r"\bBREAK\b")
 MAX_CHUNKS = 32  # of a prompt: each number of chunks compiles its own programs, whose memory grows with it
 MAX_WEIGHT = 1e6  # far more than any use, and far from what float32 cannot hold
+SHOWN = 60  # letters of a prompt in a message
 FILES = "LoRAs (loras, merge_lora) and learned words (embeddings, add_embeddings) are loaded with the model"
 REFUSED = {
     r"(?<!\\)\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
@@ -67,7 +68,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     for pattern, reason in REFUSED.items():
         found = re.search(pattern, prompt)
         if found:
-            raise ValueError(f"prompt: {found[0]} {reason}")
+            raise ValueError(f"prompt: {found[0][:SHOWN]} {reason}")
     texts: list[str] = []
     factors: list[tuple[int, int | None, float]] = []  # first text, the one after the last, and their factor
     # of each open bracket: index of the text after it, and its place in the prompt
@@ -110,8 +111,8 @@ def _escaped(word: str) -> str:
 def _refuse_schedule(bracketed):
     if SCHEDULED.search(bracketed[1:-1]):
         raise ValueError(
-            f"prompt: {bracketed} changes between steps in web interfaces, which is not supported; write \\[ and \\] "
-            "for the characters, and (a:1.2) for a weight"
+            f"prompt: {bracketed[:SHOWN]} changes between steps in web interfaces, which is not supported; write \\[ "
+            "and \\] for the characters, and (a:1.2) for a weight"
         )
 
 
@@ -228,7 +229,7 @@ def chunked_for_each(
     """
     for prompt, (pattern, meaning) in itertools.product(prompts, DOUBTFUL.items()):
         if found := re.search(pattern, prompt):
-            logging.warning("prompt: %s is read as text, though it %s", found[0][:40], meaning)
+            logging.warning("prompt: %s is read as text, though it %s", found[0][:SHOWN], meaning)
     of_each = [chunked(prompts, tokenizer) for tokenizer in tokenizers]
     most = max(ids.shape[1] for ids, _ in of_each)
     return [
