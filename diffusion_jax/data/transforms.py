@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Integer, UInt8
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from diffusion_jax.messages import first_line
@@ -51,7 +51,8 @@ def decode(
     """Read a picture from its file or its encoded bytes: 8-bit sRGB, upright by its EXIF tag, transparency on white.
 
     Colours are converted by the ICC profile, if there is one that fits. Grey of 12 or 16 bits keeps its highest 8. Grey
-    of floats goes from 0, black, to 1, white. Of an animation, the first frame is read.
+    of floats goes from 0, black, to 1, white. The transparent colour of a PNG of 16 bits a channel is found by its
+    highest 8. Of an animation, the first frame is read.
 
     max_pixels: larger pictures are not decoded.
     formats: that PIL may try, None for all.
@@ -65,7 +66,8 @@ def decode_mask(
 ) -> UInt8[np.ndarray, "height width"]:
     """Read a mask: its alpha, unless that is 255 everywhere, else its grey levels. Light marks, see `LIGHT`.
 
-    Arguments and errors are those of `decode`.
+    If no level is light and there are two, as of labels 0 and 1, the larger marks. Arguments and errors are those
+    of `decode`; more levels than two, none of them light, are an error too.
     """
     return _read(image, functools.partial(_upright, _marks), max_pixels, formats)
 
@@ -103,6 +105,7 @@ def _read(
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         with Image.open(io.BytesIO(_without_metadata(data, png_chunks)), formats=formats) as opened:
             _check_size(*opened.size, max_pixels)
+            _scale_transparent_colour(opened)
             opened.load()
             return take(opened)
     except UnidentifiedImageError as error:
@@ -133,6 +136,18 @@ def _is_kept(chunk: bytes, checksum: bytes, optional: tuple[bytes, ...]) -> bool
         return True
     is_known = chunk.startswith(optional) or chunk[4:].startswith(PNG_TEXTS)
     return is_known and zlib.crc32(chunk) == int.from_bytes(checksum, "big")
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Give the transparent colour of a PNG the 8 bits of the pixels. PIL leaves it in those of the file."""
+    if image.format != "PNG" or "transparency" not in image.info:
+        return
+    colour, stored = image.info["transparency"], image.tile[0][-1]
+    if stored in ("L;2", "L;4"):
+        most = 3 if stored == "L;2" else 15
+        image.info["transparency"] = (colour & most) * 255 // most
+    elif stored == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in colour)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -166,9 +181,20 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _marks(image: Image.Image) -> Image.Image:
-    """The mask that a picture is, mode L."""
+    """The mask that a picture is, mode L. Raises BadRecord if it does not say what it marks."""
     alpha = _alpha(image)
-    return _eight_bits(image).convert("L") if alpha.getextrema() == (255, 255) else alpha
+    is_opaque = alpha.getextrema() == (255, 255)
+    mask = _eight_bits(image).convert("L") if is_opaque else alpha
+    values = _whole_numbers(image)[0] if is_opaque and image.mode.startswith("I") else np.asarray(mask)
+    levels = np.unique(values)
+    if mask.getextrema()[1] > LIGHT or len(levels) == 1:
+        return mask
+    if len(levels) > 2:
+        raise BadRecord(
+            f"a mask of {len(levels)} levels from {levels[0]} to {levels[-1]}, none of them light: expected black and "
+            "white, or two labels"
+        )
+    return Image.fromarray(np.where(values == levels[1], np.uint8(255), np.uint8(0)))
 
 
 def _alpha(image: Image.Image) -> Image.Image:
@@ -200,7 +226,13 @@ def _grey_of_floats(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
 
 
 def _grey_of_many_bits(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
-    """The highest 8 bits of levels that are whole numbers. PIL keeps those of 12 bits as they are."""
+    """The highest 8 bits of levels that are whole numbers."""
+    values, bits = _whole_numbers(image)
+    return (values >> (bits - 8)).astype(np.uint8)
+
+
+def _whole_numbers(image: Image.Image) -> tuple[Integer[np.ndarray, "height width"], int]:
+    """Levels that are whole numbers, 0 for black, and their bits. PIL keeps those of 12 bits as they are."""
     values, tags = np.asarray(image), _tags(image)
     (bits,) = tags.get(ExifTags.Base.BitsPerSample, (16,))
     if bits > 16 or tags.get(ExifTags.Base.SampleFormat, UNSIGNED) != UNSIGNED:
@@ -210,7 +242,7 @@ def _grey_of_many_bits(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
         )
     if values.min() < 0 or values.max() >= 2**bits:
         raise BadRecord(f"grey levels from {values.min()} to {values.max()}, expected 0 to {2**bits - 1}")
-    return ((2**bits - 1 - values if _is_inverted(image) else values) >> (bits - 8)).astype(np.uint8)
+    return 2**bits - 1 - values if _is_inverted(image) else values, bits
 
 
 def _is_inverted(image: Image.Image) -> bool:

@@ -2,6 +2,7 @@
 
     {"<cat-toy>": (width,) or (count, width)}             diffusers; the word is the name of the tensor
     {"emb_params": …}, {"clip_l": …, "clip_g": …}         kohya; the word is the name of the file
+    {"text_encoders_0": …, "text_encoders_1": …}          diffusers' pivotal tuning, likewise
     {"name": …, "string_to_param": {"*": …}}              web interfaces, a pickle; the word is the name of the file,
                                                           and the name inside, as in diffusers, unless it is taken
 
@@ -29,6 +30,7 @@ from diffusion_jax.models.text.clip import OLD_EOS
 from diffusion_jax.paths import Path
 
 TABLE = "token_embedding"  # module of a text encoder
+NAMELESS = ("*", "string_to_param.*")  # names of tensors in pickles of web interfaces, and of files made of them
 WEIGHTS = (".weight", ".bias", ".alpha")  # ends of names in LoRAs and in whole networks
 
 
@@ -95,6 +97,11 @@ def _words(
         check_finite(name, tensor, path)
     vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
     if vectors.keys() <= names.keys():
+        if len({names[name] for name in vectors}) < len(vectors):
+            raise ValueError(f"{path}: expected one name for each text encoder, got {', '.join(sorted(vectors))}")
+        if len({len(rows) for rows in vectors.values()}) > 1:
+            counts = ", ".join(f"{len(rows)} of {name}" for name, rows in sorted(vectors.items()))
+            raise ValueError(f"{path}: expected as many vectors for each text encoder, got {counts}")
         return {word or path.stem: {names[name]: rows for name, rows in vectors.items()}}, name_inside
     if not vectors.keys().isdisjoint(name for other in families.FAMILIES for name in other.embeddings):
         raise ValueError(
@@ -103,7 +110,8 @@ def _words(
         )
     if word and len(vectors) > 1:
         raise ValueError(f"{path} has the words {', '.join(sorted(vectors))}: only a single one can be called {word}")
-    return {word or name: {encoders[0]: rows} for name, rows in vectors.items()}, name_inside
+    stems = {name: path.stem if name in NAMELESS else name for name in vectors}
+    return {word or stems[name]: {encoders[0]: rows} for name, rows in vectors.items()}, name_inside
 
 
 def _objection(word: str, count: int, tokenizer: Tokenizer) -> str:

@@ -2,11 +2,12 @@
 
 `weight_updates` has the formulas: LoRA, LoCon, DoRA, LoHa, LoKr. There are two naming schemes for the updated maps.
 Kohya's and LyCORIS' files join the path with underscores, and use the path of the original code for SDXL. Files of
-diffusers, peft and ComfyUI use dots, the last with the path of the original code:
+diffusers, peft, ComfyUI and OneTrainer (OMI) use dots, the last two with the path of the original code:
 
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, ….lora_up.weight, ….alpha
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
     diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
+    unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight, ….lora_up.weight, ….alpha
 """
 
 import re
@@ -50,8 +51,8 @@ PEFT_KINDS = (
 OTHERS = {
     r"^bundle_emb\.": "learned words (textual inversion) bundled with a LoRA, which are read from files of their own "
     "(embeddings, add_embeddings)",
-    r"^(emb_params|clip_[lg]|string_to_param.*)$": "learned words (textual inversion), which are not LoRAs "
-    "(embeddings, add_embeddings)",
+    r"^(emb_params|clip_[lg]|text_encoders_[01]|string_to_param.*)$": "learned words (textual inversion), which are "
+    "not LoRAs (embeddings, add_embeddings)",
     r"\.(diff|diff_b|set_weight)$": "full differences of weights (LyCORIS' Full)",
     r"\.[wb]_norm$": "updates of norms (LyCORIS' Norm)",
     **{rf"(^|\.){kind.lower()}_": f"updates of {kind} (peft)" for kind in PEFT_KINDS},
@@ -85,6 +86,8 @@ def load_lora(
     names = {}  # place -> path with dots, where the file has dots
     settings = read_settings(path, pipeline.family.denoiser if pipeline else DENOISER)
     tensors = read_file(path, allow_pickle)
+    if not tensors:
+        raise ValueError(f"{path}: expected the updates of a LoRA, got a file without tensors")
     _refuse_others(path, tensors)
     for name, tensor in tensors.items():
         check_finite(name, tensor, path)
@@ -167,7 +170,8 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
     params = jax.tree_util.tree_map_with_path(merged, params)
     if remaining:
         raise ValueError(
-            f"{source}: {len(remaining)} updates of maps that the network does not have, such as {min(remaining)}"
+            f"{source}: {len(remaining)} updates of maps that the network does not have, such as {min(remaining)}; "
+            "it was made for another model, or names the maps in an unknown way"
         )
     return params
 
@@ -228,7 +232,7 @@ def _place(name, pipeline):
     begins = {f"{prefix}_": part for prefix, part in prefixes.items()}
     begins |= {f"{prefix}.": part for prefix, part in dotted.items()}
     begins |= {f"{part}.": part for part in (*prefixes.values(), *parts)}
-    begin = next((begin for begin in begins if name.startswith(begin)), "")
+    begin = max(filter(name.startswith, begins), key=len, default="")
     part, path = begins.get(begin, denoiser), name.removeprefix(begin)
     if pipeline is not None:
         path = family.lora.path(part, path, pipeline.denoiser.module)

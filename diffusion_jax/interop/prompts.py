@@ -1,4 +1,4 @@
-"""Weighted prompts of any length for CLIP's encoders, in the grammar of popular web interfaces.
+"""Weighted prompts of several chunks for CLIP's encoders, in the grammar of popular web interfaces.
 
     (word)       its tokens count 1.1 times          ((word))     1.1 · 1.1 times
     (word:1.3)   1.3 times                           [word]       1 / 1.1 times
@@ -11,21 +11,26 @@ other backslash is dropped.
 
 Other syntax of these and similar programs is refused: AND (several prompts) and the words of regions, [a:b:0.5] and
 [a|b] (prompts that change between steps), {a|b}, ${a} and __name__ (random words), <lora:name:1> and embedding:name
-(files). A backslash before the first character keeps what follows as text.
+(files). A backslash before the first character keeps what follows as text. What may as well be text, such as word++
+and 1.3::word, is read as text with a warning. Learned words (`embeddings`) may have brackets in their names.
 """
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 EMPHASIS = 1.1
 ROUND, SQUARE = "()", "[]"
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
+MAX_CHUNKS = 32  # of a prompt: each number of chunks compiles its own programs, whose memory grows with it
+MAX_WEIGHT = 1e6  # far more than any use, and far from what float32 cannot hold
+SHOWN = 60  # letters of a prompt in a message
 FILES = "LoRAs (loras, merge_lora) and learned words (embeddings, add_embeddings) are loaded with the model"
 REFUSED = {
     r"(?<!\\)\bAND\b": 'combines several prompts in web interfaces, which is not supported; write "and" for the word',
@@ -33,8 +38,8 @@ REFUSED = {
     "which is not supported",
     r"\)\s*\.(?:and|blend|swap)\(": "combines several prompts in InvokeAI, which is not supported",
     r"(?<!\\)\)(?:\d*\.\d+|\++|--+)(?=[\s,)]|$)": "is a weight in InvokeAI and compel; write it as in (words:1.2)",
-    r"(?<!\S)--(?:ar|aspect|chaos|niji|no|q|quality|s|seed|style|stylize|tile|v)\b": "is an option of Midjourney, "
-    "which is not supported",
+    r"(?<!\S)--(?:ar|aspect|chaos|cref|cw|hd|iw|niji|no|oref|ow|profile|q|quality|repeat|s|seed|sref|stop|style|stylize"
+    r"|sv|sw|tile|v|version|weird)\b": "is an option of Midjourney, which is not supported",
     r"(?<!\\)<\w+:[^<>]*>": f"names a file, which prompts cannot load: {FILES}",
     r"(?<![\w\\])embedding:[^\s,:()]+": f"is a learned word in ComfyUI; write its name alone: {FILES}",
     r"(?<!\\)\{[^{}|]*\|[^{}]*\}": "draws one of several words in other programs, which is not supported; write one, "
@@ -43,10 +48,16 @@ REFUSED = {
     r"(?<![\w\\])__[\w*/.-]+?__(?!\w)": "draws a word of a list in other programs, which is not supported; write one, "
     "or \\_ for the character",
 }
+WEIGHT = "is a weight in other programs; write it as in (words:1.2)"
+DOUBTFUL = {  # may be meant as text, and is read as such, with a warning
+    r"\b[^\W\d_]{2,}(?:\++|--+)(?=[\s,)]|$)": WEIGHT,
+    r"(?<![\d.])[\d.]+::|::\s*-?[\d.]+": WEIGHT,
+    r"(?<!\S)--[a-z]+\b": "is an option in other programs",
+}
 # the end of [a:b:0.5], [a:0.5], [a::12], and anything with alternatives, [a|b]: a share of the steps, or a step
-SCHEDULED = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*$|(?<!\\)\|", re.IGNORECASE)
+SCHEDULED = re.compile(r":\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?\s*$|(?<!\\)\|", re.IGNORECASE)
 # escaped character | closing bracket with its weight | bracket | other text
-SYMBOLS = re.compile(r"(\\[\\()\[\]]?)|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|([()\[\]])|[^\\()\[\]:]+|:")
+SYMBOLS = re.compile(r"(\\[\\()\[\]]?)|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|([()\[\]])|[^\\()\[\]:]+|:")
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
@@ -57,43 +68,51 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     for pattern, reason in REFUSED.items():
         found = re.search(pattern, prompt)
         if found:
-            raise ValueError(f"prompt: {found[0]} {reason}")
-    pieces: list[tuple[str, float]] = []
-    # of each open bracket: index of the piece after it, and its place in the prompt
+            raise ValueError(f"prompt: {found[0][:SHOWN]} {reason}")
+    texts: list[str] = []
+    factors: list[tuple[int, int | None, float]] = []  # first text, the one after the last, and their factor
+    # of each open bracket: index of the text after it, and its place in the prompt
     opened: dict[str, list[tuple[int, int]]] = {ROUND: [], SQUARE: []}
     implied = {ROUND: EMPHASIS, SQUARE: 1 / EMPHASIS}
-
-    def multiply(start: int, factor: float):
-        pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
-
     for symbol in SYMBOLS.finditer(prompt):
         escaped, number, bracket = symbol.groups()
         kind = SQUARE if bracket and bracket in SQUARE else ROUND
         if bracket and bracket == kind[0]:
-            opened[kind].append((len(pieces), symbol.start()))
+            opened[kind].append((len(texts), symbol.start()))
         elif (bracket or number) and opened[kind]:
             start, place = opened[kind].pop()
             if kind == SQUARE:
                 _refuse_schedule(prompt[place : symbol.end()])
-            multiply(start, implied[kind] if number is None else float(number))
+            factors.append((start, len(texts), implied[kind] if number is None else float(number)))
         else:
-            pieces.append((escaped[1:] if escaped else symbol.group(), 1.0))
-    for kind, starts in opened.items():
-        for start, _ in starts:
-            multiply(start, implied[kind])
-    return _joined(pieces)
+            texts.append(escaped[1:] if escaped else symbol.group())
+    factors += [(start, None, implied[kind]) for kind, starts in opened.items() for start, _ in starts]
+    weights = np.ones(len(texts))
+    with np.errstate(over="ignore"):
+        for start, end, factor in factors:
+            weights[start:end] *= factor
+    if not np.all(np.abs(weights) <= MAX_WEIGHT):
+        raise ValueError(f"prompt: it has a weight above {MAX_WEIGHT:g}; write a smaller one")
+    return _joined(list(zip(texts, weights.tolist(), strict=True)))
 
 
-def is_syntax(text: str) -> bool:
-    """Whether the text means something else in prompts. Weights do not count: their brackets can be escaped."""
-    return any(re.search(pattern, text) for pattern in (*REFUSED, BREAK))
+def is_syntax(word: str) -> bool:
+    """Whether a learned word would mean something else in prompts, where its brackets are `escaped`."""
+    try:
+        return bool(BREAK.search(word)) or parse(_escaped(word)) != [(word, 1.0)]
+    except ValueError:
+        return True
+
+
+def _escaped(word: str) -> str:
+    return re.sub(r"[\\()\[\]]", r"\\\g<0>", word)
 
 
 def _refuse_schedule(bracketed):
     if SCHEDULED.search(bracketed[1:-1]):
         raise ValueError(
-            f"prompt: {bracketed} changes between steps in web interfaces, which is not supported; write \\[ and \\] "
-            "for the characters, and (a:1.2) for a weight"
+            f"prompt: {bracketed[:SHOWN]} changes between steps in web interfaces, which is not supported; write \\[ "
+            "and \\] for the characters, and (a:1.2) for a weight"
         )
 
 
@@ -113,8 +132,9 @@ def chunk(
     """Token ids of a prompt's pieces, in as many chunks as needed, and the weight of each token.
 
     tokenizer: from `load_tokenizer`, with L tokens including a start and an end token. A chunk has these two around at
-      most L - 2 tokens of the prompt (75 of 77), then padding. Their own weight is 1.
-    Raises ValueError for a tokenizer of another family.
+      most L - 2 tokens of the prompt (75 of 77), then padding. Their own weight is 1. A learned word that does not fit
+      into the rest of a chunk begins the next one.
+    Raises ValueError for a tokenizer of another family, and for a prompt of more than MAX_CHUNKS chunks.
     """
     num_special = tokenizer.num_special_tokens_to_add(is_pair=False)
     if num_special != 2:
@@ -130,10 +150,25 @@ def chunk(
     if len(sections) > 1 and not sections[-1]:  # nothing after the last BREAK
         sections.pop()
     length = len(padding)
-    parts = [tokens[start : start + length] for tokens in sections for start in range(0, max(len(tokens), 1), length)]
+    vectors = {tokenizer.token_to_id(word): count for word, count in learned_words(tokenizer).items()}
+    parts = [part for tokens in sections for part in _cut(tokens, length, vectors)]
+    if len(parts) > MAX_CHUNKS:
+        raise ValueError(
+            f"prompt: it has {len(parts)} chunks of {length} tokens, expected at most {MAX_CHUNKS}; shorten it"
+        )
     rows = [[(begin, 1.0), *part, (end, 1.0), *((pad, 1.0) for pad in padding[len(part) :])] for part in parts]
     ids, weights = np.moveaxis(np.array(rows), -1, 0)
     return ids.astype(np.int32), weights.astype(np.float32)
+
+
+def _cut(tokens, length, vectors):
+    """The tokens, (id, weight), in parts of at most `length`. vectors: first id of a learned word -> its length."""
+    parts = [[]]
+    for token, weight in tokens:
+        if len(parts[-1]) + min(vectors.get(token, 1), length) > length:
+            parts.append([])
+        parts[-1].append((token, weight))
+    return parts
 
 
 def _token_ids(text, tokenizer):
@@ -153,10 +188,21 @@ def spelled(text: str, tokenizer: Tokenizer) -> str:
     for word, count in learned_words(tokenizer).items():
         tokens = [word, *(f"{word}_{i}" for i in range(1, count))]
         spellings[word.lower()] = f" {' '.join(tokens)} " if count > 1 else word
-    if not spellings:
+    return _replaced(text, spellings)
+
+
+def escaped(prompt: str, tokenizer: Tokenizer) -> str:
+    """The prompt with backslashes before the brackets of its learned words, such as [V], where it has none."""
+    words = learned_words(tokenizer)
+    return _replaced(prompt, {word.lower(): _escaped(word) for word in words if _escaped(word) != word})
+
+
+def _replaced(text: str, replacements: Mapping[str, str]) -> str:
+    """The text with other texts for words, which are in lower case."""
+    if not replacements:
         return text
-    words = "|".join(map(_found, sorted(spellings, key=len, reverse=True)))
-    return re.sub(words, lambda match: spellings[match[0].lower()], text, flags=re.IGNORECASE)
+    words = "|".join(map(_found, sorted(replacements, key=len, reverse=True)))
+    return re.sub(words, lambda match: replacements[match[0].lower()], text, flags=re.IGNORECASE)
 
 
 def learned_words(tokenizer: Tokenizer) -> dict[str, int]:
@@ -179,8 +225,11 @@ def chunked_for_each(
     """Token ids and weights of prompts for each tokenizer, as in `chunked`.
 
     Tokenizers may cut a text into different tokens. All get as many chunks as the one that needs most, because the
-    embeddings of several encoders are concatenated token by token.
+    embeddings of several encoders are concatenated token by token. Warns of what may be meant as other syntax.
     """
+    for prompt, (pattern, meaning) in itertools.product(prompts, DOUBTFUL.items()):
+        if found := re.search(pattern, prompt):
+            logging.warning("prompt: %s is read as text, though it %s", found[0][:SHOWN], meaning)
     of_each = [chunked(prompts, tokenizer) for tokenizer in tokenizers]
     most = max(ids.shape[1] for ids, _ in of_each)
     return [
@@ -200,7 +249,7 @@ def chunked(
     tokenizer: as in `chunk`.
     at_least: least number of chunks.
     """
-    prompt_chunks = [chunk(parse(prompt), tokenizer) for prompt in prompts]
+    prompt_chunks = [chunk(parse(escaped(prompt, tokenizer)), tokenizer) for prompt in prompts]
     empty = chunk([], tokenizer)
     max_chunks = max(at_least, *(len(ids) for ids, _ in prompt_chunks))
     ids, weights = (

@@ -54,7 +54,8 @@ def read_tensors(folder: str | Path, stem: str, allow_pickle: bool = False) -> t
 def read_file(
     path: str | Path, allow_pickle: bool = False, select: Callable[[Any], Mapping[str, Any]] = state_dict
 ) -> dict[str, np.ndarray]:
-    """The tensors of one file. .safetensors are memory-mapped and read-only; .bin, .ckpt, .pt, .pth use `read_pickle`.
+    """The tensors of one file. .safetensors, and .pti of the same format (learned words), are memory-mapped and
+    read-only; .bin, .ckpt, .pt, .pth use `read_pickle`.
 
     select: as in `read_pickle`.
     Raises FileNotFoundError, and ValueError for a malformed file or a pickle without allow_pickle.
@@ -62,7 +63,7 @@ def read_file(
     path = paths.fetched(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".pti"):
         return _read_safetensors(path)
     if path.suffix not in (".bin", ".ckpt", ".pt", ".pth"):
         raise ValueError(f"{path}: expected a .safetensors file")

@@ -35,9 +35,9 @@ def from_published(
 ) -> DiffusionModel:
     """The published model as one value.
 
-    Conditions are {"text": (B, L, D)} and the leaves that `family.prompt` adds. Prompts may have weights and any length
-    (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or zeros in
-    families that use zeros.
+    Conditions are {"text": (B, L, D)} and the leaves that `family.prompt` adds. Prompts may have weights and
+    several chunks (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or
+    zeros in families that use zeros.
     size: height and width of the images in pixels, the model's own by default. 0 means the model's own side.
     dtype: compute type of the networks.
     tile: see `codec.autoencoder_kl`.

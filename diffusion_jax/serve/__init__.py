@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import paths
 from diffusion_jax.build import fields
 from diffusion_jax.paths import Path
-from diffusion_jax.serve import connections, worker
+from diffusion_jax.serve import connections, loading
 from diffusion_jax.serve.engine import Engine
 from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         )
     names = _names(section)
     listening = _listening(section.host, section.port)
-    engine = Engine(functools.partial(worker.load, config, workdir), section.queue)
+    engine = Engine(functools.partial(loading.load, config, workdir), section.queue)
     try:
         facts = engine.start()
         logging.info("weights: %s", facts.origin)

@@ -7,7 +7,8 @@ from pydantic.json_schema import models_json_schema
 
 from diffusion_jax.serve.openai import Edit, Generation
 from diffusion_jax.serve.schema import Request
-from diffusion_jax.serve.webui import ACTIONS, LISTS, ImageToImage, Options, PictureInfo, TextToImage
+from diffusion_jax.serve.webui import ACTIONS, LISTS
+from diffusion_jax.serve.webui_bodies import ImageToImage, Options, PictureInfo, TextToImage
 
 TEMPLATE = "#/components/schemas/{model}"
 NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}

@@ -19,7 +19,8 @@ from absl import logging
 
 from diffusion_jax.serve import worker
 from diffusion_jax.serve.drawing import Picture
-from diffusion_jax.serve.worker import Batch, Cancel, Compiled, Drawn, Facts, Failed, Loaded, Refused, Step
+from diffusion_jax.serve.loading import Facts, Loaded
+from diffusion_jax.serve.worker import Batch, Cancel, Compiled, Drawn, Failed, Refused, Step
 
 TRIES = 2  # a request is drawn again if the worker dies, but not if it dies again
 STARTS = 3  # a worker that dies so often before it has loaded its model is not started again

@@ -1,5 +1,6 @@
 """The names of samplers and schedulers in AUTOMATIC1111's web UI and its clients -> our solvers and spacings."""
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -35,6 +36,10 @@ NEAREST_SAMPLERS = {  # its other names -> the nearest solver: of the same order
     "DPM adaptive": "dpm_solver",
     "DPM++ 2S a": "dpmpp_sde",
     "DPM++ 2S a CFG++": "dpmpp_sde",
+    "DPM++ 2S a RF": "dpmpp_sde",
+    "[Forge] Flux Realistic": "dpmpp_sde",  # its name of the one before
+    "[Forge] Flux Realistic (Slow)": "dpmpp_sde",
+    "[Forge] Flux Realistic (2x Slow)": "dpmpp_sde",
     "DPM++ 2M CFG++": "dpmpp_2m",
     "DPM++ 3M SDE": "dpmpp_2m_sde",
     "DPM++ 3M SDE GPU": "dpmpp_2m_sde",
@@ -117,6 +122,15 @@ EXACT = _table(_labels(SAMPLERS), SAME_SAMPLERS)
 KNOWN = _table(NEAREST_SAMPLERS) | EXACT
 EXACT_SCHEDULERS = _table(_labels(SCHEDULERS), SAME_SCHEDULERS)
 KNOWN_SCHEDULERS = _table(NEAREST_SCHEDULERS) | EXACT_SCHEDULERS
+NAMES = {_key(name): name for name in (*NEAREST_SAMPLERS, *SAME_SAMPLERS, *SAMPLERS.values())}
+SCHEDULER_NAMES = {_key(name): name for name in (*NEAREST_SCHEDULERS, *SAME_SCHEDULERS, *SCHEDULERS.values())}
+
+
+def _unknown(kind: str, name: str, names: Mapping[str, str]) -> str:
+    """The message for an unknown name, with those that are close to it."""
+    close = [names[key] for key in difflib.get_close_matches(_key(name[:40]), names)]
+    about = f" (close: {', '.join(close)})" if close else ""
+    return f"unknown {kind} {name[:40]!r}{about}; /sdapi/v1/{kind}s has the known ones"
 
 
 def sampler(name: str, solvers: Sequence[str], default: str) -> tuple[str, str, list[str]]:
@@ -134,7 +148,7 @@ def sampler(name: str, solvers: Sequence[str], default: str) -> tuple[str, str, 
     parts = ((key[:end], key[end:]) for end in range(len(key), 0, -1))
     known = [(method, steps) for method, steps in parts if method in KNOWN and steps in KNOWN_SCHEDULERS]
     if not known:
-        raise ValueError(f"unknown sampler {name[:40]!r}; /sdapi/v1/samplers has the known ones")
+        raise ValueError(_unknown("sampler", name, NAMES))
     method, steps = known[0]
     solver, spacing = KNOWN[method] if KNOWN[method] in solvers else default, KNOWN_SCHEDULERS[steps]
     if EXACT.get(method) == solver and steps in EXACT_SCHEDULERS:
@@ -149,7 +163,7 @@ def scheduler(name: str, spacings: Sequence[str]) -> tuple[str, list[str]]:
         return name, []
     key = _key(name)
     if key not in KNOWN_SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name[:40]!r}; /sdapi/v1/schedulers has the known ones")
+        raise ValueError(_unknown("scheduler", name, SCHEDULER_NAMES))
     spacing = KNOWN_SCHEDULERS[key]
     is_exact = key in EXACT_SCHEDULERS
     return spacing, [] if is_exact else [f"scheduler {name}: drawn with the nearest, {SCHEDULERS[spacing]}"]

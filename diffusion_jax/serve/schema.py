@@ -17,11 +17,11 @@ from diffusion_jax.build.fields import SEEDS
 from diffusion_jax.data.transforms import centred, centred_mask, check_one_size, stretched
 from diffusion_jax.serve import sizes, uploads
 from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared
-from diffusion_jax.serve.worker import Facts
+from diffusion_jax.serve.loading import Facts
 
 Kind = TypeVar("Kind", bound=BaseModel)
-LETTERS = 2000  # of a prompt
-SCALE = 30.0  # the largest guidance scale
+LETTERS = 10_000  # of a prompt, about as many as fit into `prompts.MAX_CHUNKS`
+SCALE, SLIDER = 1000.0, 30.0  # the largest guidance scale, and that on the page's slider
 # fields left out of a PNG's text
 NOT_IN_METADATA = {"image", "mask", "fit", "seed", "prompt", "num_images", "previews"}
 
@@ -113,7 +113,7 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
         field = Request.model_fields[name]
         return Field(**{"title": field.title, "description": field.description, "default": field.default} | changes)
 
-    scale = {"default": defaults["guidance"], "ge": 1.0, "le": SCALE}
+    scale = {"default": defaults["guidance"], "ge": 1.0, "le": SCALE, "json_schema_extra": {"x-slider": SLIDER}}
     if not facts.guided:
         scale |= {"ge": defaults["guidance"], "le": defaults["guidance"]}
 
@@ -149,7 +149,7 @@ def to_frame(request: Request, model_sizes: Sequence[tuple[int, int]], limits: C
     """The request's size and that which is drawn for it, the uploaded pictures decoded. Raises Problem for what cannot
     be used.
 
-    model_sizes: `worker.Facts.sizes`. Each may be larger than limits.max_side.
+    model_sizes: `loading.Facts.sizes`. Each may be larger than limits.max_side.
     limits: config.serve.
     """
     size = request.height, request.width

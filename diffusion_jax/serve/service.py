@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.serve import schema
 from diffusion_jax.serve.engine import Ended, Engine, Event, Full, Job, PictureDone, Progress
+from diffusion_jax.serve.loading import Facts
 from diffusion_jax.serve.metrics import Metrics
 from diffusion_jax.serve.schema import Problem, Request
 from diffusion_jax.serve.sizes import Frame
-from diffusion_jax.serve.worker import Facts, Failed, Refused
+from diffusion_jax.serve.worker import Failed, Refused
 
 Gone = Callable[[], Awaitable[bool]]
 LOOK = 0.25  # seconds between two looks whether the client is still there

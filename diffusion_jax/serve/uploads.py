@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion_jax.data.transforms import decode, decode_alpha, decode_mask, decode_texts, stretched
+from diffusion_jax.data.transforms import LIGHT, decode, decode_alpha, decode_mask, decode_texts, stretched
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -35,9 +35,9 @@ def mask(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "height width"]:
 
 
 def mask_of_transparency(data: bytes, max_pixels: int) -> bytes | None:
-    """A mask, PNG, that is light where the picture is transparent; None if it is nowhere. Errors as in `picture`."""
+    """A mask, PNG, light where the picture is transparent; None if it is light nowhere. Errors as in `picture`."""
     alpha = decode_alpha(data, max_pixels, FORMATS)
-    return _png(255 - alpha) if alpha.min() < 255 else None
+    return _png(255 - alpha) if 255 - alpha.min() > LIGHT else None
 
 
 def mask_of_size(data: bytes, size: tuple[int, int], max_pixels: int, invert: bool) -> bytes:

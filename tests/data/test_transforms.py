@@ -15,6 +15,7 @@ from diffusion_jax.data.transforms import (
     BadRecord,
     centred_mask,
     decode,
+    decode_alpha,
     decode_mask,
     decode_texts,
     to_float,
@@ -103,6 +104,37 @@ def test_transparent_pixels_are_white():
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([255, 0, 0])
     assert (decode(encode(palette, transparency=0)) == 255).all()
+
+
+def raw_png(kind: int, depth: int, row: bytes, width: int, transparent: bytes) -> bytes:
+    """A PNG of one row, by its specification. kind: 0 grey, 2 RGB. transparent: the content of tRNS."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
+    chunks = {b"IHDR": header, b"tRNS": transparent, b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
+    checked = ((name + content, len(content)) for name, content in chunks.items())
+    body = (struct.pack(">I", n) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk, n in checked)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@pytest.mark.parametrize("transparent", [0, 1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_of_a_png_has_the_depth_of_its_pixels(depth, transparent):
+    most = 2**depth - 1
+    transparent = min(transparent * (most // 3 or 1), most)
+    levels = [0, most // 3, 2 * most // 3, most]
+    bits = sum(level << (depth * (3 - i)) for i, level in enumerate(levels))
+    row = (bits << (-4 * depth % 8)).to_bytes(-(-4 * depth // 8), "big")
+    png = raw_png(0, depth, row, 4, struct.pack(">H", transparent))
+    np.testing.assert_array_equal(decode_alpha(png)[0], [0 if level == transparent else 255 for level in levels])
+    expected = [255 if level == transparent else level * 255 // most for level in levels]
+    np.testing.assert_array_equal(decode(png)[0, :, 0], expected)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_the_transparent_colour_of_a_png_has_the_depth_of_its_pixels(depth):
+    colours = np.array([[200, 3, 90], [7, 120, 33]]) << (depth - 8) | (depth - 8) * 5
+    row, colour = colours.astype(f">u{depth // 8}").tobytes(), colours[1].astype(">u2").tobytes()
+    png = raw_png(2, depth, row, 2, colour)
+    np.testing.assert_array_equal(decode(png), [[[200, 3, 90], [255, 255, 255]]])
 
 
 def test_16_bit_grey_keeps_its_high_byte():
@@ -340,6 +372,8 @@ def mask_forms() -> dict[str, bytes]:
     black, white = (Image.new("L", grey.size, level) for level in (0, 255))
     palette = Image.fromarray(marked.astype(np.uint8)).convert("P")
     palette.putpalette([0, 0, 0, 255, 255, 255])
+    labels = palette.copy()
+    labels.putpalette([0, 0, 0, 128, 0, 0])  # the first colours of PASCAL VOC
     keyed = palette.copy()
     keyed.putpalette([9, 9, 9, 0, 0, 0])
     return {
@@ -350,6 +384,11 @@ def mask_forms() -> dict[str, bytes]:
         "floats": of_form(Image.fromarray(marked.astype(np.float32)), "TIFF"),
         "CMYK": of_form(grey.convert("RGB").convert("CMYK"), "TIFF"),
         "palette": encode(palette),
+        "labels": encode(Image.fromarray(marked.astype(np.uint8))),
+        "labels, RGB": encode(Image.fromarray(marked.astype(np.uint8)).convert("RGB")),
+        "labels, 16 bits": encode(Image.fromarray(marked.astype(np.uint16))),
+        "labels, palette": encode(labels),
+        "faint strokes": encode(Image.merge("LA", (black, grey.point(lambda level: level // 5)))),
         "JPEG": of_form(grey, "JPEG", quality=95),
         "opaque RGBA": encode(grey.convert("RGBA")),
         "opaque LA": encode(grey.convert("LA")),
@@ -368,6 +407,17 @@ def test_a_mask_marks_the_same_in_every_form(form):
     assert levels.dtype == np.uint8 and mask.shape == (6, 8, 1)
     assert mask[:, :4].all() and not mask[:, 4:].any()
     assert np.array_equal(centred_mask(255 - levels, (6, 8)), ~mask)
+
+
+def test_a_mask_without_light_marks_nothing_or_is_bad():
+    assert not decode_mask(encode(Image.new("L", (6, 4)))).any()
+    for levels in (np.uint8([[0, 1, 2]]), np.uint16([[0, 7, 900]])):
+        with pytest.raises(
+            BadRecord, match=r"a mask of 3 levels from 0 to \d+, none of them light: expected black and"
+        ):
+            decode_mask(encode(Image.fromarray(levels)))
+    soft = np.uint8([[0, 100, 200]])
+    np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(soft))), soft)
 
 
 def test_a_mask_is_turned_as_its_picture_but_not_converted_by_a_profile():

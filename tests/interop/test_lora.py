@@ -105,7 +105,9 @@ def test_names_of_the_original_code(pipeline, tmp_path):
 
 
 def test_names_with_dots_of_the_original_code(pipeline, tmp_path):
-    """ComfyUI's: the denoiser as in the checkpoint of one file, and text encoders as it holds them in memory."""
+    """ComfyUI's: the denoiser as in the checkpoint of one file, and text encoders as it holds them in memory.
+    OneTrainer's (OMI): short names of the parts. Beginnings with underscores are also written with a dot.
+    """
     down, up = halves((4, 5))
     expected = {
         "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0": ("unet", MAP),
@@ -121,11 +123,28 @@ def test_names_with_dots_of_the_original_code(pipeline, tmp_path):
             "down_blocks.0.resnets.0.time_emb_proj",
         ),
         "lycoris_down_blocks_0_resnets_0_conv2": ("unet", "down_blocks_0_resnets_0_conv2"),
+        "lycoris_unet_down_blocks_0_resnets_1_conv1": ("unet", "down_blocks_0_resnets_1_conv1"),
+        "lycoris_te1_text_model_encoder_layers_0_mlp_fc1": ("text_encoder", "text_model_encoder_layers_0_mlp_fc1"),
+        "unet.middle_block.0.out_layers.3": ("unet", "mid_block.resnets.0.conv2"),
+        "unet.time_embed.0": ("unet", "time_embedding.linear_1"),
+        "clip_l.text_model.encoder.layers.0.mlp.fc2": ("text_encoder", "text_model.encoder.layers.0.mlp.fc2"),
+        "clip_g.text_projection": ("text_encoder_2", "text_projection"),
+        "lora_unet.down_blocks.0.resnets.1.conv2": ("unet", "down_blocks.0.resnets.1.conv2"),
+        "lora_te2.text_model.encoder.layers.0.mlp.fc1": ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1"),
     }
     held = {f"{name}.{half}.weight": tensor for name in expected for half, tensor in (("lora_A", down), ("lora_B", up))}
     write_file(tmp_path / "lora.safetensors", held)
     found = {(part, m) for part, maps in load_lora(tmp_path / "lora.safetensors", pipeline).items() for m in maps}
     assert found == {(part, path.replace(".", "_")) for part, path in expected.values()}
+
+
+def test_another_model_is_named(pipeline, tmp_path):
+    """Flux by OneTrainer's names."""
+    down, up = halves((4, 5))
+    name = "lora_transformer_single_transformer_blocks_0_attn_to_q"
+    write_file(tmp_path / "x.safetensors", {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
+    with pytest.raises(ValueError, match=f"network does not have, such as {name}; it was made for another model, or"):
+        merge_lora(pipeline, tmp_path / "x.safetensors")
 
 
 def test_dora_and_lokr_are_merged_by_their_names(pipeline, tmp_path):

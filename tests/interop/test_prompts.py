@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diffusion_jax.interop.prompts import chunk, chunked, chunked_for_each, emphasise, parse
+from diffusion_jax.interop.prompts import MAX_CHUNKS, chunk, chunked, chunked_for_each, emphasise, parse
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", *"abcdefghij", ","]
 LENGTH = 7  # room for 5
@@ -141,13 +141,46 @@ def test_weights_reach_over_a_break(tokenizer):
         ('("a", "b").blend(0.5, 0.5)', "combines several prompts in InvokeAI"),
         ("a (red)1.3 cat", r"\)1.3 is a weight in InvokeAI and compel; write it as in \(words:1.2\)"),
         ("a (red cat)++", r"\)\+\+ is a weight"),
+        ("(a:" + 400 * "9" + ")", "has a weight above 1e.06"),
+        (2000 * "(" + "a", "has a weight above 1e.06"),
+        ("(a:-99999999)", "has a weight above 1e.06"),
         ("a cat --ar 16:9", "--ar is an option of Midjourney"),
+        (f"<lora:{'x' * 9000}>", "<lora:x* names a file"),
+        (f"[{'x' * 9000}:0.5]", r"\[x* changes between steps"),
+        ("a cat --iw 2", "--iw is an option of Midjourney"),
+        ("a cat --no dogs", "--no is an option of Midjourney"),
     ],
 )
 def test_other_syntax_is_refused_in_a_line(prompt, message):
     with pytest.raises(ValueError, match=message) as raised:
         parse(prompt)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a blue++ cat", "blue++ is read as text, though it is a weight"),
+        ("a (blue--, cat)", "blue-- is read as text, though it is a weight"),
+        ("1.3::a cat::", "1.3:: is read as text, though it is a weight"),
+        ("a cat:: -0.5 b", ":: -0.5 is read as text, though it is a weight"),
+        ("a cat --foo", "--foo is read as text, though it is an option"),
+        ("C++, a-b, a -- b, 16:9, std::a, ((a:1.2)), 1+", ""),
+    ],
+)
+def test_what_may_be_other_syntax_is_text_with_one_warning(prompt, found, tokenizer, caplog):
+    ids = chunked_for_each([prompt], [tokenizer, tokenizer])[0][0]
+    np.testing.assert_array_equal(ids, chunked([prompt], tokenizer)[0])
+    assert len(caplog.messages) == bool(found)
+    assert all(message.startswith(f"prompt: {found}") for message in caplog.messages)
+
+
+def test_a_prompt_has_a_most_of_chunks(tokenizer):
+    """Also by BREAK alone."""
+    assert chunked(["a " * 5 * MAX_CHUNKS], tokenizer)[0].shape == (1, MAX_CHUNKS, LENGTH)
+    for prompt in ("a " * (5 * MAX_CHUNKS + 1), "a BREAK " * (MAX_CHUNKS + 1)):
+        with pytest.raises(ValueError, match=f"has {MAX_CHUNKS + 1} chunks of 5 tokens, expected at most {MAX_CHUNKS}"):
+            chunked([prompt], tokenizer)
 
 
 def test_other_tokenizers_are_refused():

@@ -449,6 +449,8 @@ def sigmas(schedule):
         ("sdxl", {}, {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "v", ZERO),
         ("sdxl", {}, {"ss_v_parameterization": "False", "ss_zero_terminal_snr": "None"}, "eps", NORMAL),
         ("sd1", {}, {"modelspec.timestep_range": "0,1000", "modelspec.encoder_layer": "1"}, "eps", NORMAL),
+        ("sdxl", {}, {"modelspec.timestep_range": "(0, 1000)"}, "eps", NORMAL),
+        ("sdxl", {}, {"modelspec.timestep_range": "[1,1000]"}, "eps", NORMAL),
         ("sd2", {}, {"modelspec.prediction_type": "v"}, "v", NORMAL),
         ("sd2", {}, {"modelspec.predict_key": "v"}, "v", NORMAL),
         ("sdxl", {}, {"modelspec.predict_key": "epsilon"}, "eps", NORMAL),
@@ -512,6 +514,7 @@ def test_the_factor_of_the_latents_in_a_file(tmp_path):
     [
         ({"modelspec.prediction_type": "flow"}, "modelspec.prediction_type='flow' in its header is not supported"),
         ({"modelspec.timestep_range": "800,1000"}, "modelspec.timestep_range='800,1000' in its header is not"),
+        ({"modelspec.timestep_range": "(0,200)"}, "modelspec.timestep_range='.0,200.' in its header is not"),
         ({"modelspec.predict_key": "edm"}, "modelspec.predict_key='edm' in its header is not supported"),
         ({"modelspec.architecture": "stable-diffusion-xl-v1-edm"}, "its header says that it is an EDM or a flow model"),
         ({"ss_flow_model": "True"}, "its header says that it is an EDM or a flow model"),

@@ -154,6 +154,7 @@ LOHA = {f"map.hada_w{i}_{half}": numbers(i, *shape) for i in (1, 2) for half, sh
         ({"map.lokr_w1": numbers(0, 3, 2), "map.lokr_w2": numbers(0, 5, 4)}, "makes .15, 8., the map has .12, 8."),
         ({"map.lokr_w1": numbers(0, 3), "map.lokr_w2": numbers(0, 5, 4)}, "lokr_w1 of shape .3,.; expected a matrix"),
         ({"map.alpha": np.ones((), np.float32)}, "such as lora_down, lora_up; got none"),
+        ({}, "expected the updates of a LoRA, got a file without tensors"),
         ({**LORA, **LOHA}, "needs both halves of an update"),
         ({**LORA, "map.lora_A.weight": numbers(0, 2, 3, 8)}, "makes .12, 3, 8., the map has"),
     ],

@@ -16,7 +16,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from diffusion_jax.serve import webui
+from diffusion_jax.serve import webui_bodies
 from diffusion_jax.serve.sizes import Frame
 from tests.serve import tiny
 
@@ -96,7 +96,7 @@ def test_a_morph_is_an_animation_that_goes_there_and_back(client):
     "values",
     [
         {"prompt": 3},
-        {"prompt": "x" * 3000},
+        {"prompt": "3".rjust(10_001)},
         {"steps": "20"},
         {"steps": 0},
         {"steps": 10**9},
@@ -403,7 +403,8 @@ def test_masks_that_mark_nothing_or_have_another_size_are_refused(client):
         return client.post("/v1/images/edits", files=files, data={"prompt": "3"})
 
     opaque = np.dstack([SEEN, np.full((8, 8), 255, np.uint8)])
-    answers = {"expected transparency": [edit(SEEN), edit(half_mask()), edit(opaque)]}
+    nearly = np.dstack([SEEN, 255 - np.arange(64, dtype=np.uint8).reshape(8, 8)])
+    answers = {"expected transparency": [edit(SEEN), edit(half_mask()), edit(opaque), edit(nearly)]}
     ask = {"prompt": "3", "image": encoded(SEEN), "mask": encoded(half_mask()[:4])}
     sizes = "it is 8x4 pixels and the image 8x8: they must be of one size"
     answers[sizes] = [edit(strokes()[:4]), client.post("/api/generate", json=ask)]
@@ -436,7 +437,7 @@ def test_the_web_ui_api_takes_what_its_plugins_send(client):
         np.testing.assert_array_equal(np.asarray(opened(result["images"][0]))[unchanged], SEEN[unchanged])
     for wrong in (
         {"steps": "many"}, {"seed": 1.5}, {"batch_size": 0}, {"batch_size": 17}, {"sampler_name": "magic"},
-        {"scheduler": "magic"}, {"width": 5000}, {"cfg_scale": 99}, {"sampler_name": 3}, {"steps": 9999},
+        {"scheduler": "magic"}, {"width": 5000}, {"cfg_scale": 1001}, {"sampler_name": 3}, {"steps": 9999},
     ):  # fmt: skip
         assert wrong_field(client.post("/sdapi/v1/txt2img", json=ask | wrong)) == [*wrong]
     for wrong, place in [
@@ -445,6 +446,16 @@ def test_the_web_ui_api_takes_what_its_plugins_send(client):
         ({"mask": "zz!"}, ["mask"]),
     ]:  # fmt: skip
         assert wrong_field(client.post("/sdapi/v1/img2img", json=ask | image | wrong)) == place
+
+
+def test_long_prompts_and_strong_guidance_are_drawn(client):
+    """As users of web interfaces send them; their programs have no limit."""
+    values = {"prompt": "3".rjust(10_000), "steps": 2}
+    for scale in (45, 1000):
+        info = json.loads(client.post("/sdapi/v1/txt2img", json=values | {"cfg_scale": scale}).json()["info"])
+        assert info["cfg_scale"] == scale and info["prompt"] == values["prompt"] and not info["warnings"]
+    answer = client.post("/v1/images/generations", json=values | {"guidance": 99.5})
+    assert opened(answer.json()["data"][0]["b64_json"]).text["guidance"] == "99.5"
 
 
 def wrong_field(answer):
@@ -533,7 +544,7 @@ def test_what_has_no_effect_is_warned_of_in_every_api(client):
 
 
 def test_the_web_ui_api_says_what_it_does_otherwise(client):
-    nothing = dict.fromkeys(webui.TextToImage.model_fields)
+    nothing = dict.fromkeys(webui_bodies.TextToImage.model_fields)
     ask = nothing | {"prompt": "3", "seed": 1, "steps": 3, "sampler_name": "DPM2 a Karras", "enable_hr": True}
     scripts = {"controlnet": {"args": [{"module": "canny"}]}}
     answer = client.post("/sdapi/v1/txt2img", json=ask | {"alwayson_scripts": scripts})

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from diffusion_jax.serve import worker
+from diffusion_jax.serve import loading
 from diffusion_jax.serve.engine import CANCELLED, Engine, Full, Progress, Queued
 from diffusion_jax.serve.worker import HELD_BACK, NOT_FINITE, Failed, Refused
 from tests.serve import tiny
@@ -339,7 +339,7 @@ def test_sizes_that_the_model_cannot_draw_are_one_clear_error():
     for expected, sizes in wrong.items():
         loaded.config.serve.sizes = tuple(sizes)
         with pytest.raises(ValueError, match=rf"^config\.serve\.sizes: {expected}"):
-            worker.facts(loaded)
+            loading.facts(loaded)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path):

@@ -114,6 +114,12 @@ def test_a_picture_that_is_dropped_in_gives_its_settings_back(page):
     np.testing.assert_array_equal(np.asarray(shown(page, "#text .pictures img")), before)
 
 
+def test_guidance_may_be_typed_beyond_its_slider(page):
+    assert page.get_attribute("#text .guidance input[type=range]", "max") == "30"
+    draw(page, prompt="3", steps=2, guidance=45)
+    assert shown(page, "#text .pictures img").text["guidance"] == "45.0"
+
+
 def file_of_png(picture):
     """The bytes of a picture with its texts, in base64."""
     from PIL.PngImagePlugin import PngInfo

@@ -1,11 +1,13 @@
 """The names that clients of AUTOMATIC1111's web UI send."""
 
+import re
+
 import pytest
 
 from diffusion_jax.build.sampling import SOLVERS
 from diffusion_jax.core.solvers import SPACINGS
 from diffusion_jax.serve.samplers import sampler, scheduler
-from diffusion_jax.serve.webui import ImageToImage, TextToImage, _ignored
+from diffusion_jax.serve.webui_bodies import ImageToImage, TextToImage, ignored
 
 SOLVER_NAMES, SPACING_NAMES = tuple(SOLVERS), ("", *SPACINGS)
 EXACT = {
@@ -54,7 +56,7 @@ NEAREST = [
     "Euler CFG++", "Euler a CFG++", "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp",
     "dpmpp_2m_cfg_pp", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde_gpu", "res_multistep", "res_multistep_ancestral_cfg_pp",
     "gradient_estimation", "er_sde", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece", "exp_heun_2_x0", "ipndm_v",
-    "uni_pc_bh2", "Euler CFG++ Karras",
+    "uni_pc_bh2", "Euler CFG++ Karras", "[Forge] Flux Realistic", "[Forge] Flux Realistic (Slow)",
 ]  # fmt: skip
 
 
@@ -98,6 +100,18 @@ def test_an_unknown_name_is_refused(name):
         scheduler(name + "!a", SPACING_NAMES)
 
 
+def test_the_error_for_an_unknown_name_has_close_ones():
+    for name, close in {"DPM++ 2N": "DPM++ 2M", "Eular a": "Euler a", "[Forge] Flux Realist": "Flux Realistic"}.items():
+        with pytest.raises(
+            ValueError, match=rf"unknown sampler .* .close: .*{re.escape(close)}.*.; /sdapi/v1/samplers"
+        ):
+            sampler(name, SOLVER_NAMES, "ddim")
+    with pytest.raises(ValueError, match=r"unknown scheduler 'Karas' .close: Karras.*.; /sdapi/v1/schedulers has"):
+        scheduler("Karas", SPACING_NAMES)
+    with pytest.raises(ValueError, match="unknown sampler 'magic'; /sdapi/v1/samplers has the known ones"):
+        sampler("magic", SOLVER_NAMES, "ddim")
+
+
 def test_every_scheduler_of_the_web_ui_is_known():
     exact = {
         "Automatic": "", "automatic": "", "Uniform": "linspace", "uniform": "linspace", "Karras": "karras",
@@ -113,7 +127,7 @@ def test_every_scheduler_of_the_web_ui_is_known():
 
 def warned(kind=TextToImage, **values):
     """The fields that a request is warned of."""
-    return [warning.partition(" has no effect")[0] for warning in _ignored(kind.model_validate(values), "mine")]
+    return [warning.partition(" has no effect")[0] for warning in ignored(kind.model_validate(values), "mine")]
 
 
 def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
@@ -141,7 +155,7 @@ def test_what_is_ignored_is_warned_of_and_what_changes_no_picture_is_not():
     ]
     assert warned(eta=0, s_noise=0, s_churn=0) == ["eta", "s_noise"]  # 0 is a value, and not no value
     assert warned(override_settings={"eta_ancestral": 0}) == ["override_settings.eta_ancestral"]
-    (note,) = _ignored(TextToImage(seed=2**32 + 7), "mine")
+    (note,) = ignored(TextToImage(seed=2**32 + 7), "mine")
     assert note == f"seed={2**32 + 7} became 7"
     settings = {"sd_model_checkpoint": "other", "CLIP_stop_at_last_layers": 2}
     assert warned(override_settings=settings) == [

@@ -15,9 +15,9 @@ from diffusion_jax import build
 from diffusion_jax.serve import connections
 from diffusion_jax.serve.drawing import Picture, Shared
 from diffusion_jax.serve.engine import Ended, Engine, PictureDone
+from diffusion_jax.serve.loading import Loaded
 from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
-from diffusion_jax.serve.worker import Loaded
 
 BRIGHT = 135  # mean grey level of about half of the pictures
 SHARED = Shared("generate", (8, 8), "dpmpp_2m", "", steps=4)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.test_main import steps_saved, unfinished
 from tests.training import test_loop
 
 STEPS, EVERY = 160, 2
@@ -28,14 +29,6 @@ def life(workdir):
     return process
 
 
-def steps_saved(workdir):
-    return sorted(int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit())
-
-
-def is_saving(workdir):
-    return any("tmp" in folder.name for folder in (workdir / "checkpoints").glob("*"))
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_as_one_left_alone(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -46,14 +39,14 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_one_left_alone(tmp_path):
         process = life(killed)
         if number % 2:  # during a save, the others at any time: at the start, while it compiles, in a step
             before = steps_saved(killed)
-            while process.is_alive() and (steps_saved(killed) == before or not is_saving(killed)):
+            while process.is_alive() and (steps_saved(killed) == before or not unfinished(killed)):
                 time.sleep(0.001)
         else:
             process.join(dice.uniform(0, 0.2 * seconds))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
-            ends.append(is_saving(killed))
+            ends.append(bool(unfinished(killed)))
     assert len(ends) > 0.7 * LIVES and set(ends) == {True, False}, "most did not come to the end; some were in a save"
     last = life(killed)
     last.join()

@@ -80,15 +80,19 @@ SCHEDULER = {  # how all of them were trained
     "timestep_spacing": "leading",
 }
 KOHYA = {
-    "lora_unet": "unet",
     "lycoris": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
+    **{
+        f"{kind}_{name}": part
+        for kind in ("lora", "lycoris")
+        for name, part in {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}.items()
+    },
 }
-COMFY = {
+DOTTED = {  # of ComfyUI, and of OneTrainer (OMI)
+    **KOHYA,
     "diffusion_model": "unet",
     "model.diffusion_model": "unet",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
     "text_encoders.clip_l.transformer": "text_encoder",
     "text_encoders.clip_h.transformer": "text_encoder",
     "text_encoders.clip_g.transformer": "text_encoder_2",
@@ -361,7 +365,7 @@ def _lora_path(part, path, unet):
     return unet_name(path, int(np.max(unet.layers_per_block))) if part == "unet" else path
 
 
-LORA = LoraNames(prefixes=KOHYA, dotted=COMFY, path=_lora_path)
+LORA = LoraNames(prefixes=KOHYA, dotted=DOTTED, path=_lora_path)
 
 ONE_ENCODER = (  # of Stable Diffusion 1, and of 2, whose denoiser does not use the last layer
     ("text_encoder", "cond_stage_model.transformer.", clip),

@@ -29,5 +29,5 @@ FAMILY = Family(
     safety_checker=load_safety_checker,
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}, LAYOUT.states),
     lora=latent_diffusion.LORA,
-    embeddings={"emb_params": "text_encoder", "clip_l": "text_encoder"},
+    embeddings=dict.fromkeys(("emb_params", "clip_l", "text_encoders_0"), "text_encoder"),
 )

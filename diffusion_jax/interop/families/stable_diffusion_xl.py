@@ -60,7 +60,10 @@ FAMILY = Family(
     fits=latent_diffusion.fits,
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}, LAYOUT.states),
     lora=latent_diffusion.LORA,
-    embeddings={"clip_l": "text_encoder", "clip_g": "text_encoder_2"},
+    embeddings={
+        **dict.fromkeys(("clip_l", "text_encoders_0"), "text_encoder"),
+        **dict.fromkeys(("clip_g", "text_encoders_1"), "text_encoder_2"),
+    },
 )
 REFINER = FAMILY._replace(
     name="the refiner of Stable Diffusion XL",

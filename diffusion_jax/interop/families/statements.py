@@ -10,6 +10,7 @@ modelspec.encoder_layer             header: layer of the text encoder that it wa
 ss_v_parameterization, ss_zero_terminal_snr, ss_clip_skip      header of kohya's trainer, the same
 """
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -89,8 +90,8 @@ def _check_layer(header, layer):
 
 def _check_range(header, steps):
     value = header.get("modelspec.timestep_range", "")
-    ends = value.replace(" ", "").split(",")
-    if value not in UNSTATED and ends not in (["0", str(steps)], ["0", str(steps - 1)]):
+    is_whole = re.fullmatch(rf"[(\[]?[01][,-]({steps - 1}|{steps})[)\]]?", value.replace(" ", ""))
+    if value not in UNSTATED and not is_whole:
         raise ValueError(
             f"modelspec.timestep_range={value!r} in its header is not supported: expected 0,{steps}, all time steps"
         )

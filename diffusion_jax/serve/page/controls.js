@@ -64,6 +64,7 @@ export class Form {
     } else {
       const step = multipleOf ?? (type === "integer" ? 1 : 0.05);
       const bounds = { min: minimum ?? 0, max: maximum ?? MOST_SEED, step };
+      const most = property["x-slider"] ?? maximum;
       input = element("input", { id, type: "number", ...bounds, value: own ?? "" });
       hidden = fixed({ minimum, maximum });
       if (name.endsWith("seed")) {
@@ -77,8 +78,8 @@ export class Form {
         beside = [lock, roll];
         input.locked = () => lock.ariaPressed === "true";
         input.lock = () => (lock.ariaPressed = "true");
-      } else if (maximum <= 200) {
-        const slider = element("input", { type: "range", ...bounds, value: own, ariaLabel: title, tabIndex: -1 });
+      } else if (most <= 200) {
+        const slider = element("input", { type: "range", ...bounds, max: most, value: own, ariaLabel: title, tabIndex: -1 });
         slider.oninput = () => (input.value = slider.value);
         input.addEventListener("input", () => (slider.value = input.value));
         input.slide = () => (slider.value = input.value);
