@@ -98,16 +98,17 @@ def free_space(folder: str | os.PathLike) -> float:
 def seconds_to_write(folder: str | os.PathLike, size: int) -> float:
     """How long it takes until `size` bytes of a new file in the folder are kept, by trying. Leaves nothing there."""
     trial, start = at(folder) / f"trial-{secrets.token_hex(4)}", time.monotonic()
-    if in_bucket(folder):
-        trial.write_bytes(bytes(size))
-    else:
-        with trial.open("wb") as file:
-            file.write(bytes(size))
-            file.flush()
-            os.fsync(file.fileno())
-    seconds = time.monotonic() - start
-    trial.unlink()
-    return seconds
+    try:
+        if in_bucket(folder):
+            trial.write_bytes(bytes(size))
+        else:
+            with trial.open("wb") as file:
+                file.write(bytes(size))
+                file.flush()
+                os.fsync(file.fileno())
+        return time.monotonic() - start
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def try_writing(folder: str | os.PathLike) -> None:

@@ -70,6 +70,13 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(file.stem) for file in folder.glob("*.safetensors"))
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """Remove averages of later steps, left by a run whose newer checkpoints are gone."""
+    for later in steps(folder):
+        if later > step:
+            (folder / f"{later}.safetensors").unlink()
+
+
 class _Saved(NamedTuple):
     step: int
     name: str

@@ -18,7 +18,7 @@ from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
-from diffusion_jax.training.step import TrainState, init_state, make_train_step
+from diffusion_jax.training.step import TrainState, init_state, initial_key, make_train_step
 
 NUM_CHECKPOINTS = 2  # the second is a spare in case the newest is damaged
 _SYNC_POINTS = itertools.count(1)  # hosts agree on one of them; they never start again, not even with another stage
@@ -80,6 +80,13 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
         else:
             state = checkpoints.restore(strategy.shapes(jax.eval_shape(initial, task.params)))
             logging.info("going on from step %d of %s", int(state.step), checkpoints.folder)
+            if not np.array_equal(state.key, initial_key(seed)):
+                logging.warning(
+                    "the seed is not that of %s: the noise goes on with its seed, the records come in the order of %d",
+                    *(checkpoints.folder, seed),
+                )
+        if parallel.is_main():
+            averages.forget_after(workdir / "averages", int(state.step))
         if int(state.step) < train.steps:
             checkpoints.warn_if_slow(state)
             state = _steps(task, state, workdir, train, strategy, checkpoints)

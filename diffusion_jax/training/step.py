@@ -44,9 +44,13 @@ def init_state(
     """
     step, bad_steps, bad_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # no shared buffers: they are donated
     ema = jax.tree.map(jnp.copy, params)
-    post_hoc_averages = averages.initial(params) if post_hoc else {}
-    key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(step, params, ema, optimizer.init(params), key, bad_steps, bad_in_row, post_hoc_averages)
+    kept = averages.initial(params) if post_hoc else {}
+    return TrainState(step, params, ema, optimizer.init(params), initial_key(seed), bad_steps, bad_in_row, kept)
+
+
+def initial_key(seed: int) -> Array:
+    """The root of all randomness of a run, as an array of numbers."""
+    return jax.random.key_data(jax.random.key(seed))
 
 
 def make_train_step(

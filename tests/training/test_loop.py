@@ -1,6 +1,7 @@
 """The loop: a run that was stopped, killed or has diverged goes on as if nothing had happened."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -38,9 +39,9 @@ class Batches:
         return batch | {"y": batch["y"] * np.nan} if self.given in self.poison else batch
 
 
-def fit(workdir, batches=None, params=None, **fields):
+def fit(workdir, batches=None, seed=0, **fields):
     task = loop.Task("linear", linear.loss, linear.initial(), linear.FROZEN, batches or Batches(), optax.adam(0.05))
-    return jax.device_get(loop.fit(task, workdir, linear.section(**fields), seed=0))
+    return jax.device_get(loop.fit(task, workdir, linear.section(**fields), seed))
 
 
 def saved(workdir):
@@ -103,6 +104,22 @@ def test_averages_go_on_too(tmp_path):
     assert averages.steps(tmp_path / "whole" / "averages") == [4, 8, 12]
     assert_same(whole, killed)
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), whole, like)))
+
+
+def test_averages_of_later_steps_are_forgotten(tmp_path):
+    """The user moves the newest checkpoint away, and goes on from the one before at other steps."""
+    fit(tmp_path, post_hoc=True, steps=8)
+    (tmp_path / "checkpoints" / "8").rename(tmp_path / "away")
+    fit(tmp_path, post_hoc=True, steps=9, checkpoint_every=9)
+    assert averages.steps(tmp_path / "averages") == [4, 9]
+
+
+def test_another_seed_is_told(whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    fit(tmp_path, steps=13)
+    assert "seed" not in caplog.text
+    fit(tmp_path, steps=14, seed=1)
+    assert "the noise goes on with its seed, the records come in the order of 1" in caplog.text
 
 
 @pytest.mark.parametrize("at", [1, 6, 12])
