@@ -7,6 +7,7 @@ locked or mapped into memory, and appears whole when its upload ends. Requests t
 import asyncio
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -88,6 +89,23 @@ def beside(folder: str | os.PathLike, name: str) -> pathlib.Path:
     """
     folder = at(folder)
     return CACHE / "buckets" / str(folder).removeprefix(SCHEME) / name if in_bucket(folder) else folder / name
+
+
+def matching(pattern: str) -> list[tuple[Path, int, str]]:
+    """The files that match a glob pattern, sorted: (path, size in bytes, version), which changes with the file."""
+    if in_bucket(at(pattern)):
+        objects = {name: facts for name, facts in _filesystem().glob(pattern, detail=True).items() if facts["size"]}
+        return [
+            (at(SCHEME + name), objects[name]["size"], " ".join(str(objects[name].get(key)) for key in VERSION))
+            for name in sorted(objects)
+        ]
+    files = sorted(path for path in map(pathlib.Path, glob.iglob(pattern, recursive=True)) if path.is_file())
+    return [(file, stat.st_size, str(stat.st_mtime_ns)) for file in files for stat in [file.stat()]]
+
+
+def download(path: str | os.PathLike, file: pathlib.Path) -> None:
+    """Copy a file of a bucket to a local one."""
+    _filesystem().get_file(str(path), str(file))
 
 
 def free_space(folder: str | os.PathLike) -> float:

@@ -150,7 +150,7 @@ def _training_records(
     records = source
     if is_cached:
         fields = {"latent": of_variants} | ({} if has_several_captions else {"cond": of_captions})
-        data = {name: value for name, value in config.data.to_dict().items() if name != "cache"}
+        data = {name: value for name, value in config.data.to_dict().items() if name not in ("cache", "cache_gb")}
         key = {"data": data, "size": model.size, **keys}
         folder = build.data.cache_folder(config.data, workdir)
         records = cached(source, folder, key, fields, ENCODE_BATCH, build.data.variants(config, model.size))

@@ -2,18 +2,24 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax import paths
+from diffusion_jax import hosts, parallel, paths
 from diffusion_jax.data import sources, transforms
 from diffusion_jax.data.loader import loader
+from diffusion_jax.data.mixture import mixed
+from diffusion_jax.data.shards import KINDS, shards
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform, crop
 from diffusion_jax.paths import Path
+
+TERMS = re.compile(r"\s\+\s(?=\s*[\d.]+\*)")  # between the terms of a mixture; no glob has spaces around a plus
 
 
 def source(config: ConfigDict, split: str, size: int) -> Source:
@@ -23,19 +29,55 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     size: of images, pixels on a side, for sources with a choice.
     """
     data = config.data
-    paths.local(data.cache, "config.data.cache")  # raises now and not when the first stage is trained
-    name, data_dir = data.splits[split], data_folder(data)
-    if data.source == "emoji":
-        return sources.emoji(size, name, data_dir, data.styles, data.concepts)
-    if data.source == "digits":
-        return sources.digits(name)
-    if data.source == "folder":
-        if not data.path:
+    kept = paths.local(data.cache, "config.data.cache") if data.cache else paths.CACHE / "data"
+    make = functools.partial(_source, data.source, data, data.splits[split], size, kept)
+    # the main host is first: what it downloads and lists, the others find if they share its disk
+    made, error = None, None
+    if parallel.is_main():
+        try:
+            made = make()
+        except Exception as raised:
+            error = raised
+    hosts.raise_together(error)
+    return make() if made is None else made
+
+
+def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Path) -> Source:
+    """The source that a text describes.
+
+    data: the section of the config.
+    split: its name, which also replaces {split} in paths and patterns.
+    kept: the folder for lists and copies of data.
+    """
+    kind, _, rest = text.partition(":")
+    rest = rest.replace("{split}", split)
+    if text == "emoji":
+        return sources.emoji(size, split, data_folder(data), data.styles, data.concepts)
+    if text == "digits":
+        return sources.digits(split)
+    if kind == "folder":
+        if not (path := rest or data.path):
             raise ValueError("config.data.path is empty: name the folder of pictures of data.source=folder")
-        return sources.folder(paths.local(data.path, "config.data.path"))
-    if data.source.startswith("tfds:"):
-        return sources.tfds_source(data.source.removeprefix("tfds:"), name, data_dir)
-    raise ValueError(f"unknown data source {data.source!r}; known: emoji, digits, folder, tfds:NAME")
+        return sources.folder(paths.local(path, f"config.data.{'source' if rest else 'path'}"))
+    if kind == "tfds":
+        return sources.tfds_source(rest, split, data_folder(data))
+    if kind in KINDS:
+        return shards(kind, rest, kept, data.cache_gb * 1e9)
+    if kind == "mix":
+        terms = [_weighted(term) for term in TERMS.split(rest)]
+        return mixed([_source(term, data, split, size, kept) for _, term in terms], [weight for weight, _ in terms])
+    raise ValueError(
+        f"unknown data source {text!r}; known: emoji, digits, folder, folder:PATH, tfds:NAME, "
+        f"{', '.join(f'{kind}:FILES' for kind in KINDS)}, mix:WEIGHT*SOURCE + WEIGHT*SOURCE"
+    )
+
+
+def _weighted(term: str) -> tuple[Fraction, str]:
+    """A term of a mixture, as 0.3*folder:PATH."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\*(.+?)\s*", term)
+    if not match or not Fraction(match[1]) or match[2].startswith("mix:"):
+        raise ValueError(f"mix: expected 0.7*SOURCE + 0.3*SOURCE, with weights above 0, got {term.strip()!r}")
+    return Fraction(match[1]), match[2]
 
 
 def data_folder(data: ConfigDict) -> pathlib.Path | None:

@@ -87,7 +87,12 @@ PUBLISHED = {
 }
 
 DATA = {
-    "source": Field("digits", text, 'emoji, digits, folder (then path), or "tfds:NAME".'),
+    "source": Field(
+        "digits",
+        text,
+        "emoji, digits, folder (then path), folder:PATH, tfds:NAME; shards, tar:FILES, parquet:FILES or "
+        "array_record:FILES, with * in names and {split} for the split; or several, mix:0.7*SOURCE + 0.3*SOURCE.",
+    ),
     "path": Field("", text, "The folder of source=folder."),
     "styles": Field((), each(text), "The styles of source=emoji; empty for all."),
     "concepts": Field(
@@ -95,7 +100,13 @@ DATA = {
     ),
     "data_dir": Field("", text, "Where TFDS keeps data sets; empty for its default."),
     "cache": Field(
-        "", text, "A local folder for outputs of frozen networks; empty for WORKDIR/cache, on a bucket a local one."
+        "",
+        text,
+        "A local folder for outputs of frozen networks, and for lists and copies of data; empty for WORKDIR/cache (on "
+        "a bucket a local one), and ~/.cache/diffusion_jax/data.",
+    ),
+    "cache_gb": Field(
+        50.0, number(0), "Disk space in GB for shards that are copied from a bucket or unpacked from Parquet."
     ),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
     "random_crop": Field(False, flag, "Crop at a random place, else at the centre."),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffusion_jax import paths
 from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.loader import THREADS, Reader, stack
+from diffusion_jax.data.order import selected
 from diffusion_jax.data.sources import Captions, Source
 from diffusion_jax.data.transforms import Record, Transform
 
@@ -131,5 +132,6 @@ def _open(path: Path, source: Source) -> Source:
         size=len(index),
         read=read,
         num_classes=source.num_classes,
-        captions=Captions(len(index), lambda row: source.captions[index[row]]) if source.captions else (),
+        captions=Captions(len(index), lambda row: source.captions[int(index[row])]) if source.captions else (),
+        parts=selected(source.parts, index),
     )

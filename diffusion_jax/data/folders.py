@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
-from PIL import Image
 
+from diffusion_jax.data.rows import suffixes
 from diffusion_jax.messages import first_line
 
-# Pillow's names of picture formats; it needs a plugin for HEIF and JXL, as for AVIF in some builds
-FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 COLUMNS = ("file_name", "text")
 METADATA = {  # files of captions, and their form in errors
     "metadata.jsonl": '{"file_name": "...", "text": "..."}',
@@ -78,10 +76,9 @@ def _described(root: Path, metadata: list[Path]) -> Listing:
 
 def _undescribed(root: Path, found: list[Path]) -> Listing:
     """The pictures among the files of a folder, with the captions beside them, or else their classes."""
-    suffixes = [suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS]
-    files = [file for file in found if file.suffix.lower() in suffixes]
+    files = [file for file in found if file.suffix.lower() in suffixes()]
     if not files:
-        raise FileNotFoundError(f"{root} has no pictures ({' '.join(suffixes)})")
+        raise FileNotFoundError(f"{root} has no pictures ({' '.join(suffixes())})")
     captions = _sidecars(root, files)
     if captions or any(len(file.parts) == 1 for file in files):
         return Listing(files, captions, [], [])

@@ -1,5 +1,7 @@
 """From a source to batches, with Grain: shuffled, shared by processes, prefetched by threads, from any step."""
 
+import itertools
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +10,7 @@ import grain
 import numpy as np
 from absl import logging
 
+from diffusion_jax.data import order
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord, Record, Transform
 
@@ -90,12 +93,14 @@ def loader(
     reader = Reader(source, transform)
 
     def read_good(index: int, rng: np.random.Generator) -> Record:
-        while (record := reader(index, rng)) is None:
-            index = int(rng.integers(len(source)))
-        return record
+        for attempt in itertools.count():
+            if (record := reader(index, rng)) is not None:
+                return record
+            index = order.replacement(source.parts, index, attempt, rng)
 
     # the crop of an image is drawn before the records are shared out, so it does not depend on the number of processes
-    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().random_map(read_good).repeat()
+    records = order.endless(source.parts, seed).random_map(read_good)
+    records = records if len(records) == sys.maxsize else records.repeat()
     batches = records.batch(batch_size, drop_remainder=True, batch_fn=stack)
     # one task of a thread makes a whole batch: handing over single records takes longer than reading cached ones
     share = batches[start * process_count + process_index :: process_count]
@@ -115,7 +120,7 @@ def one_epoch(
     """
     if len(source) < batch_size:
         raise ValueError(f"{source.name} has {len(source)} records, too few for batches of {batch_size}")
-    indices = grain.MapDataset.range(len(source)).seed(seed or 0)
-    records = (indices if seed is None else indices.shuffle()).random_map(Reader(source, transform))
+    unshuffled = grain.MapDataset.range(len(source)).seed(0)
+    records = (unshuffled if seed is None else order.one_pass(source.parts, seed)).random_map(Reader(source, transform))
     read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, 2 * batch_size))
     return iter(records.to_iter_dataset(read_options).batch(batch_size, drop_remainder=False, batch_fn=stack))

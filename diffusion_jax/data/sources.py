@@ -20,6 +20,7 @@ from diffusion_jax.data.colours import MainHue
 from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.emoji import PIXELS, STYLES, Emoji
 from diffusion_jax.data.folders import digest, list_pictures
+from diffusion_jax.data.order import Part
 from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, is_trained_on, paint, scenes_alone, trained_scene
 from diffusion_jax.data.transforms import Record, decode
 
@@ -34,6 +35,7 @@ class Source:
     num_classes: number of labels, 0 if there are none.
     captions: the caption of each record, or a tuple of captions; empty if there are none.
     files: the file of each record, empty if records are not files.
+    parts: in what order records are drawn, see `Part`; empty if all are alike and can be read one by one.
     """
 
     name: str
@@ -42,10 +44,13 @@ class Source:
     num_classes: int = 0
     captions: Sequence[str | tuple[str, ...]] = ()
     files: Sequence[str] = ()
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self):
         if self.size == 0:
             raise ValueError(f"{self.name} is empty: it has no records")
+        if not self.parts:
+            object.__setattr__(self, "parts", (Part(self.size),))
 
     def __len__(self) -> int:
         return self.size
@@ -72,7 +77,7 @@ def with_captions(source: Source) -> Source:
 
 @dataclass(frozen=True)
 class Captions(Sequence):
-    """Captions that are read only when they are used."""
+    """Captions, or other texts, that are read only when they are used."""
 
     size: int
     read: Callable[[int], str | tuple[str, ...]]

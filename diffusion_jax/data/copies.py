@@ -1,0 +1,109 @@
+"""Local copies of shards, of bounded size in all: those that were needed last stay."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from diffusion_jax import paths
+
+THREADS = 4  # copies made at a time
+UNFINISHED = ".partial"
+ABANDONED = 3600  # seconds after the last change of an unfinished copy
+_making_room = threading.Lock()
+_promised = 0  # bytes of the copies that are being made
+
+
+class Copies:
+    """Local copies of the shards of a source, made when they are needed or announced. Thread-safe.
+
+    folder: of these copies. The folders beside it belong to other sources, and share the space.
+    sizes: bytes of each copy, estimated before it is made.
+    make: (number of the shard, file) -> writes the copy.
+    limit: bytes of all copies in all folders.
+    """
+
+    def __init__(self, folder: Path, sizes: Sequence[int], make: Callable[[int, Path], None], limit: float):
+        self._folder, self._sizes, self._make, self._limit = folder, sizes, make, limit
+        self._pending: dict[int, Future] = {}
+        self._announced: frozenset[int] = frozenset()
+        self._lock = threading.Lock()
+        self._turns = threading.Semaphore(THREADS)
+
+    def __call__(self, number: int) -> Path:
+        """The copy of a shard. Waits until it is there. If nobody announced it, the next shard is copied too."""
+        file = self._folder / str(number)
+        if not file.exists():
+            if number not in self._announced:
+                self.announce([n for n in (number, number + 1) if n < len(self._sizes)])
+            self._request(number).result()
+        return file
+
+    def announce(self, numbers: Iterable[int]) -> None:
+        """Make the copies of these shards, in this order, in the background. They are the last to be removed."""
+        numbers = list(numbers)
+        self._announced = frozenset(numbers)
+        for number in numbers:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self._folder / str(number))
+            self._request(number)
+
+    def _request(self, number: int) -> Future:
+        with self._lock:
+            future = self._pending.get(number)
+            if future is None:
+                future = self._pending[number] = Future()
+                # no executor: the end of the program would wait for its threads
+                threading.Thread(target=self._copy, args=(number, future), daemon=True).start()
+            return future
+
+    def _copy(self, number: int, future: Future) -> None:
+        file, error = self._folder / str(number), None
+        try:
+            with self._turns:
+                if not file.exists():
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    with self._room(self._sizes[number]), paths.written(file) as unfinished:
+                        self._make(number, unfinished)
+        except Exception as raised:  # handed to those who wait
+            error = raised
+        with self._lock:
+            del self._pending[number]
+        future.set_exception(error) if error else future.set_result(None)
+
+    @contextlib.contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        """Remove the copies whose last use is longest ago, other sources' too, until one more of `size` bytes fits.
+
+        Whoever has opened a removed copy can go on reading it. Raises OSError if the disk is full.
+        """
+        global _promised
+        with _making_room:
+            self._remove(self._limit - size - _promised)
+            _promised += size
+        try:
+            if (free := paths.free_space(self._folder)) < size:
+                raise OSError(
+                    f"no space left in {self._folder}: {size / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free; free "
+                    "some, or name another disk by config.data.cache"
+                )
+            yield
+        finally:
+            with _making_room:
+                _promised -= size
+
+    def _remove(self, limit: float) -> None:
+        """Remove copies until the others take at most `limit` bytes. Those that are announced stay."""
+        kept = {self._folder / str(number) for number in self._announced}
+        stats = {file: file.stat() for file in self._folder.parent.glob("*/*")}
+        total = sum(stat.st_size for file, stat in stats.items() if file.suffix != UNFINISHED)
+        for file in sorted(stats, key=lambda file: stats[file].st_mtime):
+            if file.suffix == UNFINISHED:
+                if time.time() - stats[file].st_mtime > ABANDONED:
+                    file.unlink(missing_ok=True)
+            elif total > limit and file not in kept:
+                file.unlink(missing_ok=True)
+                total -= stats[file].st_size

@@ -1,0 +1,217 @@
+"""Sources of shards: files that hold many records each, on a local disk or in a bucket."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+from absl import logging
+from tqdm import tqdm
+
+from diffusion_jax import paths
+from diffusion_jax.data import array_record_shards, parquet_shards, tables, tar_shards
+from diffusion_jax.data.copies import Copies
+from diffusion_jax.data.folders import DECODER
+from diffusion_jax.data.order import WINDOW, Part
+from diffusion_jax.data.rows import Row
+from diffusion_jax.data.sources import Captions, Source
+from diffusion_jax.data.transforms import BadRecord, Record, decode
+
+FORM = 1  # changes whenever an index of the same shards says something else
+OPEN = 128  # shards that are open at a time
+ATTEMPTS = 3  # to open a copy that others may remove
+SHOWN = 3  # problems in a message
+
+
+class Kind(NamedTuple):
+    """How shards of one kind are read.
+
+    scan: shard -> its records. Raises ValueError if it is not of this kind.
+    opened: file -> a function (offset, size) of a `Row` -> the bytes of the picture, its path, or None.
+    unpack: (shard, file) -> writes the file for `opened`; None if that reads the shard itself.
+    """
+
+    scan: Callable[[paths.Path], Iterator[Row]]
+    opened: Callable[[Path], Callable[[int, int], bytes | str | None]]
+    unpack: Callable[[paths.Path, Path], None] | None = None
+
+
+KINDS = {
+    "tar": Kind(tar_shards.scan, tar_shards.opened),
+    "parquet": Kind(parquet_shards.scan, parquet_shards.opened, parquet_shards.unpack),
+    "array_record": Kind(array_record_shards.scan, array_record_shards.opened),
+}
+INDEX = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("name", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("captions", pa.list_(pa.string())),
+        ("label", pa.string()),
+    ]
+)
+
+
+def shards(kind: str, pattern: str, folder: Path, limit: float) -> Source:
+    """The records of shards, with captions or labels.
+
+    The first use makes an index of all shards, which is kept in `folder`/index. Shards in a bucket are copied to
+    `folder`/shards when they are read, those of Parquet are unpacked there.
+
+    kind: one of `KINDS`; their modules describe the records.
+    pattern: a path with * and ? for the names of shards, or ** for folders.
+    limit: bytes of all shards in the folder.
+
+    Labels that are all whole numbers stay what they are. Other labels are names, numbered in their sorted order. A
+    record without a caption, among others with captions, has the empty one, with a warning. One without a label, among
+    others with labels, is a bad record. What is no record, such as texts without a picture, is left out with a warning.
+
+    Raises FileNotFoundError if no file matches, and ValueError for a file of another kind, a shard without a record,
+    and a limit that is too small for the shards that are read together.
+    """
+    found, how = _found(pattern), KINDS[kind]
+    facts = [kind, FORM, DECODER, [[path.name, size, version] for path, size, version in found]]
+    name = f"{kind}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    files = [path for path, _, _ in found]
+    local, announce = _local_files(how, found, folder / "shards" / name, limit)
+    base = folder / "index" / name
+    table, facts = tables.stored(base) or _index(base, how, files, local)
+    _warn(name, facts)
+    sizes = facts["records"]
+    return Source(
+        name=name,
+        size=sum(sizes),
+        read=_reader(how, files, local, table, facts),
+        num_classes=facts["num_classes"],
+        captions=_captions(table, facts["captions"]),
+        files=Captions(sum(sizes), lambda index: _place(files, table, index)),
+        parts=(Part(sum(sizes), blocks=sizes, announce=announce),) if announce else (),
+    )
+
+
+def _found(pattern: str) -> list[tuple[paths.Path, int, str]]:
+    """The shards that match a pattern, with size and version."""
+    found = paths.matching(pattern)
+    if not found:
+        advice = "name files and no folder, with * for what differs, as DATA/*.tar"
+        raise FileNotFoundError(f"no shards match {pattern}; {advice}")
+    return found
+
+
+def _local_files(
+    how: Kind, found: list[tuple[paths.Path, int, str]], folder: Path, limit: float
+) -> tuple[Callable[[int], Path], Callable[[Sequence[int]], None] | None]:
+    """(number of a shard -> the file for `Kind.opened`, what is called with the shards to be read next). Without the
+    second, all shards lie ready.
+    """
+    files, sizes = [path for path, _, _ in found], [size for _, size, _ in found]
+    if not how.unpack and not paths.in_bucket(files[0]):
+        return files.__getitem__, None
+    needed = sum(sorted(sizes)[-2 * WINDOW :])
+    if needed > limit:
+        raise ValueError(
+            f"config.data.cache_gb must be at least {needed / 1e9:.3g}, for the {min(2 * WINDOW, len(files))} shards "
+            f"in {files[0].parent} that are in use at a time, got {limit / 1e9:.3g}"
+        )
+    write = how.unpack or paths.download
+    copies = Copies(folder, sizes, lambda number, file: write(files[number], file), limit)
+    return copies, copies.announce
+
+
+def _index(base: Path, how: Kind, files: Sequence[paths.Path], local: Callable[[int], Path]) -> tuple[pa.Table, dict]:
+    """Read all shards, and store the table and the facts about them."""
+    facts = {"records": [], "captions": 0, "uncaptioned": 0, "unlabelled": 0, "left_out": 0, "problems": []}
+    labels: set[str] = set()
+
+    def rows() -> Iterator[tuple]:
+        for number, file in enumerate(tqdm(files, desc=f"reading {base.name}", unit="shards")):
+            count = 0
+            for row in how.scan(file if how.unpack else local(number)):
+                if row.problem:
+                    facts["left_out"] += 1
+                    facts["problems"] += [f"{file} {row.name}: {row.problem}"][: SHOWN - len(facts["problems"])]
+                    continue
+                count += 1
+                facts["captions"] = max(facts["captions"], len(row.captions))
+                facts["uncaptioned"] += not any(row.captions)
+                facts["unlabelled"] += row.label is None
+                labels.update([row.label] if row.label is not None else [])
+                yield number, row.name, row.offset, row.size, row.captions, row.label
+            if not count:
+                raise ValueError("; ".join([f"{file} has no records", *facts["problems"][-1:]]))
+            facts["records"].append(count)
+
+    tables.store(base, INDEX, rows(), lambda: facts | _classes(labels))
+    return tables.stored(base)
+
+
+def _classes(labels: set[str]) -> dict:
+    """The number of classes, and their names, None if labels are numbers."""
+    if all(label.isascii() and label.isdecimal() for label in labels):
+        return {"num_classes": max(map(int, labels), default=-1) + 1, "classes": None}
+    return {"num_classes": len(labels), "classes": sorted(labels)}
+
+
+def _warn(name: str, facts: dict) -> None:
+    total = sum(facts["records"])
+    if facts["left_out"]:
+        logging.warning("%s: left out %d entries: %s", name, facts["left_out"], "; ".join(facts["problems"]))
+    if facts["captions"] and facts["uncaptioned"]:
+        logging.warning("%s: %d of %d records have no caption, or an empty one", name, facts["uncaptioned"], total)
+    if facts["num_classes"] and facts["unlabelled"]:
+        logging.warning("%s: %d of %d records have no class and are not used", name, facts["unlabelled"], total)
+
+
+def _captions(table: pa.Table, most: int) -> Sequence[str | tuple[str, ...]]:
+    """The captions of each record; tuples if some record has several."""
+    column = table["captions"]
+
+    def read(index: int) -> str | tuple[str, ...]:
+        captions = tuple(column[index].as_py()) or ("",)
+        return captions if most > 1 else captions[0]
+
+    return Captions(len(column), read) if most else ()
+
+
+def _reader(
+    how: Kind, files: Sequence[paths.Path], local: Callable[[int], Path], table: pa.Table, facts: dict
+) -> Callable[[int], Record]:
+    """index -> record."""
+    numbers = {name: number for number, name in enumerate(facts["classes"] or ())}
+    captions = _captions(table, min(facts["captions"], 1))
+    shard, offset, size, labels = (table[name] for name in ("shard", "offset", "size", "label"))
+
+    @functools.lru_cache(OPEN)
+    def opened(number: int) -> Callable[[int, int], bytes | str | None]:
+        for attempt in range(ATTEMPTS):
+            try:
+                return how.opened(local(number))
+            except FileNotFoundError:  # a copy that another process has removed since
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def read(index: int) -> Record:
+        number = shard[index].as_py()
+        picture = opened(number)(offset[index].as_py(), size[index].as_py())
+        if picture is None:
+            raise BadRecord("no picture")
+        record: Record = {"image": decode(picture if isinstance(picture, bytes) else files[number].parent / picture)}
+        if captions:
+            record["caption"] = captions[index]
+        if facts["num_classes"]:
+            label = labels[index].as_py()
+            if label is None:
+                raise BadRecord("no class")
+            record["label"] = numbers[label] if numbers else int(label)
+        return record
+
+    return read
+
+
+def _place(files: Sequence[paths.Path], table: pa.Table, index: int) -> str:
+    return f"{files[table['shard'][index].as_py()]} {table['name'][index].as_py()}"

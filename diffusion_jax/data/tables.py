@@ -1,0 +1,42 @@
+"""Tables on disk: Arrow files, mapped into memory so that their size costs none, with facts beside them."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pyarrow as pa
+
+from diffusion_jax import paths
+
+BATCH_ROWS = 1 << 16
+
+
+def store(base: Path, schema: pa.Schema, rows: Iterable[tuple], facts: Callable[[], dict]) -> None:
+    """Write base.arrow, then base.json. Each appears whole, and the second says that the table is complete.
+
+    rows: values in the order of the schema. They are written in batches and need not fit into memory.
+    facts: JSON values about the table. Called after the last row.
+    """
+    base.parent.mkdir(parents=True, exist_ok=True)
+    remaining = iter(rows)
+    with paths.written(f"{base}.arrow") as file, pa.ipc.new_file(str(file), schema) as out:
+        while batch := list(itertools.islice(remaining, BATCH_ROWS)):
+            columns = zip(*batch, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            out.write_batch(pa.record_batch(arrays, schema=schema))
+    paths.write(f"{base}.json", json.dumps(facts()))
+
+
+def stored(base: Path) -> tuple[pa.Table, dict] | None:
+    """The table and the facts of `store`, or None if they are not there or of another program."""
+    try:
+        facts = json.loads(Path(f"{base}.json").read_text())
+        return mapped(Path(f"{base}.arrow")), facts
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+
+
+def mapped(file: Path) -> pa.Table:
+    """The table in an Arrow file, mapped into memory."""
+    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
