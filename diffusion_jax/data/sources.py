@@ -68,6 +68,11 @@ def choose_caption(captions: str | tuple[str, ...] | None, rng: np.random.Genera
     return captions[rng.integers(len(captions))] if isinstance(captions, tuple) else captions
 
 
+def first_caption(captions: str | tuple[str, ...]) -> str:
+    """The caption of a record itself, where several are in the source's captions."""
+    return captions[0] if isinstance(captions, tuple) else captions
+
+
 def with_captions(source: Source) -> Source:
     """The source with "caption" in its records, if it has captions."""
     if not source.captions:
@@ -229,8 +234,7 @@ def folder(path: str | PathLike) -> Source:
     def read(index: int) -> Record:
         record: Record = {"image": decode(root / listing.files[index])}
         if listing.captions:
-            caption = listing.captions[index]
-            record["caption"] = caption[0] if isinstance(caption, tuple) else caption
+            record["caption"] = first_caption(listing.captions[index])
         if listing.labels:
             record["label"] = listing.labels[index]
         return record
@@ -299,7 +303,7 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
         raw = records[index]
         record: dict[str, Any] = {"image": decode(raw[image])}
         if caption:
-            record["caption"] = caption(raw)
+            record["caption"] = first_caption(caption(raw))
         if label:
             record["label"] = int(raw[label])
         return record
@@ -313,19 +317,23 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     )
 
 
-def _caption(features: tfds.features.FeaturesDict) -> Callable[[dict], str] | None:
-    """A function from raw record to caption, or None without captions. Of several texts, as in COCO, it takes the
-    first.
-    """
+def _caption(features: tfds.features.FeaturesDict) -> Callable[[dict], str | tuple[str, ...]] | None:
+    """A function from raw record to its caption, or to all of several, as in COCO. None without captions."""
     text = _first(features, tfds.features.Text)
     if text:
         return lambda raw: raw[text].decode()
     for name, feature in features.items():
         inner = getattr(feature, "feature", None)
+        if isinstance(inner, tfds.features.Text):
+            return lambda raw: _texts(raw[name])
         text = _first(inner, tfds.features.Text) if isinstance(inner, tfds.features.FeaturesDict) else None
         if text:
-            return lambda raw: raw[name][text][0].decode()
+            return lambda raw: _texts(raw[name][text])
     return None
+
+
+def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
+    return tuple(value.decode() for value in values) or ("",)
 
 
 def _first(features: tfds.features.FeaturesDict, kind: type) -> str | None:
