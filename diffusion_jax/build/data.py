@@ -58,7 +58,7 @@ def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Pa
     if kind == "folder":
         if not (path := rest or data.path):
             raise ValueError("config.data.path is empty: name the folder of pictures of data.source=folder")
-        return sources.folder(paths.local(path, f"config.data.{'source' if rest else 'path'}"))
+        return sources.folder(paths.local(path, f"config.data.{'source' if rest else 'path'}"), kept)
     if kind == "tfds":
         return sources.tfds_source(rest, split, data_folder(data))
     if kind in KINDS:

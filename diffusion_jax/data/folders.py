@@ -5,8 +5,10 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -21,6 +23,7 @@ METADATA = {  # files of captions, and their form in errors
     "metadata.parquet": "the columns file_name and text",
 }
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
+AT_ONCE = 10_000  # files whose names and captions are text for a hash
 DECODER = 3  # changes whenever `transforms.decode` gives other pixels
 csv.field_size_limit(2**31 - 1)  # of a text, which Python limits to 128 KiB
 
@@ -28,16 +31,18 @@ Caption = str | tuple[str, ...]
 
 
 class Listing(NamedTuple):
-    """The pictures of a folder, as paths relative to it.
+    """The pictures of a folder, as paths relative to it, with / between their parts.
 
     captions, labels: one for each picture, or empty. If a picture has several captions, all captions are tuples.
     classes: the names of the classes.
+    read: the folders and the files of metadata that the listing was made of, with their times and sizes.
     """
 
-    files: list[Path]
-    captions: list[Caption]
-    labels: list[int]
+    files: Sequence[str]
+    captions: Sequence[Caption]
+    labels: Sequence[int]
     classes: list[str]
+    read: dict[str, list[int]]
 
 
 def list_pictures(root: Path) -> Listing:
@@ -56,11 +61,13 @@ def list_pictures(root: Path) -> Listing:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
-    found = sorted(file.relative_to(root) for file in _files(root))
-    metadata = [file for file in found if file.name in METADATA]
-    listing = _described(root, metadata) if metadata else _undescribed(root, found)
-    used = {*metadata, *listing.files, *(file.with_suffix(".txt") for file in listing.files)}
-    left_out = collections.Counter(file.suffix.lower() or "without a suffix" for file in found if file not in used)
+    read: dict[str, list[int]] = {}
+    found = sorted(_files(root, read), key=lambda file: file.split("/"))
+    metadata = [file for file in found if os.path.basename(file) in METADATA]
+    read |= {file: version(root, file) for file in metadata}
+    listing = (_described if metadata else _undescribed)(root, found, metadata)._replace(read=read)
+    used = {*metadata, *listing.files, *map(_sidecar, listing.files)}
+    left_out = collections.Counter(_suffix(file) or "without a suffix" for file in found if file not in used)
     if left_out:
         why = "no metadata name them" if metadata else "they are no pictures of a known form"
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
@@ -68,66 +75,91 @@ def list_pictures(root: Path) -> Listing:
     return listing
 
 
-def _described(root: Path, metadata: list[Path]) -> Listing:
+def version(root: Path, file: str) -> list[int]:
+    """The time of the last change and the size of a file, or the time of a folder, whose entries may not change."""
+    stat = os.stat(os.path.join(root, file))
+    return [stat.st_mtime_ns] if S_ISDIR(stat.st_mode) else [stat.st_mtime_ns, stat.st_size]
+
+
+def digest(root: Path, listing: Listing) -> str:
+    """A hash of captions and pictures. Uses file sizes and times for the pictures, because reading them takes long."""
+    hashed = hashlib.sha256(f"[{DECODER}, [".encode())
+    for start in range(0, len(listing.files), AT_ONCE):
+        content = [[file, *version(root, file)[::-1]] for file in listing.files[start : start + AT_ONCE]]
+        hashed.update((", " * (start > 0) + json.dumps(content)[1:-1]).encode())
+    hashed.update(b"], [")
+    for start in range(0, len(listing.captions), AT_ONCE):
+        hashed.update((", " * (start > 0) + json.dumps(listing.captions[start : start + AT_ONCE])[1:-1]).encode())
+    hashed.update(b"]]")
+    return hashed.hexdigest()
+
+
+def _described(root: Path, found: list[str], metadata: list[str]) -> Listing:
     """The pictures that files of metadata name."""
-    captions = _metadata(root, metadata)
-    return Listing([file for file, _ in captions], _alike([caption for _, caption in captions]), [], [])
+    captions = _metadata(root, metadata, set(found))
+    return Listing([file for file, _ in captions], _alike([caption for _, caption in captions]), [], [], {})
 
 
-def _undescribed(root: Path, found: list[Path]) -> Listing:
+def _undescribed(root: Path, found: list[str], _: list[str]) -> Listing:
     """The pictures among the files of a folder, with the captions beside them, or else their classes."""
-    files = [file for file in found if file.suffix.lower() in suffixes()]
+    files = [file for file in found if _suffix(file) in suffixes()]
     if not files:
         raise FileNotFoundError(f"{root} has no pictures ({' '.join(suffixes())})")
-    captions = _sidecars(root, files)
-    if captions or any(len(file.parts) == 1 for file in files):
-        return Listing(files, captions, [], [])
-    classes = sorted({file.parts[0] for file in files})
+    captions = _sidecars(root, files, set(found))
+    if captions or any("/" not in file for file in files):
+        return Listing(files, captions, [], [], {})
+    names = [file.partition("/")[0] for file in files]
+    classes = sorted(set(names))
     if {name.lower() for name in classes} <= SPLITS:
         raise ValueError(
             f"{root} has the folders {', '.join(classes)}, which are splits and no classes: name one of them, as "
             f"{root / classes[0]}"
         )
-    return Listing(files, [], [classes.index(file.parts[0]) for file in files], classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Listing(files, [], [numbers[name] for name in names], classes, {})
 
 
-def digest(root: Path, listing: Listing) -> str:
-    """A hash of captions and pictures. Uses file sizes and times for the pictures, because reading them takes long."""
-    stats = [(root / file).stat() for file in listing.files]
-    content = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(listing.files, stats, strict=True)]
-    return hashlib.sha256(json.dumps([DECODER, content, listing.captions]).encode()).hexdigest()
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """The files below a folder and below the folders that it links to, each folder once.
+def _files(root: Path, read: dict[str, list[int]]) -> Iterator[str]:
+    """The files below a folder and below the folders that it links to, each folder once. Adds the folders to `read`.
 
     Raises FileNotFoundError for a link that leads nowhere.
     """
-    listed: set[Path] = set()
-    folders, links = [root], []
+    listed: set[str] = set()
+    folders, links = [""], []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)  # links last: a folder keeps its own name
-        if folder.resolve() in listed:
+        if (real := os.path.realpath(root / folder)) in listed:
             continue
-        listed.add(folder.resolve())
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith("."):
+        listed.add(real)
+        read[folder] = version(root, folder)  # before its entries: what is added meanwhile is a change
+        for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
                 continue
-            if path.is_symlink() and not path.exists():
-                raise FileNotFoundError(f"{path} is a link to what is not there; mend or remove it")
-            if path.is_file():
+            if entry.is_file():
                 yield path
-            elif path.is_dir():
-                (links if path.is_symlink() else folders).append(path)
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif entry.is_symlink() and not os.path.exists(entry):
+                raise FileNotFoundError(f"{root / path} is a link to what is not there; mend or remove it")
 
 
-def _metadata(root: Path, files: list[Path]) -> list[tuple[Path, Caption]]:
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
+def _sidecar(file: str) -> str:
+    """The file with the caption of a picture."""
+    return os.path.splitext(file)[0] + ".txt"
+
+
+def _metadata(root: Path, files: list[str], found: set[str]) -> list[tuple[str, Caption]]:
     """(picture, caption) from files of metadata."""
-    captions: list[tuple[Path, Caption]] = []
-    named_by: dict[Path, Path] = {}
+    captions: list[tuple[str, Caption]] = []
+    named_by: dict[str, str] = {}
     for file in files:
-        of_file = [(file.parent / picture, caption) for picture, caption in _lines(root / file)]
-        missing = [picture for picture, _ in of_file if not (root / picture).is_file()]
+        of_file = [(str(Path(file).parent / picture), caption) for picture, caption in _lines(root / file)]
+        missing = [picture for picture, _ in of_file if picture not in found and not (root / picture).is_file()]
         if missing:
             names = _first_few(missing)
             raise FileNotFoundError(f"{root / file} names pictures that are missing ({len(missing)}): {names}")
@@ -192,16 +224,16 @@ def _alike(captions: list[Caption]) -> list[Caption]:
     return [caption if isinstance(caption, tuple) else (caption,) for caption in captions]
 
 
-def _sidecars(root: Path, files: list[Path]) -> list[Caption]:
+def _sidecars(root: Path, files: list[str], found: set[str]) -> list[Caption]:
     """The captions in the text files beside the pictures, or empty if there are none."""
-    uncaptioned = [file for file in files if not (root / file).with_suffix(".txt").is_file()]
+    uncaptioned = [file for file in files if _sidecar(file) not in found]
     if len(uncaptioned) == len(files):
         return []
     if uncaptioned:
         raise FileNotFoundError(
             f"{root} has captions, but none for {len(uncaptioned)} of its pictures: {_first_few(uncaptioned)}"
         )
-    return [_text((root / file).with_suffix(".txt")).strip() for file in files]
+    return [_text(root / _sidecar(file)).strip() for file in files]
 
 
 def _text(file: Path) -> str:
@@ -211,5 +243,5 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file}: expected text in UTF-8 ({error}); save it as such") from error
 
 
-def _first_few(files: list[Path]) -> str:
-    return ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+def _first_few(files: list[str]) -> str:
+    return ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")

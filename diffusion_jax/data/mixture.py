@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from diffusion_jax.data.sources import Captions, Source
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.tables import Captions
 from diffusion_jax.data.transforms import Record
 
 

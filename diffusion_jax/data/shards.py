@@ -17,7 +17,8 @@ from diffusion_jax.data.copies import Copies
 from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.order import WINDOW, Part
 from diffusion_jax.data.rows import Row
-from diffusion_jax.data.sources import Captions, Source
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.tables import Captions
 from diffusion_jax.data.transforms import BadRecord, Record, decode
 
 FORM = 1  # changes whenever an index of the same shards says something else

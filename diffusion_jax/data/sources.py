@@ -19,9 +19,10 @@ from diffusion_jax.data.captions import caption, words_for
 from diffusion_jax.data.colours import MainHue
 from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.emoji import PIXELS, STYLES, Emoji
-from diffusion_jax.data.folders import digest, list_pictures
+from diffusion_jax.data.listings import listed
 from diffusion_jax.data.order import Part
 from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, is_trained_on, paint, scenes_alone, trained_scene
+from diffusion_jax.data.tables import Captions
 from diffusion_jax.data.transforms import Record, decode
 
 
@@ -78,21 +79,6 @@ def with_captions(source: Source) -> Source:
     if not source.captions:
         return source
     return replace(source, read=lambda index: source.read(index) | {"caption": source.captions[index]})
-
-
-@dataclass(frozen=True)
-class Captions(Sequence):
-    """Captions, or other texts, that are read only when they are used."""
-
-    size: int
-    read: Callable[[int], str | tuple[str, ...]]
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int | slice) -> str | tuple[str, ...] | list:
-        indices = range(self.size)[index]
-        return self.read(indices) if isinstance(indices, int) else [self.read(i) for i in indices]
 
 
 SCENES = {"train": 40_000, "validation": 1000, "mixed": 40_000}
@@ -226,10 +212,13 @@ def digits(split: str = "train") -> Source:
     )
 
 
-def folder(path: str | PathLike) -> Source:
-    """A folder of pictures, with captions in files or classes by subfolder. See `list_pictures`, also for errors."""
+def folder(path: str | PathLike, kept: Path | None = None) -> Source:
+    """A folder of pictures, with captions in files or classes by subfolder. See `list_pictures`, also for errors.
+
+    kept: the folder for lists of large folders, see `listed`; None to list the pictures anew.
+    """
     root = Path(path)
-    listing = list_pictures(root)
+    listing, digest = listed(root, kept)
 
     def read(index: int) -> Record:
         record: Record = {"image": decode(root / listing.files[index])}
@@ -240,12 +229,12 @@ def folder(path: str | PathLike) -> Source:
         return record
 
     return Source(
-        name=f"{root.resolve().name}-{digest(root, listing)[:16]}",
+        name=f"{root.resolve().name}-{digest[:16]}",
         size=len(listing.files),
         read=read,
         num_classes=len(listing.classes),
         captions=listing.captions,
-        files=[str(root / file) for file in listing.files],
+        files=Captions(len(listing.files), lambda index: str(root / listing.files[index])),
     )
 
 

@@ -2,14 +2,31 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from diffusion_jax import paths
 
 BATCH_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Captions(Sequence):
+    """Captions, or other values of records, that are read only when they are used."""
+
+    size: int
+    read: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int | slice) -> Any:
+        indices = range(self.size)[index]
+        return self.read(indices) if isinstance(indices, int) else [self.read(i) for i in indices]
 
 
 def store(base: Path, schema: pa.Schema, rows: Iterable[tuple], facts: Callable[[], dict]) -> None:
