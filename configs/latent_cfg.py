@@ -6,7 +6,7 @@
 Presets, after a colon (`--config=configs/latent_cfg.py:full`):
   small        64 x 64 outlined drawings of 104 emoji in eleven colours, 15 minutes on 2 CPU cores
   everyday     64 x 64 drawings of 747 emoji in four styles and eleven colours; of 608 two hours on 2 CPU cores
-  full         128 x 128 scenes of these in sizes, places and numbers, on grounds (docs/data.md): the demo weights,
+  full         128 x 128 scenes of these in sizes, places and numbers, on grounds (docs/emoji.md): the demo weights,
                weights/emoji, were trained so on the first 608, around those of everyday, 7,800 steps in two hours
                (docs/results.md)
   fast         the same in one network call, or a few (--config.sample.steps): updates of the demo weights, trained

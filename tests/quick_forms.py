@@ -24,6 +24,7 @@ SKIPPED = {
     r"cat|sbatch": "needs Slurm",
     r"python main\.py .*--coordinator": "needs the other hosts; tests/app/test_hosts.py has them",
     r"python main\.py .*:(coco256|imagenet256)": "needs the data set",
+    r"python main\.py .*data\.source=\S?(tar|parquet|array_record|mix):": "needs the shards; tests/data has some",
     r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
     r"curl": "needs the server",
     r"python main\.py --config=configs/latent_cfg\.py --mode=sample --prompt .* --config\.sample\.": (

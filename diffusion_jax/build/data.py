@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax import hosts, parallel, paths
+from diffusion_jax import paths
 from diffusion_jax.data import sources, transforms
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.mixture import mixed
@@ -30,16 +30,7 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     """
     data = config.data
     kept = paths.local(data.cache, "config.data.cache") if data.cache else paths.CACHE / "data"
-    make = functools.partial(_source, data.source, data, data.splits[split], size, kept)
-    # the main host is first: what it downloads and lists, the others find if they share its disk
-    made, error = None, None
-    if parallel.is_main():
-        try:
-            made = make()
-        except Exception as raised:
-            error = raised
-    hosts.raise_together(error)
-    return make() if made is None else made
+    return _source(data.source, data, data.splits[split], size, kept)
 
 
 def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Path) -> Source:

@@ -26,24 +26,27 @@ def listed(root: Path, kept: Path | None = None) -> tuple[Listing, str]:
     or until a file of metadata has another time or size. What is written into a file in its place is not seen.
     Raises what `list_pictures` raises.
     """
-    base = kept and kept / "lists" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
-    if base and (found := tables.stored(base)) and _is_current(root, found[1]):
-        logging.info("%s: using the list of its %d pictures; touch the folder to list them anew", root, len(found[0]))
-        return _of_table(*found)
-    listing = list_pictures(root)
-    name = digest(root, listing)
-    if not base or len(listing.files) < KEPT_FROM:
-        return listing, name
-    facts = {
-        "form": [FORM, DECODER],
-        "read": listing.read,
-        "digest": name,
-        "classes": listing.classes,
-        "labels": bool(listing.labels),
-        "captions": bool(listing.captions),
-        "several": bool(listing.captions) and isinstance(listing.captions[0], tuple),
-    }
-    tables.store(base, TABLE, _rows(listing), lambda: facts)
+    if kept is None:
+        listing = list_pictures(root)
+        return listing, digest(root, listing)
+    base = kept / "lists" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
+    with tables.alone(base):
+        if (found := tables.stored(base)) and _is_current(root, found[1]):
+            logging.info("%s: using its list of %d pictures; touch the folder to list it anew", root, len(found[0]))
+            return _of_table(*found)
+        listing, name = listed(root)
+        if len(listing.files) < KEPT_FROM:
+            return listing, name
+        facts = {
+            "form": [FORM, DECODER],
+            "read": listing.read,
+            "digest": name,
+            "classes": listing.classes,
+            "labels": bool(listing.labels),
+            "captions": bool(listing.captions),
+            "several": bool(listing.captions) and isinstance(listing.captions[0], tuple),
+        }
+        tables.store(base, TABLE, _rows(listing), lambda: facts)
     return _of_table(*tables.stored(base))
 
 

@@ -80,7 +80,8 @@ def shards(kind: str, pattern: str, folder: Path, limit: float) -> Source:
     files = [path for path, _, _ in found]
     local, announce = _local_files(how, found, folder / "shards" / name, limit)
     base = folder / "index" / name
-    table, facts = tables.stored(base) or _index(base, how, files, local)
+    with tables.alone(base):
+        table, facts = tables.stored(base) or _index(base, how, files, local)
     _warn(name, facts)
     sizes = facts["records"]
     return Source(

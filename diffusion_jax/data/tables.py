@@ -1,8 +1,10 @@
 """Tables on disk: Arrow files, mapped into memory so that their size costs none, with facts beside them."""
 
+import contextlib
+import fcntl
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,20 @@ def store(base: Path, schema: pa.Schema, rows: Iterable[tuple], facts: Callable[
     paths.write(f"{base}.json", json.dumps(facts()))
 
 
+@contextlib.contextmanager
+def alone(base: Path) -> Iterator[None]:
+    """Wait for other processes that are here, of this host or of others with the same disk: the first one makes what
+    the others then find. On a disk without locks, or that cannot be written, nobody waits.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            base.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(f"{base}.lock", "w")), fcntl.LOCK_EX)
+        yield
+
+
 def stored(base: Path) -> tuple[pa.Table, dict] | None:
-    """The table and the facts of `store`, or None if they are not there or of another program."""
+    """The table and the facts of `store`, or None if they are not there."""
     try:
         facts = json.loads(Path(f"{base}.json").read_text())
         return mapped(Path(f"{base}.arrow")), facts

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import digits
-from diffusion_jax import build, hosts, paths
+from diffusion_jax import build, paths
 from tests.data import odd
 
 
@@ -31,26 +31,3 @@ def test_lists_of_data_are_beside_the_cache_or_in_a_folder_for_all_runs(tmp_path
     assert list((tmp_path / "home" / "data" / "index").iterdir())
     with pytest.raises(ValueError, match=r"^config.data.cache: expected a local path, got gs://b/c"):
         build.data.source(data("digits", "gs://b/c"), "train", 8)
-
-
-@pytest.mark.parametrize("is_main", [True, False])
-def test_one_host_makes_the_index_while_the_others_wait(is_main, tmp_path, monkeypatch):
-    odd.write_tar(tmp_path / "0.tar", [("0.png", odd.solid(1))])
-    cache, seen = tmp_path / "cache", []
-
-    def meet(error):
-        assert error is None
-        seen.append((cache / "index").exists())
-
-    monkeypatch.setattr(build.data.parallel, "is_main", lambda: is_main)
-    monkeypatch.setattr(hosts, "raise_together", meet)
-    assert len(build.data.source(data(f"tar:{tmp_path}/*.tar", str(cache)), "train", 8)) == 1
-    assert seen == [is_main]
-
-
-def test_an_error_of_the_first_host_is_an_error_of_all(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(hosts, "raise_together", told.append)
-    with pytest.raises(FileNotFoundError):
-        build.data.source(data("tar:none/*.tar"), "train", 8)
-    assert isinstance(told[0], FileNotFoundError)

@@ -80,7 +80,7 @@ def test_small_folders_are_never_kept_and_without_a_place_none_is(folder, tmp_pa
     sources.folder(folder, tmp_path)
     monkeypatch.setattr(listings, "KEPT_FROM", 1)
     sources.folder(folder)
-    assert not (tmp_path / "lists").exists()
+    assert not list(tmp_path.glob("lists/*.arrow"))
 
 
 def test_the_digest_is_the_hash_of_one_text(folder, monkeypatch):

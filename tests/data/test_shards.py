@@ -4,6 +4,8 @@ import itertools
 import logging
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,20 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(patterns, tmp_pat
     assert "new" in list(changed.captions)
 
 
+def test_of_several_processes_one_makes_the_index(tmp_path, monkeypatch):
+    pattern, made, index = odd.tars(tmp_path / "data"), [], shards._index
+
+    def slow(*arguments):
+        made.append(arguments)
+        time.sleep(0.3)
+        return index(*arguments)
+
+    monkeypatch.setattr(shards, "_index", slow)
+    with ThreadPoolExecutor(3) as threads:  # a lock of a file is as good between threads as between hosts
+        found = list(threads.map(lambda _: shards.shards("tar", pattern, tmp_path, LIMIT), range(3)))
+    assert len(made) == 1 and {len(source) for source in found} == {odd.COUNT}
+
+
 def test_several_captions_and_numbers_of_classes(tmp_path):
     picture = odd.record(1)[0]
     odd.write_tar(
@@ -179,7 +195,7 @@ def test_a_malformed_shard_is_one_line(tmp_path):
     for pattern in (f"{tmp_path}/none*.tar", str(tmp_path), f"{tmp_path}/{{0..9}}.tar"):
         with pytest.raises(FileNotFoundError, match=r"no shards match .*; name files"):
             shards.shards("tar", pattern, tmp_path, LIMIT)
-    assert not list((tmp_path / "index").glob("*"))
+    assert not list(tmp_path.glob("index/*.arrow"))
 
 
 def test_copies_are_few_enough_and_made_again(tmp_path):
