@@ -98,7 +98,10 @@ class Copies:
     def _remove(self, limit: float) -> None:
         """Remove copies until the others take at most `limit` bytes. Those that are announced stay."""
         kept = {self._folder / str(number) for number in self._announced}
-        stats = {file: file.stat() for file in self._folder.parent.glob("*/*")}
+        stats = {}
+        for file in self._folder.parent.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process may remove it now
+                stats[file] = file.stat()
         total = sum(stat.st_size for file, stat in stats.items() if file.suffix != UNFINISHED)
         for file in sorted(stats, key=lambda file: stats[file].st_mtime):
             if file.suffix == UNFINISHED:

@@ -50,33 +50,29 @@ def _first_of(names: tuple[str, ...], present: tuple[str, ...]) -> str | None:
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """The captions in a field: a text, or a list of texts. Raises ValueError for another value."""
-    texts = [] if value is None else [value] if isinstance(value, str) else value
+    """The captions in a field: a text, or a list of texts. Other values are no captions.
+
+    Raises UnicodeEncodeError, a ValueError, for half of a surrogate pair.
+    """
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected a text or a list of texts as caption, got {str(value)[:80]}")
-    "".join(texts).encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
+        return ()
+    "".join(texts).encode()
     return tuple(texts)
 
 
 def label_of(value: Any) -> str | None:
-    """The class in a field: a whole number or a name. Numbers below 0 and empty names are no class.
-
-    Raises ValueError for another value.
-    """
+    """The class in a field: a whole number from 0, or a name. Other values, and the empty name, are no class."""
     if isinstance(value, str):
         return value.strip() or None
-    if value is None or (isinstance(value, int) and value < 0):
-        return None
-    if not isinstance(value, int):
-        raise ValueError(f"expected a whole number or a name as class, got {str(value)[:80]}")
-    return str(int(value))
+    return str(int(value)) if isinstance(value, int) and value >= 0 else None
 
 
 def described(fields: Mapping[str, Any], plain: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
     """The captions and the label in named fields, as arguments of `Row`.
 
     plain: makes None, a text, a number or a list of the value of a field.
-    Raises ValueError for values in another form.
+    Raises ValueError for text that cannot be written in UTF-8.
     """
     caption, label = first_of(CAPTIONS, fields), first_of(LABELS, fields)
     return {

@@ -69,7 +69,8 @@ def shards(kind: str, pattern: str, folder: Path, limit: float) -> Source:
 
     Labels that are all whole numbers stay what they are. Other labels are names, numbered in their sorted order. A
     record without a caption, among others with captions, has the empty one, with a warning. One without a label, among
-    others with labels, is a bad record. What is no record, such as texts without a picture, is left out with a warning.
+    others with labels, is a bad record, or if the records have captions, no labels are used. What is no record, such as
+    texts without a picture, is left out with a warning.
 
     Raises FileNotFoundError if no file matches, and ValueError for a file of another kind, a shard without a record,
     and a limit that is too small for the shards that are read together.
@@ -131,11 +132,11 @@ def _index(base: Path, how: Kind, files: Sequence[paths.Path], local: Callable[[
 
     def rows() -> Iterator[tuple]:
         for number, file in enumerate(tqdm(files, desc=f"reading {base.name}", unit="shards")):
-            count = 0
+            count, problems = 0, []
             for row in how.scan(file if how.unpack else local(number)):
                 if row.problem:
                     facts["left_out"] += 1
-                    facts["problems"] += [f"{file} {row.name}: {row.problem}"][: SHOWN - len(facts["problems"])]
+                    problems = [*problems, f"{file} {row.name}: {row.problem}"][:SHOWN]
                     continue
                 count += 1
                 facts["captions"] = max(facts["captions"], len(row.captions))
@@ -144,15 +145,18 @@ def _index(base: Path, how: Kind, files: Sequence[paths.Path], local: Callable[[
                 labels.update([row.label] if row.label is not None else [])
                 yield number, row.name, row.offset, row.size, row.captions, row.label
             if not count:
-                raise ValueError("; ".join([f"{file} has no records", *facts["problems"][-1:]]))
+                raise ValueError("; ".join([f"{file} has no records", *problems[:1]]))
             facts["records"].append(count)
+            facts["problems"] = [*facts["problems"], *problems][:SHOWN]
 
-    tables.store(base, INDEX, rows(), lambda: facts | _classes(labels))
+    tables.store(base, INDEX, rows(), lambda: facts | _classes(labels, facts))
     return tables.stored(base)
 
 
-def _classes(labels: set[str]) -> dict:
-    """The number of classes, and their names, None if labels are numbers."""
+def _classes(labels: set[str], facts: dict) -> dict:
+    """The number of classes, and their names, None if labels are numbers. Captions and some labels are captions."""
+    if facts["captions"] and facts["unlabelled"]:
+        return {"num_classes": 0, "classes": None}
     if all(label.isascii() and label.isdecimal() for label in labels):
         return {"num_classes": max(map(int, labels), default=-1) + 1, "classes": None}
     return {"num_classes": len(labels), "classes": sorted(labels)}
@@ -164,8 +168,9 @@ def _warn(name: str, facts: dict) -> None:
         logging.warning("%s: left out %d entries: %s", name, facts["left_out"], "; ".join(facts["problems"]))
     if facts["captions"] and facts["uncaptioned"]:
         logging.warning("%s: %d of %d records have no caption, or an empty one", name, facts["uncaptioned"], total)
-    if facts["num_classes"] and facts["unlabelled"]:
-        logging.warning("%s: %d of %d records have no class and are not used", name, facts["unlabelled"], total)
+    if 0 < facts["unlabelled"] < total:
+        what = "they are not used" if facts["num_classes"] else "classes are not used, only captions"
+        logging.warning("%s: %d of %d records have no class: %s", name, facts["unlabelled"], total, what)
 
 
 def _captions(table: pa.Table, most: int) -> Sequence[str | tuple[str, ...]]:

@@ -139,23 +139,36 @@ def test_several_captions_and_numbers_of_classes(tmp_path):
 
 def test_what_a_record_lacks_is_said(tmp_path, caplog):
     picture = odd.record(1)[0]
-    beside = {"0": ("txt", b"zero"), "1": ("cls", b"1"), "2": ("txt", b"\xff"), "3": ("json", b"{")}
+    beside = {
+        "0": ("json", b'{"text": 5, "label": [1]}'),
+        "1": ("cls", b"1"),
+        "2": ("txt", b"\xff"),
+        "3": ("json", b"{"),
+    }
     members = [("4.txt", b"no picture")]
     for key, (suffix, content) in beside.items():
         members += [(f"{key}.png", picture), (f"{key}.{suffix}", content)]
     odd.write_tar(tmp_path / "0.tar", members)
     with caplog.at_level(logging.WARNING):
         source = shards.shards("tar", f"{tmp_path}/0.tar", tmp_path, LIMIT)
-    assert list(source.captions) == ["zero", ""] and source.num_classes == 2
+    assert not source.captions and source.num_classes == 2
     with pytest.raises(BadRecord, match="no class"):
         source[0]
-    assert source[1]["caption"] == "" and source.describe(1) == f"{tmp_path}/0.tar 1.png"
+    assert source[1]["label"] == 1 and source.describe(1) == f"{tmp_path}/0.tar 1.png"
     lines = [record.getMessage().partition(": ")[2] for record in caplog.records]
-    assert [line.partition(":")[0] for line in lines] == [
-        *("left out 3 entries", "1 of 2 records have no caption, or an empty one"),
-        "1 of 2 records have no class and are not used",
+    assert lines[0].startswith("left out 3 entries: ") and "0.tar 4: no picture among .txt; " in lines[0]
+    assert lines[1:] == ["1 of 2 records have no class: they are not used"]
+    caplog.clear()
+    odd.write_tar(tmp_path / "1.tar", [("1.png", picture), ("1.txt", b"one"), ("2.png", picture), ("2.cls", b"2")])
+    with caplog.at_level(logging.WARNING):
+        source = shards.shards("tar", f"{tmp_path}/1.tar", tmp_path, LIMIT)
+    assert list(source.captions) == ["one", ""] and source.num_classes == 0
+    assert source[0]["caption"] == "one" and source[1]["caption"] == ""
+    lines = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    assert lines == [
+        "1 of 2 records have no caption, or an empty one",
+        "1 of 2 records have no class: classes are not used, only captions",
     ]
-    assert "0.tar 4: no picture among .txt; " in lines[0]
     pq.write_table(pa.table({"jpg": [picture, None], "caption": ["a", None]}), tmp_path / "0.parquet")
     source = shards.shards("parquet", f"{tmp_path}/0.parquet", tmp_path, LIMIT)
     assert list(source.captions) == ["a", ""] and len(list(one_epoch(source, 1))) == 1
