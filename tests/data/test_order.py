@@ -32,6 +32,9 @@ def test_blocks_are_read_in_windows_and_every_record_once_an_epoch():
         assert any(set(blocks[: len(window)]) == window for blocks in announced)
     for blocks, following in itertools.pairwise(announced[:4]):  # what follows is announced one window ahead
         assert set(following[:WINDOW]) & set(blocks[-WINDOW:])
+    assert seen != list(dict.fromkeys(BLOCK_OF[second].tolist()))
+    windows = [{BLOCK_OF[record] for record in of_epoch[: 3 * WINDOW]} for of_epoch in (first, second)]
+    assert windows[0] != windows[1]  # blocks meet others in every epoch
     again = endless((Part(TOTAL, blocks=SIZES),), seed=3)
     assert [again[position] for position in (2 * TOTAL - 1, 3)] == [second[-1], first[3]]
     assert epoch(endless((Part(TOTAL, blocks=SIZES),), seed=4), 0) != first

@@ -236,6 +236,18 @@ def test_copies_are_few_enough_and_made_again(tmp_path):
     assert copies.Copies(tmp_path / "copies" / "b", [100] * 10, make, 450)(3).exists() and not made
 
 
+def test_the_copies_that_go_are_those_whose_last_use_is_longest_ago(tmp_path):
+    held = copies.Copies(tmp_path / "a", [100] * 9, lambda number, file: file.write_bytes(bytes(100)), 350)
+    for number in (4, 6, 2):
+        held.announce([number])
+        held(number)
+        time.sleep(0.02)  # two times of a file system differ
+    held.announce([4])
+    held.announce([8])
+    held(8)
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {"2", "4", "8"}
+
+
 def test_a_copy_that_fails_says_why_and_may_succeed_later(tmp_path):
     answers = iter([OSError("the bucket is gone"), None])
 
