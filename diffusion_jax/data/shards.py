@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from diffusion_jax.data.copies import Copies
 from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.order import WINDOW, Part
 from diffusion_jax.data.rows import Row
+from diffusion_jax.data.scanning import in_processes
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.tables import Captions
 from diffusion_jax.data.transforms import BadRecord, Record, decode
@@ -25,6 +26,7 @@ FORM = 1  # changes whenever an index of the same shards says something else
 OPEN = 128  # shards that are open at a time
 ATTEMPTS = 3  # to open a copy that others may remove
 SHOWN = 3  # problems in a message
+LARGE = 1 << 30  # bytes of shards that are worth several processes
 
 
 class Kind(NamedTuple):
@@ -82,7 +84,7 @@ def shards(kind: str, pattern: str, folder: Path, limit: float) -> Source:
     local, announce = _local_files(how, found, folder / "shards" / name, limit)
     base = folder / "index" / name
     with tables.alone(base):
-        table, facts = tables.stored(base) or _index(base, how, files, local)
+        table, facts = tables.stored(base) or _index(base, files, _scanned(how, found, local))
     _warn(name, facts)
     sizes = facts["records"]
     return Source(
@@ -125,15 +127,31 @@ def _local_files(
     return copies, copies.announce
 
 
-def _index(base: Path, how: Kind, files: Sequence[paths.Path], local: Callable[[int], Path]) -> tuple[pa.Table, dict]:
-    """Read all shards, and store the table and the facts about them."""
+def _scanned(
+    how: Kind, found: list[tuple[paths.Path, int, str]], local: Callable[[int], Path]
+) -> Iterator[Iterable[Row]]:
+    """The records of each shard. Many bytes are read by several processes."""
+    files = [path for path, _, _ in found]
+    if paths.in_bucket(files[0]) and not how.unpack:
+        return (how.scan(local(number)) for number in range(len(files)))
+    if sum(size for _, size, _ in found) < LARGE:
+        return (how.scan(file) for file in files)
+    return in_processes(how.scan, files)
+
+
+def _index(base: Path, files: Sequence[paths.Path], scanned: Iterator[Iterable[Row]]) -> tuple[pa.Table, dict]:
+    """Store the table of all records, and the facts about them.
+
+    scanned: the records of each file.
+    """
     facts = {"records": [], "captions": 0, "uncaptioned": 0, "unlabelled": 0, "left_out": 0, "problems": []}
     labels: set[str] = set()
 
     def rows() -> Iterator[tuple]:
-        for number, file in enumerate(tqdm(files, desc=f"reading {base.name}", unit="shards")):
+        bar = tqdm(zip(files, scanned, strict=True), desc=f"reading {base.name}", total=len(files), unit="shards")
+        for number, (file, found) in enumerate(bar):
             count, problems = 0, []
-            for row in how.scan(file if how.unpack else local(number)):
+            for row in found:
                 if row.problem:
                     facts["left_out"] += 1
                     problems = [*problems, f"{file} {row.name}: {row.problem}"][:SHOWN]

@@ -102,6 +102,19 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(patterns, tmp_pat
     assert "new" in list(changed.captions)
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_processes_find_what_one_finds(kind, patterns, tmp_path, monkeypatch):
+    alone = shards.shards(kind, patterns[kind], tmp_path / "alone", LIMIT)
+    monkeypatch.setattr(shards, "LARGE", 0)
+    together = shards.shards(kind, patterns[kind], tmp_path / "together", LIMIT)
+    tables = [next(tmp_path.glob(f"{name}/index/*.arrow")).read_bytes() for name in ("alone", "together")]
+    assert tables[0] == tables[1] and len(alone) == len(together)
+    (tmp_path / "cut").write_bytes(b"nothing" * 1000)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/cut: expected ") as error:
+        shards.shards(kind, f"{tmp_path}/cut", tmp_path, LIMIT)
+    assert "\n" not in str(error.value)
+
+
 def test_of_several_processes_one_makes_the_index(tmp_path, monkeypatch):
     pattern, made, index = odd.tars(tmp_path / "data"), [], shards._index
 
