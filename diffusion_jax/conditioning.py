@@ -13,6 +13,8 @@ from jaxtyping import Array, PyTree
 from diffusion_jax.data.transforms import Record
 from diffusion_jax.models.text.encoder import TextEncoder
 
+OfPrompts = Callable[[Sequence[str]], PyTree]  # prompts -> cond, leaves (B, ...)
+
 
 class Conditioning(NamedTuple):
     """Records and prompts -> the condition of the denoiser.
@@ -22,17 +24,17 @@ class Conditioning(NamedTuple):
     of_prompts: prompts -> cond, leaves (B, ...).
     null: "no condition"; leaves without the batch axis.
     embed: (params, inputs from `of_records`) -> cond. A cond is returned unchanged. A pure function.
-    params: weights of `embed`.
+    params: () -> weights of `embed`, which may be loaded then.
     words: learned words that prompts may use (textual inversion), and how many vectors each has.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
     """
 
     cache_key: Callable[[], str]
     of_records: Callable[[Record], PyTree]
-    of_prompts: Callable[[Sequence[str]], PyTree]
+    of_prompts: OfPrompts
     null: PyTree
     embed: Callable[[PyTree, PyTree], PyTree] = lambda params, inputs: inputs
-    params: PyTree = None
+    params: Callable[[], PyTree] = lambda: None
     words: Mapping[str, int] = MappingProxyType({})
     for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda conditioning, size: conditioning
 
@@ -57,50 +59,54 @@ def class_labels(num_classes: int) -> Conditioning:
 
 
 def text(
-    encoders: TextEncoder | Sequence[TextEncoder], on_tokens: bool = False, null_is_zeros: bool = False
+    load: Callable[[], Sequence[TextEncoder]],
+    cache_key: Callable[[], str],
+    on_tokens: bool = False,
+    null_is_zeros: bool = False,
+    keep: Callable[[OfPrompts], OfPrompts] = lambda of_prompts: of_prompts,
 ) -> Conditioning:
     """Captions through one or several text encoders: "text", an embedding for each token, "mask", the mask of tokens,
     and "text_embeds", the vectors of the encoders with `pooled` one after the other.
 
     Records give tokens, which are embedded in the cache, or in the training step if a record has several captions.
 
+    load: () -> the encoders. Called once, when they are first needed; embedded records and kept prompts need none.
+    cache_key: as of `Conditioning`.
     on_tokens: several encoders join one after the other, narrower ones filled up with zeros (as in Stable Diffusion 3,
       Esser et al. 2024). Otherwise they join token by token (as in Stable Diffusion XL, Podell et al. 2023).
     null_is_zeros: "no condition" is zeros, and not the empty prompt.
-    Raises ValueError for encoders of different lengths that join token by token.
+    keep: (prompts -> cond) -> the same function, which may keep what it has computed.
+    Raises ValueError for encoders of different lengths that join token by token, and the errors of `load`.
     """
-    encoders = (encoders,) if isinstance(encoders, TextEncoder) else tuple(encoders)
-    if not on_tokens and len({encoder.length for encoder in encoders}) > 1:
-        lengths = " and ".join(str(encoder.length) for encoder in encoders)
-        raise ValueError(f"text encoders that join token by token need the same length, got {lengths} tokens")
+    encoders = functools.cache(lambda: _joinable(load(), on_tokens))
 
     def tokens(prompts: Sequence[str]) -> PyTree:
-        pairs = (encoder.tokenize(prompts) for encoder in encoders)
+        pairs = (encoder.tokenize(prompts) for encoder in encoders())
         return {str(i): {"ids": ids, "mask": mask} for i, (ids, mask) in enumerate(pairs)}
 
     @jax.jit
     def embed(params: PyTree, inputs: PyTree) -> PyTree:
         if "text" in inputs:
             return inputs
-        parts = [inputs[str(i)] for i in range(len(encoders))]
+        parts = [inputs[str(i)] for i in range(len(encoders()))]
         embeddings = [
             encoder.apply(weights, part["ids"], part["mask"])
-            for encoder, weights, part in zip(encoders, params, parts, strict=True)
+            for encoder, weights, part in zip(encoders(), params, parts, strict=True)
         ]
         join = _one_after_the_other if on_tokens else _token_by_token
         cond = join([embedding.tokens for embedding in embeddings], [part["mask"] for part in parts])
-        pooled = [part.vector for encoder, part in zip(encoders, embeddings, strict=True) if encoder.pooled]
+        pooled = [part.vector for encoder, part in zip(encoders(), embeddings, strict=True) if encoder.pooled]
         return cond | ({"text_embeds": jnp.concatenate(pooled, axis=-1)} if pooled else {})
 
-    def of_prompts(prompts: Sequence[str]) -> PyTree:
-        return jax.tree.map(np.asarray, embed(params, tokens(prompts)))
+    def params() -> PyTree:
+        return tuple(encoder.params for encoder in encoders())
 
-    params = tuple(encoder.params for encoder in encoders)
+    of_prompts = keep(lambda prompts: jax.tree.map(np.asarray, embed(params(), tokens(prompts))))
     null = jax.tree.map(lambda leaf: leaf[0], of_prompts([""]))
     if null_is_zeros:
         null = {name: np.ones_like(leaf) if name == "mask" else np.zeros_like(leaf) for name, leaf in null.items()}
     return Conditioning(
-        cache_key=lambda: f"{' '.join(map(_key, encoders))}{' on tokens' * (on_tokens and len(encoders) > 1)}",
+        cache_key=cache_key,
         of_records=lambda records: tokens(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,
@@ -109,8 +115,12 @@ def text(
     )
 
 
-def _key(encoder: TextEncoder) -> str:
-    return f"{encoder.cache_key()}{' pooled' * encoder.pooled}"
+def _joinable(encoders: Sequence[TextEncoder], on_tokens: bool) -> Sequence[TextEncoder]:
+    """The encoders. Raises ValueError for different lengths that join token by token."""
+    if not on_tokens and len({encoder.length for encoder in encoders}) > 1:
+        lengths = " and ".join(str(encoder.length) for encoder in encoders)
+        raise ValueError(f"text encoders that join token by token need the same length, got {lengths} tokens")
+    return encoders
 
 
 def _token_by_token(texts: Sequence[Array], masks: Sequence[Array]) -> PyTree:

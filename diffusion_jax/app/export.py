@@ -4,12 +4,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffusion_jax import build, paths
+from diffusion_jax import build
 from diffusion_jax.app.workdir import make_writable
-from diffusion_jax.build import weights
+from diffusion_jax.build import encoders, weights
+from diffusion_jax.build.agreement import has_text_encoders
 from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline, save_unet
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.interop.pipeline import family_of
+from diffusion_jax.interop.tensors import read_json, write_json
 from diffusion_jax.paths import Path
 from diffusion_jax.training.checkpoints import Checkpoints
 
@@ -17,7 +19,8 @@ from diffusion_jax.training.checkpoints import Checkpoints
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write the averaged weights to workdir/export, as safetensors that diffusers reads too.
 
-    The config's own model: folders unet and vae, in float16, and the run's config.json. A model from a checkpoint: a
+    The config's own model: folders unet and vae, in float16, and the run's config.json. Its text encoders stay where
+    they are, or with config.condition.copy are copied beside these. A model from a checkpoint: a
     whole pipeline in config.dtype (diffusers reads half precision only if told to). A LoRA: one file, in
     float16 and beside config.json for the config's own model.
     """
@@ -39,16 +42,22 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _export_own(config: ConfigDict, workdir: Path, folder: Path) -> None:
-    trained = weights.trained(config, workdir, build.model.diffusion_model(config))
+    config, model = weights.model_of_run(config, workdir)
+    trained = weights.trained(config, workdir, model)
     if "lora" in config:
         folder.mkdir(parents=True, exist_ok=True)
         save_lora(folder / weights.LORA, trained, build.model.lora_scale(config), np.float16)
     else:
-        save_unet(build.model.network(config), trained, folder / "unet", np.float16)
+        save_unet(model.network.apply.module, trained, folder / "unet", np.float16)
         if config.autoencoder.kind == "kl":
             decoder = load_autoencoder(config.autoencoder.checkpoint or weights.first_stage_folder(workdir))
             save_autoencoder(*decoder, folder / "vae", np.float16)
-    paths.write(folder / "config.json", (workdir / "config.json").read_bytes())
+    saved = read_json(workdir / "config.json")
+    if has_text_encoders(config):
+        condition = config.condition
+        copied = encoders.copied(condition, folder) if condition.get("copy") else condition.encoders
+        saved["condition"]["encoders"] = copied
+    write_json(folder / "config.json", saved)
 
 
 def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """--mode=train: train the first stage if the work directory has none, then the denoiser."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -45,16 +46,18 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
     # build everything in the config now, so that errors come before hours of training
     check_division(config.train)
     with parallel.on_host():  # no device holds weights before the strategy divides them
-        model = build.model.diffusion_model(config, training=True)
+        config, model = weights.model_of_run(config, workdir, training=True)
         snapshot_request = sample.request(config, model, config.sample.prompts)
         optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
         source = build.data.source(config, "train", model.size[0])
         agreement.check_condition(config, source)
         agreement.check_records(config.train, source)
-        loss, params, frozen = _objective(config, model)
+        loss, params, frozen = _objective(config, _as_in_step(model, source))
     check_resumed(workdir, params)
     first_stage_folder = weights.first_stage_folder(workdir)
     first_stage_task = first_stage.task(config, first_stage_folder) if first_stage.is_missing(config, workdir) else None
+    if first_stage_task is not None and agreement.has_text_encoders(config):
+        encoders.check_present(config.condition)  # its latents are not in the cache, so the texts are not either
     with locked(workdir):
         _save_config(config, workdir)
         hosts.check_same(str(len(source)), "a number of records")
@@ -103,13 +106,21 @@ def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None
     """The model in config.teacher. A published checkpoint is its own teacher."""
     if "checkpoint" in config:
         return model if build.objective.learns_from_teacher(config.objective) else None
-    return weights.load_model(config.teacher, model.size) if config.teacher else None
+    return weights.teacher_of(config, model) if config.teacher else None
+
+
+def _has_several_captions(source: Source) -> bool:
+    return bool(source.captions) and isinstance(source.captions[0], tuple)
+
+
+def _as_in_step(model: DiffusionModel, source: Source) -> DiffusionModel:
+    """The model in the training step, which needs no weights of text encoders for captions from the cache."""
+    if _has_several_captions(source):
+        return model
+    return model._replace(conditioning=model.conditioning._replace(params=lambda: None))
 
 
 def _save_config(config: ConfigDict, workdir: Path) -> None:
-    if agreement.has_text_encoders(config):
-        config = ConfigDict(config)
-        config.condition.encoders = encoders.pinned(config.condition)
     text = config.to_json_best_effort(indent=2) + "\n"
     hosts.check_same(text, "a config")
     if parallel.is_main():
@@ -127,17 +138,19 @@ def _training_records(
     codec, conditioning = model.codec, model.conditioning
     keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}
     is_cached, crop = any(keys.values()), build.data.transform(config, model.size)
-    has_several_captions = bool(source.captions) and isinstance(source.captions[0], tuple)
+    has_several_captions = _has_several_captions(source)
 
     def of_variants(batch: dict) -> np.ndarray:
         images = batch["image"]
         encoded = np.asarray(codec.encode(images.reshape(-1, *images.shape[2:])))
         return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
 
-    embedder = parallel.whole(conditioning.params, 1) if is_cached else None
+    @functools.cache
+    def embedder() -> PyTree:
+        return parallel.whole(conditioning.params(), 1)
 
     def of_captions(batch: dict) -> PyTree:
-        return jax.tree.map(np.asarray, conditioning.embed(embedder, conditioning.of_records(batch)))
+        return jax.tree.map(np.asarray, conditioning.embed(embedder(), conditioning.of_records(batch)))
 
     def to_training(record: dict, rng: np.random.Generator) -> dict:
         latents = record["latent"] if is_cached else [crop(record, rng)["image"]]

@@ -84,7 +84,7 @@ def cache_folder(data: ConfigDict, workdir: Path) -> pathlib.Path:
         return paths.local(data.cache, "config.data.cache")
     folder = paths.beside(workdir, "cache")
     if paths.in_bucket(workdir):
-        logging.info("caching in %s (config.data.cache names another folder)", folder)
+        logging.log_first_n(logging.INFO, "caching in %s (config.data.cache names another folder)", 1, folder)
     return folder
 
 

@@ -135,6 +135,8 @@ CONDITION = {
     "join": Field("channels", text, "For several encoders: channels, token by token, or tokens, one after the other."),
     "null": Field("prompt", text, "No condition: prompt, the empty one, or zeros."),
     "dtype": Field("float32", text, "Compute type of the encoders: float32, or bfloat16 for TPU and GPU."),
+    "allow_pickle": Field(False, flag, "Also read .bin files of encoders. Only tensors are read from them."),
+    "copy": Field(False, flag, "--mode=export copies the encoders of folders, with their tokenizers, into the export."),
     "length": Field(32, whole(3, 512), "For kind=text: tokens of a prompt, with its start and end token."),
     "pooled": Field(False, flag, "For kind=text: also one vector for the whole prompt."),
 }

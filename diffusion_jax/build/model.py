@@ -1,10 +1,13 @@
 """Config -> the model: network, codec, conditioning, schedule, parameterization, adapter."""
 
+import functools
 import math
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax import codec as codecs
@@ -14,10 +17,11 @@ from diffusion_jax.build import encoders, fields, shipped
 from diffusion_jax.build.agreement import check_network, check_updated
 from diffusion_jax.build.choice import DTYPES, choose
 from diffusion_jax.codec import Codec, check_size
-from diffusion_jax.conditioning import Conditioning
+from diffusion_jax.conditioning import Conditioning, OfPrompts
 from diffusion_jax.core import parameterization, schedules
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import Schedule
+from diffusion_jax.data.texts import kept
 from diffusion_jax.interop import PublishedPipeline, load_pipeline
 from diffusion_jax.interop.embeddings import add_embeddings
 from diffusion_jax.interop.folders import autoencoder_of, read_config
@@ -27,6 +31,7 @@ from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.paths import Path
 from diffusion_jax.pipelines.published import from_published
 
 SCHEDULES = {
@@ -47,18 +52,25 @@ def has_denoiser(config: ConfigDict) -> bool:
     return "model" in config or "checkpoint" in config
 
 
-def diffusion_model(config: ConfigDict, sides: tuple[int, int] = (0, 0), training: bool = False) -> DiffusionModel:
+def diffusion_model(
+    config: ConfigDict,
+    sides: tuple[int, int] = (0, 0),
+    training: bool = False,
+    condition: Conditioning | None = None,
+) -> DiffusionModel:
     """The model that a config describes, or the model of its checkpoint.
 
     The weights of a model that is no checkpoint are only shapes yet; `weights.load` and training fill them in.
 
     sides: height and width of its images, pixels; 0 for data.size, and where that is 0 for the checkpoint's own size.
     training: make a checkpoint's variables float32, and use config.remat.
+    condition: that of `conditioning`, if it is made already. A checkpoint has its own.
     Raises ValueError and FileNotFoundError for what cannot be built or loaded.
     """
     if "checkpoint" in config:
         return _published_model(config, sides, training)
-    unet, codec, condition = network(config), _untrained_codec(config), conditioning(config)
+    condition = condition or conditioning(config)
+    unet, codec = network(config, condition.null), _untrained_codec(config)
     size = tuple(side or config.data.size for side in sides)
     check_size(size, codec.factor)
     check_network(unet, codec.channels, condition.null)
@@ -138,11 +150,14 @@ def lora_scale(config: ConfigDict) -> float:
     return config.lora.alpha / max(config.lora.rank, 1)
 
 
-def network(config: ConfigDict) -> UNet:
-    """The untrained network of config.model. It reads texts of any width if its cross_attention_dim is None."""
+def network(config: ConfigDict, null_cond: PyTree = MappingProxyType({})) -> UNet:
+    """The untrained network of config.model.
+
+    null_cond: of its condition. A network whose cross_attention_dim is None reads texts as wide as these.
+    """
     values = {"time_smoothing": _time_smoothing(config)} | _fields(config.model)
-    if config.condition.kind == "text" and values.get("cross_attention_dim") is None:
-        values["cross_attention_dim"] = encoders.width(config.condition)
+    if "text" in null_cond and values.get("cross_attention_dim") is None:
+        values["cross_attention_dim"] = null_cond["text"].shape[-1]
     return UNet(**values)
 
 
@@ -182,21 +197,30 @@ def _untrained_codec(config: ConfigDict) -> Codec:
     return choose({"identity": codecs.identity, "kl": untrained}, config.autoencoder.kind, "autoencoder kind")()
 
 
-def conditioning(config: ConfigDict) -> Conditioning:
-    """The condition of the denoiser, from config.condition."""
+def conditioning(config: ConfigDict, texts: Path | None = None) -> Conditioning:
+    """The condition of the denoiser, from config.condition.
+
+    texts: a local folder for the conditions of prompts. Folders of text encoders are read only for what is not there.
+    """
     kinds = {
         "none": conditionings.unconditional,
         "class": lambda: conditionings.class_labels(config.condition.num_classes),
-        "text": lambda: _text(config.condition),
+        "text": lambda: _text(config.condition, texts),
     }
     return choose(kinds, config.condition.kind, "condition kind")()
 
 
-def _text(section: ConfigDict) -> Conditioning:
+def _text(section: ConfigDict, texts: Path | None) -> Conditioning:
     section = fields.section(fields.CONDITION, **section)
     on_tokens = choose({"channels": False, "tokens": True}, section.join, "condition.join")
     null_is_zeros = choose({"prompt": False, "zeros": True}, section.null, "condition.null")
-    return conditionings.text(encoders.text_encoders(section), on_tokens, null_is_zeros)
+    key = functools.partial(encoders.cache_key, section)
+
+    def keep(of_prompts: OfPrompts) -> OfPrompts:
+        has_folders = any(entry.is_folder for entry in encoders.entries(section))
+        return kept(of_prompts, texts, key()) if texts is not None and has_folders else of_prompts
+
+    return conditionings.text(lambda: encoders.text_encoders(section), key, on_tokens, null_is_zeros, keep)
 
 
 def _parameterization(config: ConfigDict) -> Parameterization:

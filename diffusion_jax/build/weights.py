@@ -11,8 +11,10 @@ from diffusion_jax import codec as codecs
 from diffusion_jax import parallel
 from diffusion_jax.build import encoders, fields, shipped
 from diffusion_jax.build.agreement import has_text_encoders
-from diffusion_jax.build.model import diffusion_model, has_denoiser
+from diffusion_jax.build.data import cache_folder
+from diffusion_jax.build.model import conditioning, diffusion_model, has_denoiser
 from diffusion_jax.codec import Codec
+from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.interop import load_autoencoder, load_unet
 from diffusion_jax.interop.lora import DENOISER, load_lora, merge
 from diffusion_jax.interop.tensors import read_json
@@ -22,6 +24,7 @@ from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 
 LORA = "lora.safetensors"
+SHARED = ("length", "pooled", "join", "null", "dtype")  # fields of a condition beside its encoders
 MODEL = ("model", "autoencoder", "condition", "schedule", "objective")  # the sections that weights depend on
 
 
@@ -59,13 +62,18 @@ def load_config(folder: str | Path) -> ConfigDict:
     """The config of a folder as `load_model` takes it. Raises FileNotFoundError without config.json."""
     folder = shipped.find(folder)
     config = fields.completed(ConfigDict(read_json(folder / "config.json")))
+    if has_text_encoders(config):
+        config.condition.encoders = encoders.found_in(config.condition, folder)
     if "checkpoint" not in config:
         config.weights = str(folder) if any((folder / name).exists() for name in ("unet", LORA)) else ""
     return config
 
 
 def load_model(
-    folder: str | Path, size: tuple[int, int] = (0, 0), teacher: DiffusionModel | None = None
+    folder: str | Path,
+    size: tuple[int, int] = (0, 0),
+    teacher: DiffusionModel | None = None,
+    condition: Conditioning | None = None,
 ) -> DiffusionModel:
     """The model in a folder, with its weights.
 
@@ -73,13 +81,60 @@ def load_model(
       which is found from any current folder.
     size: height and width of the images, pixels. 0 for the size in training.
     teacher: the model of its config.teacher, if that is loaded already.
+    condition: of a model with the same text encoders, so that they are not loaded twice: see `shared_condition`.
     Raises FileNotFoundError for a folder without config.json or weights, and ValueError for a config without a denoiser
     and for a size that the model cannot make.
     """
     folder, config = shipped.find(folder), load_config(folder)
     if not has_denoiser(config):
         raise ValueError(f"{folder / 'config.json'} describes no denoiser; load an autoencoder by load_autoencoder")
-    return load(config, folder, diffusion_model(config, size), teacher)[0]
+    return load(config, folder, diffusion_model(config, size, condition=condition), teacher)[0]
+
+
+def teacher_of(config: ConfigDict, model: DiffusionModel) -> DiffusionModel:
+    """The trained model config.teacher, with the condition of the model if both have the same.
+
+    Raises ValueError for one with other text encoders.
+    """
+    theirs = load_config(config.teacher)
+    return load_model(config.teacher, model.size, condition=shared_condition(config, theirs, model))
+
+
+def shared_condition(config: ConfigDict, teacher: ConfigDict, model: DiffusionModel) -> Conditioning | None:
+    """The condition of one of two models, if a student and its teacher have the same.
+
+    Raises ValueError if they have different text encoders.
+    """
+    if not has_text_encoders(config) or not has_text_encoders(teacher):
+        return None
+    encoders.check_same(config.condition, teacher.condition, config.teacher)
+    is_same = all(config.condition.get(name) == teacher.condition.get(name) for name in SHARED)
+    return model.conditioning if is_same else None
+
+
+def model_of_run(config: ConfigDict, workdir: Path, training: bool = False) -> tuple[ConfigDict, DiffusionModel]:
+    """The config of a run with its text encoders `pinned`, and its model as `diffusion_model` makes it.
+
+    Text encoders are loaded only for prompts that the run's cache lacks. One that is not here has the hash in the run's
+    config.json. Raises what `diffusion_model` raises, and ValueError if the run has a checkpoint and other encoders.
+    """
+    if not has_text_encoders(config):
+        return config, diffusion_model(config, training=training)
+    config = _with_pinned_encoders(config, workdir)
+    texts = cache_folder(config.data, workdir) / "texts"
+    return config, diffusion_model(config, training=training, condition=conditioning(config, texts))
+
+
+def _with_pinned_encoders(config: ConfigDict, workdir: Path) -> ConfigDict:
+    of_run = None
+    if (workdir / "config.json").exists():
+        saved = load_config(workdir)
+        of_run = saved.condition if has_text_encoders(saved) else None
+    if of_run is not None and Checkpoints(workdir / "checkpoints").latest_step() is not None:
+        encoders.check_same(config.condition, of_run, str(workdir))
+    config = ConfigDict(config)
+    config.condition.encoders = encoders.pinned(config.condition, of_run)
+    return FrozenConfigDict(config)
 
 
 def load(
@@ -118,7 +173,7 @@ def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel |
     """The model whose weights config.lora updates."""
     if "lora" not in config or "checkpoint" in config:
         return model
-    return teacher or load_model(config.teacher, model.size)
+    return teacher or teacher_of(config, model)
 
 
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
+import pathlib
 import re
 from collections.abc import Mapping
 
@@ -12,14 +12,15 @@ import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
+from tokenizers import Tokenizer, models
 
 from diffusion_jax import paths
 from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.tensors import read_tensors, write_file, write_json
-from diffusion_jax.interop.tokenizers import FILES, load_tokenizer
+from diffusion_jax.interop.tensors import find_tensors, read_tensors, shards, write_file, write_json
+from diffusion_jax.interop.tokenizers import ALL_FILES, FILES, load_tokenizer
 from diffusion_jax.models.text.bert import BertEncoder
-from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.text.clip import OLD_EOS, ClipTextEncoder
 from diffusion_jax.models.text.embedding import embedding
 from diffusion_jax.models.text.encoder import TextEncoder, tokenize
 from diffusion_jax.models.text.t5 import T5Encoder
@@ -45,6 +46,7 @@ DEFAULTS = {
     "UMT5EncoderModel": dict(vocab_size=250112, d_model=512, d_ff=1024, num_layers=8, num_heads=6, own_biases=True),
     "BertModel": {},
 }
+TOKENIZERS = {ClipTextEncoder: models.BPE, T5Encoder: models.Unigram, BertEncoder: models.Model}  # BERT has had all
 RUNTIME_FIELDS = {"parent", "name", "dtype", "own_biases", "final_norm"}  # of no config.json
 NAMED_LAYERS = {"last": 0, "penultimate": 1}  # layers after it
 LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")  # of CLIP
@@ -153,6 +155,7 @@ def text_encoder(
     layer: str | int = "last",
     norm: bool | None = None,
     dtype: DTypeLike = jnp.float32,
+    allow_pickle: bool = False,
 ) -> TextEncoder:
     """A published encoder and its tokenizer as a `models.text.encoder.TextEncoder`, e.g. from pipeline/text_encoder and
     pipeline/tokenizer.
@@ -166,13 +169,16 @@ def text_encoder(
     layer: whose tokens: "last", "penultimate", or a number of layers after it.
     norm: whether the final norm follows that layer; by default it follows the last one. BERT has none.
     dtype: of the weights and of the large multiplications.
-    Raises ValueError for another layer or a length beyond the encoder's positions, and the errors of both loaders.
+    allow_pickle: see `read_tensors`.
+    Raises ValueError for another layer, a length beyond the encoder's positions or the tokenizer of another encoder,
+    and the errors of both loaders.
     """
-    module, params = load_text_encoder(folder, dtype)
+    module, params = load_text_encoder(folder, dtype, allow_pickle)
     module = module.clone(dtype=dtype)
     skipped = _skipped(layer, module)
     tokenizer_folder = tokenizer_folder or tokenizer_beside(folder)
     tokenizer = load_tokenizer(tokenizer_folder, length)
+    _check_tokenizer(tokenizer, module, f"{tokenizer_folder}: not the tokenizer of {folder}")
     length = tokenizer.padding["length"]
     if isinstance(module, BertEncoder) and norm is not None:
         raise ValueError(f"{folder}: norm is for encoders with a final norm, and BERT has none: leave it out")
@@ -188,8 +194,21 @@ def text_encoder(
         params=params,
         length=length,
         width=tokens.shape[-1],
-        cache_key=lambda: f"{fingerprint(folder, tokenizer_folder)}-{skipped}-{has_norm}-{length}-{jnp.dtype(dtype)}",
     )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, module: Encoder, wrong: str) -> None:
+    """Raise ValueError for the tokenizer of another encoder. wrong: the beginning of the message."""
+    kind = TOKENIZERS[type(module)]
+    if not isinstance(tokenizer.model, kind):
+        raise ValueError(f"{wrong}: expected one of {kind.__name__}, got {type(tokenizer.model).__name__}")
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    if not module.vocab_size / 2 <= tokens <= module.vocab_size:
+        raise ValueError(f"{wrong}: it has {tokens} tokens, and the encoder has embeddings of {module.vocab_size}")
+    if isinstance(module, ClipTextEncoder) and module.eos_token_id != OLD_EOS:
+        end = tokenizer.encode("").ids[tokenizer.num_special_tokens_to_add(is_pair=False) - 1]
+        if end != module.eos_token_id:
+            raise ValueError(f"{wrong}: it ends a text with token {end}, expected eos_token_id, {module.eos_token_id}")
 
 
 def tokenizer_beside(folder: str | Path) -> Path:
@@ -216,10 +235,12 @@ def _tokenize_with_full_mask(prompts, tokenizer, length):
     return ids, np.ones_like(mask)
 
 
-def fingerprint(*folders: str | Path) -> str:
-    """SHA-256 of the files in these folders."""
-    digest = hashlib.sha256()
-    for path in (path for folder in folders for path in sorted(paths.fetched(folder).iterdir()) if path.is_file()):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def files_of(folder: str | Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The local files that `text_encoder` reads: those of the encoder, and those of its tokenizer.
+
+    Raises FileNotFoundError if one is missing.
+    """
+    weights, words = find_tensors(folder, WEIGHTS), paths.fetched(tokenizer_beside(folder))
+    parts = sorted(set(shards(weights).values())) if weights.suffix == ".json" else []
+    tokenizer = [words / name for name in ALL_FILES if (words / name).is_file()]
+    return [read_config(folder)[1], weights, *parts], tokenizer

@@ -39,15 +39,21 @@ def read_tensors(folder: str | Path, stem: str, allow_pickle: bool = False) -> t
     allow_pickle: read .bin files if there is no safetensors file, see `read_pickle`.
     Raises FileNotFoundError if weights or a shard are missing, and ValueError for malformed files.
     """
+    path = find_tensors(folder, stem)
+    return (_read_shards if path.suffix == ".json" else read_file)(path, allow_pickle), str(path)
+
+
+def find_tensors(folder: str | Path, stem: str) -> Path:
+    """The file with the weights of a model folder, or the index of its shards. Arguments and errors as in
+    `read_tensors`.
+    """
     folder = paths.fetched(folder)
     for suffix, head in (("safetensors", stem), ("bin", "pytorch_model" if stem == "model" else stem)):
         for variant in ("", ".fp16", ".bf16"):
-            path = folder / f"{head}{variant}.{suffix}"
-            if path.is_file():
-                return read_file(path, allow_pickle), str(path)
-            for index in (f"{head}{variant}.{suffix}.index.json", f"{head}.{suffix}.index{variant}.json"):
-                if (folder / index).is_file():
-                    return _read_shards(folder / index, allow_pickle), str(folder / index)
+            name = f"{head}{variant}.{suffix}"
+            for file in (name, f"{name}.index.json", f"{head}.{suffix}.index{variant}.json"):
+                if (folder / file).is_file():
+                    return folder / file
     raise FileNotFoundError(f"{folder / stem}.safetensors: no such file; expected the weights of one model there")
 
 
@@ -226,18 +232,26 @@ def _span(name, dtype, shape, data_offsets):
     return begin, end, kind, tuple(shape)
 
 
-def _read_shards(index, allow_pickle):
+def shards(index: Path) -> dict[str, Path]:
+    """The file of each tensor by an index of shards. Raises FileNotFoundError for a shard that is missing, and
+    ValueError for a malformed index.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: expected a weight_map from each tensor's name to its file")
-    tensors = {}
     for shard in sorted(set(weight_map.values())):
         if shard != PurePath(shard).name or "\\" in shard:
             raise ValueError(f"{index}: expected the names of files beside it, got {shard!r}")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index.parent / shard}: no such file, but {index.name} names it; download it too")
-        tensors |= read_file(index.parent / shard, allow_pickle)
-    missing = sorted(weight_map.keys() - tensors.keys())
+    return {name: index.parent / shard for name, shard in weight_map.items()}
+
+
+def _read_shards(index, allow_pickle):
+    places, tensors = shards(index), {}
+    for shard in sorted(set(places.values())):
+        tensors |= read_file(shard, allow_pickle)
+    missing = sorted(places.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{index} names {len(missing)} tensors that its shards lack, such as {missing[0]}")
     return tensors

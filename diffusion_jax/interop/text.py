@@ -23,9 +23,7 @@ def minilm(
     """
     if not 3 <= length <= 512:
         raise ValueError(f"MiniLM reads 3 to 512 tokens, got length {length}")
-    encoder = text_encoder(minilm_folder(), length=length, layer=layer, norm=norm, dtype=dtype)
-    changed = "" if (layer, dtype) == ("last", jnp.float32) else f"-{layer}-{jnp.dtype(dtype)}"
-    return encoder._replace(cache_key=lambda: f"all-MiniLM-L6-v2-{length}{changed}")
+    return text_encoder(minilm_folder(), length=length, layer=layer, norm=norm, dtype=dtype)
 
 
 def minilm_folder() -> Path:

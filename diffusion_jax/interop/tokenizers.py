@@ -30,6 +30,8 @@ CLIP_ROLES = {
 T5_ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 BERT_ROLES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
 FILES = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt")  # a folder of a tokenizer has one of them
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+ALL_FILES = (*FILES, "merges.txt", *SETTINGS)
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # CLIP's words: its start and end token, English endings, runs of letters, single digits, runs of other characters.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -108,8 +110,7 @@ def _settings(folder):
 
     Older versions of transformers list them in added_tokens.json, and special_tokens_map.json then counts.
     """
-    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    config, tokens, added = (read_json(folder / name) if (folder / name).is_file() else {} for name in names)
+    config, tokens, added = (read_json(folder / name) if (folder / name).is_file() else {} for name in SETTINGS)
     if "added_tokens_decoder" in config:
         return config
     settings = config | tokens

@@ -70,7 +70,7 @@ def frozen_parts(model: DiffusionModel, frozen_params: PyTree) -> dict:
     conditioning = model.conditioning
     return {
         "codec": model.codec.stats,
-        "conditioning": conditioning.params,
+        "conditioning": conditioning.params(),
         "null_cond": conditioning.null,
         "rest": frozen_params,
     }

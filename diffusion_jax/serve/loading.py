@@ -87,7 +87,8 @@ def _student(loaded: Loaded, workdir: Path) -> Loaded | None:
     if config is None or paths.at(config.get("teacher", "")) not in (paths.at(loaded.origin), workdir):
         return None
     config.serve = loaded.config.serve
-    return Loaded(config, weights.load_model(folder, loaded.model.size, teacher=loaded.model), folder)
+    condition = weights.shared_condition(config, loaded.config, loaded.model)
+    return Loaded(config, weights.load_model(folder, loaded.model.size, loaded.model, condition), folder)
 
 
 def facts(loaded: Loaded) -> Facts:

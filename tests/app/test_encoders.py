@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffusion_jax.build import encoders
+from diffusion_jax import build, paths
+from diffusion_jax.build import encoders, fields
 from diffusion_jax.build.weights import load_model
 from tests import command_line
 from tests.interop.test_encoders import saved, write_tokenizer
@@ -42,6 +43,13 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the config, pictures with captions, and folders of text encoders."""
@@ -63,6 +71,11 @@ def folder(tmp_path_factory):
         model, template = ("bpe", ["<s>", "$A", "</s>"]) if "CLIP" in kind else ("unigram", ["$A", "</s>"])
         write_tokenizer(folder / name / "tokenizer", model, template)
     return folder
+
+
+def condition(*listed, **settings):
+    """A section of config.condition."""
+    return fields.section(fields.CONDITION, **{"kind": "text", "encoders": listed, "length": 6, **settings})
 
 
 def flags(folder, encoders, *others, mode="train", workdir="run"):
@@ -112,17 +125,67 @@ def test_a_moved_encoder_is_the_same_and_another_one_is_not(folder, tmp_path, mo
 
 def test_entries_are_read_with_their_settings(folder):
     listed = "minilm@length=9", f"{folder}/CLIP/text_encoder@pooled=True,layer=1"
-    section = ConfigDict({"encoders": listed, "join": "tokens", "length": 5})
+    section = condition(*listed, join="tokens", length=5)
     first, second = encoders.text_encoders(section)
     assert (first.length, first.pooled, second.length, second.pooled) == (9, False, 5, True)
-    assert encoders.width(section) == max(first.width, second.width) == 384
-    assert encoders.width(ConfigDict({"encoders": listed})) == 392
     pinned = encoders.pinned(section)
     assert pinned[0] == "minilm@length=9" and pinned[1].startswith(
         f"{folder}/CLIP/text_encoder@pooled=True,layer=1,sha="
     )
-    again = ConfigDict({"encoders": pinned, "length": 5})
-    assert encoders.text_encoders(again)[1].cache_key() == second.cache_key() and encoders.pinned(again) == pinned
+    again = condition(*pinned, join="tokens", length=5)
+    assert encoders.pinned(again) == pinned and encoders.cache_key(again) == encoders.cache_key(section)
+    assert encoders.text_encoders(again)[1].length == 5
+
+
+def test_the_width_of_the_network_is_that_of_the_texts(folder):
+    listed = "minilm", f"{folder}/CLIP/text_encoder"
+    for join, width in {"tokens": 384, "channels": 392}.items():
+        config = ConfigDict({"condition": condition(*listed, join=join)})
+        assert build.model.conditioning(config).null["text"].shape[-1] == width
+
+
+def test_all_that_an_embedding_depends_on_is_in_its_key(folder):
+    clip, t5 = (f"{folder}/{name}/text_encoder" for name in ("CLIP", "T5"))
+    changes = [
+        ((clip,), {}),
+        ((t5,), {}),
+        ((clip,), {"length": 5}),
+        ((clip,), {"pooled": True}),
+        ((clip,), {"dtype": "bfloat16"}),
+        ((f"{clip}@layer=1",), {}),
+        ((f"{clip}@norm=False",), {}),
+        ((clip, t5), {}),
+        ((t5, clip), {}),
+        ((clip, t5), {"join": "tokens"}),
+        (("minilm",), {}),
+    ]
+    keys = [encoders.cache_key(condition(*listed, **settings)) for listed, settings in changes]
+    assert len({*keys}) == len(changes)
+    assert keys[-1] == "all-MiniLM-L6-v2-6", "by which caches of earlier versions are found"
+    assert keys[2] == encoders.cache_key(condition(f"{clip}@length=5"))
+
+
+def test_an_encoder_that_is_not_here_is_known_by_its_hash(folder, tmp_path):
+    here = condition(f"{folder}/CLIP/text_encoder", "minilm")
+    of_run = condition(*encoders.pinned(here))
+    sha = of_run.encoders[0].rpartition("sha=")[2]
+    for entry in (f"nowhere@sha={sha}", "nowhere"):
+        (pinned, _) = encoders.pinned(condition(entry, "minilm"), of_run)
+        assert pinned.endswith(f"/nowhere@sha={sha}")
+        assert encoders.cache_key(condition(pinned, "minilm")) == encoders.cache_key(here)
+    for entry in ("nowhere", "nowhere@layer=1"):
+        with pytest.raises(FileNotFoundError, match="nowhere: no such folder of a text encoder; copy it there, or"):
+            encoders.pinned(condition(entry, "minilm"), of_run if "layer" in entry else None)
+
+
+def test_what_a_folder_has_beside_its_encoder_does_not_change_its_hash(folder, tmp_path):
+    copy = shutil.copytree(folder / "CLIP", tmp_path / "copy")
+    first = encoders.pinned(condition(f"{copy}/text_encoder"))
+    (copy / "text_encoder" / "README.md").write_text("...")
+    assert encoders.pinned(condition(f"{copy}/text_encoder")) == first
+    settings = copy / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"pad_token": "<pad>"', '"pad_token": "</s>"'))
+    assert encoders.pinned(condition(f"{copy}/text_encoder")) != first
 
 
 @pytest.mark.parametrize(
@@ -131,15 +194,17 @@ def test_entries_are_read_with_their_settings(folder):
         ("FOLDER@layers=1", "expected FOLDER@layer=last or penultimate or a number"),
         ("FOLDER@norm=maybe", "got 'norm=maybe' in "),
         ("FOLDER@length=long", "got 'length=long' in "),
+        ("FOLDER@length=513", "length=3 to 512 tokens, .*; got 'length=513' in "),
         ("minilm@norm=True", "norm is for encoders with a final norm, and BERT has none"),
         ("minilm@sha=12", "minilm has no files to compare"),
         ("FOLDER@layer=7", "layer: expected last, penultimate or a number from 0 to 1, got 7"),
         ("FOLDER@sha=12", "its files have the hash "),
-        ("nowhere", "nowhere/config.json: no such file"),
+        ("nowhere", "nowhere: no such folder of a text encoder; copy it there, or name its place by --config"),
+        ("nowhere@sha=0123456789abcdef", "nowhere: no such folder of a text encoder"),
     ],
 )
 def test_an_entry_that_cannot_be_read_is_one_line(entry, message, folder):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         listed = (entry.replace("FOLDER", f"{folder}/CLIP/text_encoder"),)
-        encoders.text_encoders(ConfigDict({"encoders": listed, "length": 6}))
+        encoders.text_encoders(condition(*listed))
     assert "\n" not in str(error.value)

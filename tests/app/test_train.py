@@ -105,7 +105,7 @@ def letters() -> conditioning.Conditioning:
         tokens = params * ids[..., None].astype(np.float32)
         return TextEmbedding(tokens, tokens[:, 0])
 
-    return conditioning.text(TextEncoder(tokenize, embed, np.float32(1), 1, 1, lambda: "letters"))
+    return conditioning.text(lambda: [TextEncoder(tokenize, embed, np.float32(1), 1, 1)], lambda: "letters")
 
 
 @pytest.mark.parametrize("in_cache", [False, True])
@@ -129,7 +129,7 @@ def test_a_caption_alone_is_embedded_once(config, tmp_path):
     records, _ = train._training_records(config, tmp_path, source, model)
     cond = records[2]["cond"]
     assert cond["text"].tolist() == [[ord("c")]] and cond["mask"].tolist() == [True]
-    again = model.conditioning.embed(model.conditioning.params, jax.tree.map(lambda leaf: leaf[None], cond))
+    again = model.conditioning.embed(model.conditioning.params(), jax.tree.map(lambda leaf: leaf[None], cond))
     np.testing.assert_array_equal(again["text"][0], cond["text"])
 
 

@@ -174,9 +174,7 @@ def test_clip_behind_the_seam(tmp_path):
 
     shorter = text_encoder(folder, words, length=4)
     half = text_encoder(folder, words, dtype=jnp.bfloat16)
-    others = early, normed, raw, shorter, half
-    assert len({encoder.cache_key() for encoder in (last, *others)}) == 1 + len(others)
-    assert text_encoder(folder, words).cache_key() == last.cache_key()
+    assert shorter.length == 4
     np.testing.assert_allclose(
         jax.jit(half.apply)(half.params, ids, mask).tokens, out.last_hidden_state, atol=0.1, err_msg="in bfloat16"
     )

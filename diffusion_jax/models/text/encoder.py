@@ -25,7 +25,6 @@ class TextEncoder(NamedTuple):
     params: the weights, first argument of `apply`.
     length: L, tokens of a prompt.
     width: D, channels of an embedding.
-    cache_key: () -> identifies the weights, the layer and the length; part of the key of cached records.
     pooled: whether the vector is part of the condition.
     """
 
@@ -34,7 +33,6 @@ class TextEncoder(NamedTuple):
     params: PyTree
     length: int
     width: int
-    cache_key: Callable[[], str]
     pooled: bool = False
 
 
