@@ -190,7 +190,7 @@ def _pinned(entry: Entry, known: str) -> Entry:
         sha = known if known.startswith(sha) else sha
         if not sha:
             raise FileNotFoundError(ABSENT.format(entry.source))
-        logging.info("%s is not here: only texts that the cache has of the text encoder %s", entry.source, sha)
+        logging.info("%s is not there: only cached embeddings of this text encoder, %s, are used", entry.source, sha)
     return Entry(str(paths.absolute(entry.source)), entry.settings | {"sha": sha})
 
 

@@ -55,6 +55,11 @@ def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
     for section in MODEL:
         new_config[section] = saved_config[section]
     new_config.data.size = saved_config.data.size
+    with new_config.unlocked():
+        if "lora" in saved_config:
+            new_config.lora, new_config.teacher = saved_config.lora, saved_config.teacher
+        elif "lora" in new_config:
+            del new_config["lora"]
     return FrozenConfigDict(new_config)
 
 

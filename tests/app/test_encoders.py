@@ -18,7 +18,7 @@ CONFIG = """
 from ml_collections.config_dict import placeholder
 from configs import common, digits
 
-def get_config():
+def get_config(preset=""):
     config = digits.get_config()
     config.name = "letters"
     config.data = common.data("folder", size=8)
@@ -31,6 +31,8 @@ def get_config():
     )
     config.train.update(steps=2, batch_size=4, checkpoint_every=2)
     config.sample.update(prompts=("a b", "c"), steps=2, num_images=1)
+    if preset == "lora":
+        config.lora = common.lora()
     return config
 """
 POOLED = ["--config.model.class_embed_type=projection", "--config.model.projection_class_embeddings_input_dim=12"]
@@ -57,7 +59,7 @@ def folder(tmp_path_factory):
     (folder / "letters.py").write_text(CONFIG)
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
-    for i, caption in enumerate(("a b", "c", "d e f", "a")):
+    for i, caption in enumerate(("a b", "c", "d e f", "a", "b", "f", "e d", "c d")):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
         (folder / "pictures" / f"{i}.txt").write_text(caption)
     for name, kind in {

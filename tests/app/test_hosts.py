@@ -19,6 +19,7 @@ from configs import digits
 from diffusion_jax import hosts
 from diffusion_jax.training import loop
 from diffusion_jax.training.checkpoints import Checkpoints
+from tests.command_line import ROOT
 from tests.ports import free_port
 from tests.test_main import TINY, TWO_STAGES, finish, start, steps_saved, unfinished, wait_until
 from tests.training import linear as model
@@ -56,7 +57,7 @@ get_config = digits.get_config
 """
 
 
-def start_two(*workdirs, flags=(), base):
+def start_two(*workdirs, flags=(), base, cwd=ROOT):
     """Two hosts that train, each in its work directory, or both in the only one."""
     port = free_port()
     return [
@@ -68,6 +69,7 @@ def start_two(*workdirs, flags=(), base):
             f"--process={i}",
             *flags,
             base=base,
+            cwd=cwd,
         )
         for i in range(2)
     ]

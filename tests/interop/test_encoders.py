@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from diffusion_jax.interop import load_text_encoder, save_text_encoder
-from diffusion_jax.interop.encoders import text_encoder, without_last_layers
+from diffusion_jax.interop.encoders import files_of, text_encoder, without_last_layers
 from diffusion_jax.interop.names import to_torch
 from diffusion_jax.interop.tensors import read_tensors, write_file
 from diffusion_jax.models.text.bert import BertEncoder
@@ -130,8 +130,8 @@ def test_missing_files_are_named(tmp_path):
         load_text_encoder(tmp_path)
 
 
-def write_tokenizer(folder, model, template):
-    words = ["<pad>", "</s>", "<s>", *"abcdef"]
+def write_tokenizer(folder, model, template, letters="abcdef"):
+    words = ["<pad>", "</s>", "<s>", *letters]
     tokenizer = Tokenizer(
         models.Unigram([(word, -1.0) for word in words], 0)
         if model == "unigram"
@@ -226,6 +226,76 @@ def test_bert_behind_the_seam(tmp_path):
     np.testing.assert_allclose(jax.jit(encoder.apply)(encoder.params, ids, mask).tokens, expected, atol=1e-5)
     with pytest.raises(ValueError, match="norm is for encoders with a final norm, and BERT has none"):
         text_encoder(folder, norm=True)
+
+
+BPE = "bpe", ["<s>", "$A", "</s>"]
+UNIGRAM = "unigram", ["$A", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "letters", "message"),
+    [
+        ("CLIPTextModel", UNIGRAM, "abcdef", "expected one of BPE, got Unigram"),
+        ("T5EncoderModel", BPE, "abcdef", "expected one of Unigram, got BPE"),
+        ("UMT5EncoderModel", UNIGRAM, "a", "it has 4 tokens, and the encoder has embeddings of 9"),
+        ("BertModel", UNIGRAM, "abcdefg", "it has 10 tokens, and the encoder has embeddings of 9"),
+        (
+            "CLIPTextModel",
+            ("bpe", ["</s>", "$A", "<s>"]),
+            "abcdef",
+            "with token 2, expected eos_token_id, 1",
+        ),
+    ],
+)
+def test_the_tokenizer_of_another_encoder_is_refused(name, words, letters, message, tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", *words, letters)
+    with pytest.raises(ValueError, match=message) as error:
+        text_encoder(saved(name, tmp_path / "text_encoder"))
+    assert str(error.value).startswith(f"{tokenizer}: not the tokenizer of ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("eos", [1, 2])
+def test_old_configs_of_clip_name_another_end_token(eos, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", *BPE)
+    folder = saved("CLIPTextModel", tmp_path / "text_encoder", eos_token_id=eos)
+    assert text_encoder(folder).length == 6
+
+
+def test_an_encoder_in_pickles_needs_leave(tmp_path):
+    """As T5 v1.1 is published: pytorch_model.bin alone, or in shards."""
+    torch = pytest.importorskip("torch")
+    write_tokenizer(tmp_path / "tokenizer", *UNIGRAM)
+    folder = saved("T5EncoderModel", tmp_path / "text_encoder")
+    expected = text_encoder(folder).params
+    tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in read_tensors(folder, "model")[0].items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle, .* or set allow_pickle"):
+        text_encoder(folder)
+    jax.tree.map(np.testing.assert_array_equal, text_encoder(folder, allow_pickle=True).params, expected)
+    assert [file.name for file in files_of(folder)[0]] == ["config.json", "pytorch_model.bin"]
+
+
+def test_shards_of_an_encoder_are_read_and_hashed_together(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", *UNIGRAM)
+    folder = saved("T5EncoderModel", tmp_path / "text_encoder")
+    expected, (tensors, _) = text_encoder(folder).params, read_tensors(folder, "model")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for shard in {*places.values()}:
+        write_file(folder / shard, {name: tensors[name] for name in tensors if places[name] == shard}, jnp.bfloat16)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    half = jax.tree.map(lambda leaf: np.float32(jnp.bfloat16(leaf)), expected)
+    jax.tree.map(np.testing.assert_array_equal, text_encoder(folder).params, half)
+    encoder, tokenizer = files_of(folder)
+    assert [file.name for file in encoder] == [
+        *("config.json", "model.safetensors.index.json", "0.safetensors", "1.safetensors")
+    ]
+    assert [file.name for file in tokenizer] == ["tokenizer.json", "tokenizer_config.json"]
+    (folder / "1.safetensors").unlink()
+    for read in (text_encoder, files_of):
+        with pytest.raises(FileNotFoundError, match=r"1.safetensors: no such file, but model.safetensors.index.json"):
+            read(folder)
 
 
 def test_a_tokenizer_is_found_in_the_folder_or_beside_it(tmp_path):

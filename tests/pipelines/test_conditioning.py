@@ -116,3 +116,24 @@ def test_encoders_of_different_lengths_do_not_join_token_by_token():
 def test_no_text_can_be_zeros():
     null = of_texts(letters()._replace(pooled=True), null_is_zeros=True).null
     assert not null["text"].any() and not null["text_embeds"].any() and null["mask"].all()
+
+
+def test_prompts_that_are_kept_and_records_that_are_embedded_need_no_encoder():
+    expected = of_texts(letters())
+    known = {prompt: expected.of_prompts([prompt]) for prompt in ("", "ab")}
+
+    def keep(of_prompts):
+        def of(prompts):
+            return known[prompts[0]] if prompts[0] in known else of_prompts(prompts)
+
+        return of
+
+    loads = []
+    texts = conditioning.text(lambda: loads.append(1) or [letters()], lambda: "", keep=keep)
+    jax.tree.map(np.testing.assert_array_equal, texts.null, expected.null)
+    jax.tree.map(np.testing.assert_array_equal, texts.embed(None, texts.of_prompts(["ab"])), known["ab"])
+    assert not loads
+    for _ in range(2):
+        new = texts.of_prompts(["abc"])
+        jax.tree.map(np.testing.assert_array_equal, new, expected.of_prompts(["abc"]))
+    assert texts.params() == (letters().params,) and loads == [1]
