@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.build import encoders, weights
-from diffusion_jax.serve import worker
+from diffusion_jax.serve import loading
 from diffusion_jax.serve.drawing import Artist, Picture, Shared
 from tests import command_line
 from tests.app import test_encoders
@@ -134,8 +134,8 @@ def test_a_run_is_measured_and_served(place):
     command_line.succeed(*flags(), cwd=place)
     command_line.succeed(*flags(*FEW, mode="eval"), cwd=place)
     assert (place / "run" / "eval" / "report.json").exists()
-    loaded = worker.load(weights.load_config(place / "run"), place / "run")
-    facts, artist = worker.facts(loaded), Artist(loaded.config, loaded.model)
+    loaded = loading.load(weights.load_config(place / "run"), place / "run")
+    facts, artist = loading.facts(loaded), Artist(loaded.config, loaded.model)
     assert {"generate", "morph", "noise", "style"} == {*facts.tasks} and facts.size == (8, 8) and not facts.words
     shared = Shared("generate", (8, 8), facts.sampling["solver"], "", steps=2)
     texts = ("a b", ""), ("c d", ""), ("a b", "e f"), ("a " * 9, "")
