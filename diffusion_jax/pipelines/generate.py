@@ -103,7 +103,7 @@ def check_guidance(guidance: Guidance, plan: Plan) -> None:
 def repeat_texts(null_cond: PyTree, cond: PyTree) -> PyTree:
     """null_cond with its texts repeated to the length of those in cond."""
 
-    def repeated(null: Array, leaf: Array) -> Array:
+    def repeated(null: ArrayLike, leaf: ArrayLike) -> ArrayLike:
         repeats = leaf.shape[1] // len(null) if null.ndim and null.ndim == leaf.ndim - 1 else 1
         return jnp.concatenate([null] * repeats) if repeats > 1 else null
 

@@ -141,7 +141,9 @@ def test_a_run_is_measured_and_served(place):
     texts = ("a b", ""), ("c d", ""), ("a b", "e f"), ("a " * 9, "")
     asked = [Picture(shared, *each, guidance=3.0, seed=0) for each in texts]
     images = np.asarray(artist.draw(asked))
-    assert all((images[0] != other).any() for other in images[1:]), "the same noise by the same program"
+    assert images.shape == (4, 8, 8, 3) and np.isfinite(images).all()
+    first, *others = (np.concatenate([cond["text"] for cond in artist.conditions(each)]) for each in asked)
+    assert all(np.abs(first - other).max() > 0.1 for other in others), "prompts and negative prompts count"
 
 
 def test_a_divided_run_has_the_weights_of_a_whole_one(place):
