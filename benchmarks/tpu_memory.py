@@ -103,8 +103,8 @@ def _step(
 def _batch(model: DiffusionModel, size: int) -> PyTree:
     """The shapes of a training batch."""
     height, width, channels = model.shape
-    channels = channels if model.codec.limit else 2 * channels  # pixels, or mean and log variance
-    dtype = jnp.uint8 if model.codec.limit else jnp.float32
+    channels = channels if model.codec.limit else 2 * channels  # pixels, or mean and standard deviation
+    dtype = jnp.uint8 if model.codec.limit else jnp.bfloat16
     latent = jax.ShapeDtypeStruct((size, height, width, channels), dtype)
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), model.conditioning.null)
     return {"latent": latent, "cond": cond}

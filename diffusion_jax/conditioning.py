@@ -14,16 +14,17 @@ from diffusion_jax.data.transforms import Record
 from diffusion_jax.models.text.encoder import TextEncoder
 
 OfPrompts = Callable[[Sequence[str]], PyTree]  # prompts -> cond, leaves (B, ...)
+EMBEDDINGS = ("text", "text_embeds")  # the leaves of a cond that text encoders make
 
 
 class Conditioning(NamedTuple):
     """Records and prompts -> the condition of the denoiser.
 
     cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
-    of_records: stacked records -> inputs of `embed`, such as tokens, leaves (B, ...).
+    of_records: stacked records -> inputs of `embed`, such as tokens, or a cond, leaves (B, ...).
     of_prompts: prompts -> cond, leaves (B, ...).
     null: "no condition"; leaves without the batch axis.
-    embed: (params, inputs from `of_records`) -> cond. A cond is returned unchanged. A pure function.
+    embed: (params, inputs from `of_records`) -> cond. A cond is returned in float32, see `stored`. A pure function.
     params: () -> weights of `embed`, which may be loaded then.
     words: learned words that prompts may use (textual inversion), and how many vectors each has.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
@@ -33,7 +34,7 @@ class Conditioning(NamedTuple):
     of_records: Callable[[Record], PyTree]
     of_prompts: OfPrompts
     null: PyTree
-    embed: Callable[[PyTree, PyTree], PyTree] = lambda params, inputs: inputs
+    embed: Callable[[PyTree, PyTree], PyTree] = lambda params, inputs: _in_float32(inputs)
     params: Callable[[], PyTree] = lambda: None
     words: Mapping[str, int] = MappingProxyType({})
     for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda conditioning, size: conditioning
@@ -87,7 +88,7 @@ def text(
     @jax.jit
     def embed(params: PyTree, inputs: PyTree) -> PyTree:
         if "text" in inputs:
-            return inputs
+            return _in_float32(inputs)
         parts = [inputs[str(i)] for i in range(len(encoders()))]
         embeddings = [
             encoder.apply(weights, part["ids"], part["mask"])
@@ -121,6 +122,17 @@ def _joinable(encoders: Sequence[TextEncoder], on_tokens: bool) -> Sequence[Text
         lengths = " and ".join(str(encoder.length) for encoder in encoders)
         raise ValueError(f"text encoders that join token by token need the same length, got {lengths} tokens")
     return encoders
+
+
+def stored(cond: PyTree) -> PyTree:
+    """A cond as a cache keeps it: embeddings of texts in bfloat16, half the size. What counts, such as the sizes of an
+    image in pixels, would become another number, and stays as it is.
+    """
+    return {name: leaf.astype(jnp.bfloat16) if name in EMBEDDINGS else leaf for name, leaf in cond.items()}
+
+
+def _in_float32(cond: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, cond)
 
 
 def _token_by_token(texts: Sequence[Array], masks: Sequence[Array]) -> PyTree:

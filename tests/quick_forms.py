@@ -35,6 +35,7 @@ NEEDED = {
     r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step|latency)": "diffusers",
     r"benchmarks\.(solver_error|guidance|story)": "matplotlib",
     r"benchmarks\.tpu": "libtpu",
+    r"benchmarks\.input": "torch",
     r"benchmarks\.serve": "httpx",
 }
 TWO_STEPS = "--config.train.steps=2 --config.train.batch_size=2 --config.sample.steps=2"

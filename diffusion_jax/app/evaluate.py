@@ -130,7 +130,7 @@ def _along(folder: Path, steps: Sequence[int], length: float) -> dict[str, tuple
 
 def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
     check_section(config.eval, model.schedule)
-    source = build.data.source(config, "validation", model.size[0])
+    source = build.data.source(config, "validation", max(model.size))
     check_condition(config, source)
 
     def measure(model: DiffusionModel, folder: Path) -> dict:

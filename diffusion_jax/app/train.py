@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,11 +11,15 @@ from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, hosts, parallel, paths
+from diffusion_jax import codec as codecs
+from diffusion_jax import conditioning as conditionings
 from diffusion_jax.app import first_stage, sample
+from diffusion_jax.app.caching import built
 from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, encoders, weights
 from diffusion_jax.build.initial import from_teacher, initial
-from diffusion_jax.data.cache import cached
+from diffusion_jax.data.cache import Cache
+from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
@@ -23,7 +28,7 @@ from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path
 from diffusion_jax.training.loop import Task, check_division, check_resumed, fit, sigterm_raises_stopped
 
-ENCODE_BATCH = 64  # images in one call of the encoder
+ENCODE_BATCH = 64  # records in one call of the encoder
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -49,7 +54,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
         config, model = weights.model_of_run(config, workdir, training=True)
         snapshot_request = sample.request(config, model, config.sample.prompts)
         optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
-        source = build.data.source(config, "train", model.size[0])
+        source = build.data.source(config, "train", max(model.size))
         agreement.check_condition(config, source)
         agreement.check_records(config.train, source)
         loss, params, frozen = _objective(config, _as_in_step(model, source))
@@ -129,42 +134,61 @@ def _save_config(config: ConfigDict, workdir: Path) -> None:
 
 def _training_records(
     config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel
-) -> tuple[Source, Transform]:
-    """The records to train on, and the transform from each of them to {"latent", "cond"}.
+) -> tuple[Source, Transform | None]:
+    """The records to train on, and the transform from each of them to {"latent", "cond"}, None if they have this form.
 
     The outputs of frozen networks are computed once for each augmented version of a record, if that pays. For a record
     with several captions, one of them is drawn each time.
     """
+    keys = {"codec": model.codec.cache_key(), "conditioning": model.conditioning.cache_key()}
+    if any(keys.values()):
+        return _cached_records(config, workdir, source, model, keys), None
+    conditioning, crop = model.conditioning, build.data.transform(config, model.size)
+
+    def to_training(record: dict, rng: np.random.Generator) -> dict:
+        latent = crop(record, rng)["image"]
+        records_of_one = stack([record | {"caption": choose_caption(record.get("caption"), rng)}])
+        return {"latent": latent, "cond": jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))}
+
+    return with_captions(source) if _has_several_captions(source) else source, to_training
+
+
+def _cached_records(
+    config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel, keys: dict[str, str]
+) -> Source:
+    """Records {"latent", "cond"} from the cache, which is built first. keys: of the frozen networks."""
     codec, conditioning = model.codec, model.conditioning
-    keys = {"codec": codec.cache_key(), "conditioning": conditioning.cache_key()}
-    is_cached, crop = any(keys.values()), build.data.transform(config, model.size)
-    has_several_captions = _has_several_captions(source)
+    batch_size = parallel.divisible(ENCODE_BATCH)
+    encoder = parallel.whole(codec.params, batch_size)
+    encode = jax.jit(lambda params, images: codecs.stored(codec.encode(params, images)))
 
     def of_variants(batch: dict) -> np.ndarray:
         images = batch["image"]
-        encoded = np.asarray(codec.encode(images.reshape(-1, *images.shape[2:])))
-        return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
+        encoded = encode(encoder, parallel.spread(images.reshape(-1, *images.shape[2:]), len(images)))
+        return np.asarray(encoded).reshape(*images.shape[:2], *encoded.shape[1:])
 
     @functools.cache
     def embedder() -> PyTree:
-        return parallel.whole(conditioning.params(), 1)
+        return parallel.whole(conditioning.params(), batch_size)
 
     def of_captions(batch: dict) -> PyTree:
-        return jax.tree.map(np.asarray, conditioning.embed(embedder(), conditioning.of_records(batch)))
+        inputs = parallel.spread(conditioning.of_records(batch), batch_size)
+        cond = conditionings.stored(conditioning.embed(embedder(), inputs))
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:, None], cond)  # one version of each
 
-    def to_training(record: dict, rng: np.random.Generator) -> dict:
-        latents = record["latent"] if is_cached else [crop(record, rng)["image"]]
-        cond = record.get("cond")
-        if cond is None:
-            records_of_one = stack([record | {"caption": choose_caption(record.get("caption"), rng)}])
-            cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))
-        return {"latent": latents[rng.integers(len(latents))], "cond": cond}
+    def of_drawn_captions(indices: np.ndarray, draws: np.ndarray) -> PyTree:
+        rngs = map(np.random.default_rng, (draws * 2**53).astype(np.uint64))  # all bits of a draw
+        captions = [records.captions[index] for index in indices.tolist()]
+        return conditioning.of_records({"caption": [*map(choose_caption, captions, rngs)]})
 
-    records = source
-    if is_cached:
-        fields = {"latent": of_variants} | ({} if has_several_captions else {"cond": of_captions})
-        data = {name: value for name, value in config.data.to_dict().items() if name not in ("cache", "cache_gb")}
-        key = {"data": data, "size": model.size, **keys}
-        folder = build.data.cache_folder(config.data, workdir)
-        records = cached(source, folder, key, fields, ENCODE_BATCH, build.data.variants(config, model.size))
-    return with_captions(records) if has_several_captions else records, to_training
+    def read_batch(indices: np.ndarray, draws: np.ndarray) -> dict:
+        cond = of_drawn_captions(indices, draws) if several else {}
+        return {"cond": cond} | records.read_batch(indices, draws)
+
+    several = _has_several_captions(source)
+    fields = {"latent": of_variants} | ({} if several else {"cond": of_captions})
+    data = {name: value for name, value in config.data.to_dict().items() if name not in ("cache", "cache_gb")}
+    key = {"data": data, "size": model.size, "decoder": DECODER, **keys}
+    folder = build.data.cache_folder(config.data, workdir)
+    records = built(Cache(source, folder, key, fields, batch_size, build.data.variants(config, model.size)))
+    return replace(records, read_batch=read_batch)

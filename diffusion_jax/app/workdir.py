@@ -43,14 +43,19 @@ def wait_for(path: Path, content: str | None = None) -> None:
 
     content: what the file must hold. Raises OSError if it does not appear.
     """
+    if not in_time(lambda: _holds(path, content)):
+        raise OSError(
+            f"{path.parent} is not the folder of host 0: all hosts must share the work directory, "
+            "on a network disk for example; name such a --workdir"
+        )
+
+
+def in_time(condition: Callable[[], bool]) -> bool:
+    """Whether the condition is met before a shared file system has had its time to show a file. Waits until then."""
     end = time.monotonic() + SHARING
-    while not _holds(path, content):
-        if time.monotonic() > end:
-            raise OSError(
-                f"{path.parent} is not the folder of host 0: all hosts must share the work directory, "
-                "on a network disk for example; name such a --workdir"
-            )
+    while not (is_met := condition()) and time.monotonic() < end:
         time.sleep(0.1)
+    return is_met
 
 
 def _holds(path: Path, content: str | None) -> bool:

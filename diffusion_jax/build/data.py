@@ -26,7 +26,7 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     """The records of config.data.
 
     split: "train", "validation" or "first_stage"; data.splits has the source's name for it.
-    size: of images, pixels on a side, for sources with a choice.
+    size: of images, pixels on a side, for sources with a choice. Large JPEGs are decoded for crops of this size.
     """
     data = config.data
     kept = paths.local(data.cache, "config.data.cache") if data.cache else paths.CACHE / "data"
@@ -49,11 +49,11 @@ def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Pa
     if kind == "folder":
         if not (path := rest or data.path):
             raise ValueError("config.data.path is empty: name the folder of pictures of data.source=folder")
-        return sources.folder(paths.local(path, f"config.data.{'source' if rest else 'path'}"), kept)
+        return sources.folder(paths.local(path, f"config.data.{'source' if rest else 'path'}"), kept, size)
     if kind == "tfds":
-        return sources.tfds_source(rest, split, data_folder(data))
+        return sources.tfds_source(rest, split, data_folder(data), size)
     if kind in KINDS:
-        return shards(kind, rest, kept, data.cache_gb * 1e9)
+        return shards(kind, rest, kept, data.cache_gb * 1e9, size)
     if kind == "mix":
         terms = [_weighted(term) for term in TERMS.split(rest)]
         return mixed([_source(term, data, split, size, kept) for _, term in terms], [weight for weight, _ in terms])

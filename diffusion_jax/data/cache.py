@@ -1,137 +1,183 @@
 """Outputs of frozen networks for a source (latents, text embeddings), computed once and kept on disk."""
 
+import contextlib
+import datetime
 import hashlib
+import itertools
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
-from numpy.lib.format import open_memmap
+from absl import logging
 from tqdm import tqdm
 
 from diffusion_jax import paths
 from diffusion_jax.data.batching import filled_batches
-from diffusion_jax.data.loader import THREADS, Reader, stack
+from diffusion_jax.data.cache_files import Arrays, Rows, Shards
+from diffusion_jax.data.loader import Reader, ahead, stack
 from diffusion_jax.data.order import selected
-from diffusion_jax.data.sources import Captions, Source
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.tables import Captions
 from diffusion_jax.data.transforms import Record, Transform
 
-Field = Callable[[Record], Any]  # a stacked batch -> array or dict of arrays, with batch_size rows
+Field = Callable[[Record], Any]  # a stacked batch of B records -> array or dict of arrays (B, V, ...)
+VERSION = 2  # changes with the form of the files and with what codecs store
+STALE = 3600  # seconds after which an unfinished file that nobody writes to was left by a process that is gone
 
 
-def cached(
-    source: Source,
-    folder: str | os.PathLike,
-    key_parts: dict,
-    fields: dict[str, Field],
-    batch_size: int,
-    transform: Transform | None = None,
-) -> Source:
-    """A source of {field: array or dict of arrays}, the outputs of the functions in `fields` for each record.
+class Cache:
+    """The outputs of the functions in `fields` for each record of a source, in `folder`/<SHA-256 of its key>.
 
-    Computed on the first call and kept in `folder`/<SHA-256 of source.name and key_parts>. Later calls map the files
-    into memory. Each array is one .npy file. They appear all at once: an interrupted run leaves no partial cache.
+    They are kept in shards, see `Shards`, which several processes may build at the same time. What was stopped goes on
+    with the shards that are missing. A shard depends on its own records alone, so the result is always the same.
 
-    source: the records. Bad ones are skipped with a warning.
+    source: the records. Bad ones are left out, with a warning.
+    folder: a local one, for many caches.
     key_parts: JSON values, all that the result depends on besides the source: size, crop, networks, a hash of weights.
-    fields: name -> function of a stacked batch.
-    batch_size: rows of every batch. The last one is padded, so that a jitted function compiles once.
+    fields: name -> function of a stacked batch, to V versions of each record.
+    batch_size: rows of every batch. Incomplete ones are padded, so that a jitted function compiles once.
     transform: as in `loader`. Its random numbers depend only on the record's index.
 
-    Raises ValueError if the source is empty or has no good record.
+    Raises ValueError for a folder in a bucket.
     """
-    key = json.dumps({"source": source.name, "fields": sorted(fields), **key_parts}, sort_keys=True)
-    path = paths.local(folder, "the folder of a cache") / hashlib.sha256(key.encode()).hexdigest()
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix="building-", dir=path.parent))
-        try:
-            _build(source, building, fields, batch_size, transform)
-            (building / "key.json").write_text(key)
-            _publish(building, path)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return _open(path, source)
+
+    def __init__(
+        self,
+        source: Source,
+        folder: str | os.PathLike,
+        key_parts: dict,
+        fields: dict[str, Field],
+        batch_size: int,
+        transform: Transform | None = None,
+    ):
+        parts = {"version": VERSION, "source": source.name, "fields": sorted(fields), **key_parts}
+        key = json.dumps(parts, sort_keys=True)
+        caches = paths.local(folder, "the folder of a cache")
+        self.folder = caches / hashlib.sha256(key.encode()).hexdigest()
+        self._source, self._fields, self._batch_size, self._transform = source, fields, batch_size, transform
+        self._shards = Shards(self.folder, len(source))
+        paths.write(self.folder / "key.json", key)
+        _remove_unfinished(caches)
+
+    @property
+    def num_shards(self) -> int:
+        """The number of shards of the finished cache."""
+        return len(self._shards.ranges)
+
+    def missing(self) -> list[int]:
+        """The shards that are not there. A damaged one is missing, with a warning."""
+        return self._shards.missing()
+
+    def build(self, numbers: Sequence[int]) -> None:
+        """Compute these shards. Logs their size at the start, and how long it takes after the first of them.
+
+        Raises OSError, in one line, if the disk has no room. The shards that are there stay.
+        """
+        if not numbers:
+            return
+        start, is_announced = time.monotonic(), False
+        with contextlib.closing(self._read(numbers)) as records:  # an error ends the line of the progress bar
+            by_shard = itertools.groupby(records, lambda pair: self._shards.number_of(pair[0]))
+            for done, (number, of_shard) in enumerate(by_shard):
+                if done == 1:
+                    left = (time.monotonic() - start) * (len(numbers) - 1)
+                    logging.info("the rest of the cache takes about %s", datetime.timedelta(seconds=round(left)))
+                with self._shards.written(number) as append:
+                    for indices, rows in self._computed(of_shard):
+                        if not is_announced:
+                            self._announce(numbers, rows)
+                            is_announced = True
+                        append(indices, rows)
+
+    def source(self) -> Source:
+        """The records of the finished cache: {field: array or dict of arrays}. `read_batch` draws one of the versions
+        of each, `read` takes the first.
+
+        Raises ValueError if no record is good.
+        """
+        source, rows = self._source, Rows(self._shards)
+        count, records = len(rows.records), rows.records
+        if count < len(source):
+            logging.warning("skipped %d of the %d records of %s", len(source) - count, len(source), source.name)
+        if not count:
+            raise ValueError(f"none of the {len(source)} records of {source.name} can be used")
+
+        def read_batch(indices: np.ndarray, draws: np.ndarray) -> Record:
+            return _nested(rows.read(indices, draws))
+
+        return Source(
+            name=f"{source.name}@{self.folder.name[:16]}",
+            size=count,
+            read=lambda index: jax.tree.map(lambda leaf: leaf[0], read_batch(np.array([index]), np.zeros(1))),
+            read_batch=read_batch,
+            num_classes=source.num_classes,
+            captions=Captions(count, lambda row: source.captions[int(records[row])]) if source.captions else (),
+            parts=selected(source.parts, records),
+        )
+
+    def _read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Record | None]]:
+        """Yield (index, record, or None for a bad one) of the records of some shards, with a progress bar."""
+        source = self._source
+        reader = Reader(source, self._transform, says_total=False)
+        records = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
+        indices = np.concatenate([self._shards.ranges[number] for number in numbers])
+        of_shards = ahead(grain.MapDataset.source(indices).map(lambda index: records[int(index)]), 2 * self._batch_size)
+        with tqdm(of_shards, desc=f"caching {source.name}", total=len(indices), unit="records") as bar:
+            yield from bar
+
+    def _computed(self, records: Iterator[tuple[int, Record | None]]) -> Iterator[tuple[list[int], Arrays]]:
+        """Yield (indices of good records, their rows of each array), a batch at a time."""
+        good = ((index, record) for index, record in records if record is not None)
+        for count, batch in filled_batches(good, self._batch_size):
+            stacked = stack([record for _, record in batch])
+            arrays = _flat({name: field(stacked) for name, field in self._fields.items()})
+            yield [index for index, _ in batch[:count]], {name: values[:count] for name, values in arrays}
+
+    def _announce(self, numbers: Sequence[int], rows: Arrays) -> None:
+        """Log the size of what is to be written. Raises OSError if it is too large for the disk. rows: some of it."""
+        name, records = self._source.name, sum(len(self._shards.ranges[number]) for number in numbers)
+        size = records * sum(values.nbytes / len(values) for values in rows.values())
+        free = paths.free_space(self.folder)
+        if size > free:
+            raise OSError(
+                f"the cache of {name} needs {size / 1e9:.3g} GB, and {self.folder} has room for {free / 1e9:.3g} GB: "
+                "make room, or name another folder"
+            )
+        logging.info("caching %d records of %s, %.3g GB, in %s", records, name, size / 1e9, self.folder)
 
 
-def _build(
-    source: Source, folder: Path, fields: dict[str, Field], batch_size: int, transform: Transform | None
-) -> None:
-    """Write folder/field.npy or folder/field/part.npy for each array, and folder/index.npy, the indices of good
-    records.
-    """
-    good_indices: list[int] = []
-    files: dict[str, np.memmap] = {}
-    for indices, batch in _batches(source, batch_size, transform):
-        rows = slice(len(good_indices), len(good_indices) + len(indices))
-        for name, field in fields.items():
-            for file, values in _flatten(name, field(batch)):
-                if file not in files:
-                    (folder / file).parent.mkdir(exist_ok=True)
-                    files[file] = open_memmap(folder / file, "w+", values.dtype, (len(source), *values.shape[1:]))
-                files[file][rows] = values[: len(indices)]
-        good_indices += indices
-    for array in files.values():
-        array.flush()
-    np.save(folder / "index.npy", np.array(good_indices, np.int64))
+def _remove_unfinished(caches: Path) -> None:
+    """Remove what killed processes left in a folder of caches: files that nobody has written to for an hour."""
+    for left in [*caches.glob("building-*"), *caches.glob("*/**/*.partial")]:
+        parts = [left, *left.rglob("*")] if left.is_dir() else [left]
+        with contextlib.suppress(FileNotFoundError):  # another process may have finished or removed it
+            if time.time() - max(part.stat().st_mtime for part in parts) > STALE:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def _batches(source: Source, batch_size: int, transform: Transform | None) -> Iterator[tuple[list[int], Record]]:
-    """Yield (indices of good records, their batch padded to batch_size), with a progress bar."""
-    reader = Reader(source, transform)
-    reads = grain.MapDataset.range(len(source)).seed(0).random_map(lambda index, rng: (index, reader(index, rng)))
-    read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, 2 * batch_size))
-    bar = tqdm(reads.to_iter_dataset(read_options), desc=f"caching {source.name}", total=len(source), unit="records")
-    good = ((index, record) for index, record in bar if record is not None)
-    for count, batch in filled_batches(good, batch_size):
-        indices, records = zip(*batch, strict=True)
-        yield list(indices[:count]), stack(records)
+def _flat(record: Record) -> Iterator[tuple[str, np.ndarray]]:
+    """{"latent": array, "cond": {"text": array}} -> ("latent", array), ("cond/text", array)."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{part}", np.asarray(array)) for part, array in value.items())
+        else:
+            yield name, np.asarray(value)
 
 
-def _flatten(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """("latent", array) -> "latent.npy", array; ("cond", {"text": array}) -> "cond/text.npy", array."""
-    if isinstance(value, dict):
-        for part, array in value.items():
-            yield f"{name}/{part}.npy", np.asarray(array)
-    else:
-        yield f"{name}.npy", np.asarray(value)
-
-
-def _publish(building: Path, path: Path) -> None:
-    """Move a finished folder to `path`. If another process finished first, keep its identical folder."""
-    try:
-        building.rename(path)
-    except OSError:
-        if not path.exists():
-            raise
-
-
-def _open(path: Path, source: Source) -> Source:
-    """The source of the records in a finished folder."""
-    index = np.load(path / "index.npy")
-    arrays = {
-        file.relative_to(path).with_suffix("").parts: np.load(file, mmap_mode="r")
-        for file in path.rglob("*.npy")
-        if file.name != "index.npy"
-    }
-
-    def read(row: int) -> Record:
-        record: Record = {}
-        for (field, *part), array in arrays.items():
-            node = record.setdefault(field, {}) if part else record
-            node[part[0] if part else field] = np.array(array[row])
-        return record
-
-    return Source(
-        name=f"{source.name}@{path.name[:16]}",
-        size=len(index),
-        read=read,
-        num_classes=source.num_classes,
-        captions=Captions(len(index), lambda row: source.captions[int(index[row])]) if source.captions else (),
-        parts=selected(source.parts, index),
-    )
+def _nested(arrays: Arrays) -> Record:
+    """The inverse of `_flat`."""
+    record: Record = {}
+    for name, values in arrays.items():
+        field, _, part = name.partition("/")
+        if part:
+            record.setdefault(field, {})[part] = values
+        else:
+            record[field] = values
+    return record

@@ -1,6 +1,7 @@
 """From a source to batches, with Grain: shuffled, shared by processes, prefetched by threads, from any step."""
 
 import itertools
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -15,18 +16,19 @@ from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord, Record, Transform
 
 MAX_WARNINGS = 10  # bad records that get a warning line of their own
-THREADS = 8
+# that read, one for each core that this process may use
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Reader:
     """(index, rng) -> the transformed record. For a bad record, a warning and None.
 
-    Each of the first ten bad records gets a warning line. Their total follows when the whole source has been read.
-    Raises ValueError if all records are bad. Thread-safe.
+    Each of the first ten bad records gets a warning line. Their total follows when the whole source has been read,
+    unless `says_total` is False. Raises ValueError if all records are bad. Thread-safe.
     """
 
-    def __init__(self, source: Source, transform: Transform | None):
-        self.source, self.transform = source, transform
+    def __init__(self, source: Source, transform: Transform | None, says_total: bool = True):
+        self.source, self.transform, self.says_total = source, transform, says_total
         self.visited, self.bad = np.zeros((2, len(source)), bool)
         self.lock = threading.Lock()
 
@@ -47,7 +49,7 @@ class Reader:
             self.visited[index], self.bad[index] = True, error is not None
             if is_newly_bad and self.bad.sum() <= MAX_WARNINGS:
                 logging.warning("skipped %s: %s", self.source.describe(index), error)
-            if is_new and self.visited.all() and self.bad.any():
+            if self.says_total and is_new and self.visited.all() and self.bad.any():
                 logging.warning(
                     "skipped %d of the %d records of %s", self.bad.sum(), len(self.source), self.source.name
                 )
@@ -82,15 +84,16 @@ def loader(
 
     Step, seed and the size of the global batch decide the records of a step. The number of processes does not.
 
-    source: the records. In the place of a bad one another is drawn, with a warning.
+    source: the records. In the place of a bad one another is drawn, with a warning. If it reads whole batches, each
+      record comes with one random number.
     batch_size: records in a batch of this process.
-    transform: (record, numpy generator) -> record.
+    transform: (record, numpy generator) -> record. None for a source that reads whole batches.
     start: number of steps before the first batch.
     process_index, process_count: each process takes its rows of the global batch.
 
     Raises ValueError if the source is empty or has no good record.
     """
-    reader = Reader(source, transform)
+    reader, indices = Reader(source, transform), order.endless(source.parts, seed)
 
     def read_good(index: int, rng: np.random.Generator) -> Record:
         for attempt in itertools.count():
@@ -98,13 +101,27 @@ def loader(
                 return record
             index = order.replacement(source.parts, index, attempt, rng)
 
-    # the crop of an image is drawn before the records are shared out, so it does not depend on the number of processes
-    records = order.endless(source.parts, seed).random_map(read_good)
-    records = records if len(records) == sys.maxsize else records.repeat()
-    batches = records.batch(batch_size, drop_remainder=True, batch_fn=stack)
+    def read_batch(step: int) -> Record:
+        first = (step * process_count + process_index) * batch_size
+        draws = np.random.default_rng([seed, step]).random((process_count, batch_size))[process_index]
+        return source.read_batch(np.array([endless[first + i] for i in range(batch_size)]), draws)
+
     # one task of a thread makes a whole batch: handing over single records takes longer than reading cached ones
-    share = batches[start * process_count + process_index :: process_count]
-    return iter(share.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)))
+    if source.read_batch:
+        endless = _repeated(indices)
+        return iter(ahead(grain.MapDataset.range(start, sys.maxsize).map(read_batch), THREADS))
+    # the crop of an image is drawn before the records are shared out, so it does not depend on the number of processes
+    batches = _repeated(indices.random_map(read_good)).batch(batch_size, drop_remainder=True, batch_fn=stack)
+    return iter(ahead(batches[start * process_count + process_index :: process_count], THREADS))
+
+
+def _repeated(records: grain.MapDataset) -> grain.MapDataset:
+    return records if len(records) == sys.maxsize else records.repeat()
+
+
+def ahead(records: grain.MapDataset, count: int) -> grain.IterDataset:
+    """The elements in their order, of which threads, one for each core, prepare up to `count` at the same time."""
+    return records.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, count)))
 
 
 def one_epoch(
@@ -122,5 +139,4 @@ def one_epoch(
         raise ValueError(f"{source.name} has {len(source)} records, too few for batches of {batch_size}")
     unshuffled = grain.MapDataset.range(len(source)).seed(0)
     records = (unshuffled if seed is None else order.one_pass(source.parts, seed)).random_map(Reader(source, transform))
-    read_options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(THREADS, 2 * batch_size))
-    return iter(records.to_iter_dataset(read_options).batch(batch_size, drop_remainder=False, batch_fn=stack))
+    return iter(ahead(records, 2 * batch_size).batch(batch_size, drop_remainder=False, batch_fn=stack))

@@ -59,7 +59,7 @@ INDEX = pa.schema(
 )
 
 
-def shards(kind: str, pattern: str, folder: Path, limit: float) -> Source:
+def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -> Source:
     """The records of shards, with captions or labels.
 
     The first use makes an index of all shards, which is kept in `folder`/index. Shards in a bucket are copied to
@@ -68,6 +68,7 @@ def shards(kind: str, pattern: str, folder: Path, limit: float) -> Source:
     kind: one of `KINDS`; their modules describe the records.
     pattern: a path with * and ? for the names of shards, or ** for folders.
     limit: bytes of all shards in the folder.
+    side: of the crops that are made of the pictures, see `decode`.
 
     Labels that are all whole numbers stay what they are. Other labels are names, numbered in their sorted order. A
     record without a caption, among others with captions, has the empty one, with a warning. One without a label, among
@@ -90,7 +91,7 @@ def shards(kind: str, pattern: str, folder: Path, limit: float) -> Source:
     return Source(
         name=name,
         size=sum(sizes),
-        read=_reader(how, files, local, table, facts),
+        read=_reader(how, files, local, table, facts, side),
         num_classes=facts["num_classes"],
         captions=_captions(table, facts["captions"]),
         files=Captions(sum(sizes), lambda index: _place(files, table, index)),
@@ -203,7 +204,7 @@ def _captions(table: pa.Table, most: int) -> Sequence[str | tuple[str, ...]]:
 
 
 def _reader(
-    how: Kind, files: Sequence[paths.Path], local: Callable[[int], Path], table: pa.Table, facts: dict
+    how: Kind, files: Sequence[paths.Path], local: Callable[[int], Path], table: pa.Table, facts: dict, side: int
 ) -> Callable[[int], Record]:
     """index -> record."""
     numbers = {name: number for number, name in enumerate(facts["classes"] or ())}
@@ -225,7 +226,8 @@ def _reader(
         picture = opened(number)(offset[index].as_py(), size[index].as_py())
         if picture is None:
             raise BadRecord("no picture")
-        record: Record = {"image": decode(picture if isinstance(picture, bytes) else files[number].parent / picture)}
+        encoded = picture if isinstance(picture, bytes) else files[number].parent / picture
+        record: Record = {"image": decode(encoded, side=side)}
         if captions:
             record["caption"] = captions[index]
         if facts["num_classes"]:

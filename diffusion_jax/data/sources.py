@@ -33,6 +33,8 @@ class Source:
     name: identifies the content, used in cache keys.
     size: number of records.
     read: index -> record. Raises BadRecord for a record that cannot be used.
+    read_batch: (indices (B,), draws (B,)) -> stacked records, for a source that reads many at once faster than one
+      after the other. A draw, in [0, 1), chooses one of the versions of a record. None for other sources.
     num_classes: number of labels, 0 if there are none.
     captions: the caption of each record, or a tuple of captions; empty if there are none.
     files: the file of each record, empty if records are not files.
@@ -46,6 +48,7 @@ class Source:
     captions: Sequence[str | tuple[str, ...]] = ()
     files: Sequence[str] = ()
     parts: tuple[Part, ...] = ()
+    read_batch: Callable[[np.ndarray, np.ndarray], Record] | None = None
 
     def __post_init__(self):
         if self.size == 0:
@@ -78,7 +81,11 @@ def with_captions(source: Source) -> Source:
     """The source with "caption" in its records, if it has captions."""
     if not source.captions:
         return source
-    return replace(source, read=lambda index: source.read(index) | {"caption": source.captions[index]})
+
+    def read(index: int) -> Record:
+        return source.read(index) | {"caption": source.captions[index]}
+
+    return replace(source, read=read, read_batch=None)
 
 
 SCENES = {"train": 40_000, "validation": 1000, "mixed": 40_000}
@@ -212,16 +219,17 @@ def digits(split: str = "train") -> Source:
     )
 
 
-def folder(path: str | PathLike, kept: Path | None = None) -> Source:
+def folder(path: str | PathLike, kept: Path | None = None, side: int = 0) -> Source:
     """A folder of pictures, with captions in files or classes by subfolder. See `list_pictures`, also for errors.
 
     kept: the folder for lists of large folders, see `listed`; None to list the pictures anew.
+    side: of the crops that are made of them, see `decode`.
     """
     root = Path(path)
     listing, digest = listed(root, kept)
 
     def read(index: int) -> Record:
-        record: Record = {"image": decode(root / listing.files[index])}
+        record: Record = {"image": decode(root / listing.files[index], side=side)}
         if listing.captions:
             record["caption"] = first_caption(listing.captions[index])
         if listing.labels:
@@ -238,12 +246,13 @@ def folder(path: str | PathLike, kept: Path | None = None) -> Source:
     )
 
 
-def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None = None) -> Source:
+def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None = None, side: int = 0) -> Source:
     """A TFDS data set with captions or labels. It is downloaded and prepared on first use.
 
     name: as in `tfds.load`, e.g. "cifar10".
     split: a split of the data set, or a slice such as "train[:90%]".
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
+    side: of the crops that are made of the pictures, see `decode`.
 
     TensorFlow is needed only to prepare a data set whose builder uses it.
     Raises ValueError if there is no such data set or split, if it cannot be prepared, or if it has no pictures.
@@ -263,7 +272,7 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
         raise ValueError(f'TFDS cannot prepare "{name}" here: {advice}') from error
     except Exception as error:  # a builder may raise anything: a failed download, a wrong config, a version
         raise ValueError(f'TFDS cannot prepare "{name}": {textwrap.shorten(str(error), 300)}') from error
-    return _from_builder(builder, split)
+    return _from_builder(builder, split, side)
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
@@ -274,7 +283,7 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
         builder.info.read_from_directory(builder.data_path)
 
 
-def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
+def _from_builder(builder: tfds.core.DatasetBuilder, split: str, side: int = 0) -> Source:
     """The source of one split of a prepared TFDS builder: its first image, its "caption" or another text, its label."""
     try:
         builder.info.splits[split]
@@ -290,7 +299,7 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str) -> Source:
 
     def read(index: int) -> Record:
         raw = records[index]
-        record: dict[str, Any] = {"image": decode(raw[image])}
+        record: dict[str, Any] = {"image": decode(raw[image], side=side)}
         if caption:
             record["caption"] = first_caption(caption(raw))
         if label:

@@ -79,7 +79,7 @@ def _figures(
     """The results of each image by name, computed on this host's devices."""
     codec, pixels, schedule = model.codec, _is_pixel_model(model), model.schedule
     x0_keys, spread_keys, flow_keys, bound_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys).T
-    x0 = jnp.asarray(codec.sample(codec.stats, codec.encode(images), x0_keys))
+    x0 = jnp.asarray(codec.sample(codec.stats, codec.encode(codec.params, images), x0_keys))
     x = likelihood.dequantize(x0, spread_keys) if pixels else x0
     x0, x, cond, flow_keys, bound_keys = parallel.spread((x0, x, cond, flow_keys, bound_keys), len(images))
 

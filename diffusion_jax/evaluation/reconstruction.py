@@ -59,6 +59,6 @@ def first_stage(model: DiffusionModel) -> Callable[[Sequence[Picture]], list[Pic
         return to_uint8(codec.decode(params, codec.sample(stats, records, None)))
 
     def reconstruct(images: UInt8[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
-        return decode_records(codec.params, codec.stats, codec.encode(images))
+        return decode_records(codec.params, codec.stats, codec.encode(codec.params, images))
 
     return lambda pictures: list(mapped(reconstruct, pictures))

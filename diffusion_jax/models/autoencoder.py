@@ -179,7 +179,21 @@ def mode(moments: Float[Array, "batch h w moments"]) -> Float[Array, "batch h w 
 def sample_moments(
     moments: Float[Array, "batch h w moments"], keys: Key[Array, " batch"]
 ) -> Float[Array, "batch h w latent"]:
-    """Sample z = mean + exp(logvar / 2)·noise, with one key for each image."""
+    """Sample z from the latent distribution, with one key for each image."""
+    return sample_gaussian(*mean_and_std(moments), keys)
+
+
+def mean_and_std(
+    moments: Float[Array, "batch h w moments"],
+) -> tuple[Float[Array, "batch h w latent"], Float[Array, "batch h w latent"]]:
+    """Mean and standard deviation, exp(logvar / 2), of the latent distribution."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.exp(0.5 * logvar)
+
+
+def sample_gaussian(
+    mean: Float[Array, "batch h w latent"], std: Float[Array, "batch h w latent"], keys: Key[Array, " batch"]
+) -> Float[Array, "batch h w latent"]:
+    """Sample z = mean + std·noise, with one key for each image."""
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
-    return mean + jnp.exp(0.5 * logvar) * noise
+    return mean + std * noise

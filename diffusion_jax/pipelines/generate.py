@@ -39,7 +39,8 @@ def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
     (height, width), codec = model.size, model.codec
     if image.shape[1:3] != (height, width):
         raise ValueError(f"this model's images are {width}x{height} pixels, got {image.shape[2]}x{image.shape[1]}")
-    return jnp.asarray(codec.sample(codec.stats, codec.encode(image), None))
+    params = parallel.whole(codec.params, len(image))
+    return jnp.asarray(codec.sample(codec.stats, codec.encode(params, image), None))
 
 
 def noise(model: DiffusionModel, keys: Key[Array, "batch"], std: ArrayLike = 1.0) -> Float[Array, "batch h w c"]:

@@ -74,8 +74,9 @@ def test_what_is_cached_grows_with_crops_and_flip_alone(config, tmp_path):
     for random_crop, flip, count in [(False, False, 1), (False, True, 2), (True, False, 3), (True, True, 6)]:
         config.data.update(random_crop=random_crop, flip=flip, crops=3)
         model = of_latents(build.model.diffusion_model(config))
-        records, _ = train._training_records(config, tmp_path, pictures(SIZE + 2), model)
-        assert records[0]["latent"].shape == (count, SIZE, SIZE, 3)
+        train._training_records(config, tmp_path, pictures(SIZE + 2), model)
+        newest = max(tmp_path.rglob("latent/*.npy"), key=lambda file: file.stat().st_mtime_ns)
+        assert np.load(newest).shape == (6, count, SIZE, SIZE, 3)
 
 
 def test_the_seed_of_an_example_changes_what_the_network_forgets():
@@ -129,8 +130,17 @@ def test_a_caption_alone_is_embedded_once(config, tmp_path):
     records, _ = train._training_records(config, tmp_path, source, model)
     cond = records[2]["cond"]
     assert cond["text"].tolist() == [[ord("c")]] and cond["mask"].tolist() == [True]
+    assert cond["text"].dtype == jnp.bfloat16
     again = model.conditioning.embed(model.conditioning.params(), jax.tree.map(lambda leaf: leaf[None], cond))
+    assert again["text"].dtype == jnp.float32
     np.testing.assert_array_equal(again["text"][0], cond["text"])
+
+
+def test_latents_without_a_condition_have_an_empty_one(config, tmp_path):
+    model = of_latents(build.model.diffusion_model(config))._replace(conditioning=conditioning.unconditional())
+    records, transform = train._training_records(config, tmp_path, pictures(), model)
+    batch = next(build.data.batches(records, config.train, config.seed, transform)(0))
+    assert batch["cond"] == {} and batch["latent"].shape == (6, SIZE, SIZE, 3)
 
 
 def test_training_starts_from_named_weights_that_fit(config, tmp_path):

@@ -103,7 +103,7 @@ def linear(params, x, t, cond, keys=None):
 @pytest.mark.parametrize("prediction, schedule, space", COMBINATIONS)
 def test_every_objective_has_a_loss_and_a_gradient(prediction, schedule, space):
     model = model_of(prediction, schedule, space)._replace(network=Network(linear, lambda key: jnp.float32(0.1)))
-    record = jax.eval_shape(model.codec.encode, jax.ShapeDtypeStruct((32, 16, 16, 3), jnp.uint8))
+    record = jax.eval_shape(model.codec.encode, model.codec.params, jax.ShapeDtypeStruct((32, 16, 16, 3), jnp.uint8))
     images = jax.random.randint(jax.random.key(1), (32, 16, 16, 3), 0, 256).astype(jnp.uint8)
     latent = images if space == "pixels" else 0.1 * jax.random.normal(jax.random.key(1), record.shape)
     batch = {"latent": latent, "cond": model.conditioning.of_prompts(["3"] * 32)}

@@ -9,7 +9,7 @@ import pytest
 
 from configs import digits
 from diffusion_jax import build
-from diffusion_jax.data.cache import cached
+from diffusion_jax.data.cache import Cache
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.mixture import mixed
 from diffusion_jax.data.sources import Source
@@ -59,8 +59,9 @@ def test_a_mixture_has_what_its_sources_share():
 
 def test_a_cached_mixture_keeps_its_weights(tmp_path):
     source = mixed([numbers("a", 0, 4, bad=(1,)), numbers("b", 100, 40)], [Fraction(9), Fraction(1)])
-    latents = cached(source, tmp_path, {}, {"image": lambda batch: batch["image"]}, 8)
-    levels = drawn(latents, 200)
+    cache = Cache(source, tmp_path, {}, {"image": lambda batch: batch["image"][:, None]}, 8)
+    cache.build(cache.missing())
+    levels = drawn(cache.source(), 200)
     assert sum(level < 100 for level in levels) == 180 and 1 not in levels
 
 

@@ -44,6 +44,12 @@ def test_folder_with_metadata(tmp_path):
     assert source[0]["image"][0, 0, 0] == 5
 
 
+def test_large_jpegs_are_decoded_for_the_size_of_the_crops(tmp_path):
+    Image.new("RGB", (400, 600), "red").save(tmp_path / "a.jpg")
+    assert sources.folder(tmp_path)[0]["image"].shape == (600, 400, 3)
+    assert sources.folder(tmp_path, side=50)[0]["image"].shape == (150, 100, 3)
+
+
 def test_a_picture_may_have_many_captions(tmp_path):
     paint(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from sklearn.datasets import load_sample_images
 
 from diffusion_jax.data.transforms import (
     SRGB,
@@ -71,6 +72,55 @@ def test_flip_mirrors_about_half():
     mirrored = sum(np.array_equal(result, image[:, ::-1]) for result in results)
     assert mirrored + sum(np.array_equal(result, image) for result in results) == 200
     assert 70 < mirrored < 130
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    return Image.fromarray(load_sample_images().images[0])
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (427, 640), (700, 300)])
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_a_crop_is_that_part_of_the_whole_picture_resized(photograph, shape, random_crop):
+    image = np.asarray(photograph.resize(shape[::-1]))
+    scale = max(256 / side for side in shape)
+    height, width = (round(scale * side) for side in shape)
+    whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    top, left = (height - 256) // 2, (width - 256) // 2
+    if random_crop:
+        top, left = np.random.default_rng(0).integers(0, np.array([height, width]) - 256 + 1)
+    result = crop_to(256, 256, random_crop=random_crop)({"image": image}, np.random.default_rng(0))["image"]
+    difference = np.abs(result.astype(int) - whole[top : top + 256, left : left + 256])
+    assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=92, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size, scale", [((2000, 1400), 4), ((1100, 700), 2), ((700, 1100), 2), ((700, 399), 1)])
+def test_a_large_jpeg_is_decoded_in_part_and_its_crop_stays(photograph, form, size, scale):
+    data = jpeg(photograph.resize(size, Image.Resampling.LANCZOS).convert(form))
+    whole, part = decode(data), decode(data, side=100)
+    assert part.shape[:2] == tuple(-(-side // scale) for side in whole.shape[:2])
+    crops = [crop_to(100, 100)({"image": image}, np.random.default_rng(0))["image"] for image in (whole, part)]
+    difference = np.abs(crops[0].astype(int) - crops[1])
+    assert difference.mean() < 0.7 and difference.max() <= 8
+
+
+def test_a_turned_jpeg_is_decoded_in_part(photograph):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = jpeg(photograph.resize((900, 600)), exif=exif)
+    assert decode(data, side=100).shape == (450, 300, 3)
+
+
+def test_other_pictures_are_decoded_whole(photograph):
+    data = encode(photograph)
+    np.testing.assert_array_equal(decode(data, side=16), np.asarray(photograph))
 
 
 @pytest.mark.parametrize("crops, flip", [(1, False), (1, True), (5, False), (5, True)])

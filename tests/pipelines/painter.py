@@ -26,7 +26,7 @@ def gaussian(params, x, t, cond):
 def blocks() -> codecs.Codec:
     """Latents are the means of 2 x 2 pixels."""
 
-    def encode(images):
+    def encode(params, images):
         images = jnp.asarray(pixels(images))
         return images.reshape(len(images), SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4))
 

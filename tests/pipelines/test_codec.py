@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_jax import codec as codecs
 from diffusion_jax.data.transforms import to_float
-from diffusion_jax.models.autoencoder import AutoencoderKL, mode, sample_moments
+from diffusion_jax.models.autoencoder import AutoencoderKL, mean_and_std, sample_gaussian, sample_moments
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
 KEYS = jax.random.split(jax.random.key(0), 2)
@@ -24,7 +24,7 @@ def autoencoder(**fields):
 
 def test_pixels_come_back_as_they_were():
     codec = codecs.identity()
-    x0 = codec.sample(codec.stats, codec.encode(IMAGES), KEYS)
+    x0 = codec.sample(codec.stats, codec.encode(codec.params, IMAGES), KEYS)
     assert jnp.max(jnp.abs(x0)) <= codec.limit
     np.testing.assert_array_equal(codec.decode(codec.params, x0), to_float(IMAGES))
 
@@ -33,9 +33,9 @@ def test_the_scale_and_shift_of_latents_are_undone(variables):
     for fields in ({"scaling_factor": 0.3, "shift_factor": 0.1}, {"scaling_factor": 5.0}):
         model = autoencoder(**fields)
         codec = codecs.autoencoder_kl(model, variables)
-        moments = codec.encode(IMAGES)
-        z = sample_moments(moments, KEYS)
-        x0 = codec.sample(codec.stats, moments, KEYS)
+        record = codec.encode(codec.params, IMAGES)
+        z = sample_gaussian(*jnp.split(record, 2, axis=-1), KEYS)
+        x0 = codec.sample(codec.stats, record, KEYS)
         assert x0.shape == (2, 8 // codec.factor, 8 // codec.factor, codec.channels)
         scaled = (z - fields.get("shift_factor", 0)) * fields["scaling_factor"]
         np.testing.assert_allclose(x0, scaled, rtol=1e-5, atol=1e-6)
@@ -43,11 +43,33 @@ def test_the_scale_and_shift_of_latents_are_undone(variables):
         np.testing.assert_allclose(codec.decode(codec.params, x0), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_records_are_the_moments_of_the_pixels(variables):
+def test_records_are_mean_and_standard_deviation_of_the_latent(variables):
     model = autoencoder()
-    moments = codecs.autoencoder_kl(model, variables).encode(IMAGES)
-    expected = model.apply(variables, jnp.asarray(to_float(IMAGES)), method="encode")
-    np.testing.assert_allclose(mode(moments), mode(expected), rtol=1e-4, atol=1e-5)
+    codec = codecs.autoencoder_kl(model, variables)
+    record = codec.encode(codec.params, IMAGES)
+    moments = model.apply(variables, jnp.asarray(to_float(IMAGES)), method="encode")
+    for part, expected in zip(jnp.split(record, 2, axis=-1), mean_and_std(moments), strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-5)
+    z = codec.sample(codec.stats, record, KEYS) / codec.stats["scale"]
+    np.testing.assert_allclose(z, sample_moments(moments, KEYS), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_variance", [-30.0, -13.0, 0.0])
+def test_a_stored_record_gives_the_same_latents_up_to_rounding(log_variance):
+    """Each of mean and standard deviation has an error of 2^-8 of itself, however small the variance is."""
+    mean = jax.random.normal(KEYS[0], (2, 4, 4, 2))
+    std = jnp.exp(0.5 * log_variance + 0.1 * jax.random.normal(KEYS[1], mean.shape))
+    codec = codecs.autoencoder_kl(autoencoder(scaling_factor=2.0), {})
+    record = jnp.concatenate([mean, std], axis=-1)
+    stored = codecs.stored(record)
+    assert stored.dtype == jnp.bfloat16 and codecs.stored(IMAGES) is IMAGES
+    exact, rounded = (codec.sample(codec.stats, r, KEYS) for r in (record, stored))
+    assert rounded.dtype == jnp.float32
+    noise = jnp.abs(sample_gaussian(jnp.zeros_like(mean), std, KEYS))
+    assert jnp.all(jnp.abs(exact - rounded) <= 2.0 * (jnp.abs(mean) + noise) * 2.0**-8 + 1e-6)
+    np.testing.assert_array_equal(
+        codec.sample(codec.stats, stored, None), 2.0 * mean.astype(jnp.bfloat16).astype(jnp.float32)
+    )
 
 
 def test_the_name_changes_with_the_weights_alone(variables):
