@@ -14,6 +14,7 @@ from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_
 
 BLOCK = 512  # queries in one block of "blocks"
 SCORES = 2**21  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
+LARGE = 2**29  # scores, 2 GiB in float32, that a TPU does not hold at once
 TOKENS = 1024  # at a time in `FeedForward` on CPU
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
 
@@ -50,8 +51,10 @@ def _best_implementation(q, k) -> str:
     if backend == "cpu":
         return "blocks"
     if backend == "tpu":  # by the compiler's account, docs/tpu.md
-        long = q.shape[1] * k.shape[1] >= 4096**2
-        return "blocks" if long and (q.shape[-1] > 64 or q.shape[1] > 4096) else "xla"
+        images, queries, heads, width = q.shape
+        scores = queries * k.shape[1]
+        is_faster = scores >= 4096**2 and (width > 64 or queries > 4096)
+        return "blocks" if is_faster or images * heads * scores >= LARGE else "xla"
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if backend == "gpu" and fused else "xla"
 
@@ -223,6 +226,7 @@ class Transformer2DModel(nn.Module):
     layers: number of blocks.
     groups: of the norm before them.
     linear_projection: whether checkpoints store the input and output maps as linear maps or as 1x1 convolutions.
+    remat: recompute each block in the backward pass instead of storing its activations.
     """
 
     heads: int
@@ -232,6 +236,7 @@ class Transformer2DModel(nn.Module):
     only_cross_attention: bool = False
     dtype: DTypeLike = jnp.float32
     implementation: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -246,8 +251,9 @@ class Transformer2DModel(nn.Module):
         project = Dense if self.linear_projection else PointwiseConv
         h = GroupNorm(self.groups, 1e-6, name="norm")(x)
         h = project(channels, self.dtype, name="proj_in")(h).reshape(b, height * width, channels)
+        make = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.layers):
-            h = BasicTransformerBlock(
+            h = make(
                 self.heads, self.only_cross_attention, self.dtype, self.implementation, name=f"transformer_blocks_{i}"
             )(h, context, mask)
         h = h.reshape(x.shape)

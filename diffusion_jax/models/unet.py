@@ -70,7 +70,7 @@ class UNet(nn.Module):
     time_smoothing: of the derivative in t, see `sinusoidal_embedding`, in the unit of t. The fastest wave turns once in
       six of a thousand time steps, so the exact derivative does not show what was learned.
     dtype: of the large multiplications. Parameters, norms, softmax, time embedding and output are float32.
-    remat: recompute residual blocks and transformers in the backward pass instead of storing their activations.
+    remat: recompute residual blocks and transformer blocks in the backward pass instead of storing their activations.
     attention_implementation: see `attention`.
     """
 
@@ -266,11 +266,12 @@ class UNet(nn.Module):
         shared = dict(dtype=self.dtype, implementation=self.attention_implementation)
         if BLOCK_TYPES[block_type] == "cross":
             make = functools.partial(
-                self._rematted(Transformer2DModel),
+                Transformer2DModel,
                 heads=heads,
                 groups=self.norm_num_groups,
                 linear_projection=self.use_linear_projection,
                 only_cross_attention="Mid" not in block_type and self._per_level("only_cross_attention")[level],
+                remat=self.remat,
                 **shared,
             )
             return lambda layer, name: make(layers=depths[layer], name=name)
