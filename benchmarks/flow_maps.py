@@ -16,7 +16,7 @@ from diffusion_jax import build, codec
 from diffusion_jax.conditioning import unconditional
 from diffusion_jax.core import parameterization, sampling, schedules, solvers
 from diffusion_jax.model import DiffusionModel, Network
-from diffusion_jax.objectives import flow_map
+from diffusion_jax.objectives import few_step_methods, flow_map
 from diffusion_jax.objectives.denoising import denoising
 from diffusion_jax.objectives.levels import uniform_weight
 
@@ -29,17 +29,17 @@ SEEDS = 3
 STAGES = (8, 4, 2, 1)  # segments of progressive distillation
 # without the robust loss of the presets, which in two dimensions moves a target's mean towards its mode
 METHODS = {  # -> method, options, solver, whether it needs the teacher
-    "consistency_distillation": (flow_map.consistency_distillation(64), {}, solvers.consistency, True),
-    "consistency_training": (flow_map.consistency_training(), {}, solvers.consistency, False),
-    "soflow": (flow_map.soflow(), {"plain": 0.5}, solvers.ddim, False),
-    "shortcut": (flow_map.shortcut(), {"plain": 0.5}, solvers.ddim, False),
-    "mean_flow": (flow_map.mean_flow(), {"plain": 0.5}, solvers.ddim, False),
-    "continuous_consistency": (flow_map.continuous_consistency(), {}, solvers.consistency, False),
-    "lagrangian": (flow_map.lagrangian(), {"plain": 0.5}, solvers.ddim, False),
-    "consistency_training, taught": (flow_map.consistency_training(), {}, solvers.consistency, True),
-    "soflow, taught": (flow_map.soflow(), {"plain": 0.5}, solvers.ddim, True),
-    "mean_flow, taught": (flow_map.mean_flow(), {"plain": 0.5}, solvers.ddim, True),
-    "continuous_consistency, taught": (flow_map.continuous_consistency(), {}, solvers.consistency, True),
+    "consistency_distillation": (few_step_methods.consistency_distillation(64), {}, solvers.consistency, True),
+    "consistency_training": (few_step_methods.consistency_training(), {}, solvers.consistency, False),
+    "soflow": (few_step_methods.soflow(), {"plain": 0.5}, solvers.ddim, False),
+    "shortcut": (few_step_methods.shortcut(), {"plain": 0.5}, solvers.ddim, False),
+    "mean_flow": (few_step_methods.mean_flow(), {"plain": 0.5}, solvers.ddim, False),
+    "continuous_consistency": (few_step_methods.continuous_consistency(), {}, solvers.consistency, False),
+    "lagrangian": (few_step_methods.lagrangian(), {"plain": 0.5}, solvers.ddim, False),
+    "consistency_training, taught": (few_step_methods.consistency_training(), {}, solvers.consistency, True),
+    "soflow, taught": (few_step_methods.soflow(), {"plain": 0.5}, solvers.ddim, True),
+    "mean_flow, taught": (few_step_methods.mean_flow(), {"plain": 0.5}, solvers.ddim, True),
+    "continuous_consistency, taught": (few_step_methods.continuous_consistency(), {}, solvers.consistency, True),
 }
 
 
@@ -132,7 +132,7 @@ def main() -> None:
         stage, by_calls = teacher, {}
         for segments in STAGES:
             student = model(is_map=True)
-            method = flow_map.distillation(segments)
+            method = few_step_methods.distillation(segments)
             loss = flow_map.flow_map(student, method, steps, drop=0.0, teacher=flow_map.Teacher(stage))
             frozen_parts = frozen | {"teacher": stage.params}
             learned = trained(loss, stage.params, frozen_parts, max(steps // len(STAGES), 1), keys[3], rate=1e-3)

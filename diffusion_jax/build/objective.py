@@ -18,7 +18,7 @@ from diffusion_jax.models.adapters import WHOLE
 from diffusion_jax.models.autoencoder import AutoencoderKL, sample_moments
 from diffusion_jax.models.discriminator import PatchDiscriminator
 from diffusion_jax.models.vision.lpips import lpips
-from diffusion_jax.objectives import flow_map, levels
+from diffusion_jax.objectives import few_step_methods, flow_map, levels
 from diffusion_jax.objectives.autoencoding import autoencoding
 from diffusion_jax.objectives.denoising import denoising, frozen_parts
 
@@ -39,12 +39,12 @@ WEIGHTS = {
     "truncated": levels.truncated_snr_weight,
 }
 FLOW_MAPS = {
-    "consistency_training": lambda section: flow_map.consistency_training(section.shrinks),
-    "soflow": lambda section: flow_map.soflow(section.shrinks),
-    "shortcut": lambda section: flow_map.shortcut(),
-    "mean_flow": lambda section: flow_map.mean_flow(),
-    "continuous_consistency": lambda section: flow_map.continuous_consistency(section.warm_up),
-    "lagrangian": lambda section: flow_map.lagrangian(),
+    "consistency_training": lambda section: few_step_methods.consistency_training(section.shrinks),
+    "soflow": lambda section: few_step_methods.soflow(section.shrinks),
+    "shortcut": lambda section: few_step_methods.shortcut(),
+    "mean_flow": lambda section: few_step_methods.mean_flow(),
+    "continuous_consistency": lambda section: few_step_methods.continuous_consistency(section.warm_up),
+    "lagrangian": lambda section: few_step_methods.lagrangian(),
 }
 CLEAN_TARGET_METHODS = (  # an ordinary network can learn these
     "consistency_training",
@@ -54,9 +54,9 @@ CLEAN_TARGET_METHODS = (  # an ordinary network can learn these
 )
 PATH_METHODS = ("consistency_training", "soflow", "mean_flow", "continuous_consistency")  # these follow a path
 DISTILLATIONS = {
-    "distillation": lambda section: flow_map.distillation(section.segments),
-    "consistency_distillation": lambda section: flow_map.consistency_distillation(section.segments),
-    "guidance_distillation": lambda section: flow_map.guidance_distillation(),
+    "distillation": lambda section: few_step_methods.distillation(section.segments),
+    "consistency_distillation": lambda section: few_step_methods.consistency_distillation(section.segments),
+    "guidance_distillation": lambda section: few_step_methods.guidance_distillation(),
 }
 EMPHASIS = {  # method -> levels and weight by default; for one call, even levels are better than lognormal ones
     **{name: ("lognormal_scm", "relative") for name in FLOW_MAPS},

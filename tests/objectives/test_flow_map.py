@@ -16,25 +16,25 @@ from diffusion_jax.core.process import CLEAN, NoiseLevel, expand
 from diffusion_jax.core.sampling import initial_noise, sample
 from diffusion_jax.model import DiffusionModel, Network, network_of
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.objectives import flow_map, levels
+from diffusion_jax.objectives import few_step_methods, flow_map, levels
 from diffusion_jax.objectives.flow_map import level_function
 
 MEAN, STD = jnp.array([1.0, -0.5, 0.2]), jnp.array([0.5, 0.3, 0.8])
 SHAPE = (1, 1, 3)
 METHODS = {
-    "distillation": (flow_map.distillation(16), {}),
-    "consistency_distillation": (flow_map.consistency_distillation(256), {}),
-    "consistency_training": (flow_map.consistency_training(), {}),
-    "soflow": (flow_map.soflow(), {}),
-    "shortcut": (flow_map.shortcut(), {"plain": 0.25}),
-    "mean_flow": (flow_map.mean_flow(), {}),
-    "continuous_consistency": (flow_map.continuous_consistency(), {}),
-    "lagrangian": (flow_map.lagrangian(), {"plain": 0.5}),
-    "consistency_training, taught": (flow_map.consistency_training(), {}),
-    "soflow, taught": (flow_map.soflow(), {}),
-    "mean_flow, taught": (flow_map.mean_flow(), {}),
-    "continuous_consistency, taught": (flow_map.continuous_consistency(), {}),
-    "guidance_distillation": (flow_map.guidance_distillation(), {}),
+    "distillation": (few_step_methods.distillation(16), {}),
+    "consistency_distillation": (few_step_methods.consistency_distillation(256), {}),
+    "consistency_training": (few_step_methods.consistency_training(), {}),
+    "soflow": (few_step_methods.soflow(), {}),
+    "shortcut": (few_step_methods.shortcut(), {"plain": 0.25}),
+    "mean_flow": (few_step_methods.mean_flow(), {}),
+    "continuous_consistency": (few_step_methods.continuous_consistency(), {}),
+    "lagrangian": (few_step_methods.lagrangian(), {"plain": 0.5}),
+    "consistency_training, taught": (few_step_methods.consistency_training(), {}),
+    "soflow, taught": (few_step_methods.soflow(), {}),
+    "mean_flow, taught": (few_step_methods.mean_flow(), {}),
+    "continuous_consistency, taught": (few_step_methods.continuous_consistency(), {}),
+    "guidance_distillation": (few_step_methods.guidance_distillation(), {}),
 }
 SCHEDULES = {
     "cosine": (schedules.cosine(), parameterization.v),
@@ -275,7 +275,7 @@ def test_consistency_training_has_the_gap_and_the_weight_of_its_paper(name):
     for halvings in (0, 1, 4, 8):
         progress = jnp.float32((halvings + 0.5) / 9)
         path = flow_map.Path(zero, zero, lambda u: (zero, zero), level, time_of, lambda keys: u, keys, progress)
-        target = flow_map.consistency_training(8.0)(path, maps)
+        target = few_step_methods.consistency_training(8.0)(path, maps)
         start, nearer = (NoiseLevel(*(np.float64(v) for v in level(times))) for times in (u, asked[-1]))
         t = start.sigma / start.alpha
         r = np.maximum(t * (1 - (1 + 8 / (1 + np.exp(t))) / 2**halvings), 0)
