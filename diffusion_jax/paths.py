@@ -92,15 +92,19 @@ def beside(folder: str | os.PathLike, name: str) -> pathlib.Path:
 
 
 def matching(pattern: str) -> list[tuple[Path, int, str]]:
-    """The files that match a glob pattern, sorted: (path, size in bytes, version), which changes with the file."""
+    """The files that match a glob pattern, sorted: (path, size in bytes, version), which changes with the file. Raises
+    FileNotFoundError for a link that leads nowhere.
+    """
     if in_bucket(at(pattern)):
-        objects = {name: facts for name, facts in _filesystem().glob(pattern, detail=True).items() if facts["size"]}
-        return [
-            (at(SCHEME + name), objects[name]["size"], " ".join(str(objects[name].get(key)) for key in VERSION))
-            for name in sorted(objects)
-        ]
-    files = sorted(path for path in map(pathlib.Path, glob.iglob(pattern, recursive=True)) if path.is_file())
-    return [(file, stat.st_size, str(stat.st_mtime_ns)) for file in files for stat in [file.stat()]]
+        found = _filesystem().glob(pattern, detail=True).items()
+        objects = {name: facts for name, facts in found if facts["type"] == "file" and not name.endswith("/")}
+        versions = {name: " ".join(str(facts.get(key)) for key in VERSION) for name, facts in objects.items()}
+        return [(at(SCHEME + name), objects[name]["size"], versions[name]) for name in sorted(objects)]
+    found = sorted({pathlib.Path(path) for path in glob.iglob(pattern, recursive=True)})  # **/** finds some twice
+    if broken := [path for path in found if not path.exists()]:
+        raise FileNotFoundError(f"{broken[0]} is a link to what is not there; mend or remove it")
+    stats = [(path, path.stat()) for path in found if path.is_file()]
+    return [(path, stat.st_size, str(stat.st_mtime_ns)) for path, stat in stats]
 
 
 def download(path: str | os.PathLike, file: pathlib.Path) -> None:

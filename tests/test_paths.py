@@ -256,3 +256,18 @@ def test_processes_of_a_bucket_see_what_others_wrote(gcs):
     other = fsspec.get_filesystem_class("gcs")(skip_instance_cache=True)
     other.pipe_file(os.fspath(folder / "b"), b"")
     assert (folder / "b").exists() and len(list(folder.iterdir())) == 2
+
+
+def test_a_pattern_gives_each_file_once_and_no_link_that_leads_nowhere(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/1.tar", "a/b/2.tar"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "3.tar").symlink_to("a/1.tar")
+    (tmp_path / "folder.tar").mkdir()
+    found = paths.matching(f"{tmp_path}/**/**/*.tar")
+    assert [(str(path.relative_to(tmp_path)), size) for path, size, _ in found] == [
+        *(("3.tar", 7), ("a/1.tar", 7), ("a/b/2.tar", 9))
+    ]
+    (tmp_path / "4.tar").symlink_to("gone.tar")
+    with pytest.raises(FileNotFoundError, match=r"4\.tar is a link to what is not there"):
+        paths.matching(f"{tmp_path}/*.tar")
