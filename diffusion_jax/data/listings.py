@@ -46,7 +46,11 @@ def listed(root: Path, kept: Path | None = None) -> tuple[Listing, str]:
             "captions": bool(listing.captions),
             "several": bool(listing.captions) and isinstance(listing.captions[0], tuple),
         }
-        tables.store(base, TABLE, _rows(listing), lambda: facts)
+        try:
+            tables.store(base, TABLE, _rows(listing), lambda: facts)
+        except OSError as error:
+            logging.warning("%s: its list is not kept (%s); config.data.cache may name another folder", root, error)
+            return listing, name
     return _of_table(*tables.stored(base))
 
 

@@ -25,8 +25,8 @@ def mixed(sources: Sequence[Source], weights: Sequence[Fraction]) -> Source:
     for source in sources:
         if with_captions and not source.captions:
             raise ValueError(
-                f"{with_captions[0].name} has captions and {source.name} has none: a mixture needs them in all of its "
-                "sources, or in none"
+                f"{with_captions[0].name} has captions ({with_captions[0].describe(0)}) and {source.name} has none "
+                f"({source.describe(0)}): a mixture needs them in all of its sources, or in none"
             )
     counts = {source.num_classes for source in sources}
     num_classes = counts.pop() if len(counts) == 1 else 0

@@ -83,6 +83,13 @@ def test_small_folders_are_never_kept_and_without_a_place_none_is(folder, tmp_pa
     assert not list(tmp_path.glob("lists/*.arrow"))
 
 
+def test_a_list_that_cannot_be_kept_is_made_at_every_start(folder, tmp_path, monkeypatch, caplog):
+    new_listings(monkeypatch)
+    (place := tmp_path / "file").write_text("so that there can be no folder")
+    assert sources.folder(folder, place).name == sources.folder(folder).name
+    assert "its list is not kept" in caplog.text
+
+
 def test_the_digest_is_the_hash_of_one_text(folder, monkeypatch):
     listing = folders.list_pictures(folder)
     stats = [os.stat(folder / file) for file in listing.files]
