@@ -17,11 +17,15 @@ RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def scan(shard: Path) -> Iterator[Row]:
-    """The records of a shard. Raises ValueError if it is not a whole ArrayRecord file."""
+    """The records of a shard. Raises ValueError if it is not a whole, undamaged ArrayRecord file."""
     reader = _reader(shard)
     for start in range(0, reader.num_records(), READ_AT_ONCE):
         stop = min(start + READ_AT_ONCE, reader.num_records())
-        for number, content in enumerate(reader.read(start, stop), start):
+        try:
+            contents = reader.read(start, stop)
+        except RuntimeError as error:
+            raise ValueError(f"{shard}: records {start} to {stop - 1} are damaged; {first_line(error)}") from error
+        for number, content in enumerate(contents, start):
             yield _row(number, content)
 
 
@@ -67,6 +71,5 @@ def _features(content: bytes) -> dict[str, list]:
 
 
 def _value(values: list) -> Any:
-    """The values of a feature, text as str: all of several, the only one of one, None of none."""
-    plain = [value.decode() if isinstance(value, bytes) else value for value in values]
-    return plain if len(plain) > 1 else next(iter(plain), None)
+    """The values of a feature: all of several, the only one of one, None of none."""
+    return values if len(values) > 1 else next(iter(values), None)

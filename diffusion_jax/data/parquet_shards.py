@@ -29,9 +29,9 @@ def scan(shard: paths.Path) -> Iterator[Row]:
     """
     number = 0
     for batch in _batches(shard, _descriptions, TEXTS_AT_ONCE):
-        columns = {name: column.to_pylist() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
         for row in range(batch.num_rows):
-            yield _row(number, {name: values[row] for name, values in columns.items()})
+            yield _row(number, {name: column[row] for name, column in columns.items()})
             number += 1
 
 
@@ -95,9 +95,9 @@ def _parts(pictures: pa.Array) -> list[pa.Array]:
     return [pictures, nothing] if _is_bytes(pictures.type) else [nothing, pictures]
 
 
-def _row(number: int, fields: dict) -> Row:
+def _row(number: int, fields: dict[str, pa.Scalar]) -> Row:
     name = f"row {number}"
     try:
-        return Row(name, number, **described(fields))
+        return Row(name, number, **described(fields, lambda value: value.as_py()))
     except ValueError as error:
         return Row(name, problem=first_line(error))

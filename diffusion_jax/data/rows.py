@@ -1,6 +1,7 @@
 """What a record of a shard says beside its picture: names and forms that shards of all kinds share."""
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,28 +51,37 @@ def _first_of(names: tuple[str, ...], present: tuple[str, ...]) -> str | None:
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """The captions in a field: a text, or a list of texts. Other values are no captions.
+    """The captions in a field: a text, or a list of texts, without its nulls. Other values are no captions.
 
-    Raises UnicodeEncodeError, a ValueError, for half of a surrogate pair.
+    Raises UnicodeError, a ValueError, for bytes that are not UTF-8 and for half of a surrogate pair.
     """
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return ()
-    "".join(texts).encode()
-    return tuple(texts)
+    values = [_text(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
+    return tuple(values) if all(isinstance(item, str) for item in values) else ()
 
 
 def label_of(value: Any) -> str | None:
-    """The class in a field: a whole number from 0, or a name. Other values, and the empty name, are no class."""
+    """The class in a field: a whole number from 0, also one written as a float, or a name. Other values, the empty name
+    and numbers below 0 are no class. Raises what `captions_of` raises.
+    """
+    value = _text(value)
     if isinstance(value, str):
-        return value.strip() or None
-    return str(int(value)) if isinstance(value, int) and value >= 0 else None
+        name = value.strip()
+        return None if re.fullmatch(r"-\d+", name) else name or None
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if is_whole and value >= 0 else None
+
+
+def _text(value: Any) -> Any:
+    """Bytes as text; other values as they are. Raises UnicodeError for text that cannot be written in UTF-8."""
+    if isinstance(value, str):
+        value.encode()
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def described(fields: Mapping[str, Any], plain: Callable[[Any], Any] = lambda value: value) -> dict[str, Any]:
     """The captions and the label in named fields, as arguments of `Row`.
 
-    plain: makes None, a text, a number or a list of the value of a field.
+    plain: makes None, a text, bytes, a number or a list of the value of a field.
     Raises ValueError for text that cannot be written in UTF-8.
     """
     caption, label = first_of(CAPTIONS, fields), first_of(LABELS, fields)

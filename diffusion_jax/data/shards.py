@@ -21,10 +21,11 @@ from diffusion_jax.data.scanning import in_processes
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.tables import Captions
 from diffusion_jax.data.transforms import BadRecord, Record, decode
+from diffusion_jax.messages import first_line
 
-FORM = 1  # changes whenever an index of the same shards says something else
+FORM = 2  # changes whenever an index of the same shards says something else
 OPEN = 128  # shards that are open at a time
-ATTEMPTS = 3  # to open a copy that others may remove
+ATTEMPTS = 10  # to open a copy that others may remove
 SHOWN = 3  # problems in a message
 LARGE = 1 << 30  # bytes of shards that are worth several processes
 
@@ -91,7 +92,7 @@ def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -
     return Source(
         name=name,
         size=sum(sizes),
-        read=_reader(how, files, local, table, facts, side),
+        read=_reader(how, files, local, table, facts, side, _most_open(found, limit) if announce else OPEN),
         num_classes=facts["num_classes"],
         captions=_captions(table, facts["captions"]),
         files=Captions(sum(sizes), lambda index: _place(files, table, index)),
@@ -128,16 +129,31 @@ def _local_files(
     return copies, copies.announce
 
 
+def _most_open(found: list[tuple[paths.Path, int, str]], limit: float) -> int:
+    """How many copies are open at a time: not many more than fit, because a removed one takes its space until it is
+    closed, but a window more, because one that is read must not be copied again.
+    """
+    return min(OPEN, WINDOW + int(limit // max(size for _, size, _ in found)))
+
+
 def _scanned(
     how: Kind, found: list[tuple[paths.Path, int, str]], local: Callable[[int], Path]
 ) -> Iterator[Iterable[Row]]:
     """The records of each shard. Many bytes are read by several processes."""
     files = [path for path, _, _ in found]
     if paths.in_bucket(files[0]) and not how.unpack:
-        return (how.scan(local(number)) for number in range(len(files)))
+        return (_scanned_copy(how, file, local(number)) for number, file in enumerate(files))
     if sum(size for _, size, _ in found) < LARGE:
         return (how.scan(file) for file in files)
     return in_processes(how.scan, files)
+
+
+def _scanned_copy(how: Kind, shard: paths.Path, copy: Path) -> Iterator[Row]:
+    """The records of a shard in a bucket. Errors name the shard."""
+    try:
+        yield from how.scan(copy)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(copy), str(shard))) from error
 
 
 def _index(base: Path, files: Sequence[paths.Path], scanned: Iterator[Iterable[Row]]) -> tuple[pa.Table, dict]:
@@ -145,6 +161,11 @@ def _index(base: Path, files: Sequence[paths.Path], scanned: Iterator[Iterable[R
 
     scanned: the records of each file.
     """
+    try:
+        paths.try_writing(base.parent)
+    except OSError as error:
+        reason = f"cannot keep the index of shards in {base.parent} ({first_line(error)})"
+        raise OSError(f"{reason}; name another folder by config.data.cache") from error
     facts = {"records": [], "captions": 0, "uncaptioned": 0, "unlabelled": 0, "left_out": 0, "problems": []}
     labels: set[str] = set()
 
@@ -204,14 +225,20 @@ def _captions(table: pa.Table, most: int) -> Sequence[str | tuple[str, ...]]:
 
 
 def _reader(
-    how: Kind, files: Sequence[paths.Path], local: Callable[[int], Path], table: pa.Table, facts: dict, side: int
+    how: Kind,
+    files: Sequence[paths.Path],
+    local: Callable[[int], Path],
+    table: pa.Table,
+    facts: dict,
+    side: int,
+    most: int,
 ) -> Callable[[int], Record]:
-    """index -> record."""
+    """index -> record. most: shards that are open at a time."""
     numbers = {name: number for number, name in enumerate(facts["classes"] or ())}
     captions = _captions(table, min(facts["captions"], 1))
     shard, offset, size, labels = (table[name] for name in ("shard", "offset", "size", "label"))
 
-    @functools.lru_cache(OPEN)
+    @functools.lru_cache(most)
     def opened(number: int) -> Callable[[int, int], bytes | str | None]:
         for attempt in range(ATTEMPTS):
             try:

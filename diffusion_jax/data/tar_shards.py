@@ -13,6 +13,7 @@ from diffusion_jax.messages import first_line
 
 TEXTS = ("txt", "json", "cls")  # of a record, beside its picture
 MAX_TEXT = 16 << 20  # bytes
+AT_ONCE = 1 << 20  # bytes
 
 
 def scan(shard: Path) -> Iterator[Row]:
@@ -22,8 +23,9 @@ def scan(shard: Path) -> Iterator[Row]:
             for key, members in itertools.groupby(_files(tar), key=lambda member: _split(member.name)[0]):
                 yield _row(tar, key, list(members))
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile stops there without an error
-                raise tarfile.ReadError("damaged or cut off after its last record")
+            while rest := tar.fileobj.read(AT_ONCE):  # tarfile stops before it without an error
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("damaged or cut off after its last record, or several tar files in one")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{shard}: expected a whole tar file, uncompressed; {first_line(error)}") from error
 
@@ -35,10 +37,11 @@ def opened(shard: Path) -> Callable[[int, int], bytes]:
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar. Left out are hidden ones and those of WebDataset itself, such as __key__."""
+    """The files and links of a tar. Left out are hidden ones and those of WebDataset itself, such as __key__."""
     for member in tar:
         tar.members = []  # it would keep all of them
-        if member.isfile() and not os.path.basename(member.name).startswith((".", "__")):
+        is_hidden = os.path.basename(member.name).startswith((".", "__"))
+        if (member.isfile() or member.islnk() or member.issym()) and not is_hidden:
             yield member
 
 
@@ -57,6 +60,8 @@ def _row(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo]) -> Row:
         return Row(key, problem=f"no picture among {', '.join(f'.{suffix}' for suffix in by_suffix)}")
     picture = by_suffix[pictures[0]]
     texts = {suffix: by_suffix[suffix] for suffix in TEXTS if suffix in by_suffix}
+    if links := [member.name for member in (picture, *texts.values()) if not member.isfile()]:
+        return Row(key, problem=f"a link, {links[0]}; write the tar with --dereference --hard-dereference")
     if picture.issparse() or any(text.size > MAX_TEXT for text in texts.values()):
         return Row(key, problem="a sparse file, or a text of more than 16 MiB")
     try:

@@ -6,13 +6,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, UInt8
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
+from diffusion_jax import paths
 from diffusion_jax.messages import first_line
 
 Record = dict
@@ -108,7 +108,7 @@ def _read(
     side: see `decode`.
     """
     try:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        data = image if isinstance(image, bytes) else paths.at(image).read_bytes()
         with Image.open(io.BytesIO(_without_metadata(data, png_chunks)), formats=formats) as opened:
             _check_size(*opened.size, max_pixels)
             _scale_transparent_colour(opened)

@@ -1,9 +1,13 @@
 """Shards of every kind give what a folder of the same pictures gives, and say in one line what is wrong with a file."""
 
+import io
 import itertools
 import logging
+import math
+import random
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffusion_jax import paths
-from diffusion_jax.data import copies, shards, sources
+from diffusion_jax.data import copies, rows, shards, sources
 from diffusion_jax.data.loader import loader, one_epoch
 from diffusion_jax.data.transforms import BadRecord, crop
 from tests.data import odd
@@ -150,6 +154,53 @@ def test_several_captions_and_numbers_of_classes(tmp_path):
     assert list(source.captions) == [("one", "two")] and source[0]["label"] == 3
 
 
+@pytest.mark.parametrize(
+    ("value", "captions", "label"),
+    [
+        *(("a", ("a",), "a"), (b"\xc3\xa4", ("ä",), "ä"), (None, (), None), ([], (), None)),
+        *((["a", None, b"b"], ("a", "b"), None), ([None], (), None), (["a", 1], (), None), ({"en": "a"}, (), None)),
+        *((3, (), "3"), (3.0, (), "3"), (3.5, (), None), (math.nan, (), None), (math.inf, (), None)),
+        *((-1, (), None), (-1.0, (), None), ("-1", ("-1",), None), ("-1 °C", ("-1 °C",), "-1 °C")),
+    ],
+)
+def test_values_of_fields_are_captions_or_classes(value, captions, label):
+    assert rows.captions_of(value) == captions and rows.label_of(value) == label
+
+
+@pytest.mark.parametrize("value", ["\ud83d", b"\xff"])
+def test_what_is_no_utf_8_is_one_record_without_use(value):
+    for read_field in (rows.captions_of, rows.label_of):
+        with pytest.raises(UnicodeError):
+            read_field(value)
+
+
+def test_parquet_texts_may_be_bytes_and_one_that_is_no_utf_8_is_left_out(tmp_path, caplog):
+    texts = pa.array([b"one", b"\xff", b"three"])
+    broken = pa.StringArray.from_buffers(3, *texts.buffers()[1:])
+    for name, column in (("bytes", texts), ("text", broken), ("lists", pa.ListArray.from_arrays([0, 1, 2, 3], broken))):
+        caplog.clear()
+        table = pa.table({"jpg": [odd.solid(number) for number in range(3)], "caption": column})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        source = shards.shards("parquet", f"{tmp_path}/{name}.parquet", tmp_path, LIMIT)
+        assert list(source.captions) == ["one", "three"] and source[1]["image"][0, 0, 0] == 2
+        assert f"left out 1 entries: {tmp_path}/{name}.parquet row 1: 'utf-8' codec" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("linked", ["2.png", "2.txt"])
+def test_a_link_in_a_tar_is_said(kind, linked, tmp_path, caplog):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("1.png", "1.txt", "2.png", "2.txt"):
+            member, content = tarfile.TarInfo(name), odd.solid(1) if name.endswith("png") else b"a"
+            if name == linked:
+                member.type, member.linkname, content = kind, name.replace("2", "1"), b""
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source = shards.shards("tar", f"{tmp_path}/0.tar", tmp_path, LIMIT)
+    assert len(source) == 1 and list(source.captions) == ["a"]
+    assert f"0.tar 2: a link, {linked}; write the tar with --dereference --hard-dereference" in caplog.text
+
+
 def test_what_a_record_lacks_is_said(tmp_path, caplog):
     picture = odd.record(1)[0]
     beside = {
@@ -200,6 +251,8 @@ def test_a_malformed_shard_is_one_line(tmp_path):
     for length, why in (10_300, "damaged or cut off after its last record"), (9_800, "unexpected end of data"):
         (tmp_path / "cut.tar").write_bytes(content[:length])
         says("tar", "cut.tar", f"expected a whole tar file, uncompressed; {why}")
+    (tmp_path / "two.tar").write_bytes(2 * content)
+    says("tar", "two.tar", "after its last record, or several tar files in one")
     (tmp_path / "text.tar").write_text("text " * 1000)
     says("tar", "text.tar", "expected a whole tar file, uncompressed; ")
     odd.write_tar(tmp_path / "texts.tar", [("1.txt", b"one"), ("1.mp3", b"")])
@@ -214,6 +267,11 @@ def test_a_malformed_shard_is_one_line(tmp_path):
     says("parquet", "cut.parquet", "expected Parquet, got an error: ")
     (tmp_path / "cut.array_record").write_bytes(b"nothing" * 1000)
     says("array_record", "cut.array_record", "expected a whole ArrayRecord file")
+    odd.write_array_record(tmp_path / "damaged.array_record", [odd.example(image=random.Random(0).randbytes(9999))])
+    content = bytearray((tmp_path / "damaged.array_record").read_bytes())
+    content[5000] ^= 1
+    (tmp_path / "damaged.array_record").write_bytes(content)
+    says("array_record", "damaged.array_record", "records 0 to 0 are damaged; ")
     odd.write_array_record(tmp_path / "other.array_record", [b"\x82\xa3msgpack"])
     says("array_record", "other.array_record", "has no records; .* record 0: not a tf.train.Example")
     odd.write_array_record(tmp_path / "no.array_record", [odd.example(text=b"a")])
@@ -222,6 +280,24 @@ def test_a_malformed_shard_is_one_line(tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no shards match .*; name files"):
             shards.shards("tar", pattern, tmp_path, LIMIT)
     assert not list(tmp_path.glob("index/*.arrow"))
+
+
+def test_an_index_that_cannot_be_kept_is_one_line(patterns, tmp_path):
+    (tmp_path / "index").write_text("a file, so that there can be no folder")
+    with pytest.raises(OSError, match=rf"^cannot keep the index of shards in {tmp_path}/index .* by config.data.cache"):
+        shards.shards("tar", patterns["tar"], tmp_path, LIMIT)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs the list of mapped files")
+def test_copies_that_were_removed_are_closed(tmp_path):
+    for number in range(24):
+        table = pa.table({"jpg": [odd.solid(number)] * 20, "label": [number] * 20})
+        pq.write_table(table, tmp_path / f"{number:02}.parquet")
+    limit = 10 * (tmp_path / "00.parquet").stat().st_size
+    source = shards.shards("parquet", f"{tmp_path}/*.parquet", tmp_path / "cache", limit)
+    assert [source[20 * number]["label"] for number in range(24)] == list(range(24))
+    mapped = {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}" in line}
+    assert 0 < len(mapped) <= 14  # a window of four more than fit
 
 
 def test_copies_are_few_enough_and_made_again(tmp_path):
@@ -291,9 +367,12 @@ def test_shards_in_a_bucket_are_those_on_a_disk(kind, gcs, patterns, tmp_path):
     there = shards.shards(kind, f"gs://experiments/data/{names}", tmp_path / "there", LIMIT)
     assert list(there.captions) == list(here.captions)
     assert there.describe(0).startswith("gs://experiments/data/")
-    for index in (1, 55, odd.COUNT - 2) if kind != "parquet" else (2, 42, 198):  # others are paths beside the shard
+    for index in (1, 2, 55, odd.COUNT - 2):  # in Parquet, the odd ones are paths beside the shard
         np.testing.assert_array_equal(there[index]["image"], here[index]["image"])
         assert there[index]["label"] == here[index]["label"]
+    paths.at("gs://experiments/data/unfinished-" + names.replace("*", "0")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^gs:.*unfinished-.*: expected "):
+        shards.shards(kind, "gs://experiments/data/unfinished-*", tmp_path / "there", LIMIT)
     with pytest.raises(FileNotFoundError, match=r"no shards match gs://experiments/none/\*"):
         shards.shards(kind, "gs://experiments/none/*", tmp_path, LIMIT)
 
