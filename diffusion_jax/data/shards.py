@@ -233,7 +233,11 @@ def _reader(
     side: int,
     most: int,
 ) -> Callable[[int], Record]:
-    """index -> record. most: shards that are open at a time."""
+    """index -> record.
+
+    side: see `decode`.
+    most: shards that are open at a time.
+    """
     numbers = {name: number for number, name in enumerate(facts["classes"] or ())}
     captions = _captions(table, min(facts["captions"], 1))
     shard, offset, size, labels = (table[name] for name in ("shard", "offset", "size", "label"))
