@@ -53,7 +53,7 @@ def at(path: str | os.PathLike) -> Path:
     if not text.startswith(SCHEME):
         if OTHER_SCHEME.match(text):
             raise ValueError(f"expected a local path or {SCHEME}BUCKET/PATH, got {text}")
-        return pathlib.Path(path)
+        return pathlib.Path(os.path.expanduser(text))  # shells leave the ~ of --workdir=~/runs as it is
     bucket = text.removeprefix(SCHEME).partition("/")[0]
     if not bucket:
         raise ValueError(f"expected {SCHEME}BUCKET/PATH, got {text}")
@@ -100,7 +100,7 @@ def matching(pattern: str) -> list[tuple[Path, int, str]]:
         objects = {name: facts for name, facts in found if facts["type"] == "file" and not name.endswith("/")}
         versions = {name: " ".join(str(facts.get(key)) for key in VERSION) for name, facts in objects.items()}
         return [(at(SCHEME + name), objects[name]["size"], versions[name]) for name in sorted(objects)]
-    found = sorted({pathlib.Path(path) for path in glob.iglob(pattern, recursive=True)})  # **/** finds some twice
+    found = sorted({pathlib.Path(path) for path in glob.iglob(os.path.expanduser(pattern), recursive=True)})  # **/** finds some twice
     if broken := [path for path in found if not path.exists()]:
         raise FileNotFoundError(f"{broken[0]} is a link to what is not there; mend or remove it")
     stats = [(path, path.stat()) for path in found if path.is_file()]

@@ -42,6 +42,14 @@ def test_other_addresses_are_refused_and_not_taken_for_local_folders(address):
         paths.at(address)
 
 
+def test_the_home_folder_is_meant_as_in_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "1.tar").touch()
+    assert paths.at("~/runs") == tmp_path / "runs" and paths.local("~", "--workdir") == tmp_path
+    assert paths.at("a/~/b") == Path("a/~/b")
+    assert [path for path, _, _ in paths.matching("~/*.tar")] == [tmp_path / "1.tar"]
+
+
 def test_a_bucket_without_gcsfs_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs.core", None)
     paths._filesystem.cache_clear()

@@ -56,6 +56,8 @@ def alone(base: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             base.parent.mkdir(parents=True, exist_ok=True)
             fcntl.flock(stack.enter_context(open(f"{base}.lock", "w")), fcntl.LOCK_EX)
+            for left in base.parent.glob(f"{base.name}.*.partial"):  # by a process that was killed
+                left.unlink()
         yield
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffusion_jax import paths
-from diffusion_jax.data import copies, rows, shards, sources
+from diffusion_jax.data import copies, rows, shards, sources, tables
 from diffusion_jax.data.loader import loader, one_epoch
 from diffusion_jax.data.transforms import BadRecord, crop
 from tests.data import odd
@@ -117,6 +117,16 @@ def test_processes_find_what_one_finds(kind, patterns, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=rf"^{tmp_path}/cut: expected ") as error:
         shards.shards(kind, f"{tmp_path}/cut", tmp_path, LIMIT)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_killed_process_left_of_an_index_is_removed(tmp_path):
+    base = tmp_path / "index" / "name"
+    base.parent.mkdir()
+    left, others = base.with_name("name.arrow.0123.partial"), base.with_name("names.arrow.0123.partial")
+    left.touch()
+    others.touch()
+    with tables.alone(base):
+        assert not left.exists() and others.exists()
 
 
 def test_of_several_processes_one_makes_the_index(tmp_path, monkeypatch):
