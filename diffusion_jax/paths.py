@@ -100,7 +100,8 @@ def matching(pattern: str) -> list[tuple[Path, int, str]]:
         objects = {name: facts for name, facts in found if facts["type"] == "file" and not name.endswith("/")}
         versions = {name: " ".join(str(facts.get(key)) for key in VERSION) for name, facts in objects.items()}
         return [(at(SCHEME + name), objects[name]["size"], versions[name]) for name in sorted(objects)]
-    found = sorted({pathlib.Path(path) for path in glob.iglob(os.path.expanduser(pattern), recursive=True)})  # **/** finds some twice
+    names = glob.iglob(os.path.expanduser(pattern), recursive=True)
+    found = sorted({pathlib.Path(name) for name in names})  # **/** finds some twice
     if broken := [path for path in found if not path.exists()]:
         raise FileNotFoundError(f"{broken[0]} is a link to what is not there; mend or remove it")
     stats = [(path, path.stat()) for path in found if path.is_file()]
