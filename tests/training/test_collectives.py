@@ -27,7 +27,8 @@ if sys.argv[1] == "cpu":
     devices = jax.devices()
 t.WIDTH = int(sys.argv[3])
 strategy, optimizer = parallel.strategy(sys.argv[2], devices), optax.adam(1e-3)
-step = steps.make_train_step(t.loss_in_bfloat16, optimizer, 0.9, 2, strategy)
+loss = jax.checkpoint(t.loss_in_bfloat16) if sys.argv[4] == "True" else t.loss_in_bfloat16
+step = steps.make_train_step(loss, optimizer, 0.9, 2, strategy)
 state = strategy.shapes(jax.eval_shape(lambda: steps.init_state(t.initial(), optimizer, 0)))
 batch = strategy.batch_shapes({"x": jax.ShapeDtypeStruct((32, t.WIDTH), "float32")})
 frozen = strategy.shapes({"map": jax.ShapeDtypeStruct((t.WIDTH, t.WIDTH), "float32")})
@@ -35,14 +36,17 @@ print(step.lower(state, frozen, batch).compile().as_text())
 """
 
 
-def collectives(platform: str, strategy: str) -> dict[str, set[str]]:
-    """The compiled step's collective operations -> the types of their results."""
+def collectives(platform: str, strategy: str, checkpointed: bool) -> dict[str, set[str]]:
+    """The compiled step's collective operations -> the types of their results.
+
+    checkpointed: the layers are computed again in the backward pass, as with `remat`.
+    """
     environment = os.environ | {
         "XLA_FLAGS": device_flags(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, (TPU_COMPILER, os.environ.get("PYTHONPATH")))),
     }
-    command = [sys.executable, "-c", CODE, platform, strategy, str(WIDTH)]
+    command = [sys.executable, "-c", CODE, platform, strategy, str(WIDTH), str(checkpointed)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, set[str]] = {}
@@ -57,8 +61,8 @@ def sizes(types: set[str]) -> set[int]:
     return {math.prod(int(size) for size in re.findall(r"\[(.*)\]", array)[0].split(",") if size) for array in types}
 
 
-def check(platform: str) -> None:
-    divided, replicated = collectives(platform, "fsdp"), collectives(platform, "pmap")
+def check(platform: str, checkpointed: bool) -> None:
+    divided, replicated = (collectives(platform, strategy, checkpointed) for strategy in ("fsdp", "pmap"))
     weight = WIDTH**2
     # the result of a pair's first half may have the operand too
     assert weight in sizes(divided["all-gather"]) <= {weight, weight // 8}, "weights alone are gathered"
@@ -72,13 +76,14 @@ def check(platform: str) -> None:
 
 
 def test_collectives_on_cpu():
-    check("cpu")
+    check("cpu", checkpointed=False)
 
 
 @pytest.mark.slow
-def test_collectives_on_tpu():
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_collectives_on_tpu(checkpointed):
     if not TPU_COMPILER:
         pytest.skip(
             "the TPU compiler is not installed: pip install --no-deps --target FOLDER libtpu, TPU_COMPILER=FOLDER"
         )
-    check("tpu")
+    check("tpu", checkpointed)
