@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, primitives
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, PyTree
 
+from diffusion_jax.gathering import SHARDS, gathering
+
 DATA = "data"  # the axis of the mesh whose devices hold different examples and the same weights
-SHARDS = "shards"  # the axis whose devices hold different examples and different parts of the weights
 SMALL = 1 << 14  # elements; to gather a smaller array costs more than to hold it
-FORMS = (primitives.convert_element_type_p, primitives.reshape_p, primitives.transpose_p)  # of the same weight
 GROUPS = (32, 16, 8)  # devices that divide one copy, if nothing else is said: few axes are divisible by more
 
 
@@ -189,7 +187,7 @@ def _divided(devices: list, group: int) -> Strategy:
     def gradient(of_device: Callable) -> Callable:
         def mean(params: PyTree, inputs: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
             specs = jax.tree.map(lambda leaf: sharding(leaf).spec, (params, inputs))
-            whole = functools.partial(_gathering, specs, (params, inputs))
+            whole = functools.partial(gathering, specs, (params, inputs))
 
             def of_parts(params: PyTree, inputs: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
                 numbers = _numbers(batch, jax.lax.axis_index(everyone))
@@ -221,96 +219,6 @@ def _numbers(batch: PyTree, device: Int[Array, ""]) -> Int[Array, "count"]:
     """The numbers in the global batch of a device's examples."""
     count = len(jax.tree.leaves(batch)[0])
     return device * count + jnp.arange(count)
-
-
-class _Part(NamedTuple):
-    """A weight of which a device holds a part. whole: the part -> the weight, gathered."""
-
-    part: Array
-    whole: Callable[[Array], Array]
-
-
-def _whole(value: Any) -> Any:
-    return value.whole(value.part) if isinstance(value, _Part) else value
-
-
-def _gathering(specs: PyTree, whole: PyTree, loss: Callable) -> Callable:
-    """The loss of arrays that are divided as `specs` say. It gathers each where it is used, and again for the
-    gradient instead of keeping it. A device then holds few whole weights at a time. All else is kept for the gradient;
-    of what is in a `jax.checkpoint` of the loss, such as a block of a network with `remat`, only the results.
-
-    whole: the arrays or their shapes before they were divided.
-    """
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
-
-    def part(array: Array, spec: PartitionSpec) -> Array | _Part:
-        if SHARDS not in spec:
-            return array
-        return _Part(
-            array, functools.partial(jax.lax.all_gather, axis_name=SHARDS, axis=spec.index(SHARDS), tiled=True)
-        )
-
-    def divided_loss(params: PyTree, inputs: PyTree, *rest: Any) -> Any:
-        computation, result = jax.make_jaxpr(loss, return_shape=True)(*shapes, *rest)
-
-        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
-        def evaluate(arrays: list[Array], rest: list[Array]) -> list[Array]:
-            parts = map(part, arrays, jax.tree.leaves(specs))
-            return [_whole(value) for value in _evaluate(computation, [*parts, *rest])]
-
-        values = evaluate(jax.tree.leaves((params, inputs)), jax.tree.leaves(rest))
-        return jax.tree.unflatten(jax.tree.structure(result), values)
-
-    return divided_loss
-
-
-def _evaluate(computation: ClosedJaxpr, inputs: list[Array | _Part]) -> list[Array | _Part]:
-    """Evaluate a computation with divided inputs. Every result gets a name, and a checkpoint around it keeps what
-    has one: all but gathered weights, other forms of them, and everything inside a checkpoint of the computation.
-
-    Names are needed because the policy of the outer checkpoint also decides about the inside of every inner one.
-    """
-    jaxpr = computation.jaxpr
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*computation.consts, *inputs], strict=True))
-
-    def value(variable: Var | Literal) -> Any:
-        return variable.val if isinstance(variable, Literal) else values[variable]
-
-    for equation in jaxpr.eqns:
-        results = _results(equation, [value(variable) for variable in equation.invars])
-        values.update(zip(equation.outvars, results, strict=True))
-    return [value(variable) for variable in jaxpr.outvars]
-
-
-def _results(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
-    """The results of one step of a computation, see `_evaluate`."""
-    primitive, params = equation.primitive, equation.params
-    if primitive is primitives.jit_p:
-        return _evaluate(params["jaxpr"], inputs)
-
-    def apply(*inputs: Any) -> list[Array]:
-        results = primitive.bind(*inputs, **primitive.get_bind_params(params))
-        return results if primitive.multiple_results else [results]
-
-    if primitive in FORMS and isinstance(inputs[0], _Part):
-        weight = inputs[0]
-        return [_Part(weight.part, lambda part: apply(weight.whole(part))[0])]
-    if primitive is primitives.remat_p and not params["differentiated"]:
-        return _checkpoint(params, inputs)
-    return [checkpoint_name(result, "kept") for result in apply(*map(_whole, inputs))]
-
-
-def _checkpoint(params: dict[str, Any], inputs: list[Any]) -> list[Array]:
-    """The same checkpoint with its weights gathered inside, where the compiler casts them before they are sent."""
-
-    @functools.partial(jax.checkpoint, policy=params["policy"], prevent_cse=params["prevent_cse"])
-    def block(*arrays: Array) -> list[Array]:
-        pairs = zip(inputs, arrays, strict=True)
-        whole = [old.whole(array) if isinstance(old, _Part) else array for old, array in pairs]
-        return jax.core.eval_jaxpr(params["jaxpr"], (), *whole)
-
-    results = block(*(value.part if isinstance(value, _Part) else value for value in inputs))
-    return [checkpoint_name(result, "kept") for result in results]
 
 
 def _division(mesh: Mesh, leaf: Any) -> NamedSharding:
