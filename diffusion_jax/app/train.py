@@ -18,7 +18,7 @@ from diffusion_jax.app.caching import built
 from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, encoders, weights
 from diffusion_jax.build.initial import from_teacher, initial
-from diffusion_jax.data.cache import Cache
+from diffusion_jax.data.cache import Cache, first_version
 from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source, choose_caption, with_captions
@@ -146,9 +146,10 @@ def _training_records(
     conditioning, crop = model.conditioning, build.data.transform(config, model.size)
 
     def to_training(record: dict, rng: np.random.Generator) -> dict:
-        latent = crop(record, rng)["image"]
+        cropped = crop(record, rng)
         records_of_one = stack([record | {"caption": choose_caption(record.get("caption"), rng)}])
-        return {"latent": latent, "cond": jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))}
+        cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))
+        return {"latent": cropped["image"], "cond": conditioning.with_sizes(cond, cropped)}
 
     return with_captions(source) if _has_several_captions(source) else source, to_training
 
@@ -182,13 +183,15 @@ def _cached_records(
         return conditioning.of_records({"caption": [*map(choose_caption, captions, rngs)]})
 
     def read_batch(indices: np.ndarray, draws: np.ndarray) -> dict:
-        cond = of_drawn_captions(indices, draws) if several else {}
-        return {"cond": cond} | records.read_batch(indices, draws)
+        rows = records.read_batch(indices, draws)
+        cond = of_drawn_captions(indices, draws) if several else rows.get("cond", {})
+        return {"latent": rows["latent"], "cond": conditioning.with_sizes(cond, rows)}
 
     several = _has_several_captions(source)
     fields = {"latent": of_variants} | ({} if several else {"cond": of_captions})
+    fields |= {"sizes": lambda batch: batch["sizes"]} if conditioning.sizes else {}
     data = {name: value for name, value in config.data.to_dict().items() if name not in ("cache", "cache_gb")}
     key = {"data": data, "size": model.size, "decoder": DECODER, **keys}
     folder = build.data.cache_folder(config.data, workdir)
     records = built(Cache(source, folder, key, fields, batch_size, build.data.variants(config, model.size)))
-    return replace(records, read_batch=read_batch)
+    return replace(records, read=first_version(read_batch), read_batch=read_batch)

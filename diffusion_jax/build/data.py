@@ -11,12 +11,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax import paths
-from diffusion_jax.data import sources, transforms
+from diffusion_jax.data import crops, sources
+from diffusion_jax.data.crops import crop
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.mixture import mixed
 from diffusion_jax.data.shards import KINDS, shards
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Record, Transform, crop
+from diffusion_jax.data.transforms import Record, Transform
 from diffusion_jax.paths import Path
 
 TERMS = re.compile(r"\s\+\s(?=\s*[\d.]+\*)")  # between the terms of a mixture; no glob has spaces around a plus
@@ -100,7 +101,7 @@ def variants(config: ConfigDict, size: tuple[int, int]) -> Transform:
     """
     data = config.data
     single_crop = crop(*size, random_crop=data.random_crop, upscale=data.upscale)
-    return transforms.variants(single_crop, data.crops if data.random_crop else 1, data.flip)
+    return crops.variants(single_crop, data.crops if data.random_crop else 1, data.flip)
 
 
 def batches(

@@ -20,7 +20,7 @@ from diffusion_jax.data.rows import Row
 from diffusion_jax.data.scanning import in_processes
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.tables import Captions
-from diffusion_jax.data.transforms import BadRecord, Record, decode
+from diffusion_jax.data.transforms import BadRecord, Record, picture
 from diffusion_jax.messages import first_line
 
 FORM = 2  # changes whenever an index of the same shards says something else
@@ -69,7 +69,7 @@ def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -
     kind: one of `KINDS`; their modules describe the records.
     pattern: a path with * and ? for the names of shards, or ** for folders.
     limit: bytes of all shards in the folder.
-    side: of the crops that are made of the pictures, see `decode`.
+    side: of the crops that are made of the pictures, see `picture`.
 
     Labels that are all whole numbers stay what they are. Other labels are names, numbered in their sorted order. A
     record without a caption, among others with captions, has the empty one, with a warning. One without a label, among
@@ -254,11 +254,11 @@ def _reader(
 
     def read(index: int) -> Record:
         number = shard[index].as_py()
-        picture = opened(number)(offset[index].as_py(), size[index].as_py())
-        if picture is None:
+        found = opened(number)(offset[index].as_py(), size[index].as_py())
+        if found is None:
             raise BadRecord("no picture")
-        encoded = picture if isinstance(picture, bytes) else files[number].parent / picture
-        record: Record = {"image": decode(encoded, side=side)}
+        encoded = found if isinstance(found, bytes) else files[number].parent / found
+        record = picture(encoded, side)
         if captions:
             record["caption"] = captions[index]
         if facts["num_classes"]:

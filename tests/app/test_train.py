@@ -136,6 +136,34 @@ def test_a_caption_alone_is_embedded_once(config, tmp_path):
     np.testing.assert_array_equal(again["text"][0], cond["text"])
 
 
+@pytest.mark.parametrize("captions", [list("abcdef"), [("a", "b")] * 6])
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_network_is_told_the_true_sizes_of_each_version(in_cache, captions, config, tmp_path):
+    """Where in the picture a crop is, is seen in its pixels; a mirrored one is a part of the mirrored picture."""
+    config.data.update(random_crop=True, flip=True)
+    width, image = SIZE + 16, pictures(SIZE + 16)[0]["image"]
+
+    def read(index):
+        told = {} if isinstance(captions[0], tuple) else {"caption": captions[index]}
+        return {"image": image, "original": np.array([100 + index, 300], np.int32)} | told
+
+    source, model = Source("pictures", 6, read, captions=captions), build.model.diffusion_model(config)
+    model = (of_latents(model) if in_cache else model)._replace(conditioning=letters()._replace(sizes="time_ids"))
+    records, transform = train._training_records(config, tmp_path, source, model)
+    seen = set()
+    for batch in itertools.islice(build.data.batches(records, config.train, config.seed, transform)(0), 20):
+        time_ids = batch["cond"]["time_ids"]
+        assert time_ids.dtype == np.float32 and time_ids[:, 0].min() >= 100
+        for latent, (height, *others) in zip(batch["latent"], time_ids, strict=True):
+            first, second = latent[0, :2, 0].astype(int)
+            left = first if second > first else width - 1 - first
+            assert others == [300, 0, left, SIZE, SIZE]
+            seen.add((int(height), bool(second > first)))
+    assert len(seen) == 12
+    if in_cache:
+        assert records[2]["cond"]["time_ids"].shape == (6,) and records[2].keys() == {"latent", "cond"}
+
+
 def test_latents_without_a_condition_have_an_empty_one(config, tmp_path):
     model = of_latents(build.model.diffusion_model(config))._replace(conditioning=conditioning.unconditional())
     records, transform = train._training_records(config, tmp_path, pictures(), model)
