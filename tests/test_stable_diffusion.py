@@ -179,6 +179,34 @@ def test_fine_tuning_of_sdxl_tells_the_network_true_sizes(run, vocabulary, tmp_p
 
 
 @pytest.mark.slow
+def test_pictures_of_three_shapes_are_trained_in_three_sizes(run, vocabulary, tmp_path, monkeypatch):  # noqa: F811
+    """Each step in one of them, as often as its pictures say, and the network is told which; also of a resumed run."""
+    tasks, tokenizer = [], load_tokenizer(vocabulary)
+    save_pipeline(test_pipeline.our_wide_pipeline((tokenizer, tokenizer)), tmp_path / "wide")
+    (tmp_path / "photos").mkdir()
+    for number in range(16):
+        height, width = [(16, 16), (10, 30), (16, 17), (33, 12)][number % 4]
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / "photos" / f"{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text("the cat")
+
+    monkeypatch.setattr(train, "fit", lambda task, *others: tasks.append(task))
+    flags = [f"--config.checkpoint={tmp_path}/wide", f"--config.data.path={tmp_path}/photos"]
+    run("stable_diffusion", *TRAIN, *flags, "--config.data.buckets=1")
+    batches = [batch["latent"] for batch in itertools.islice(tasks[0].batches(0), 8)]
+    for latent, batch in zip(batches[3:], tasks[0].batches(3), strict=False):
+        np.testing.assert_array_equal(latent, batch["latent"])
+        assert (batch["cond"]["time_ids"][:, 4:] == 2 * np.array(latent.shape[1:3])).all()
+    for four in (batches[:4], batches[4:]):  # half of the pictures are squares
+        assert sorted(latent.shape[1:3] for latent in four) == [(2, 6), (4, 4), (4, 4), (6, 2)]
+
+
+def test_buckets_need_pictures_in_files(run, photographs):
+    mixture = f"--config.data.source=mix:1*folder:{photographs} + 1*folder:{photographs}"
+    error = run("stable_diffusion", *TRAIN, mixture, "--config.data.buckets=2", status=2)
+    assert error.count("\n") == 1 and "config.data.buckets needs the sizes of pictures in files" in error
+
+
+@pytest.mark.slow
 def test_a_lora_is_trained_drawn_with_and_exported(run, checkpoint, photographs, tmp_path):
     draw = ["--mode=sample", "--config.sample.steps=3", "--prompt=the cat"]
     run("lora", *TRAIN, f"--config.data.path={photographs}")

@@ -22,7 +22,7 @@ from diffusion_jax.data.listings import listed
 from diffusion_jax.data.order import Part
 from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, is_trained_on, paint, scenes_alone, trained_scene
 from diffusion_jax.data.tables import Captions
-from diffusion_jax.data.transforms import Record, picture
+from diffusion_jax.data.transforms import Record, picture, size_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Source:
     captions: the caption of each record, or a tuple of captions; empty if there are none.
     files: the file of each record, empty if records are not files.
     parts: in what order records are drawn, see `Part`; empty if all are alike and can be read one by one.
+    measure: index -> height and width of the picture in its file, see `transforms.size_of`. None for other sources.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Source:
     files: Sequence[str] = ()
     parts: tuple[Part, ...] = ()
     read_batch: Callable[[np.ndarray, np.ndarray], Record] | None = None
+    measure: Callable[[int], np.ndarray] | None = None
 
     def __post_init__(self):
         if self.size == 0:
@@ -242,6 +244,7 @@ def folder(path: str | PathLike, kept: Path | None = None, side: int = 0) -> Sou
         num_classes=len(listing.classes),
         captions=listing.captions,
         files=Captions(len(listing.files), lambda index: str(root / listing.files[index])),
+        measure=lambda index: size_of(root / listing.files[index]),
     )
 
 

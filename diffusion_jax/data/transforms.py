@@ -84,6 +84,21 @@ def picture(image: str | PathLike | bytes, side: int = 0) -> Record:
     return _read(image, take, MAX_PIXELS, None)
 
 
+def size_of(image: str | PathLike | bytes) -> Integer[np.ndarray, "2"]:
+    """Height and width of a picture, upright, as `picture` says them, from its header: nothing is decoded but TIFFs.
+
+    Raises what `decode` raises, as far as the header shows it.
+    """
+
+    def take(opened: Image.Image) -> Integer[np.ndarray, "2"]:
+        if opened.format == "TIFF":  # Pillow turns them itself, some versions when they are opened
+            opened.load()
+        width, height = opened.size
+        return np.array((width, height) if _turn(opened) in SIDEWAYS else (height, width), np.int32)
+
+    return _read(image, take, MAX_PIXELS, None)
+
+
 def decode_mask(
     image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "height width"]:
@@ -150,7 +165,9 @@ def _without_metadata(data: bytes, png_chunks: tuple[bytes, ...]) -> bytes:
         if _is_kept(data[start + 4 : end - 4], data[end - 4 : end], png_chunks):
             kept.append(data[start:end])
         start = end
-    return b"".join(kept)
+    pixels = next((number for number, chunk in enumerate(kept) if chunk[4:8] == b"IDAT"), len(kept))
+    # optional chunks, in lower case, before the pixels, so that the header tells all
+    return b"".join(kept[:pixels] + sorted(kept[pixels:], key=lambda chunk: chunk[4:5].isupper()))
 
 
 def _is_kept(chunk: bytes, checksum: bytes, optional: tuple[bytes, ...]) -> bool:
@@ -190,7 +207,8 @@ def _upright(convert: Callable[[Image.Image], Image.Image], image: Image.Image) 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes the picture upright, or None if it is upright or its EXIF tags cannot be read."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        tags = Image.Image.getexif(image)  # that of PNGs would load the pixels
+        return TURNS.get(tags.get(ExifTags.Base.Orientation))
     except Exception:  # damaged tags, of any kind
         return None
 
