@@ -95,9 +95,9 @@ def cropped(image: Image.Image) -> np.ndarray:
 
 def ours(folder: Path, count: int, of_latents: bool) -> Iterator:
     """Endless batches of this project."""
+    from diffusion_jax.data.crops import crop
     from diffusion_jax.data.loader import loader
     from diffusion_jax.data.sources import folder as folder_of_pictures
-    from diffusion_jax.data.transforms import crop
 
     if of_latents:
         return loader(latent_cache(folder, count).source(), BATCH, seed=0)

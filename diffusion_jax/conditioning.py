@@ -28,6 +28,8 @@ class Conditioning(NamedTuple):
     params: () -> weights of `embed`, which may be loaded then.
     words: learned words that prompts may use (textual inversion), and how many vectors each has.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
+    sizes: the leaf of cond with original size, corner of the crop and size of each image, (B, 6) float32, see
+      `data.crops.crop`; "" if the network is not told. Training keeps it where it drops the condition.
     """
 
     cache_key: Callable[[], str]
@@ -38,6 +40,14 @@ class Conditioning(NamedTuple):
     params: Callable[[], PyTree] = lambda: None
     words: Mapping[str, int] = MappingProxyType({})
     for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda conditioning, size: conditioning
+    sizes: str = ""
+
+    def with_sizes(self, cond: PyTree, cropped: Record) -> PyTree:
+        """cond with the true sizes of pictures, if the network is told them.
+
+        cropped: stacked records with "sizes", (B, 6), or one with (6,).
+        """
+        return cond | {self.sizes: cropped["sizes"].astype(np.float32)} if self.sizes else cond
 
 
 def unconditional() -> Conditioning:

@@ -36,6 +36,7 @@ class Network(NamedTuple):
     known_channels: channels of cond["known"], the known part of the image, for an inpainting network; see `inpaint`.
     flow_map: whether it takes the end of a step as cond["to"]; see `core.denoiser`.
     takes_scale: whether it takes the guidance scale as cond["guidance"], because guidance is built in.
+    step: height and width of x are best multiples of it, which the network can halve as often as it does.
     """
 
     apply: Callable[..., Array]
@@ -43,6 +44,7 @@ class Network(NamedTuple):
     known_channels: int = 0
     flow_map: bool = False
     takes_scale: bool = False
+    step: int = 1
 
 
 def network_of(unet: UNet, init: Callable[[Key[Array, ""]], PyTree] | None = None) -> Network:
@@ -52,7 +54,8 @@ def network_of(unet: UNet, init: Callable[[Key[Array, ""]], PyTree] | None = Non
     """
     random_init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
     takes_scale = unet.time_cond_proj_dim is not None
-    return Network(Applied(unet), init or random_init, unet.known_channels, unet.target_embedding, takes_scale)
+    step = 2 ** (len(unet.block_out_channels) - 1)
+    return Network(Applied(unet), init or random_init, unet.known_channels, unet.target_embedding, takes_scale, step)
 
 
 class DiffusionModel(NamedTuple):

@@ -1,13 +1,16 @@
 """configs/stable_diffusion.py and configs/lora.py, as their users meet them: on a checkpoint of tiny networks."""
 
+import itertools
 import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.app import train
 from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
 from diffusion_jax.interop.lora import merge_lora, save_lora
 from diffusion_jax.interop.names import to_torch
@@ -15,6 +18,7 @@ from diffusion_jax.interop.tensors import read_json, write_file, write_json
 from diffusion_jax.models import lora
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.vision.vision import ImageEncoder
+from diffusion_jax.objectives.denoising import drop_condition
 from tests import command_line
 from tests.interop import test_pipeline
 from tests.interop.test_pipeline import filled, our_pipeline, vocabulary  # noqa: F401  (a fixture)
@@ -145,6 +149,61 @@ def test_fine_tuning_changes_what_is_drawn_and_exports_a_pipeline(run, checkpoin
         f"--workdir={tmp_path}/again",
     )
     np.testing.assert_array_equal(pictures(tmp_path / "again"), tuned)  # stored as they are
+
+
+@pytest.mark.slow
+def test_fine_tuning_of_sdxl_tells_the_network_true_sizes(run, vocabulary, tmp_path, monkeypatch):  # noqa: F811
+    """Also of a large JPEG, which is decoded in part, and where text and vector are dropped."""
+    tasks, tokenizer = [], load_tokenizer(vocabulary)
+    save_pipeline(test_pipeline.our_wide_pipeline((tokenizer, tokenizer)), tmp_path / "wide")
+    (tmp_path / "photos").mkdir()
+    for name, (height, width) in {"1.png": (11, 9), "2.png": (9, 17), "3.jpg": (40, 48), "4.png": (8, 8)}.items():
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / "photos" / name)
+        (tmp_path / "photos" / name).with_suffix(".txt").write_text("the cat")
+    monkeypatch.setattr(train, "fit", lambda task, *others: tasks.append(task))
+    run("stable_diffusion", *TRAIN, f"--config.checkpoint={tmp_path}/wide", f"--config.data.path={tmp_path}/photos")
+    (task,), told = tasks, set()
+    for batch in itertools.islice(task.batches(0), 10):
+        time_ids = batch["cond"]["time_ids"]
+        assert time_ids.dtype == np.float32
+        told.update(map(tuple, time_ids.astype(int).tolist()))
+    # the picture of 17 x 9 is resized to 15 x 8, so its centre begins at 3, or mirrored at 4
+    lefts = {(9, 17, 0, 3, 8, 8), (9, 17, 0, 4, 8, 8)}
+    assert told == {(11, 9, 1, 0, 8, 8), (40, 48, 0, 1, 8, 8), (8, 8, 0, 0, 8, 8)} | lefts
+    dropped = drop_condition(batch["cond"], task.frozen["null_cond"], 1.0, jax.random.split(jax.random.key(0), 4))
+    np.testing.assert_array_equal(dropped["time_ids"], time_ids)
+    assert np.any(dropped["text"] != batch["cond"]["text"]) and (dropped["text"] == dropped["text"][:1]).all()
+    on_device = jax.tree.map(jnp.asarray, batch)
+    loss, _ = jax.jit(task.loss)(task.params, task.frozen, on_device, jax.random.split(jax.random.key(0), 4))
+    assert np.isfinite(loss)
+
+
+@pytest.mark.slow
+def test_pictures_of_three_shapes_are_trained_in_three_sizes(run, vocabulary, tmp_path, monkeypatch):  # noqa: F811
+    """Each step in one of them, as often as its pictures say, and the network is told which; also of a resumed run."""
+    tasks, tokenizer = [], load_tokenizer(vocabulary)
+    save_pipeline(test_pipeline.our_wide_pipeline((tokenizer, tokenizer)), tmp_path / "wide")
+    (tmp_path / "photos").mkdir()
+    for number in range(16):
+        height, width = [(16, 16), (10, 30), (16, 17), (33, 12)][number % 4]
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / "photos" / f"{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text("the cat")
+
+    monkeypatch.setattr(train, "fit", lambda task, *others: tasks.append(task))
+    flags = [f"--config.checkpoint={tmp_path}/wide", f"--config.data.path={tmp_path}/photos"]
+    run("stable_diffusion", *TRAIN, *flags, "--config.data.buckets=1")
+    batches = [batch["latent"] for batch in itertools.islice(tasks[0].batches(0), 8)]
+    for latent, batch in zip(batches[3:], tasks[0].batches(3), strict=False):
+        np.testing.assert_array_equal(latent, batch["latent"])
+        assert (batch["cond"]["time_ids"][:, 4:] == 2 * np.array(latent.shape[1:3])).all()
+    for four in (batches[:4], batches[4:]):  # half of the pictures are squares
+        assert sorted(latent.shape[1:3] for latent in four) == [(2, 6), (4, 4), (4, 4), (6, 2)]
+
+
+def test_buckets_need_pictures_in_files(run, photographs):
+    mixture = f"--config.data.source=mix:1*folder:{photographs} + 1*folder:{photographs}"
+    error = run("stable_diffusion", *TRAIN, mixture, "--config.data.buckets=2", status=2)
+    assert error.count("\n") == 1 and "config.data.buckets needs the sizes of pictures in files" in error
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from diffusion_jax import build, parallel, pictures
 from diffusion_jax.app import sample
 from diffusion_jax.build.agreement import check_condition, condition_kind
+from diffusion_jax.data.crops import crop
 from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Record, Transform, crop
+from diffusion_jax.data.transforms import Record, Transform
 from diffusion_jax.evaluation import comparison
 from diffusion_jax.evaluation.batches import good_records
 from diffusion_jax.evaluation.comparison import MIN_PICTURES, Collected, Reference

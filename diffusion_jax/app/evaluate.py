@@ -15,7 +15,7 @@ from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.build import weights
 from diffusion_jax.build.agreement import check_condition, condition_kind
 from diffusion_jax.data import sources
-from diffusion_jax.data.transforms import crop
+from diffusion_jax.data.crops import crop
 from diffusion_jax.evaluation import report as report_page
 from diffusion_jax.evaluation.likelihood import check_section, evaluate_likelihood
 from diffusion_jax.evaluation.retrieval import classifier_features

@@ -16,15 +16,8 @@ from diffusion_jax.build import weights
 from diffusion_jax.core.guidance import Guidance
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.data.batching import filled_batches
-from diffusion_jax.data.transforms import (
-    BadRecord,
-    centred,
-    centred_mask,
-    check_one_size,
-    decode,
-    decode_mask,
-    to_uint8,
-)
+from diffusion_jax.data.crops import centred, centred_mask, check_one_size
+from diffusion_jax.data.transforms import BadRecord, decode, decode_mask, to_uint8
 from diffusion_jax.evaluation.batches import map_over_hosts
 from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel, none_held_back

@@ -18,7 +18,8 @@ from diffusion_jax.app.caching import built
 from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, encoders, weights
 from diffusion_jax.build.initial import from_teacher, initial
-from diffusion_jax.data.cache import Cache
+from diffusion_jax.data.buckets import in_turn
+from diffusion_jax.data.cache import Cache, first_version
 from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source, choose_caption, with_captions
@@ -57,6 +58,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
         source = build.data.source(config, "train", max(model.size))
         agreement.check_condition(config, source)
         agreement.check_records(config.train, source)
+        by_size = build.data.by_size(config, source, model)
         loss, params, frozen = _objective(config, _as_in_step(model, source))
     check_resumed(workdir, params)
     first_stage_folder = weights.first_stage_folder(workdir)
@@ -65,7 +67,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
         encoders.check_present(config.condition)  # its latents are not in the cache, so the texts are not either
     with locked(workdir):
         _save_config(config, workdir)
-        hosts.check_same(str(len(source)), "a number of records")
+        hosts.check_same(str([(size, len(of_size)) for size, of_size in by_size]), "numbers of records")
         hosts.check_same(str(first_stage_task is None), "a first stage")
         if first_stage_task is not None:
             first_stage.train(first_stage_task, config, first_stage_folder)
@@ -76,15 +78,16 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             current = model._replace(params=params)
             return sample.sheet(config, list(sample.generate(snapshot_request, current, config.sample.batch_size)))
 
-        records, transform = _training_records(config, workdir, source, model)
-        hosts.check_same(str(len(records)), "a number of readable records")
-        logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), len(records))
+        parts = [_training_records(config, workdir, of_size, model._replace(size=size)) for size, of_size in by_size]
+        counts = [len(records) for records, _ in parts]
+        hosts.check_same(str(counts), "numbers of readable records")
+        logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), sum(counts))
         task = Task(
             name="denoiser",
             loss=loss,
             params=params,
             frozen=frozen | {"codec": model.codec.stats},
-            batches=build.data.batches(records, config.train, config.seed, transform),
+            batches=in_turn([build.data.batches(of, config.train, config.seed, to) for of, to in parts], counts),
             optimizer=optimizer,
             snapshot=snapshot,
         )
@@ -146,9 +149,10 @@ def _training_records(
     conditioning, crop = model.conditioning, build.data.transform(config, model.size)
 
     def to_training(record: dict, rng: np.random.Generator) -> dict:
-        latent = crop(record, rng)["image"]
+        cropped = crop(record, rng)
         records_of_one = stack([record | {"caption": choose_caption(record.get("caption"), rng)}])
-        return {"latent": latent, "cond": jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))}
+        cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))
+        return {"latent": cropped["image"], "cond": conditioning.with_sizes(cond, cropped)}
 
     return with_captions(source) if _has_several_captions(source) else source, to_training
 
@@ -182,13 +186,16 @@ def _cached_records(
         return conditioning.of_records({"caption": [*map(choose_caption, captions, rngs)]})
 
     def read_batch(indices: np.ndarray, draws: np.ndarray) -> dict:
-        cond = of_drawn_captions(indices, draws) if several else {}
-        return {"cond": cond} | records.read_batch(indices, draws)
+        rows = records.read_batch(indices, draws)
+        cond = of_drawn_captions(indices, draws) if several else rows.get("cond", {})
+        return {"latent": rows["latent"], "cond": conditioning.with_sizes(cond, rows)}
 
     several = _has_several_captions(source)
     fields = {"latent": of_variants} | ({} if several else {"cond": of_captions})
-    data = {name: value for name, value in config.data.to_dict().items() if name not in ("cache", "cache_gb")}
+    fields |= {"sizes": lambda batch: batch["sizes"]} if conditioning.sizes else {}
+    told = ("buckets", "cache", "cache_gb")  # by the records and their size, or nothing
+    data = {name: value for name, value in config.data.to_dict().items() if name not in told}
     key = {"data": data, "size": model.size, "decoder": DECODER, **keys}
     folder = build.data.cache_folder(config.data, workdir)
     records = built(Cache(source, folder, key, fields, batch_size, build.data.variants(config, model.size)))
-    return replace(records, read_batch=read_batch)
+    return replace(records, read=first_version(read_batch), read_batch=read_batch)

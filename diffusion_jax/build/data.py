@@ -11,12 +11,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax import paths
-from diffusion_jax.data import sources, transforms
+from diffusion_jax.data import buckets, crops, sources
+from diffusion_jax.data.crops import crop
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.mixture import mixed
 from diffusion_jax.data.shards import KINDS, shards
 from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Record, Transform, crop
+from diffusion_jax.data.transforms import Record, Transform
+from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path
 
 TERMS = re.compile(r"\s\+\s(?=\s*[\d.]+\*)")  # between the terms of a mixture; no glob has spaces around a plus
@@ -29,8 +31,34 @@ def source(config: ConfigDict, split: str, size: int) -> Source:
     size: of images, pixels on a side, for sources with a choice. Large JPEGs are decoded for crops of this size.
     """
     data = config.data
-    kept = paths.local(data.cache, "config.data.cache") if data.cache else paths.CACHE / "data"
-    return _source(data.source, data, data.splits[split], size, kept)
+    return _source(data.source, data, data.splits[split], size, _kept(data))
+
+
+def _kept(data: ConfigDict) -> pathlib.Path:
+    """The folder for lists and copies of data."""
+    return paths.local(data.cache, "config.data.cache") if data.cache else paths.CACHE / "data"
+
+
+def by_size(config: ConfigDict, source: Source, model: DiffusionModel) -> list[tuple[tuple[int, int], Source]]:
+    """Height and width of training images, and the records to train on in this size: one size, that of the model, or
+    those of data.buckets.
+
+    Raises ValueError for a source that cannot tell the sizes of its pictures without decoding them, and for a number of
+    buckets or a size of the model that leaves no room for them.
+    """
+    data, (height, width) = config.data, model.size
+    if not data.buckets:
+        return [(model.size, source)]
+    if source.measure is None:
+        raise ValueError(
+            "config.data.buckets needs the sizes of pictures in files, those of a folder or of shards, and "
+            f"{data.source} does not tell them: set it to 0"
+        )
+    if height != width:
+        raise ValueError(f"config.data.buckets needs a model of square images, got {width}x{height}")
+    shapes = buckets.shapes(height, data.buckets, model.codec.factor * model.network.step)
+    groups = buckets.assigned(buckets.sizes(source, _kept(data)), shapes, config.train.batch_size, source.name)
+    return [(shape, buckets.chosen(source, indices)) for shape, indices in groups.items()]
 
 
 def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Path) -> Source:
@@ -100,7 +128,7 @@ def variants(config: ConfigDict, size: tuple[int, int]) -> Transform:
     """
     data = config.data
     single_crop = crop(*size, random_crop=data.random_crop, upscale=data.upscale)
-    return transforms.variants(single_crop, data.crops if data.random_crop else 1, data.flip)
+    return crops.variants(single_crop, data.crops if data.random_crop else 1, data.flip)
 
 
 def batches(

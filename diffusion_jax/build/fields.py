@@ -109,6 +109,12 @@ DATA = {
         50.0, number(0), "Disk space in GB for shards that are copied from a bucket or unpacked from Parquet."
     ),
     "size": Field(64, zero_or(side), "Pixels a side of training images; 0 for the size of config.checkpoint."),
+    "buckets": Field(
+        0,
+        whole(0),
+        "How many wider shapes than the square pictures are trained in, and as many taller ones, all of about size * "
+        "size pixels, each picture in the nearest; 0 for the square alone.",
+    ),
     "random_crop": Field(False, flag, "Crop at a random place, else at the centre."),
     "crops": Field(4, whole(1), "Random crops of each image in the cache of latents."),
     "flip": Field(False, flag, "Mirror half of the images."),

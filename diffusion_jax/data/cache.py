@@ -115,7 +115,7 @@ class Cache:
         return Source(
             name=f"{source.name}@{self.folder.name[:16]}",
             size=count,
-            read=lambda index: jax.tree.map(lambda leaf: leaf[0], read_batch(np.array([index]), np.zeros(1))),
+            read=first_version(read_batch),
             read_batch=read_batch,
             num_classes=source.num_classes,
             captions=Captions(count, lambda row: source.captions[int(records[row])]) if source.captions else (),
@@ -151,6 +151,11 @@ class Cache:
                 "make room, or name another folder"
             )
         logging.info("caching %d records of %s, %.3g GB, in %s", records, name, size / 1e9, self.folder)
+
+
+def first_version(read_batch: Callable[[np.ndarray, np.ndarray], Record]) -> Callable[[int], Record]:
+    """index -> the first version of a record, by a `read_batch` of `Source`."""
+    return lambda index: jax.tree.map(lambda leaf: leaf[0], read_batch(np.array([index]), np.zeros(1)))
 
 
 def _remove_unfinished(caches: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+from diffusion_jax.data.crops import original_size
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.tables import Captions
 from diffusion_jax.data.transforms import Record
@@ -41,7 +42,7 @@ def mixed(sources: Sequence[Source], weights: Sequence[Fraction]) -> Source:
     def read(index: int) -> Record:
         source, position = place(index)
         record = source[position]
-        return {key: record[key] for key in keys}
+        return {key: record[key] for key in keys} | {"original": original_size(record)}
 
     def captions(index: int) -> str | tuple[str, ...]:
         source, position = place(index)

@@ -83,6 +83,38 @@ def selected(parts: Sequence[Part], indices: np.ndarray) -> tuple[Part, ...]:
     return tuple(Part(size, part.weight) for size, part in zip(sizes, parts, strict=True))
 
 
+def within(part: Part, indices: np.ndarray) -> Part:
+    """A part that has only some of its records, in the order of the whole: those of a block stay together.
+
+    indices: of these records, ascending.
+    """
+    if not part.blocks:
+        return replace(part, size=len(indices))
+    counts = np.diff(np.searchsorted(indices, np.cumsum([0, *part.blocks])))
+    kept = np.flatnonzero(counts).tolist()
+
+    def announce(numbers: Sequence[int]) -> None:
+        part.announce([kept[number] for number in numbers])
+
+    return replace(part, size=len(indices), blocks=counts[kept].tolist(), announce=announce)
+
+
+def turn(position: int, weights: Sequence[int]) -> tuple[int, int]:
+    """(which of several parts has a position, how many positions before it are of the same part).
+
+    The positions of a part are spread evenly: the first n positions have its share of n, rounded.
+    weights: of the parts, above 0. After as many positions as their sum each part has had exactly its weight.
+    """
+    before, after, remaining = position, position + 1, sum(weights)
+    for number, weight in enumerate(weights):
+        # how many of the first positions are left for the later parts
+        rest_before, rest_after = (count * (remaining - weight) // remaining for count in (before, after))
+        if rest_before == rest_after:
+            return number, before - rest_before
+        before, after, remaining = rest_before, rest_after, remaining - weight
+    raise AssertionError("one part has the position")
+
+
 def _around(index: int, sizes: Sequence[int]) -> tuple[int, int, int]:
     """(number, start, stop) of the piece with a record, for consecutive pieces of these sizes."""
     ends = list(itertools.accumulate(sizes))
@@ -91,21 +123,15 @@ def _around(index: int, sizes: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _by_weight(parts: Sequence[Part], seed: int) -> Callable[[int], int]:
-    """position -> index. The records of a part are spread evenly: n positions have its share of n, rounded."""
+    """position -> index."""
     scale = math.lcm(*(part.weight.denominator for part in parts))
     weights = [int(part.weight * scale) for part in parts]
     orders = [_in_part(part, [seed, number]) for number, part in enumerate(parts)]
     starts = [0, *itertools.accumulate(part.size for part in parts)]
 
     def index(position: int) -> int:
-        before, after, remaining = position, position + 1, sum(weights)
-        for start, order, weight in zip(starts, orders, weights, strict=False):  # starts has the end, too
-            # how many of the first positions are left for the later parts
-            rest_before, rest_after = (count * (remaining - weight) // remaining for count in (before, after))
-            if rest_before == rest_after:
-                return start + order(before - rest_before)
-            before, after, remaining = rest_before, rest_after, remaining - weight
-        raise AssertionError("one part has the position")
+        number, before = turn(position, weights)
+        return starts[number] + orders[number](before)
 
     return index
 

@@ -20,7 +20,7 @@ from diffusion_jax.data.rows import Row
 from diffusion_jax.data.scanning import in_processes
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.tables import Captions
-from diffusion_jax.data.transforms import BadRecord, Record, decode
+from diffusion_jax.data.transforms import BadRecord, Record, picture, size_of
 from diffusion_jax.messages import first_line
 
 FORM = 2  # changes whenever an index of the same shards says something else
@@ -69,7 +69,7 @@ def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -
     kind: one of `KINDS`; their modules describe the records.
     pattern: a path with * and ? for the names of shards, or ** for folders.
     limit: bytes of all shards in the folder.
-    side: of the crops that are made of the pictures, see `decode`.
+    side: of the crops that are made of the pictures, see `picture`.
 
     Labels that are all whole numbers stay what they are. Other labels are names, numbered in their sorted order. A
     record without a caption, among others with captions, has the empty one, with a warning. One without a label, among
@@ -88,15 +88,17 @@ def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -
     with tables.alone(base):
         table, facts = tables.stored(base) or _index(base, files, _scanned(how, found, local))
     _warn(name, facts)
-    sizes = facts["records"]
+    sizes, most = facts["records"], _most_open(found, limit) if announce else OPEN
+    encoded = _pictures(how, files, local, table, most)
     return Source(
         name=name,
         size=sum(sizes),
-        read=_reader(how, files, local, table, facts, side, _most_open(found, limit) if announce else OPEN),
+        read=_reader(encoded, table, facts, side),
         num_classes=facts["num_classes"],
         captions=_captions(table, facts["captions"]),
         files=Captions(sum(sizes), lambda index: _place(files, table, index)),
         parts=(Part(sum(sizes), blocks=sizes, announce=announce),) if announce else (),
+        measure=lambda index: size_of(encoded(index)),
     )
 
 
@@ -224,23 +226,11 @@ def _captions(table: pa.Table, most: int) -> Sequence[str | tuple[str, ...]]:
     return Captions(len(column), read) if most else ()
 
 
-def _reader(
-    how: Kind,
-    files: Sequence[paths.Path],
-    local: Callable[[int], Path],
-    table: pa.Table,
-    facts: dict,
-    side: int,
-    most: int,
-) -> Callable[[int], Record]:
-    """index -> record.
-
-    side: see `decode`.
-    most: shards that are open at a time.
-    """
-    numbers = {name: number for number, name in enumerate(facts["classes"] or ())}
-    captions = _captions(table, min(facts["captions"], 1))
-    shard, offset, size, labels = (table[name] for name in ("shard", "offset", "size", "label"))
+def _pictures(
+    how: Kind, files: Sequence[paths.Path], local: Callable[[int], Path], table: pa.Table, most: int
+) -> Callable[[int], bytes | paths.Path]:
+    """index -> the encoded picture, or its path. most: shards that are open at a time."""
+    shard, offset, size = (table[name] for name in ("shard", "offset", "size"))
 
     @functools.lru_cache(most)
     def opened(number: int) -> Callable[[int, int], bytes | str | None]:
@@ -252,13 +242,25 @@ def _reader(
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    def read(index: int) -> Record:
+    def encoded(index: int) -> bytes | paths.Path:
         number = shard[index].as_py()
-        picture = opened(number)(offset[index].as_py(), size[index].as_py())
-        if picture is None:
+        found = opened(number)(offset[index].as_py(), size[index].as_py())
+        if found is None:
             raise BadRecord("no picture")
-        encoded = picture if isinstance(picture, bytes) else files[number].parent / picture
-        record: Record = {"image": decode(encoded, side=side)}
+        return found if isinstance(found, bytes) else files[number].parent / found
+
+    return encoded
+
+
+def _reader(
+    encoded: Callable[[int], bytes | paths.Path], table: pa.Table, facts: dict, side: int
+) -> Callable[[int], Record]:
+    """index -> record. side: see `picture`."""
+    numbers = {name: number for number, name in enumerate(facts["classes"] or ())}
+    captions, labels = _captions(table, min(facts["captions"], 1)), table["label"]
+
+    def read(index: int) -> Record:
+        record = picture(encoded(index), side)
         if captions:
             record["caption"] = captions[index]
         if facts["num_classes"]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,7 +22,7 @@ from diffusion_jax.data.listings import listed
 from diffusion_jax.data.order import Part
 from diffusion_jax.data.scenes import Drawing, Scene, held_out_scene, is_trained_on, paint, scenes_alone, trained_scene
 from diffusion_jax.data.tables import Captions
-from diffusion_jax.data.transforms import Record, decode
+from diffusion_jax.data.transforms import Record, picture, size_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Source:
     captions: the caption of each record, or a tuple of captions; empty if there are none.
     files: the file of each record, empty if records are not files.
     parts: in what order records are drawn, see `Part`; empty if all are alike and can be read one by one.
+    measure: index -> height and width of the picture in its file, see `transforms.size_of`. None for other sources.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Source:
     files: Sequence[str] = ()
     parts: tuple[Part, ...] = ()
     read_batch: Callable[[np.ndarray, np.ndarray], Record] | None = None
+    measure: Callable[[int], np.ndarray] | None = None
 
     def __post_init__(self):
         if self.size == 0:
@@ -223,13 +224,13 @@ def folder(path: str | PathLike, kept: Path | None = None, side: int = 0) -> Sou
     """A folder of pictures, with captions in files or classes by subfolder. See `list_pictures`, also for errors.
 
     kept: the folder for lists of large folders, see `listed`; None to list the pictures anew.
-    side: of the crops that are made of them, see `decode`.
+    side: of the crops that are made of them, see `picture`.
     """
     root = Path(path)
     listing, digest = listed(root, kept)
 
     def read(index: int) -> Record:
-        record: Record = {"image": decode(root / listing.files[index], side=side)}
+        record = picture(root / listing.files[index], side)
         if listing.captions:
             record["caption"] = first_caption(listing.captions[index])
         if listing.labels:
@@ -243,6 +244,7 @@ def folder(path: str | PathLike, kept: Path | None = None, side: int = 0) -> Sou
         num_classes=len(listing.classes),
         captions=listing.captions,
         files=Captions(len(listing.files), lambda index: str(root / listing.files[index])),
+        measure=lambda index: size_of(root / listing.files[index]),
     )
 
 
@@ -252,7 +254,7 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
     name: as in `tfds.load`, e.g. "cifar10".
     split: a split of the data set, or a slice such as "train[:90%]".
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
-    side: of the crops that are made of the pictures, see `decode`.
+    side: of the crops that are made of the pictures, see `picture`.
 
     TensorFlow is needed only to prepare a data set whose builder uses it.
     Raises ValueError if there is no such data set or split, if it cannot be prepared, or if it has no pictures.
@@ -299,7 +301,7 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str, side: int = 0) 
 
     def read(index: int) -> Record:
         raw = records[index]
-        record: dict[str, Any] = {"image": decode(raw[image], side=side)}
+        record = picture(raw[image], side)
         if caption:
             record["caption"] = first_caption(caption(raw))
         if label:

@@ -1,4 +1,4 @@
-"""Turn any picture into a square of uint8 RGB, and that into the input of a network."""
+"""Turn any picture into uint8 RGB, and that into the input of a network."""
 
 import functools
 import io
@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, UInt8
+from jaxtyping import Array, Float, Integer, UInt8
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from diffusion_jax import paths
@@ -33,6 +33,7 @@ TURNS = {  # value of EXIF's orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # those that exchange height and width
 SRGB = ImageCms.createProfile("sRGB")
 WHITE_IS_ZERO = 0  # the value of a TIFF's PhotometricInterpretation for inverted grey
 UNSIGNED = (1,)  # the value of a TIFF's SampleFormat for whole numbers from 0
@@ -47,7 +48,7 @@ class BadRecord(ValueError):
 
 
 def decode(
-    image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None, side: int = 0
+    image: str | PathLike | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Read a picture from its file or its encoded bytes: 8-bit sRGB, upright by its EXIF tag, transparency on white.
 
@@ -57,12 +58,45 @@ def decode(
 
     max_pixels: larger pictures are not decoded.
     formats: that PIL may try, None for all.
+    Raises BadRecord if it is truncated, not a picture, too large, too elongated, or of numbers out of range.
+    """
+    return _read(image, functools.partial(_upright, _on_white), max_pixels, formats)
+
+
+def picture(image: str | PathLike | bytes, side: int = 0) -> Record:
+    """The record of a picture for training: "image", see `decode`, and "original", int32 (2,), height and width of the
+    upright picture in its file.
+
     side: of the square that is cropped from it later, pixels. A JPEG of four times this or more is decoded at 1/2, 1/4
       or 1/8 of its size, but not below twice this: that takes less time and gives the same crop to a level or two.
       0 for the full size.
-    Raises BadRecord if it is truncated, not a picture, too large, too elongated, or of numbers out of range.
+    Raises what `decode` raises.
     """
-    return _read(image, functools.partial(_upright, _on_white), max_pixels, formats, side=side)
+
+    def take(opened: Image.Image) -> Record:
+        width, height = opened.size
+        if side:
+            opened.draft(None, (DRAFT * side, DRAFT * side))  # JPEGs alone can do this
+        pixels = _upright(_on_white, opened)
+        original = (width, height) if _turn(opened) in SIDEWAYS else (height, width)
+        return {"image": pixels, "original": np.array(original, np.int32)}
+
+    return _read(image, take, MAX_PIXELS, None)
+
+
+def size_of(image: str | PathLike | bytes) -> Integer[np.ndarray, "2"]:
+    """Height and width of a picture, upright, as `picture` says them, from its header: nothing is decoded but TIFFs.
+
+    Raises what `decode` raises, as far as the header shows it.
+    """
+
+    def take(opened: Image.Image) -> Integer[np.ndarray, "2"]:
+        if opened.format == "TIFF":  # Pillow turns them itself, some versions when they are opened
+            opened.load()
+        width, height = opened.size
+        return np.array((width, height) if _turn(opened) in SIDEWAYS else (height, width), np.int32)
+
+    return _read(image, take, MAX_PIXELS, None)
 
 
 def decode_mask(
@@ -89,6 +123,7 @@ def decode_texts(
     """Read the texts in a picture's metadata, by name. Arguments and errors are those of `decode`."""
 
     def texts(opened: Image.Image) -> dict[str, str]:
+        opened.load()  # some stand after the pixels
         return {name: text for name, text in opened.info.items() if isinstance(text, str)}
 
     return _read(image, texts, max_pixels, formats, (*PNG_CHUNKS, *PNG_ALL_TEXTS))
@@ -100,21 +135,16 @@ def _read(
     max_pixels: int,
     formats: Sequence[str] | None,
     png_chunks: tuple[bytes, ...] = PNG_CHUNKS,
-    side: int = 0,
 ) -> Content:
-    """What `take` returns for the decoded picture. Whatever a decoder raises is a bad record.
+    """What `take` returns for the opened picture, whose pixels it loads. Whatever a decoder raises is a bad record.
 
     png_chunks: the optional ones to keep.
-    side: see `decode`.
     """
     try:
         data = image if isinstance(image, bytes) else paths.at(image).read_bytes()
         with Image.open(io.BytesIO(_without_metadata(data, png_chunks)), formats=formats) as opened:
             _check_size(*opened.size, max_pixels)
             _scale_transparent_colour(opened)
-            if side:
-                opened.draft(None, (DRAFT * side, DRAFT * side))  # JPEGs alone can do this
-            opened.load()
             return take(opened)
     except UnidentifiedImageError as error:
         known = f", one of {', '.join(formats)}" if formats else ""
@@ -135,7 +165,9 @@ def _without_metadata(data: bytes, png_chunks: tuple[bytes, ...]) -> bytes:
         if _is_kept(data[start + 4 : end - 4], data[end - 4 : end], png_chunks):
             kept.append(data[start:end])
         start = end
-    return b"".join(kept)
+    pixels = next((number for number, chunk in enumerate(kept) if chunk[4:8] == b"IDAT"), len(kept))
+    # optional chunks, in lower case, before the pixels, so that the header tells all
+    return b"".join(kept[:pixels] + sorted(kept[pixels:], key=lambda chunk: chunk[4:5].isupper()))
 
 
 def _is_kept(chunk: bytes, checksum: bytes, optional: tuple[bytes, ...]) -> bool:
@@ -167,6 +199,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def _upright(convert: Callable[[Image.Image], Image.Image], image: Image.Image) -> np.ndarray:
     """The pixels of the converted picture, upright by its EXIF tag."""
+    image.load()  # some tags stand after the pixels
     turn, converted = _turn(image), convert(image)
     return np.asarray(converted if turn is None else converted.transpose(turn))
 
@@ -174,7 +207,8 @@ def _upright(convert: Callable[[Image.Image], Image.Image], image: Image.Image) 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes the picture upright, or None if it is upright or its EXIF tags cannot be read."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        tags = Image.Image.getexif(image)  # that of PNGs would load the pixels
+        return TURNS.get(tags.get(ExifTags.Base.Orientation))
     except Exception:  # damaged tags, of any kind
         return None
 
@@ -276,89 +310,6 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         except (OSError, ImageCms.PyCMSError):
             pass
     return _in_mode("RGB", image)
-
-
-def centred(image: UInt8[np.ndarray, "..."], size: tuple[int, int]) -> UInt8[np.ndarray, "..."]:
-    """A picture or a mask, resized to cover `size`, height and width, and cropped at its centre."""
-    return crop(*size, upscale=True)({"image": image}, np.random.default_rng(0))["image"]  # rng is unused
-
-
-def stretched(image: UInt8[np.ndarray, "..."], size: tuple[int, int]) -> UInt8[np.ndarray, "..."]:
-    """A picture or a mask, resized to `size`, height and width, whatever its shape is."""
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
-
-
-def check_one_size(
-    mask: UInt8[np.ndarray, "height width"],
-    image: UInt8[np.ndarray, "rows columns 3"],
-    names: tuple[str, str] = ("it", "the image"),
-) -> None:
-    """Raise ValueError unless a mask has the size of its picture. names: of both in the error."""
-    if mask.shape != image.shape[:2]:
-        sizes = [f"{width}x{height}" for height, width in (mask.shape, image.shape[:2])]
-        raise ValueError(f"{names[0]} is {sizes[0]} pixels and {names[1]} {sizes[1]}: they must be of one size")
-
-
-def centred_mask(
-    levels: UInt8[np.ndarray, "height width"], size: tuple[int, int]
-) -> Bool[np.ndarray, "rows columns 1"]:
-    """True where a mask marks, resized and cropped as its picture is by `centred`."""
-    return centred(levels, size)[..., None] > LIGHT
-
-
-def crop(height: int, width: int, random_crop: bool = False, flip: bool = False, upscale: bool = False) -> Transform:
-    """A transform that resizes record["image"] to cover height x width, then crops it to that size.
-
-    height, width: in pixels.
-    random_crop: crop at a random place, else at the centre.
-    flip: mirror half of the images.
-    upscale: enlarge smaller images, else raise BadRecord for them.
-    """
-    size = np.array([height, width])
-
-    def transform(record: Record, rng: np.random.Generator) -> Record:
-        image = record["image"]
-        original = np.array(image.shape[:2])
-        scale = np.max(size / original)
-        if scale > 1 and not upscale:
-            raise BadRecord(f"{original[1]}x{original[0]} pixels, smaller than the {width}x{height} crop")
-        resized = np.maximum(size, np.round(original * scale).astype(int))
-        margin = resized - size
-        corner = rng.integers(0, margin + 1) if random_crop else margin // 2
-        image = _resized_part(image, resized, corner, size)
-        if flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-        return record | {"image": np.ascontiguousarray(image)}
-
-    return transform
-
-
-def _resized_part(
-    image: UInt8[np.ndarray, "..."], resized: np.ndarray, corner: np.ndarray, size: np.ndarray
-) -> UInt8[np.ndarray, "..."]:
-    """The part of `size` at a corner of the picture that is resized to `resized`. Nothing else of it is computed."""
-    if np.array_equal(image.shape[:2], resized):
-        (top, left), (bottom, right) = corner, corner + size
-        return image[top:bottom, left:right]
-    per_pixel = np.array(image.shape[:2]) / resized
-    (top, left), (bottom, right) = corner * per_pixel, np.minimum((corner + size) * per_pixel, image.shape[:2])
-    part = Image.fromarray(image).resize(size[::-1].tolist(), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
-    return np.asarray(part)
-
-
-def variants(transform: Transform, crops: int, flip: bool) -> Transform:
-    """A transform that replaces record["image"] by its augmented versions, (variants, H, W, 3), for a cache.
-
-    transform: makes one crop.
-    crops: number of crops.
-    flip: add the mirror image of each crop.
-    """
-
-    def all_variants(record: Record, rng: np.random.Generator) -> Record:
-        images = np.stack([transform(record, rng)["image"] for _ in range(crops)])
-        return record | {"image": np.concatenate([images, images[:, :, ::-1]]) if flip else images}
-
-    return all_variants
 
 
 def to_float(images: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array | np.ndarray, "*shape"]:

@@ -54,7 +54,9 @@ def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transf
         numbers, records = zip(*numbered, strict=True)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(section.seed), np.array(numbers))
         batch = stack(records)
-        cond = model.conditioning.embed(model.conditioning.params(), model.conditioning.of_records(batch))
+        conditioning = model.conditioning
+        cond = conditioning.embed(conditioning.params(), conditioning.of_records(batch))
+        cond = conditioning.with_sizes(cond, batch)
         figures = _figures(model, batch["image"], cond, keys, section)
         names[:] = figures
         return np.stack([np.asarray(values) for values in figures.values()], axis=1)

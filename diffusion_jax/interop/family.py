@@ -56,7 +56,8 @@ class Prompt(NamedTuple):
     text: output of a text encoder -> (B * chunks, L, D). The embeddings of several encoders are concatenated on D.
     added: (outputs of the text encoders for the first chunk, (height, width)) -> further leaves (B, ...) of the
       condition.
-    sized: whether the condition depends on the height and width of the image.
+    sizes: the leaf of `added` that tells the network original size, corner of the crop and size of the image, "" if it
+      is not told.
     can_skip_layers: whether the last layers of the text encoders can be left out, a choice of users (clip skip).
     null_is_zeros: model_index.json -> whether "no condition" is zeros instead of the empty prompt.
     """
@@ -64,7 +65,7 @@ class Prompt(NamedTuple):
     text: Callable[[Any], Array]
     tokens: Callable[..., Sequence[tuple[np.ndarray, np.ndarray]]] = chunked_for_each
     added: Callable[[Sequence[Any], tuple[int, int]], dict[str, Array]] = lambda outputs, size: {}
-    sized: bool = False
+    sizes: str = ""
     can_skip_layers: bool = False
     null_is_zeros: Callable[[Config], bool] = lambda index: False
 

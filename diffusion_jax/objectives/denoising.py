@@ -68,9 +68,10 @@ def frozen_parts(model: DiffusionModel, frozen_params: PyTree) -> dict:
     frozen_params: the variables that `model.adapter` does not train.
     """
     conditioning = model.conditioning
+    null_cond = {name: leaf for name, leaf in conditioning.null.items() if name != conditioning.sizes}
     return {
         "codec": model.codec.stats,
         "conditioning": conditioning.params(),
-        "null_cond": conditioning.null,
+        "null_cond": null_cond,
         "rest": frozen_params,
     }

@@ -199,7 +199,8 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         of_prompts=of_prompts,
         null=null,
         words={word: n for tokenizer in published.tokenizers for word, n in learned_words(tokenizer).items()},
-        for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sized else current,
+        for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sizes else current,
+        sizes=prompt.sizes,
     )
 
 

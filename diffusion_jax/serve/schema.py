@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from diffusion_jax import pictures
 from diffusion_jax.build.fields import SEEDS
-from diffusion_jax.data.transforms import centred, centred_mask, check_one_size, stretched
+from diffusion_jax.data.crops import centred, centred_mask, check_one_size, stretched
 from diffusion_jax.serve import sizes, uploads
 from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared
 from diffusion_jax.serve.loading import Facts

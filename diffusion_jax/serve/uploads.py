@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion_jax.data.transforms import LIGHT, decode, decode_alpha, decode_mask, decode_texts, stretched
+from diffusion_jax.data.crops import stretched
+from diffusion_jax.data.transforms import LIGHT, decode, decode_alpha, decode_mask, decode_texts
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 

@@ -1,12 +1,15 @@
 """What the denoiser is trained on: every variant of an image, cached or not, and another one in another epoch."""
 
 import itertools
+import json
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import digits
 from diffusion_jax import build, conditioning
@@ -136,6 +139,34 @@ def test_a_caption_alone_is_embedded_once(config, tmp_path):
     np.testing.assert_array_equal(again["text"][0], cond["text"])
 
 
+@pytest.mark.parametrize("captions", [list("abcdef"), [("a", "b")] * 6])
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_network_is_told_the_true_sizes_of_each_version(in_cache, captions, config, tmp_path):
+    """Where in the picture a crop is, is seen in its pixels; a mirrored one is a part of the mirrored picture."""
+    config.data.update(random_crop=True, flip=True)
+    width, image = SIZE + 16, pictures(SIZE + 16)[0]["image"]
+
+    def read(index):
+        told = {} if isinstance(captions[0], tuple) else {"caption": captions[index]}
+        return {"image": image, "original": np.array([100 + index, 300], np.int32)} | told
+
+    source, model = Source("pictures", 6, read, captions=captions), build.model.diffusion_model(config)
+    model = (of_latents(model) if in_cache else model)._replace(conditioning=letters()._replace(sizes="time_ids"))
+    records, transform = train._training_records(config, tmp_path, source, model)
+    seen = set()
+    for batch in itertools.islice(build.data.batches(records, config.train, config.seed, transform)(0), 20):
+        time_ids = batch["cond"]["time_ids"]
+        assert time_ids.dtype == np.float32 and time_ids[:, 0].min() >= 100
+        for latent, (height, *others) in zip(batch["latent"], time_ids, strict=True):
+            first, second = latent[0, :2, 0].astype(int)
+            left = first if second > first else width - 1 - first
+            assert others == [300, 0, left, SIZE, SIZE]
+            seen.add((int(height), bool(second > first)))
+    assert len(seen) == 12
+    if in_cache:
+        assert records[2]["cond"]["time_ids"].shape == (6,) and records[2].keys() == {"latent", "cond"}
+
+
 def test_latents_without_a_condition_have_an_empty_one(config, tmp_path):
     model = of_latents(build.model.diffusion_model(config))._replace(conditioning=conditioning.unconditional())
     records, transform = train._training_records(config, tmp_path, pictures(), model)
@@ -153,3 +184,25 @@ def test_training_starts_from_named_weights_that_fit(config, tmp_path):
     other = network_of(build.model.network(config)).init(jax.random.key(0))
     with pytest.raises(ValueError, match=r"unet has the weights of another network: .* is \(.*\), expected \(.*\)"):
         initial(str(tmp_path / "unet"), load_unet, other)
+
+
+@pytest.mark.slow
+def test_a_small_model_is_trained_in_three_sizes(config, tmp_path, monkeypatch):
+    """Of pixels, without a cache. The loss of every step is finite; a step is compiled for each size."""
+    for number in range(24):
+        height, width = [(8, 8), (9, 24), (8, 9), (21, 8)][number % 4]
+        folder = tmp_path / "photos" / str(number // 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((height, width, 3), 10 * number, np.uint8)).save(folder / f"{number}.png")
+    config.data.update(source=f"folder:{tmp_path}/photos", buckets=1, upscale=True, cache=str(tmp_path / "cache"))
+    config.condition.num_classes, config.model.num_class_embeds = 6, 7
+    config.model.update(block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4)
+    config.train.update(steps=4, batch_size=6, log_every=1, snapshot_every=4, checkpoint_every=4)
+    config.sample.update(steps=1, prompts=("1", "2"), num_images=2)
+    in_turn = mock.Mock(wraps=train.in_turn)
+    monkeypatch.setattr(train, "in_turn", in_turn)
+    train.run(config, tmp_path / "run")
+    assert in_turn.call_args.args[1] == [12, 6, 6]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4 and np.isfinite(losses).all()

@@ -49,7 +49,7 @@ def test_a_mixture_has_what_its_sources_share():
     a, b = numbers("a", 0, 3), numbers("b", 100, 2)
     source = mixed([a, b], [Fraction(1), Fraction(1)])
     assert len(source) == 5 and list(source.captions) == ["a 0", "a 1", "a 2", "b 0", "b 1"]
-    assert source[3].keys() == {"image", "caption"} and source[3]["caption"] == "b 0"
+    assert source[3].keys() == {"image", "caption", "original"} and source[3]["caption"] == "b 0"
     assert source.describe(4) == "record 1 of b"
     several = Source("c", 1, a.read, captions=[("one", "two")])
     assert list(mixed([b, several], [Fraction(1)] * 2).captions) == [("b 0",), ("b 1",), ("one", "two")]

@@ -19,8 +19,9 @@ import pytest
 
 from diffusion_jax import paths
 from diffusion_jax.data import copies, rows, shards, sources, tables
+from diffusion_jax.data.crops import crop
 from diffusion_jax.data.loader import loader, one_epoch
-from diffusion_jax.data.transforms import BadRecord, crop
+from diffusion_jax.data.transforms import BadRecord
 from tests.data import odd
 
 LIMIT = 1e9

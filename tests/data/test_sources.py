@@ -79,7 +79,7 @@ def test_folder_with_classes(tmp_path):
 def test_folder_of_pictures_alone(tmp_path):
     paint(tmp_path / "a.png")
     source = sources.folder(tmp_path)
-    assert source[0].keys() == {"image"}
+    assert source[0].keys() == {"image", "original"}
     assert source.num_classes == 0
 
 

@@ -11,19 +11,19 @@ from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from sklearn.datasets import load_sample_images
 
+from diffusion_jax.data.crops import centred_mask, variants
+from diffusion_jax.data.crops import crop as crop_to
 from diffusion_jax.data.transforms import (
     SRGB,
     BadRecord,
-    centred_mask,
     decode,
     decode_alpha,
     decode_mask,
     decode_texts,
+    picture,
     to_float,
     to_uint8,
-    variants,
 )
-from diffusion_jax.data.transforms import crop as crop_to
 
 
 def encode(image: Image.Image, **options) -> bytes:
@@ -104,7 +104,7 @@ def jpeg(image: Image.Image, **options) -> bytes:
 @pytest.mark.parametrize("size, scale", [((2000, 1400), 4), ((1100, 700), 2), ((700, 1100), 2), ((700, 399), 1)])
 def test_a_large_jpeg_is_decoded_in_part_and_its_crop_stays(photograph, form, size, scale):
     data = jpeg(photograph.resize(size, Image.Resampling.LANCZOS).convert(form))
-    whole, part = decode(data), decode(data, side=100)
+    whole, part = decode(data), picture(data, side=100)["image"]
     assert part.shape[:2] == tuple(-(-side // scale) for side in whole.shape[:2])
     crops = [crop_to(100, 100)({"image": image}, np.random.default_rng(0))["image"] for image in (whole, part)]
     difference = np.abs(crops[0].astype(int) - crops[1])
@@ -115,12 +115,12 @@ def test_a_turned_jpeg_is_decoded_in_part(photograph):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     data = jpeg(photograph.resize((900, 600)), exif=exif)
-    assert decode(data, side=100).shape == (450, 300, 3)
+    assert picture(data, side=100)["image"].shape == (450, 300, 3)
 
 
 def test_other_pictures_are_decoded_whole(photograph):
     data = encode(photograph)
-    np.testing.assert_array_equal(decode(data, side=16), np.asarray(photograph))
+    np.testing.assert_array_equal(picture(data, side=16)["image"], np.asarray(photograph))
 
 
 @pytest.mark.parametrize("crops, flip", [(1, False), (1, True), (5, False), (5, True)])

@@ -53,7 +53,7 @@ FAMILY = Family(
     prompt=Prompt(
         text=lambda output: output.penultimate,
         added=_added,
-        sized=True,
+        sizes="time_ids",
         null_is_zeros=lambda index: index.get("force_zeros_for_empty_prompt", True),
     ),
     index=latent_diffusion.index_of("StableDiffusionXL", has_safety_checker=False),
