@@ -22,6 +22,7 @@ METADATA = {  # files of captions, and their form in errors
     "metadata.csv": "the columns file_name and text",
     "metadata.parquet": "the columns file_name and text",
 }
+SIDECARS = (".caption", ".txt")  # with the caption of the picture beside them; if both are there, the last
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 AT_ONCE = 10_000  # files whose names and captions are text for a hash
 DECODER = 4  # changes whenever `transforms.decode` gives other pixels
@@ -51,7 +52,7 @@ def list_pictures(root: Path) -> Listing:
     metadata.jsonl, metadata.csv or metadata.parquet, in the folder or below, the imagefolder convention: lines
       {"file_name": "cats/1.png", "text": "a cat"}, relative to the folder of the metadata; only these pictures. A list
       of texts is several captions.
-    1.txt beside every 1.png: its caption.
+    1.txt or 1.caption beside every 1.png: its caption.
     cats/1.png: every picture is in a subfolder, its class.
 
     Follows links to folders, each folder once. Skips hidden files and folders. Logs how many other files it leaves out.
@@ -66,7 +67,8 @@ def list_pictures(root: Path) -> Listing:
     metadata = [file for file in found if os.path.basename(file) in METADATA]
     read |= {file: version(root, file) for file in metadata}
     listing = (_described if metadata else _undescribed)(root, found, metadata)._replace(read=read)
-    used = {*metadata, *listing.files, *map(_sidecar, listing.files)}
+    names = {_stem(file) for file in listing.files}
+    used = {*metadata, *listing.files, *(file for file in found if _suffix(file) in SIDECARS and _stem(file) in names)}
     left_out = collections.Counter(_suffix(file) or "without a suffix" for file in found if file not in used)
     if left_out:
         why = "no metadata name them" if metadata else "they are no pictures of a known form"
@@ -144,13 +146,13 @@ def _files(root: Path, read: dict[str, list[int]]) -> Iterator[str]:
                 raise FileNotFoundError(f"{root / path} is a link to what is not there; mend or remove it")
 
 
+def _stem(file: str) -> str:
+    """The path without its suffix."""
+    return os.path.splitext(file)[0]
+
+
 def _suffix(file: str) -> str:
     return os.path.splitext(file)[1].lower()
-
-
-def _sidecar(file: str) -> str:
-    """The file with the caption of a picture."""
-    return os.path.splitext(file)[0] + ".txt"
 
 
 def _metadata(root: Path, files: list[str], found: set[str]) -> list[tuple[str, Caption]]:
@@ -226,14 +228,16 @@ def _alike(captions: list[Caption]) -> list[Caption]:
 
 def _sidecars(root: Path, files: list[str], found: set[str]) -> list[Caption]:
     """The captions in the text files beside the pictures, or empty if there are none."""
-    uncaptioned = [file for file in files if _sidecar(file) not in found]
+    texts = {_stem(file): file for suffix in SIDECARS for file in found if _suffix(file) == suffix}
+    beside = [texts.get(_stem(file)) for file in files]
+    uncaptioned = [file for file, text in zip(files, beside, strict=True) if text is None]
     if len(uncaptioned) == len(files):
         return []
     if uncaptioned:
         raise FileNotFoundError(
             f"{root} has captions, but none for {len(uncaptioned)} of its pictures: {_first_few(uncaptioned)}"
         )
-    return [_text(root / _sidecar(file)).strip() for file in files]
+    return [_text(root / text).strip() for text in beside]
 
 
 def _text(file: Path) -> str:

@@ -67,6 +67,16 @@ def test_folder_with_text_files(tmp_path):
     assert [source[i]["caption"] for i in range(2)] == ["picture a", "picture b"] == list(source.captions)
 
 
+@pytest.mark.parametrize("names", [("1.TXT", "2.txt"), ("1.caption", "2.Caption"), ("1.txt", "1.caption", "2.caption")])
+def test_captions_have_the_names_that_programs_give_them(tmp_path, names):
+    for number in (1, 2):
+        paint(tmp_path / f"{number}.png", number)
+    for name in names:
+        (tmp_path / name).write_text(f"of {name}")
+    expected = [f"of {name}" for name in names if name != "1.caption" or "1.txt" not in names]
+    assert list(sources.folder(tmp_path).captions) == expected
+
+
 def test_folder_with_classes(tmp_path):
     for i, name in enumerate(["dog/1.png", "cat/2.jpg", "cat/deep/3.PNG", ".hidden/4.png"]):
         paint(tmp_path / name, i)
