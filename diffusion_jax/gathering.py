@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, primitives
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 SHARDS = "shards"  # the axis of the mesh whose devices hold different examples and different parts of the weights
+WHOLE = -1  # instead of the axis of an array that every device holds whole
 FORMS = (primitives.reshape_p, primitives.transpose_p)  # of the same weight
 
 
@@ -64,24 +64,25 @@ def _whole(value: Any) -> Any:
     return value.whole() if isinstance(value, _Part) else value
 
 
-def gathering(specs: PyTree, whole: PyTree, loss: Callable) -> Callable:
-    """The loss of arrays that are divided as `specs` say. It gathers each where it is used, and again for the
+def gathering(axes: PyTree, whole: PyTree, loss: Callable) -> Callable:
+    """The loss of arrays that are divided along `axes`. It gathers each where it is used, and again for the
     gradient instead of keeping it. A device then holds few whole weights at a time. All else is kept for the gradient;
     of what is in a `jax.checkpoint` of the loss, such as a block of a network with `remat`, only the results.
 
+    axes: of each array the axis along which it is divided, or WHOLE.
     whole: the arrays or their shapes before they were divided.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
 
-    def part(array: Array, spec: PartitionSpec) -> Array | _Part:
-        return _Part(array, spec.index(SHARDS), array.dtype) if SHARDS in spec else array
+    def part(array: Array, axis: int) -> Array | _Part:
+        return array if axis == WHOLE else _Part(array, axis, array.dtype)
 
     def divided_loss(params: PyTree, inputs: PyTree, *rest: Any) -> Any:
         computation, result = jax.make_jaxpr(loss, return_shape=True)(*shapes, *rest)
 
         @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
         def evaluate(arrays: list[Array], rest: list[Array]) -> list[Array]:
-            parts = map(part, arrays, jax.tree.leaves(specs))
+            parts = map(part, arrays, jax.tree.leaves(axes))
             return [_whole(value) for value in _evaluate(computation.jaxpr, computation.consts, [*parts, *rest], _kept)]
 
         values = evaluate(jax.tree.leaves((params, inputs)), jax.tree.leaves(rest))

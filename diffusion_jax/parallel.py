@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, PyTree
 
-from diffusion_jax.gathering import SHARDS, gathering
+from diffusion_jax.gathering import SHARDS, WHOLE, gathering
 
 DATA = "data"  # the axis of the mesh whose devices hold different examples and the same weights
 SMALL = 1 << 14  # elements; to gather a smaller array costs more than to hold it
@@ -187,7 +187,8 @@ def _divided(devices: list, group: int) -> Strategy:
     def gradient(of_device: Callable) -> Callable:
         def mean(params: PyTree, inputs: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
             specs = jax.tree.map(lambda leaf: sharding(leaf).spec, (params, inputs))
-            whole = functools.partial(gathering, specs, (params, inputs))
+            axes = jax.tree.map(lambda spec: spec.index(SHARDS) if SHARDS in spec else WHOLE, specs)
+            whole = functools.partial(gathering, axes, (params, inputs))
 
             def of_parts(params: PyTree, inputs: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
                 numbers = _numbers(batch, jax.lax.axis_index(everyone))
