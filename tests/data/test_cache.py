@@ -4,7 +4,6 @@ import itertools
 import logging
 import os
 import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from diffusion_jax.data.cache import Cache
 from diffusion_jax.data.loader import loader, stack
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord
+from tests import disk
 
 
 def numbers(size: int, bad: tuple[int, ...] = ()) -> Source:
@@ -209,17 +209,8 @@ def test_a_disk_without_room_is_one_line_before_the_work(tmp_path, monkeypatch):
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a file system of its own, of 1 MiB. Call it to resize that."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(*options):
-        return subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
-
-    done = mount("-o", "size=1m")
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    yield folder, lambda size: mount("-o", f"remount,size={size}").check_returncode()
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disk.of_size(tmp_path / "disk", "1m") as resize:
+        yield tmp_path / "disk", resize
 
 
 def test_a_full_disk_is_one_line_and_costs_one_shard(tmp_path, small_shards, small_disk, monkeypatch):

@@ -1,7 +1,5 @@
 """A disk that fills up: one clear line, the checkpoints before it intact, and the run goes on once there is room."""
 
-import subprocess
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from diffusion_jax import parallel
 from diffusion_jax.training import loop
 from diffusion_jax.training.checkpoints import Checkpoints
+from tests import disk
 from tests.training import linear
 
 VALUES = 100_000
@@ -20,17 +19,8 @@ CHECKPOINT = 4 * 4 * VALUES  # bytes of weights, their average and Adam's two mo
 @pytest.fixture
 def small_disk(tmp_path):
     """checkpoints/ on a file system of its own that two checkpoints fit but not three; call it to resize that."""
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-
-    def mount(*options):
-        return subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
-
-    done = mount("-o", f"size={int(2.5 * CHECKPOINT)}")
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    yield lambda size: mount("-o", f"remount,size={size}").check_returncode()
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disk.of_size(tmp_path / "checkpoints", str(int(2.5 * CHECKPOINT))) as resize:
+        yield resize
 
 
 def fit(workdir, steps=12):
