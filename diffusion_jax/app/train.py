@@ -163,12 +163,15 @@ def _cached_records(
     """Records {"latent", "cond"} from the cache, which is built first. keys: of the frozen networks."""
     codec, conditioning = model.codec, model.conditioning
     batch_size = parallel.divisible(ENCODE_BATCH)
-    encoder = parallel.whole(codec.params, batch_size)
     encode = jax.jit(lambda params, images: codecs.stored(codec.encode(params, images)))
+
+    @functools.cache  # on the devices only if something is missing in the cache
+    def encoder() -> PyTree:
+        return parallel.whole(codec.params, batch_size)
 
     def of_variants(batch: dict) -> np.ndarray:
         images = batch["image"]
-        encoded = encode(encoder, parallel.spread(images.reshape(-1, *images.shape[2:]), len(images)))
+        encoded = encode(encoder(), parallel.spread(images.reshape(-1, *images.shape[2:]), len(images)))
         return np.asarray(encoded).reshape(*images.shape[:2], *encoded.shape[1:])
 
     @functools.cache
