@@ -1,7 +1,7 @@
 """Paths of files: on a local disk, or in a bucket of Google Cloud Storage, gs://BUCKET/PATH.
 
 Only this file knows buckets. A path in a bucket has the methods of pathlib.Path, but an object cannot be appended to,
-locked or mapped into memory, and appears whole when its upload ends. Requests that fail are repeated for ten minutes.
+locked or mapped into memory, and appears whole when its upload ends. Requests that fail are repeated for four minutes.
 """
 
 import asyncio
@@ -38,9 +38,18 @@ COPYING = "copying-"  # the name of an unfinished copy begins so
 ROLES = "give the machine's service account the roles Storage Object Admin and Storage Legacy Bucket Reader"
 VERSION = ("size", "mtime", "generation")  # facts that change with an object
 PAST_THE_END = 416  # status of a request for bytes after the last one
-PATIENCE = 600  # seconds that a request which fails is repeated
+PATIENCE = 240  # seconds that a request which fails is repeated: hosts that write together wait 300 for one another
 LONGEST_WAIT = 32  # seconds between two attempts
 QUIET_ATTEMPTS = 2  # that fail before the log says so: single requests fail every day
+
+
+class NoAnswer(OSError):
+    """A bucket has not answered for PATIENCE seconds."""
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error comes from a bucket that does not answer."""
+    return error is not None and (isinstance(error, NoAnswer) or is_outage(error.__cause__ or error.__context__))
 
 
 def at(path: str | os.PathLike) -> Path:
@@ -370,7 +379,7 @@ def _patiently(method: Callable[..., Awaitable]) -> Callable[..., Awaitable]:
                         raise  # gcsfs knows these
                     raise OSError(f"the bucket refuses a request: {first_line(error)}") from error
                 if passed > PATIENCE:
-                    raise OSError(f"the bucket has not answered for {passed:.0f} s: {first_line(error)}") from error
+                    raise NoAnswer(f"the bucket has not answered for {passed:.0f} s: {first_line(error)}") from error
                 if failed == QUIET_ATTEMPTS + 1:
                     _outage(first_line(error))
                 await asyncio.sleep(min(2 ** (failed - 1), LONGEST_WAIT) * random.uniform(0.5, 1))

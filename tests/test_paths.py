@@ -222,7 +222,7 @@ def test_an_outage_loses_nothing_and_is_one_line(seconds, after, gcs, disk, capl
     assert gcs.num_failed
     assert lines(workdir) == lines(local)[:4] and Checkpoints(workdir / "checkpoints").latest_step() == 8
     said = [record.getMessage() for record in caplog.records if "bucket" in record.getMessage()]
-    begin = "the bucket does not answer (Backend Error, 503): trying again for up to 10 minutes"
+    begin = "the bucket does not answer (Backend Error, 503): trying again for up to 4 minutes"
     assert said in ([], [begin, "the bucket answers again"])  # tensorstore repeats its requests without a word
 
 
@@ -245,8 +245,9 @@ def test_a_longer_outage_is_an_error_and_the_run_goes_on_later(failing, error, g
         return attempts[-1:] == [path]
 
     gcs.fails = fails
-    with pytest.raises(OSError, match=f"^{error}the bucket has not answered for .* s: Backend Error, 503"):
+    with pytest.raises(OSError, match=f"^{error}the bucket has not answered for .* s: Backend Error, 503") as raised:
         fit(workdir, 8)
+    assert paths.is_outage(raised.value), "the command ends with a status that says: run it again"
     gcs.fails = lambda method, path: False
     assert error or len(attempts) <= 3, "the log is not waited for again when the run ends"
     assert Checkpoints(workdir / "checkpoints").latest_step() == 4

@@ -129,7 +129,7 @@ def run() -> None:
             _fail(f"error: {hosts.LOST} ({first_line(error)})", hosts.AGAIN)
         raise
     except (flags.Error, ValueError, OSError, Diverged, ModuleNotFoundError) as error:
-        _fail(f"error: {one_line(error)}")
+        _fail(f"error: {one_line(error)}", hosts.AGAIN if paths.is_outage(error) else hosts.ERROR)
     except Exception:
         if hosts.several():
             _fail(traceback.format_exc(), status=1)
