@@ -18,7 +18,7 @@ from diffusion_jax.app.caching import built
 from diffusion_jax.app.workdir import locked
 from diffusion_jax.build import agreement, encoders, weights
 from diffusion_jax.build.initial import from_teacher, initial
-from diffusion_jax.data.buckets import in_turn
+from diffusion_jax.data.buckets import in_turn, shares
 from diffusion_jax.data.cache import Cache, first_version
 from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.loader import stack
@@ -80,6 +80,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
 
         parts = [_training_records(config, workdir, of_size, model._replace(size=size)) for size, of_size in by_size]
         counts = [len(records) for records, _ in parts]
+        weights_of_sizes = shares([of_size for _, of_size in by_size], counts)
         hosts.check_same(str(counts), "numbers of readable records")
         logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), sum(counts))
         task = Task(
@@ -87,7 +88,9 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             loss=loss,
             params=params,
             frozen=frozen | {"codec": model.codec.stats},
-            batches=in_turn([build.data.batches(of, config.train, config.seed, to) for of, to in parts], counts),
+            batches=in_turn(
+                [build.data.batches(of, config.train, config.seed, to) for of, to in parts], weights_of_sizes
+            ),
             optimizer=optimizer,
             snapshot=snapshot,
         )

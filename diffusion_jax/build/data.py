@@ -7,21 +7,24 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax import paths
-from diffusion_jax.data import buckets, crops, sources
+from diffusion_jax.data import buckets, crops, order, sources
 from diffusion_jax.data.crops import crop
 from diffusion_jax.data.loader import loader
 from diffusion_jax.data.mixture import mixed
-from diffusion_jax.data.shards import KINDS, shards
+from diffusion_jax.data.shards import KINDS, are_copied, shards
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path
 
-TERMS = re.compile(r"\s\+\s(?=\s*[\d.]+\*)")  # between the terms of a mixture; no glob has spaces around a plus
+KNOWN = "|".join(["emoji", "digits", *(f"{kind}:" for kind in ("folder", "tfds", *KINDS, "mix"))])
+# Between the terms of a mixture: a plus before a number and *, or before a source with whatever is meant as its weight.
+TERMS = re.compile(rf"\s\+\s+(?=[0-9.]+\s*\*)|\s*\+\s*(?=[^\s*/:+]*\s*\*\s*(?:{KNOWN})|[0-9.]*(?:{KNOWN})(?<=:))")
 
 
 def source(config: ConfigDict, split: str, size: int) -> Source:
@@ -57,16 +60,19 @@ def by_size(config: ConfigDict, source: Source, model: DiffusionModel) -> list[t
     if height != width:
         raise ValueError(f"config.data.buckets needs a model of square images, got {width}x{height}")
     shapes = buckets.shapes(height, data.buckets, model.codec.factor * model.network.step)
-    groups = buckets.assigned(buckets.sizes(source, _kept(data)), shapes, config.train.batch_size, source.name)
+    measured = buckets.sizes(source, _kept(data))
+    groups = buckets.assigned(measured, shapes, config.train.batch_size, source.name)
+    order.check(source.parts, np.flatnonzero(measured.all(axis=1)))
     return [(shape, buckets.chosen(source, indices)) for shape, indices in groups.items()]
 
 
-def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Path) -> Source:
+def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Path, sharing: int = 1) -> Source:
     """The source that a text describes.
 
     data: the section of the config.
     split: its name, which also replaces {split} in paths and patterns.
     kept: the folder for lists and copies of data.
+    sharing: how many sources share its room, see `shards`.
     """
     kind, _, rest = text.partition(":")
     rest = rest.replace("{split}", split)
@@ -81,21 +87,27 @@ def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Pa
     if kind == "tfds":
         return sources.tfds_source(rest, split, data_folder(data), size)
     if kind in KINDS:
-        return shards(kind, rest, kept, data.cache_gb * 1e9, size)
+        return shards(kind, rest, kept, data.cache_gb * 1e9, size, sharing)
     if kind == "mix":
-        terms = [_weighted(term) for term in TERMS.split(rest)]
-        return mixed([_source(term, data, split, size, kept) for _, term in terms], [weight for weight, _ in terms])
+        weights, terms = zip(*map(_weighted, TERMS.split(rest)), strict=True)
+        sharing = max(1, sum(map(_is_copied, terms)))
+        return mixed([_source(term, data, split, size, kept, sharing) for term in terms], weights)
     raise ValueError(
         f"unknown data source {text!r}; known: emoji, digits, folder, folder:PATH, tfds:NAME, "
         f"{', '.join(f'{kind}:FILES' for kind in KINDS)}, mix:WEIGHT*SOURCE + WEIGHT*SOURCE"
     )
 
 
+def _is_copied(text: str) -> bool:
+    kind, _, rest = text.partition(":")
+    return kind in KINDS and are_copied(kind, rest)
+
+
 def _weighted(term: str) -> tuple[Fraction, str]:
     """A term of a mixture, as 0.3*folder:PATH."""
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\*(.+?)\s*", term)
-    if not match or not Fraction(match[1]) or match[2].startswith("mix:"):
-        raise ValueError(f"mix: expected 0.7*SOURCE + 0.3*SOURCE, with weights above 0, got {term.strip()!r}")
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*\*\s*(.*\S)", term.strip())
+    if not match or not Fraction(match[1]) or match[2].startswith("mix:") or match[2].endswith(" +"):
+        raise ValueError(f"mix: expected 0.7*SOURCE + 0.3*SOURCE, with weights above 0, got the term {term.strip()!r}")
     return Fraction(match[1]), match[2]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import grain
@@ -122,9 +123,19 @@ def chosen(source: Source, indices: Int[np.ndarray, "indices"]) -> Source:
         read=of(source.read),
         captions=Captions(count, of(source.captions.__getitem__)) if source.captions else (),
         files=Captions(count, of(source.describe)),
-        parts=(order.within(source.parts[0], indices),),
+        parts=order.within(source.parts, indices),
         measure=of(source.measure),
     )
+
+
+def shares(groups: Sequence[Source], usable: Sequence[int]) -> list[int]:
+    """How often each size is used, relative to the others: as often as its pictures are drawn.
+
+    groups: the records of each size, from `chosen`.
+    usable: how many of them turned out to be good.
+    """
+    pairs = zip(groups, usable, strict=True)
+    return order.whole_weights([sum(part.weight for part in of.parts) * Fraction(n, len(of)) for of, n in pairs])
 
 
 def in_turn(loaders: Sequence[Batches], weights: Sequence[int]) -> Batches:

@@ -118,6 +118,7 @@ class Cache:
             read=first_version(read_batch),
             read_batch=read_batch,
             num_classes=source.num_classes,
+            classes=source.classes,
             captions=Captions(count, lambda row: source.captions[int(records[row])]) if source.captions else (),
             parts=selected(source.parts, records),
         )

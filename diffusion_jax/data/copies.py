@@ -4,6 +4,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,6 +16,7 @@ UNFINISHED = ".partial"
 ABANDONED = 3600  # seconds after the last change of an unfinished copy
 _making_room = threading.Lock()
 _promised = 0  # bytes of the copies that are being made
+_all: weakref.WeakSet["Copies"] = weakref.WeakSet()
 
 
 class Copies:
@@ -32,6 +34,7 @@ class Copies:
         self._announced: frozenset[int] = frozenset()
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(THREADS)
+        _all.add(self)
 
     def __call__(self, number: int) -> Path:
         """The copy of a shard. Waits until it is there. If nobody announced it, the next shard is copied too."""
@@ -97,7 +100,7 @@ class Copies:
 
     def _remove(self, limit: float) -> None:
         """Remove copies until the others take at most `limit` bytes. Those that are announced stay."""
-        kept = {self._folder / str(number) for number in self._announced}
+        kept = {each._folder / str(number) for each in list(_all) for number in each._announced}
         stats = {}
         for file in self._folder.parent.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):  # another process may remove it now

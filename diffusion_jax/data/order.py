@@ -28,12 +28,14 @@ class Part:
     size: number of records.
     weight: how often they are drawn, compared with the other parts of the source.
     blocks: numbers of records of consecutive blocks; empty if the records can be read one by one.
+    whole: whether it is all of a source; False if others of its records are drawn elsewhere.
     announce: called with the numbers of the blocks to be read next, in this order, whenever a window begins.
     """
 
     size: int
     weight: Fraction = Fraction(1)
     blocks: Sequence[int] = ()
+    whole: bool = True
     announce: Callable[[Sequence[int]], None] = lambda numbers: None
 
 
@@ -74,29 +76,55 @@ def selected(parts: Sequence[Part], indices: np.ndarray) -> tuple[Part, ...]:
     """The parts of a source that has only some of the records, and reads them one by one.
 
     indices: of these records in the old source, ascending.
-    Raises ValueError if a part has none of them.
+    Raises ValueError if a whole part has none of them.
     """
-    ends = np.searchsorted(indices, list(itertools.accumulate(part.size for part in parts)))
-    sizes = np.diff(ends, prepend=0).tolist()
-    if 0 in sizes:
-        raise ValueError(f"none of the {parts[sizes.index(0)].size} records of source {sizes.index(0) + 1} can be used")
-    return tuple(Part(size, part.weight) for size, part in zip(sizes, parts, strict=True))
+    check(parts, indices)
+    pairs = zip(parts, _divided(parts, indices), strict=True)
+    return tuple(Part(len(of_part), part.weight) for part, of_part in pairs if len(of_part))
 
 
-def within(part: Part, indices: np.ndarray) -> Part:
-    """A part that has only some of its records, in the order of the whole: those of a block stay together.
+def check(parts: Sequence[Part], usable: np.ndarray) -> None:
+    """Raise ValueError if a whole part has no usable record. usable: ascending indices."""
+    for number, (part, of_part) in enumerate(zip(parts, _divided(parts, usable), strict=True), start=1):
+        if part.whole and not len(of_part):
+            raise ValueError(f"none of the {part.size} records of source {number} can be used")
 
-    indices: of these records, ascending.
+
+def within(parts: Sequence[Part], indices: np.ndarray) -> tuple[Part, ...]:
+    """The parts of a source that has only some of the records, each in the order of the whole: those of a block stay
+    together. A part that keeps a tenth of its records keeps a tenth of its weight.
+
+    indices: of these records in the old source, ascending.
     """
+    pairs = zip(parts, _divided(parts, indices), strict=True)
+    return tuple(_within(part, of_part) for part, of_part in pairs if len(of_part))
+
+
+def _divided(parts: Sequence[Part], indices: np.ndarray) -> list[np.ndarray]:
+    """Ascending indices in a source, as those within each of its parts."""
+    stops = list(itertools.accumulate(part.size for part in parts))
+    pieces = np.split(indices, np.searchsorted(indices, stops[:-1]))
+    return [piece - stop + part.size for piece, stop, part in zip(pieces, stops, parts, strict=True)]
+
+
+def _within(part: Part, indices: np.ndarray) -> Part:
+    size = len(indices)
+    part = replace(part, size=size, weight=part.weight * Fraction(size, part.size), whole=size == part.size)
     if not part.blocks:
-        return replace(part, size=len(indices))
+        return part
     counts = np.diff(np.searchsorted(indices, np.cumsum([0, *part.blocks])))
     kept = np.flatnonzero(counts).tolist()
 
     def announce(numbers: Sequence[int]) -> None:
         part.announce([kept[number] for number in numbers])
 
-    return replace(part, size=len(indices), blocks=counts[kept].tolist(), announce=announce)
+    return replace(part, blocks=counts[kept].tolist(), announce=announce)
+
+
+def whole_weights(weights: Sequence[Fraction]) -> list[int]:
+    """Whole numbers in the same proportions."""
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    return [int(weight * scale) for weight in weights]
 
 
 def turn(position: int, weights: Sequence[int]) -> tuple[int, int]:
@@ -124,8 +152,7 @@ def _around(index: int, sizes: Sequence[int]) -> tuple[int, int, int]:
 
 def _by_weight(parts: Sequence[Part], seed: int) -> Callable[[int], int]:
     """position -> index."""
-    scale = math.lcm(*(part.weight.denominator for part in parts))
-    weights = [int(part.weight * scale) for part in parts]
+    weights = whole_weights([part.weight for part in parts])
     orders = [_in_part(part, [seed, number]) for number, part in enumerate(parts)]
     starts = [0, *itertools.accumulate(part.size for part in parts)]
 

@@ -60,7 +60,7 @@ INDEX = pa.schema(
 )
 
 
-def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -> Source:
+def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0, sharing: int = 1) -> Source:
     """The records of shards, with captions or labels.
 
     The first use makes an index of all shards, which is kept in `folder`/index. Shards in a bucket are copied to
@@ -70,6 +70,7 @@ def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -
     pattern: a path with * and ? for the names of shards, or ** for folders.
     limit: bytes of all shards in the folder.
     side: of the crops that are made of the pictures, see `picture`.
+    sharing: how many sources, of those that `are_copied`, are read by turns. Each has the same part of the limit.
 
     Labels that are all whole numbers stay what they are. Other labels are names, numbered in their sorted order. A
     record without a caption, among others with captions, has the empty one, with a warning. One without a label, among
@@ -83,23 +84,33 @@ def shards(kind: str, pattern: str, folder: Path, limit: float, side: int = 0) -
     facts = [kind, FORM, DECODER, [[path.name, size, version] for path, size, version in found]]
     name = f"{kind}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
     files = [path for path, _, _ in found]
-    local, announce = _local_files(how, found, folder / "shards" / name, limit)
+    local, announce = _local_files(how, found, folder / "shards" / name, limit, sharing)
     base = folder / "index" / name
     with tables.alone(base):
         table, facts = tables.stored(base) or _index(base, files, _scanned(how, found, local))
     _warn(name, facts)
-    sizes, most = facts["records"], _most_open(found, limit) if announce else OPEN
+    sizes, most = facts["records"], _most_open(found, limit / sharing) if announce else OPEN
     encoded = _pictures(how, files, local, table, most)
     return Source(
         name=name,
         size=sum(sizes),
         read=_reader(encoded, table, facts, side),
         num_classes=facts["num_classes"],
+        classes=facts["classes"] or (),
         captions=_captions(table, facts["captions"]),
         files=Captions(sum(sizes), lambda index: _place(files, table, index)),
         parts=(Part(sum(sizes), blocks=sizes, announce=announce),) if announce else (),
         measure=lambda index: size_of(encoded(index)),
     )
+
+
+def are_copied(kind: str, pattern: str) -> bool:
+    """Whether shards are read from copies: those of Parquet, and all in a bucket."""
+    return _are_copied(KINDS[kind], pattern)
+
+
+def _are_copied(how: Kind, where: str | paths.Path) -> bool:
+    return how.unpack is not None or paths.in_bucket(where)
 
 
 def _found(pattern: str) -> list[tuple[paths.Path, int, str]]:
@@ -112,19 +123,20 @@ def _found(pattern: str) -> list[tuple[paths.Path, int, str]]:
 
 
 def _local_files(
-    how: Kind, found: list[tuple[paths.Path, int, str]], folder: Path, limit: float
+    how: Kind, found: list[tuple[paths.Path, int, str]], folder: Path, limit: float, sharing: int
 ) -> tuple[Callable[[int], Path], Callable[[Sequence[int]], None] | None]:
     """(number of a shard -> the file for `Kind.opened`, what is called with the shards to be read next). Without the
     second, all shards lie ready.
     """
     files, sizes = [path for path, _, _ in found], [size for _, size, _ in found]
-    if not how.unpack and not paths.in_bucket(files[0]):
+    if not _are_copied(how, files[0]):
         return files.__getitem__, None
-    needed = sum(sorted(sizes)[-2 * WINDOW :])
+    needed = sum(sorted(sizes)[-2 * WINDOW :]) * sharing
     if needed > limit:
+        others = f", as much for each of {sharing} sources" if sharing > 1 else ""
         raise ValueError(
             f"config.data.cache_gb must be at least {needed / 1e9:.3g}, for the {min(2 * WINDOW, len(files))} shards "
-            f"in {files[0].parent} that are in use at a time, got {limit / 1e9:.3g}"
+            f"in {files[0].parent} that are in use at a time{others}, got {limit / 1e9:.3g}"
         )
     write = how.unpack or paths.download
     copies = Copies(folder, sizes, lambda number, file: write(files[number], file), limit)

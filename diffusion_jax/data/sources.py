@@ -35,6 +35,7 @@ class Source:
     read_batch: (indices (B,), draws (B,)) -> stacked records, for a source that reads many at once faster than one
       after the other. A draw, in [0, 1), chooses one of the versions of a record. None for other sources.
     num_classes: number of labels, 0 if there are none.
+    classes: the name of each class; empty if classes are numbers.
     captions: the caption of each record, or a tuple of captions; empty if there are none.
     files: the file of each record, empty if records are not files.
     parts: in what order records are drawn, see `Part`; empty if all are alike and can be read one by one.
@@ -50,6 +51,7 @@ class Source:
     parts: tuple[Part, ...] = ()
     read_batch: Callable[[np.ndarray, np.ndarray], Record] | None = None
     measure: Callable[[int], np.ndarray] | None = None
+    classes: Sequence[str] = ()
 
     def __post_init__(self):
         if self.size == 0:
@@ -242,6 +244,7 @@ def folder(path: str | PathLike, kept: Path | None = None, side: int = 0) -> Sou
         size=len(listing.files),
         read=read,
         num_classes=len(listing.classes),
+        classes=listing.classes,
         captions=listing.captions,
         files=Captions(len(listing.files), lambda index: str(root / listing.files[index])),
         measure=lambda index: size_of(root / listing.files[index]),
@@ -313,8 +316,16 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str, side: int = 0) 
         size=len(records),
         read=read,
         num_classes=features[label].num_classes if label else 0,
+        classes=_class_names(features[label]) if label else (),
         captions=Captions(len(records), lambda i: caption(records[i])) if caption else (),
+        measure=lambda index: size_of(records[index][image]),
     )
+
+
+def _class_names(label: tfds.features.ClassLabel) -> Sequence[str]:
+    """The names of classes; empty if they are numbers, which TFDS writes as "0", "1" and so on."""
+    numbers = [str(number) for number in range(label.num_classes)]
+    return () if label.names == numbers else label.names
 
 
 def _caption(features: tfds.features.FeaturesDict) -> Callable[[dict], str | tuple[str, ...]] | None:

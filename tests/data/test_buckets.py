@@ -1,16 +1,19 @@
 """Pictures of several shapes: which size each is trained in, and in which order sizes come."""
 
+import functools
 import io
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
 from diffusion_jax.data import order, sources
-from diffusion_jax.data.buckets import assigned, chosen, in_turn, shapes, sizes
+from diffusion_jax.data.buckets import assigned, chosen, in_turn, shapes, shares, sizes
 from diffusion_jax.data.crops import crop
 from diffusion_jax.data.loader import loader
+from diffusion_jax.data.mixture import mixed
 from diffusion_jax.data.shards import shards
 from diffusion_jax.data.transforms import BadRecord, decode, size_of
 from tests.data import odd
@@ -142,11 +145,37 @@ def test_a_resumed_run_and_several_hosts_see_the_same_batches():
 def test_some_records_of_blocks_are_all_drawn_once_an_epoch():
     announced = []
     part = order.Part(12, blocks=(4, 3, 5), announce=announced.append)
-    some = order.within(part, np.array([1, 3, 8, 9]))
+    (some,) = order.within([part], np.array([1, 3, 8, 9]))
     assert some.size == 4 and list(some.blocks) == [2, 2]
     drawn = order.endless((some,), 0)
     assert sorted(drawn[i] for i in range(4)) == sorted(drawn[i] for i in range(4, 8)) == [0, 1, 2, 3]
     assert {number for numbers in announced for number in numbers} == {0, 2}
+
+
+def test_a_mixture_in_several_sizes_keeps_its_weights(tmp_path):
+    """Of the first source one in four is wide, and of the second, drawn nine times as often, one in two."""
+
+    def measured(name, start, wide, count):
+        def read(index):
+            return {"image": np.full((8, 16 if index in wide else 8, 3), start + index, np.uint8)}
+
+        return sources.Source(name, count, read, measure=lambda index: np.array(read(index)["image"].shape[:2]))
+
+    terms = [measured("a", 0, range(2), 8), measured("b", 100, range(10), 20)]
+    mixture = mixed(terms, [Fraction(1), Fraction(9)])
+    groups = assigned(sizes(mixture, tmp_path), [(8, 8), (8, 16)], 1, "a")
+    parts = [chosen(mixture, indices) for indices in groups.values()]
+    weights = shares(parts, [len(part) for part in parts])
+    assert [weight * sum([1 / 4 + 9 / 2, 3 / 4 + 9 / 2]) for weight in weights] == [
+        pytest.approx(sum(weights) * share) for share in (3 / 4 + 9 / 2, 1 / 4 + 9 / 2)
+    ]
+    loaders = [functools.partial(loader, part, 10, 0, crop(*part[0]["image"].shape[:2])) for part in parts]
+    levels = [batch["image"][:, 0, 0, 0] for batch in itertools.islice(in_turn(loaders, weights)(0), sum(weights))]
+    assert (np.concatenate(levels) < 100).mean() == pytest.approx(0.1, abs=0.01)
+    with pytest.raises(ValueError, match="none of the 20 records of source 2 can be used"):
+        order.check(mixture.parts, np.arange(8))
+    few = order.within(mixture.parts, np.array([0, 1, 10]))
+    assert [part.size for part in order.selected(few, np.array([2]))] == [1]  # others are used in another size
 
 
 def test_chosen_records_keep_their_captions_and_names(tmp_path):

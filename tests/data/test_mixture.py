@@ -1,10 +1,14 @@
 """A mixture draws from its sources by weight, keeps what they share, and refuses what does not fit."""
 
 import itertools
+import re
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs import digits
@@ -57,6 +61,35 @@ def test_a_mixture_has_what_its_sources_share():
         mixed([a, numbers("d", 0, 2, captions=False)], [Fraction(1)] * 2)
 
 
+def labelled(name, labels, classes=(), num_classes=0, **others):
+    records = [{"image": np.zeros((8, 8, 3), np.uint8), "label": label} for label in labels]
+    count = num_classes or len(classes)
+    return Source(name, len(labels), records.__getitem__, num_classes=count, classes=classes, **others)
+
+
+def test_classes_with_names_are_merged_by_name():
+    a, b = labelled("a", [0, 1], ["cat", "zebra"]), labelled("b", [1, 0], ["dog", "cat"])
+    source = mixed([a, b], [Fraction(1)] * 2)
+    assert source.classes == ["cat", "dog", "zebra"] and source.num_classes == 3
+    assert [record["label"] for record in source] == [0, 2, 0, 1]
+    again = mixed([source, labelled("c", [0], ["ant"])], [Fraction(1)] * 2)
+    assert [record["label"] for record in again] == [1, 3, 1, 2, 0]
+
+
+def test_classes_without_names_are_merged_by_number():
+    source = mixed([labelled("a", [0, 1], num_classes=2), labelled("b", [4], num_classes=5)], [Fraction(1)] * 2)
+    assert source.num_classes == 5 and not source.classes and [record["label"] for record in source] == [0, 1, 4]
+
+
+@pytest.mark.parametrize("other", [labelled("b", [0], num_classes=1), numbers("b", 0, 1, captions=False)])
+def test_classes_that_do_not_fit_are_left_out_with_a_line(other, caplog):
+    source = mixed([labelled("a", [0], ["cat"]), other], [Fraction(1)] * 2)
+    assert source.num_classes == 0 and not source.classes and "label" not in source[0]
+    what = "names of classes" if other.num_classes else "classes"
+    line = f"mix: classes are not used: a has {what} (record 0 of a) and b has none (record 0 of b)"
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
 def test_a_cached_mixture_keeps_its_weights(tmp_path):
     source = mixed([numbers("a", 0, 4, bad=(1,)), numbers("b", 100, 40)], [Fraction(9), Fraction(1)])
     cache = Cache(source, tmp_path, {}, {"image": lambda batch: batch["image"][:, None]}, 8)
@@ -83,9 +116,71 @@ def test_the_text_of_a_mixture_may_have_commas_and_pluses(tmp_path):
     assert [sum(level // 100 == part for level in levels) for part in range(3)] == [200, 100, 100]
 
 
-@pytest.mark.parametrize("text", ["mix:", "mix:folder:a", "mix:0*digits", "mix:1*digits + x", "mix:1*mix:1*digits"])
-def test_a_mixture_in_another_form_is_one_line(text, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"^(mix: expected 0.7\*SOURCE \+ 0.3\*SOURCE, .*|unknown data source 'digits \+ x'.*)$"
-    ):
-        source_of(tmp_path, text)
+@pytest.mark.parametrize(
+    "terms, term",
+    [
+        ("", ""),
+        ("folder:a", "folder:a"),
+        ("0*digits", "0*digits"),
+        ("1*mix:1*digits", "1*mix:1*digits"),
+        ("0.5*tar:a + x*folder:b", "x*folder:b"),
+        ("0.5*tar:a + -1*folder:b", "-1*folder:b"),
+        ("0.5*tar:a+nan*digits", "nan*digits"),
+        ("0.5*tar:a + 50%*folder:b", "50%*folder:b"),
+        ("0.5*tar:a + 1e-1*folder:b", "1e-1*folder:b"),
+        ("0.5*tar:a + folder:b", "folder:b"),
+        ("0.5*tar:a + 0.5folder:b", "0.5folder:b"),
+        ("0.5*tar:a + 0.5*", "0.5*"),
+        ("0.5*tar:a + + 0.5*folder:b", "0.5*tar:a +"),
+        ("0.5*tar:a +", "0.5*tar:a +"),
+        (" + 0.5*folder:b", ""),
+    ],
+)
+def test_a_mixture_in_another_form_is_one_line_that_names_the_term(terms, term, tmp_path):
+    expected = f"mix: expected 0.7*SOURCE + 0.3*SOURCE, with weights above 0, got the term {term!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        source_of(tmp_path, f"mix:{terms}")
+
+
+@pytest.mark.parametrize("terms", ["1*digits + 1*Digits", "1*digits + 1*folders:a"])
+def test_an_unknown_source_of_a_mixture_is_named(terms, tmp_path):
+    with pytest.raises(ValueError, match=rf"^unknown data source '{terms[12:]}'"):
+        source_of(tmp_path, f"mix:{terms}")
+
+
+def test_spaces_between_the_parts_of_a_mixture_are_free(tmp_path):
+    for name, start in (("a+", 0), ("b", 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(odd.solid(start))
+    a, b = f"folder:{tmp_path}/a+", f"folder:{tmp_path}/b"
+    for terms in (f"1*{a}+3*{b}", f" 1 * {a}  + 3 *{b} "):
+        assert drawn(source_of(tmp_path, f"mix:{terms}"), 40).count(100) == 30
+
+
+def parquets(folder, shards):
+    """Returns the bytes of the largest one."""
+    folder.mkdir()
+    for number in range(shards):
+        pictures = [odd.solid(number) + bytes([row]) * 1000 for row in range(20)]  # no two alike
+        pq.write_table(pa.table({"jpg": pictures}), folder / f"{number:02}.parquet", compression=None)
+    return max(file.stat().st_size for file in folder.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs the list of mapped files")
+def test_the_sources_of_a_mixture_share_the_room_for_copies(tmp_path):
+    size = max(parquets(tmp_path / name, 24) for name in "ab")
+    config = digits.get_config()
+    config.data.source = f"mix:0.9*parquet:{tmp_path}/a/*.parquet + 0.1*parquet:{tmp_path}/b/*.parquet"
+    config.data.cache, config.data.cache_gb = str(tmp_path / "cache"), 15 * size / 1e9
+    expected = r"for the 8 shards in .*/a that are in use at a time, as much for each of 2 sources, got"
+    with pytest.raises(ValueError, match=expected):
+        build.data.source(config, "train", 8)
+    config.data.cache_gb = 20 * size / 1e9
+    source = build.data.source(config, "train", 8)
+    most, mapped = 0, 0
+    for _ in itertools.islice(loader(source, 10, seed=0), 100):
+        most = max(most, sum(file.stat().st_size for file in (tmp_path / "cache" / "shards").glob("*/*")))
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped = max(mapped, len({line.split()[5] for line in lines if f"{tmp_path}/cache/shards" in line}))
+    assert 18 * size < most <= 20 * size
+    assert mapped <= 20 + 8  # a window of four of each source more than fit

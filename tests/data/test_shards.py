@@ -332,6 +332,7 @@ def test_copies_are_few_enough_and_made_again(tmp_path):
     other.announce([3, 1])
     other(3), other(1)
     assert len(list((tmp_path / "copies").glob("*/*"))) <= 4
+    assert {file.name for file in (tmp_path / "copies" / "a").iterdir()} >= {"0", "1"}  # announced for a
     made.clear()
     assert copies.Copies(tmp_path / "copies" / "b", [100] * 10, make, 450)(3).exists() and not made
 

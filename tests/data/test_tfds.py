@@ -5,7 +5,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from diffusion_jax.data.shards import shards
-from diffusion_jax.data.sources import _caption, _from_builder, _prepare
+from diffusion_jax.data.sources import _caption, _class_names, _from_builder, _prepare
 
 
 class Captioned(tfds.core.GeneratorBasedBuilder):
@@ -37,6 +37,13 @@ def test_all_of_several_captions_are_used(tmp_path):
     for record in source:
         assert record["image"].shape == (7, 9, 3)
         assert (record["image"] == 0).all() == (record["caption"] == "a black square")
+    assert source.measure(0).tolist() == [7, 9]
+
+
+def test_numbers_are_no_names_of_classes():
+    assert _class_names(tfds.features.ClassLabel(num_classes=3)) == ()
+    assert _class_names(tfds.features.ClassLabel(names=["0", "1", "2"])) == ()
+    assert _class_names(tfds.features.ClassLabel(names=["b", "a"])) == ["b", "a"]
 
 
 def test_a_list_of_texts_is_several_captions():
