@@ -34,17 +34,26 @@ MODULES = {
     "CLIPTextModelWithProjection": ClipTextEncoder,
     "CLIPModel": ClipTextEncoder,
     "T5EncoderModel": T5Encoder,
+    "MT5EncoderModel": T5Encoder,
     "UMT5EncoderModel": T5Encoder,
     "BertModel": BertEncoder,
 }
 # Default values in transformers of fields missing in config.json, where our defaults differ.
+MT5 = dict(vocab_size=250112, d_model=512, d_ff=1024, num_layers=8, num_heads=6)
 DEFAULTS = {
     "CLIPTextModel": {},
     "CLIPTextModelWithProjection": dict(projection_dim=512),
     "CLIPModel": dict(projection_dim=512),
     "T5EncoderModel": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
-    "UMT5EncoderModel": dict(vocab_size=250112, d_model=512, d_ff=1024, num_layers=8, num_heads=6, own_biases=True),
+    "MT5EncoderModel": MT5,
+    "UMT5EncoderModel": MT5 | dict(own_biases=True),
     "BertModel": {},
+}
+WHOLE = {  # models with an encoder as in another class, and with more that is left out
+    **dict.fromkeys(("T5Model", "T5ForConditionalGeneration", "T5WithLMHeadModel"), "T5EncoderModel"),
+    **dict.fromkeys(("MT5Model", "MT5ForConditionalGeneration"), "MT5EncoderModel"),
+    **dict.fromkeys(("UMT5Model", "UMT5ForConditionalGeneration"), "UMT5EncoderModel"),
+    **dict.fromkeys(("BertForMaskedLM", "BertForPreTraining"), "BertModel"),
 }
 TOKENIZERS = {ClipTextEncoder: models.BPE, T5Encoder: models.Unigram, BertEncoder: models.Model}  # BERT has had all
 RUNTIME_FIELDS = {"parent", "name", "dtype", "own_biases", "final_norm"}  # of no config.json
@@ -57,7 +66,7 @@ def load_text_encoder(
 ) -> tuple[Encoder, PyTree]:
     """The text encoder of a folder and its variables. Run it by `encoder.apply(variables, ids)`, T5 with a mask too.
 
-    folder: of a text encoder, or of a whole CLIP model.
+    folder: of a text encoder, or of a whole model with one.
     dtype: of the variables.
     allow_pickle: see `read_tensors`.
     For another compute type, `encoder.clone(dtype=jnp.bfloat16)` uses the same variables.
@@ -71,8 +80,10 @@ def load_text_encoder(
 def text_encoder_of(config: Mapping, source: str | Path) -> tuple[Encoder, PyTree]:
     """The encoder that a config.json describes, and the shapes of its variables. Arguments as in `folders.unet_of`."""
     (name, *_) = np.ravel(config.get("architectures") or None).tolist()
+    name = WHOLE.get(name, name)
     if name not in MODULES:
-        raise ValueError(f"{source}: expected the architecture of a text encoder, {', '.join(MODULES)}; got {name}")
+        known = ", ".join([*MODULES, *WHOLE])
+        raise ValueError(f"{source}: expected the architecture of a text encoder, {known}; got {name}")
     if config.get("use_attention_mask"):
         raise ValueError(f"{source}: use_attention_mask=true, which hides the padding, is not supported")
     known_fields = {field.name for field in dataclasses.fields(MODULES[name])} - RUNTIME_FIELDS
@@ -88,13 +99,15 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[Encoder, PyTre
 def canonical(tensors: Mapping[str, np.ndarray], encoder: Encoder) -> dict[str, np.ndarray]:
     """A text encoder's tensors with one set of names. Different versions of transformers use different names.
 
+    What whole models have besides is left out: decoders, heads, the encoder of images.
     Layers beyond those of config.json are left out, as in transformers: some folders skip the last ones so.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if isinstance(encoder, T5Encoder):
-        return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in tensors.items()}
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
+        return {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in own.items()}
     if isinstance(encoder, BertEncoder):
-        plain = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+        plain = {_of_bert(name): tensor for name, tensor in tensors.items()}
         return {name: tensor for name, tensor in plain.items() if not name.startswith(("pooler.", "cls."))}
     other_prefixes = ("vision_model.", "visual_projection.", "logit_scale")
     named = {qualified(name): tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
@@ -105,6 +118,11 @@ def canonical(tensors: Mapping[str, np.ndarray], encoder: Encoder) -> dict[str, 
             "the weights of a text encoder have more layers than the %d of its config.json, which are used", count
         )
     return {name: tensor for name, tensor in named.items() if name not in unused}
+
+
+def _of_bert(name: str) -> str:
+    """A name in BERT. The first weights, converted from TensorFlow, have other names for those of norms."""
+    return re.sub("gamma$", "weight", re.sub("beta$", "bias", name.removeprefix("bert.")))
 
 
 def qualified(path: str) -> str:

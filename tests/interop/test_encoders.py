@@ -75,6 +75,61 @@ def test_all_namings_are_one(name, rename, extra, tmp_path):
     assert_same(load_text_encoder(tmp_path), name)
 
 
+T5_CONFIG = dict(vocab_size=50, d_model=24, d_kv=5, d_ff=40, num_layers=2, num_heads=3)
+BERT_CONFIG = dict(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
+CLIP_CONFIG = BERT_CONFIG | dict(max_position_embeddings=9, eos_token_id=49, bos_token_id=48, projection_dim=10)
+PICTURES = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "part"),
+    [
+        ("T5ForConditionalGeneration", T5_CONFIG, "encoder"),
+        ("T5ForConditionalGeneration", T5_CONFIG | dict(feed_forward_proj="gated-gelu"), "encoder"),
+        ("T5Model", T5_CONFIG, "encoder"),
+        ("MT5ForConditionalGeneration", T5_CONFIG, "encoder"),
+        ("MT5EncoderModel", T5_CONFIG, "encoder"),
+        ("UMT5ForConditionalGeneration", T5_CONFIG, "encoder"),
+        ("BertForMaskedLM", BERT_CONFIG, "bert"),
+        ("BertForPreTraining", BERT_CONFIG, "bert"),
+        ("CLIPModel", {"text_config": CLIP_CONFIG, "vision_config": PICTURES | {"patch_size": 4}}, "text_model"),
+    ],
+)
+def test_a_whole_model_is_read_for_its_text_encoder(name, config, part, tmp_path, caplog):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    theirs = kind(kind.config_class(**config)).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(2, 48, (2, 9))
+    ids[:, -1] = 49
+    mask = np.arange(9) < np.array([[9], [9 if name == "CLIPModel" else 5]])
+    peer = getattr(theirs, part, None) or theirs.get_submodule(f"base_model.{part}")
+    with torch.no_grad():
+        expected = peer(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+    encoder, weights = load_text_encoder(tmp_path)
+    inputs = [jnp.asarray(ids), jnp.asarray(mask)][: len(encoder.example_inputs())]
+    out = jax.jit(encoder.apply)(weights, *inputs)
+    out = getattr(out, "last_hidden_state", out)
+    assert np.abs(out - expected)[mask].max() <= 2e-5 * np.abs(expected).max()
+    assert not caplog.records
+
+
+def test_the_first_names_of_bert_are_read(tmp_path):
+    """As google-bert/bert-base-uncased has them."""
+    saved("BertModel", tmp_path, architectures=["BertForMaskedLM"])
+    tensors, _ = read_tensors(tmp_path, "model")
+    first = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def renamed(name):
+        return "bert." + next((name.replace(*pair) for pair in first.items() if name.endswith(pair[0])), name)
+
+    write_file(tmp_path / "model.safetensors", {renamed(name): tensor for name, tensor in tensors.items()})
+    assert_same(load_text_encoder(tmp_path), "BertModel")
+
+
 def test_layers_beyond_the_config_are_left_out_with_a_warning(tmp_path, caplog):
     """As of folders that leave out the last layer by their config alone."""
     encoder, weights = load_text_encoder(saved("CLIPTextModel", tmp_path, num_hidden_layers=1))
@@ -103,7 +158,7 @@ def test_half_precision(tmp_path):
         (
             "CLIPTextModel",
             {"architectures": ["GPT2Model"]},
-            "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel, UMT5EncoderModel, BertModel; got GPT2Model",
+            "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel, .*, BertForPreTraining; got GPT2Model",
         ),
         ("CLIPTextModel", {"architectures": None}, "expected the architecture of a text encoder, .*; got None"),
         ("CLIPTextModel", {"architectures": 5}, "expected the architecture of a text encoder, .*; got 5"),
@@ -111,7 +166,11 @@ def test_half_precision(tmp_path):
         ("CLIPTextModel", {"num_hidden_layers": 3}, "lacks 16 tensors: text_model.encoder.layers.2"),
         ("CLIPTextModel", {"num_hidden_layers": 0}, "has unknown 32 tensors: text_model.encoder.layers.0"),
         ("CLIPTextModel", {"hidden_size": "wide"}, "no network can be built from it"),
-        ("T5EncoderModel", {"feed_forward_proj": None}, "feed_forward_proj: expected 'gated-gelu', got 'relu'"),
+        (
+            "T5EncoderModel",
+            {"feed_forward_proj": "gelu"},
+            "feed_forward_proj: expected 'gated-gelu' or 'relu', got 'gelu'",
+        ),
         ("T5EncoderModel", {"d_kv": 8}, "misshapen"),
     ],
 )

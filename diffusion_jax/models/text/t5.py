@@ -1,5 +1,5 @@
-"""The encoder of T5 v1.1 (Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
-Transformer", with the gated feed-forward of Shazeer 2020).
+"""The encoder of T5 (Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+Transformer"), that of v1.1 with the gated feed-forward of Shazeer 2020.
 
 Field names follow config.json and layer names the state dict of transformers' `T5EncoderModel`.
 """
@@ -67,17 +67,22 @@ class SelfAttention(nn.Module):
         return project(x.shape[-1], name="o")(attended.reshape(*x.shape[:2], -1)), bias
 
 
-class GatedFeedForward(nn.Module):
-    """wo(gelu(wi_0 x) · wi_1 x), with the tanh approximation of gelu."""
+class FeedForward(nn.Module):
+    """wo(gelu(wi_0 x) · wi_1 x), with the tanh approximation of gelu, or wo(relu(wi x)) if it is not gated."""
 
     width: int
+    gated: bool
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
         project = functools.partial(Dense, dtype=self.dtype, use_bias=False)
-        gate, value = (project(self.width, name=name)(x) for name in ("wi_0", "wi_1"))
-        return project(x.shape[-1], name="wo")(nn.gelu(gate, approximate=True) * value)
+        if self.gated:
+            gate, value = (project(self.width, name=name)(x) for name in ("wi_0", "wi_1"))
+            hidden = nn.gelu(gate, approximate=True) * value
+        else:
+            hidden = nn.relu(project(self.width, name="wi")(x))
+        return project(x.shape[-1], name="wo")(hidden)
 
 
 def rms_norm(eps: float, name: str) -> nn.RMSNorm:
@@ -106,13 +111,14 @@ class FeedForwardLayer(nn.Module):
     """The feed-forward half of a block with its residual."""
 
     width: int
+    gated: bool
     eps: float
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         normed = rms_norm(self.eps, "layer_norm")(x)
-        return x + GatedFeedForward(self.width, self.dtype, name="DenseReluDense")(normed)
+        return x + FeedForward(self.width, self.gated, self.dtype, name="DenseReluDense")(normed)
 
 
 class Block(nn.Module):
@@ -155,7 +161,7 @@ class T5Encoder(nn.Module):
     """Token ids -> one embedding for each token, `last_hidden_state` in transformers. Defaults are T5 v1.1 XXL's.
 
     d_kv: width of a head. num_heads · d_kv may differ from d_model.
-    feed_forward_proj: "gated-gelu", as in v1.1 and later. Raises ValueError for another.
+    feed_forward_proj: "gated-gelu", as in v1.1 and later, or "relu", as before. Raises ValueError for another.
     own_biases: each layer has relative positions of its own (UMT5, Chung et al. 2023).
     final_norm: whether the result is normalized.
     dtype: of the large multiplications. Parameters, norms, softmax and results are float32. Activations overflow
@@ -181,8 +187,9 @@ class T5Encoder(nn.Module):
         self, ids: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
         """ids: (B, L) tokens. mask: (B, L), False on padding."""
-        if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(f"feed_forward_proj: expected 'gated-gelu', got {self.feed_forward_proj!r}")
+        if self.feed_forward_proj not in ("gated-gelu", "relu"):
+            raise ValueError(f"feed_forward_proj: expected 'gated-gelu' or 'relu', got {self.feed_forward_proj!r}")
+        gated = self.feed_forward_proj == "gated-gelu"
         eps = self.layer_norm_epsilon
         attention = functools.partial(
             SelfAttention,
@@ -195,7 +202,7 @@ class T5Encoder(nn.Module):
         block = functools.partial(
             Block,
             functools.partial(AttentionLayer, attention, eps),
-            functools.partial(FeedForwardLayer, self.d_ff, eps, self.dtype),
+            functools.partial(FeedForwardLayer, self.d_ff, gated, eps, self.dtype),
         )
         x = nn.Embed(self.vocab_size, self.d_model, name="shared")(ids)
         return Stack(block, self.num_layers, eps, self.own_biases, self.final_norm, name="encoder")(x, mask)

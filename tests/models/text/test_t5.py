@@ -12,6 +12,7 @@ from diffusion_jax.models.text.t5 import T5Encoder, position_buckets
 
 TINY = dict(vocab_size=50, d_model=24, d_kv=5, d_ff=40, num_layers=3, num_heads=3)
 NEAR = TINY | dict(relative_attention_num_buckets=8, relative_attention_max_distance=12, layer_norm_epsilon=1e-5)
+GATED, PLAIN = dict(feed_forward_proj="gated-gelu"), TINY | dict(feed_forward_proj="relu")  # v1.1, and before
 IDS = jax.random.randint(jax.random.key(0), (3, 9), 2, 50)
 MASK = jnp.arange(9) < jnp.array([[9], [5], [1]])
 
@@ -54,18 +55,18 @@ def test_half_precision_keeps_parameters_and_results_in_float32():
 
 
 def test_other_feed_forwards_are_refused():
-    encoder = T5Encoder(**TINY, feed_forward_proj="relu")
-    with pytest.raises(ValueError, match="feed_forward_proj: expected 'gated-gelu', got 'relu'"):
+    encoder = T5Encoder(**TINY, feed_forward_proj="gated-silu")
+    with pytest.raises(ValueError, match="feed_forward_proj: expected 'gated-gelu' or 'relu', got 'gated-silu'"):
         jax.eval_shape(encoder.init, jax.random.key(0), IDS, MASK)
 
 
 @pytest.mark.parametrize("length", [9, 300])  # beyond the largest distance too
-@pytest.mark.parametrize(("kind", "config"), [("T5", TINY), ("T5", NEAR), ("UMT5", TINY)])
+@pytest.mark.parametrize(("kind", "config"), [("T5", TINY), ("T5", NEAR), ("T5", PLAIN), ("UMT5", TINY)])
 def test_agrees_with_the_peer_both_ways(kind, config, length, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     peer = getattr(transformers, f"{kind}EncoderModel")
-    theirs = peer(getattr(transformers, f"{kind}Config")(**config, feed_forward_proj="gated-gelu")).eval()
+    theirs = peer(getattr(transformers, f"{kind}Config")(**GATED | config)).eval()
     for parameter in theirs.parameters():  # scales start as 1, which would hide a mistake
         parameter.data += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path / "theirs")
