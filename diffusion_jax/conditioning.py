@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+from tokenizers import Tokenizer
 
 from diffusion_jax.data.transforms import Record
 from diffusion_jax.models.text.encoder import TextEncoder
@@ -28,6 +29,7 @@ class Conditioning(NamedTuple):
     params: () -> weights of `embed`, which may be loaded then.
     words: learned words that prompts may use (textual inversion), and how many vectors each has.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
+    tokenizers: () -> the tokenizers of captions, which cut long ones, by name.
     sizes: the leaf of cond with original size, corner of the crop and size of each image, (B, 6) float32, see
       `data.crops.crop`; "" if the network is not told. Training keeps it where it drops the condition.
     """
@@ -40,6 +42,7 @@ class Conditioning(NamedTuple):
     params: Callable[[], PyTree] = lambda: None
     words: Mapping[str, int] = MappingProxyType({})
     for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda conditioning, size: conditioning
+    tokenizers: Callable[[], Mapping[str, Tokenizer]] = dict
     sizes: str = ""
 
     def with_sizes(self, cond: PyTree, cropped: Record) -> PyTree:
@@ -75,6 +78,7 @@ def text(
     on_tokens: bool = False,
     null_is_zeros: bool = False,
     keep: Callable[[OfPrompts], OfPrompts] = lambda of_prompts: of_prompts,
+    tokenizers: Callable[[], Mapping[str, Tokenizer]] = dict,
 ) -> Conditioning:
     """Captions through one or several text encoders: "text", an embedding for each token, "mask", the mask of tokens,
     and "text_embeds", the vectors of the encoders with `pooled` one after the other.
@@ -87,12 +91,13 @@ def text(
       Esser et al. 2024). Otherwise they join token by token (as in Stable Diffusion XL, Podell et al. 2023).
     null_is_zeros: "no condition" is zeros, and not the empty prompt.
     keep: (prompts -> cond) -> the same function, which may keep what it has computed.
+    tokenizers: as of `Conditioning`. Loads no encoder.
     Raises ValueError for encoders of different lengths that join token by token, and the errors of `load`.
     """
     encoders = functools.cache(lambda: _joinable(load(), on_tokens))
 
-    def tokens(prompts: Sequence[str]) -> PyTree:
-        pairs = (encoder.tokenize(prompts) for encoder in encoders())
+    def tokens(prompts: Sequence[str], warn: bool) -> PyTree:
+        pairs = (encoder.tokenize(prompts, warn=warn) for encoder in encoders())
         return {str(i): {"ids": ids, "mask": mask} for i, (ids, mask) in enumerate(pairs)}
 
     @jax.jit
@@ -112,17 +117,18 @@ def text(
     def params() -> PyTree:
         return tuple(encoder.params for encoder in encoders())
 
-    of_prompts = keep(lambda prompts: jax.tree.map(np.asarray, embed(params(), tokens(prompts))))
+    of_prompts = keep(lambda prompts: jax.tree.map(np.asarray, embed(params(), tokens(prompts, warn=True))))
     null = jax.tree.map(lambda leaf: leaf[0], of_prompts([""]))
     if null_is_zeros:
         null = {name: np.ones_like(leaf) if name == "mask" else np.zeros_like(leaf) for name, leaf in null.items()}
     return Conditioning(
         cache_key=cache_key,
-        of_records=lambda records: tokens(list(records["caption"])),
+        of_records=lambda records: tokens(list(records["caption"]), warn=False),
         of_prompts=of_prompts,
         null=null,
         embed=embed,
         params=params,
+        tokenizers=tokenizers,
     )
 
 

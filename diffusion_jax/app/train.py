@@ -58,6 +58,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
         source = build.data.source(config, "train", max(model.size))
         agreement.check_condition(config, source)
         agreement.check_records(config.train, source)
+        agreement.tell_cut_captions(model.conditioning, source)
         by_size = build.data.by_size(config, source, model)
         loss, params, frozen = _objective(config, _as_in_step(model, source))
     check_resumed(workdir, params)

@@ -1,15 +1,19 @@
 """Check that the parts of a model and its data fit together, before anything starts."""
 
 import numpy as np
+from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core.schedules import Schedule
-from diffusion_jax.data.sources import Source
+from diffusion_jax.data.sources import Source, first_caption
 from diffusion_jax.model import DiffusionModel
+from diffusion_jax.models.text.encoder import count_cut
 from diffusion_jax.models.unet import UNet
 
 CHECKED = 9  # levels at which two schedules are compared
+SAMPLED = 1000  # captions
 
 
 def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
@@ -85,6 +89,16 @@ def check_records(train: ConfigDict, source: Source) -> None:
             f"train.batch_size must be at most {len(source)}, the records of {source.name}, got {train.batch_size}; "
             "lower it, or name more data"
         )
+
+
+def tell_cut_captions(conditioning: Conditioning, source: Source) -> None:
+    """Log how many of some captions the text encoders do not read to their end."""
+    chosen = np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(int).tolist()
+    captions = [first_caption(source.captions[index]) for index in chosen] if source.captions else []
+    for name, tokenizer in conditioning.tokenizers().items() if captions else ():
+        if cut := count_cut(captions, tokenizer):
+            limit = f"{tokenizer.truncation['max_length']} tokens of {name}"
+            logging.warning("%d of %d sampled captions are longer than %s, and are cut", cut, len(captions), limit)
 
 
 def check_teacher(teacher: DiffusionModel, student: DiffusionModel) -> None:

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
 
 from diffusion_jax import paths
 from diffusion_jax.build import fields
 from diffusion_jax.build.choice import DTYPES, choose
-from diffusion_jax.interop.encoders import files_of, text_encoder
+from diffusion_jax.interop.encoders import files_of, text_encoder, tokenizer_beside
 from diffusion_jax.interop.fingerprint import fingerprint
-from diffusion_jax.interop.text import minilm
+from diffusion_jax.interop.text import minilm, minilm_folder
+from diffusion_jax.interop.tokenizers import load_tokenizer
 from diffusion_jax.models.text.encoder import TextEncoder
 from diffusion_jax.paths import Path
 
@@ -112,6 +114,15 @@ def _text_encoder(entry: Entry, section: ConfigDict) -> TextEncoder:
         _check_sha(entry.source, _sha(entry.source), sha)
     encoder = text_encoder(entry.source, **settings, dtype=dtype, allow_pickle=section.allow_pickle)
     return encoder._replace(pooled=pooled)
+
+
+def tokenizers(section: ConfigDict) -> dict[str, Tokenizer]:
+    """The tokenizers of the encoders whose folders are there, by the names of these."""
+    present = [entry for entry in entries(section) if not entry.is_folder or _exists(entry.source)]
+    folders = [tokenizer_beside(entry.source) if entry.is_folder else minilm_folder() for entry in present]
+    lengths = [entry.settings.get("length", section.length) for entry in present]
+    names = [entry.source for entry in present]
+    return dict(zip(names, map(load_tokenizer, folders, lengths), strict=True))
 
 
 def check_present(section: ConfigDict) -> None:

@@ -220,7 +220,14 @@ def _text(section: ConfigDict, texts: Path | None) -> Conditioning:
         has_folders = any(entry.is_folder for entry in encoders.entries(section))
         return kept(of_prompts, texts, key()) if texts is not None and has_folders else of_prompts
 
-    return conditionings.text(lambda: encoders.text_encoders(section), key, on_tokens, null_is_zeros, keep)
+    return conditionings.text(
+        lambda: encoders.text_encoders(section),
+        key,
+        on_tokens,
+        null_is_zeros,
+        keep,
+        lambda: encoders.tokenizers(section),
+    )
 
 
 def _parameterization(config: ConfigDict) -> Parameterization:

@@ -248,8 +248,8 @@ def _skipped(layer: str | int, module: Encoder) -> int:
     return count
 
 
-def _tokenize_with_full_mask(prompts, tokenizer, length):
-    ids, mask = tokenize(prompts, tokenizer, length)
+def _tokenize_with_full_mask(prompts, tokenizer, length, warn=True):
+    ids, mask = tokenize(prompts, tokenizer, length, warn)
     return ids, np.ones_like(mask)
 
 

@@ -184,10 +184,11 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         return embed_in_batches(prompt.tokens(prompts, published.tokenizers))
 
     def of_captions(captions: Sequence[str]) -> PyTree:
-        ids = [
-            tokenize([spelled(caption, tokenizer) for caption in captions], tokenizer, tokenizer.padding["length"])[0]
-            for tokenizer in published.tokenizers
-        ]
+        def ids_of(tokenizer: Tokenizer) -> np.ndarray:
+            texts = [spelled(caption, tokenizer) for caption in captions]
+            return tokenize(texts, tokenizer, tokenizer.padding["length"], warn=False)[0]
+
+        ids = map(ids_of, published.tokenizers)
         return embed_in_batches([(rows[:, None], np.ones(rows[:, None].shape, np.float32)) for rows in ids])
 
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))
@@ -200,6 +201,7 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         null=null,
         words={word: n for tokenizer in published.tokenizers for word, n in learned_words(tokenizer).items()},
         for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sizes else current,
+        tokenizers=lambda: dict(zip(published.family.tokenizers, published.tokenizers, strict=False)),
         sizes=prompt.sizes,
     )
 

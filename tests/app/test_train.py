@@ -102,7 +102,7 @@ def test_the_seed_of_an_example_changes_what_the_network_forgets():
 def letters() -> conditioning.Conditioning:
     """Told by the first letter of a caption."""
 
-    def tokenize(prompts):
+    def tokenize(prompts, warn):
         return np.array([[ord(prompt[:1] or " ")] for prompt in prompts], np.int32), np.ones((len(prompts), 1), bool)
 
     def embed(params, ids, mask):

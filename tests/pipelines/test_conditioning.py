@@ -13,7 +13,7 @@ from diffusion_jax.models.text.encoder import TextEmbedding, TextEncoder
 def letters(length=4):
     """A text encoder whose embedding is each letter's number and its square."""
 
-    def tokenize(prompts):
+    def tokenize(prompts, warn):
         ids = np.array([[ord(c) for c in prompt[:length].ljust(length, "\0")] for prompt in prompts], np.int32)
         return ids.reshape(-1, length), ids.reshape(-1, length) > 0
 
