@@ -3,7 +3,9 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +29,27 @@ CLASSES = ("fish, red", "Zebra", "äpfel", "10 things")
 BROKEN = "broken"
 
 
-def record(number: int) -> tuple[bytes, str, str, str]:
-    """(picture, its suffix, caption, class)."""
-    picture, suffix = _picture(number)
-    return picture, suffix, CAPTIONS[number % len(CAPTIONS)], CLASSES[number // 3 % len(CLASSES)]
+class Odd(NamedTuple):
+    """A record: its picture as a file with this suffix, its caption and its class."""
+
+    number: int
+    picture: bytes
+    suffix: str
+    caption: str
+    label: str
+
+
+def record(number: int) -> Odd:
+    return Odd(number, *_picture(number), CAPTIONS[number % len(CAPTIONS)], CLASSES[number // 3 % len(CLASSES)])
+
+
+def records() -> list[Odd]:
+    return [record(number) for number in range(COUNT)]
+
+
+def in_shards() -> Iterator[tuple[int, list[Odd]]]:
+    """(number of a shard, its records)."""
+    return enumerate(records()[start : start + COUNT // SHARDS] for start in range(0, COUNT, COUNT // SHARDS))
 
 
 def _picture(number: int) -> tuple[bytes, str]:
@@ -54,23 +73,17 @@ def _picture(number: int) -> tuple[bytes, str]:
 
 def captioned_folder(folder: Path) -> Path:
     folder.mkdir()
-    for number in range(COUNT):
-        picture, suffix, caption, _ = record(number)
-        (folder / f"{number:03}.{suffix}").write_bytes(picture)
-        (folder / f"{number:03}.txt").write_text(caption)
+    for each in records():
+        (folder / f"{each.number:03}.{each.suffix}").write_bytes(each.picture)
+        (folder / f"{each.number:03}.txt").write_text(each.caption)
     return folder
 
 
 def classes_folder(folder: Path) -> Path:
-    for number in range(COUNT):
-        picture, suffix, _, name = record(number)
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / f"{number:03}.{suffix}").write_bytes(picture)
+    for each in records():
+        (folder / each.label).mkdir(parents=True, exist_ok=True)
+        (folder / each.label / f"{each.number:03}.{each.suffix}").write_bytes(each.picture)
     return folder
-
-
-def in_shards(records: int = COUNT) -> list[range]:
-    return [range(start, start + records // SHARDS) for start in range(0, records, records // SHARDS)]
 
 
 def write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
@@ -84,11 +97,10 @@ def write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
 def tars(folder: Path) -> str:
     """As `webdataset.TarWriter` writes them."""
     folder.mkdir()
-    for shard, numbers in enumerate(in_shards()):
+    for shard, found in in_shards():
         members = []
-        for number in numbers:
-            picture, suffix, caption, name = record(number)
-            beside = {"cls": name.encode(), suffix: picture, "txt": caption.encode(), "json": b'{"url": "x"}'}
+        for number, picture, suffix, caption, label in found:
+            beside = {"cls": label.encode(), suffix: picture, "txt": caption.encode(), "json": b'{"url": "x"}'}
             members += [(f"{number:09}.{ending}", content) for ending, content in beside.items()]
         write_tar(folder / f"{shard:05}.tar", members)
     return f"{folder}/*.tar"
@@ -104,15 +116,14 @@ def parquets(folder: Path) -> str:
     }
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("image", kind), ("text", pa.string()), ("label", pa.string())], metadata)
-    for shard, numbers in enumerate(in_shards()):
+    for shard, found in in_shards():
         rows = []
-        for number in numbers:
-            picture, suffix, caption, name = record(number)
+        for number, picture, suffix, caption, label in found:
             place = f"{number:03}.{suffix}"
             if number % 2:
                 (folder / place).write_bytes(picture)
             image = {"bytes": None if number % 2 else picture, "path": place}
-            rows.append({"image": image, "text": caption, "label": name})
+            rows.append({"image": image, "text": caption, "label": label})
         table = pa.Table.from_pylist(rows, schema)
         pq.write_table(table, folder / f"train-{shard:05}-of-{SHARDS:05}.parquet", row_group_size=7)
     return f"{folder}/train-*.parquet"
@@ -121,15 +132,14 @@ def parquets(folder: Path) -> str:
 def img2datasets(folder: Path) -> str:
     """As img2dataset writes Parquet. It has no classes."""
     folder.mkdir()
-    for shard, numbers in enumerate(in_shards()):
-        pictures = [record(number) for number in numbers]
+    for shard, found in in_shards():
         columns = {
-            "key": [f"{number:09}" for number in numbers],
-            "status": ["success"] * len(pictures),
-            "error_message": pa.nulls(len(pictures), pa.string()),
-            "caption": [caption for _, _, caption, _ in pictures],
-            "width": [12] * len(pictures),
-            "jpg": pa.array([picture for picture, *_ in pictures], pa.binary()),
+            "key": [f"{each.number:09}" for each in found],
+            "status": ["success"] * len(found),
+            "error_message": pa.nulls(len(found), pa.string()),
+            "caption": [each.caption for each in found],
+            "width": [12] * len(found),
+            "jpg": pa.array([each.picture for each in found], pa.binary()),
         }
         pq.write_table(pa.table(columns), folder / f"{shard:05}.parquet", row_group_size=100)
     return f"{folder}/*.parquet"
@@ -155,11 +165,10 @@ def write_array_record(file: Path, contents: list[bytes]) -> None:
 def array_records(folder: Path) -> str:
     """As TFDS and others write them: tf.train.Example."""
     folder.mkdir()
-    for shard, numbers in enumerate(in_shards()):
-        contents = []
-        for number in numbers:
-            picture, _, caption, name = record(number)
-            contents.append(example(image=picture, caption=caption.encode(), label=name.encode()))
+    for shard, found in in_shards():
+        contents = [
+            example(image=each.picture, caption=each.caption.encode(), label=each.label.encode()) for each in found
+        ]
         write_array_record(folder / f"{shard:05}.array_record", contents)
     return f"{folder}/*.array_record"
 

@@ -101,7 +101,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(patterns, tmp_pat
         patch.setattr(shards, "_index", None)
         again = shards.shards("tar", pattern, tmp_path, LIMIT)
     assert again.name == first.name and list(again.captions) == list(first.captions)
-    odd.write_tar(tmp_path / "data" / "00001.tar", [("1.png", odd.record(1)[0]), ("1.txt", b"new")])
+    odd.write_tar(tmp_path / "data" / "00001.tar", [("1.png", odd.record(1).picture), ("1.txt", b"new")])
     changed = shards.shards("tar", pattern, tmp_path, LIMIT)
     assert changed.name != first.name and len(changed) == odd.COUNT - odd.COUNT // odd.SHARDS + 1
     assert "new" in list(changed.captions)
@@ -145,7 +145,7 @@ def test_of_several_processes_one_makes_the_index(tmp_path, monkeypatch):
 
 
 def test_several_captions_and_numbers_of_classes(tmp_path):
-    picture = odd.record(1)[0]
+    picture = odd.record(1).picture
     odd.write_tar(
         tmp_path / "0.tar",
         [
@@ -213,7 +213,7 @@ def test_a_link_in_a_tar_is_said(kind, linked, tmp_path, caplog):
 
 
 def test_what_a_record_lacks_is_said(tmp_path, caplog):
-    picture = odd.record(1)[0]
+    picture = odd.record(1).picture
     beside = {
         "0": ("json", b'{"text": 5, "label": [1]}'),
         "1": ("cls", b"1"),
