@@ -200,12 +200,6 @@ def test_pictures_of_three_shapes_are_trained_in_three_sizes(run, vocabulary, tm
         assert sorted(latent.shape[1:3] for latent in four) == [(2, 6), (4, 4), (4, 4), (6, 2)]
 
 
-def test_buckets_need_pictures_in_files(run, photographs):
-    mixture = f"--config.data.source=mix:1*folder:{photographs} + 1*folder:{photographs}"
-    error = run("stable_diffusion", *TRAIN, mixture, "--config.data.buckets=2", status=2)
-    assert error.count("\n") == 1 and "config.data.buckets needs the sizes of pictures in files" in error
-
-
 @pytest.mark.slow
 def test_a_lora_is_trained_drawn_with_and_exported(run, checkpoint, photographs, tmp_path):
     draw = ["--mode=sample", "--config.sample.steps=3", "--prompt=the cat"]

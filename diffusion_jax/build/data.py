@@ -54,8 +54,8 @@ def by_size(config: ConfigDict, source: Source, model: DiffusionModel) -> list[t
         return [(model.size, source)]
     if source.measure is None:
         raise ValueError(
-            "config.data.buckets needs the sizes of pictures in files, those of a folder or of shards, and "
-            f"{data.source} does not tell them: set it to 0"
+            "config.data.buckets needs the sizes of pictures in files, those of a folder, of shards, of TFDS or of a "
+            f"mixture of these, and {data.source} does not tell them: set it to 0"
         )
     if height != width:
         raise ValueError(f"config.data.buckets needs a model of square images, got {width}x{height}")

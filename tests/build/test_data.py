@@ -31,3 +31,12 @@ def test_lists_of_data_are_beside_the_cache_or_in_a_folder_for_all_runs(tmp_path
     assert list((tmp_path / "home" / "data" / "index").iterdir())
     with pytest.raises(ValueError, match=r"^config.data.cache: expected a local path, got gs://b/c"):
         build.data.source(data("digits", "gs://b/c"), "train", 8)
+
+
+def test_several_sizes_need_pictures_in_files():
+    config = data("mix:1*digits + 1*digits")
+    config.data.buckets = 1
+    model = build.model.diffusion_model(config)
+    source = build.data.source(config, "train", 8)
+    with pytest.raises(ValueError, match=r"^config.data.buckets needs the sizes of pictures in files, .*mix"):
+        build.data.by_size(config, source, model)
