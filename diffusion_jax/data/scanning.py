@@ -18,7 +18,7 @@ from diffusion_jax.data.rows import Row
 
 
 def in_processes(scan: Callable[[paths.Path], Iterator[Row]], shards: Sequence[paths.Path]) -> Iterator[list[Row]]:
-    """The records of each shard, in order. A few shards ahead are in memory.
+    """The records of each shard, in order. Those of a few shards ahead wait in memory as they were sent.
 
     scan: a function named scan of a module.
     Raises what it raises.
@@ -29,21 +29,27 @@ def in_processes(scan: Callable[[paths.Path], Iterator[Row]], shards: Sequence[p
         for shard in shards:
             waiting.append(threads.submit(_in_process, scan.__module__, shard))
             if len(waiting) > 2 * count:
-                yield waiting.popleft().result()
+                yield _records(waiting.popleft().result())
         while waiting:
-            yield waiting.popleft().result()
+            yield _records(waiting.popleft().result())
 
 
-def _in_process(module: str, shard: paths.Path) -> list[Row]:
+def _records(sent: bytes) -> list[Row]:
+    """What a process sent; raises the error if it is one."""
+    result = pickle.loads(sent)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _in_process(module: str, shard: paths.Path) -> bytes:
+    """What `main` writes about a shard."""
     command = [sys.executable, "-m", __name__, module, str(shard)]
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True)
     if done.returncode:
         raise OSError(f"{shard} cannot be scanned: {done.stderr.decode(errors='replace').strip()[-300:]}")
-    result = pickle.loads(done.stdout)
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return done.stdout
 
 
 def main(module: str, shard: str) -> None:
