@@ -91,7 +91,10 @@ def assigned(
         logging.warning("%s: left out %d pictures that cannot be read", name, len(measured) - len(known))
     if not len(known):
         raise ValueError(f"none of the {len(measured)} records of {name} can be used")
-    nearest = np.abs(_elongation(*measured[known].T)[:, None] - _elongation(*np.array(shapes).T)).argmin(axis=1)
+    of_shapes = _elongation(*np.array(shapes).T)
+    ascending = np.argsort(of_shapes)
+    halfway = (of_shapes[ascending][1:] + of_shapes[ascending][:-1]) / 2
+    nearest = ascending[np.searchsorted(halfway, _elongation(*measured[known].T))]
     groups = {shape: known[nearest == number] for number, shape in enumerate(shapes) if np.any(nearest == number)}
     while len(groups) > 1 and len(groups[small := min(groups, key=lambda shape: len(groups[shape]))]) < least:
         joining = groups.pop(small)
