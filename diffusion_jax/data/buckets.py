@@ -88,7 +88,7 @@ def assigned(
     """
     known = np.flatnonzero(measured.all(axis=1))
     if len(known) < len(measured):
-        logging.warning("%s: left out %d pictures that cannot be read", name, len(measured) - len(known))
+        logging.warning("%s: left out %d pictures that cannot be used", name, len(measured) - len(known))
     if not len(known):
         raise ValueError(f"none of the {len(measured)} records of {name} can be used")
     of_shapes = _elongation(*np.array(shapes).T)

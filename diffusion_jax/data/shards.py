@@ -118,7 +118,7 @@ def _found(pattern: str) -> list[tuple[paths.Path, int, str]]:
     found = paths.matching(pattern)
     if not found:
         advice = "name files and no folder, with * for what differs, as DATA/*.tar"
-        raise FileNotFoundError(f"no shards match {pattern}; {advice}")
+        raise FileNotFoundError(f"no shards match {pattern!r}; {advice}")
     return found
 
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -287,8 +288,8 @@ def test_a_malformed_shard_is_one_line(tmp_path):
     says("array_record", "other.array_record", "has no records; .* record 0: not a tf.train.Example")
     odd.write_array_record(tmp_path / "no.array_record", [odd.example(text=b"a")])
     says("array_record", "no.array_record", "has no records; .* no picture in bytes, .* features \\['text'\\]")
-    for pattern in (f"{tmp_path}/none*.tar", str(tmp_path), f"{tmp_path}/{{0..9}}.tar"):
-        with pytest.raises(FileNotFoundError, match=r"no shards match .*; name files"):
+    for pattern in ("", f" {tmp_path}/*.tar", f"{tmp_path}/none*.tar", str(tmp_path), f"{tmp_path}/{{0..9}}.tar"):
+        with pytest.raises(FileNotFoundError, match=f"no shards match {re.escape(repr(pattern))}; name files"):
             shards.shards("tar", pattern, tmp_path, LIMIT)
     assert not list(tmp_path.glob("index/*.arrow"))
 
@@ -385,7 +386,7 @@ def test_shards_in_a_bucket_are_those_on_a_disk(kind, gcs, patterns, tmp_path):
     paths.at("gs://experiments/data/unfinished-" + names.replace("*", "0")).write_bytes(b"")
     with pytest.raises(ValueError, match=r"^gs:.*unfinished-.*: expected "):
         shards.shards(kind, "gs://experiments/data/unfinished-*", tmp_path / "there", LIMIT)
-    with pytest.raises(FileNotFoundError, match=r"no shards match gs://experiments/none/\*"):
+    with pytest.raises(FileNotFoundError, match=r"no shards match 'gs://experiments/none/\*"):
         shards.shards(kind, "gs://experiments/none/*", tmp_path, LIMIT)
 
 
