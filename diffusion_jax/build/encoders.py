@@ -80,11 +80,15 @@ def entries(section: ConfigDict) -> list[Entry]:
 def _entry(text: str) -> Entry:
     source, at, listed = text.rpartition("@")
     if not at or "=" not in listed:
-        return Entry(text, {})
+        source, listed = text, ""
+    if not source:
+        raise ValueError(f"config.condition.encoders: expected {MINILM} or a folder, got {text!r}")
     settings = {}
-    for setting in listed.split(","):
+    for setting in listed.split(",") if listed else ():
         name, _, value = setting.strip().partition("=")
         try:
+            if name in settings:
+                raise KeyError(name)
             settings[name] = SETTINGS[name](value)
         except (KeyError, ValueError):
             raise ValueError(f"config.condition.encoders: expected {USE}; got {setting!r} in {text!r}") from None

@@ -193,7 +193,7 @@ def text_encoder(
     """
     module, params = load_text_encoder(folder, dtype, allow_pickle)
     module = module.clone(dtype=dtype)
-    skipped = _skipped(layer, module)
+    skipped = _skipped(layer, module, folder)
     tokenizer_folder = tokenizer_folder or tokenizer_beside(folder)
     tokenizer = load_tokenizer(tokenizer_folder, length)
     _check_tokenizer(tokenizer, module, f"{tokenizer_folder}: not the tokenizer of {folder}")
@@ -239,12 +239,13 @@ def tokenizer_beside(folder: str | Path) -> Path:
     raise FileNotFoundError(f"{folder}: expected its tokenizer there or in {named}")
 
 
-def _skipped(layer: str | int, module: Encoder) -> int:
+def _skipped(layer: str | int, module: Encoder, folder: str | Path) -> int:
     """How many layers come after the one whose tokens are used."""
     count = NAMED_LAYERS.get(layer, layer)
     layers = module.num_layers if isinstance(module, T5Encoder) else module.num_hidden_layers
     if not isinstance(count, int) or not 0 <= count < layers:
-        raise ValueError(f"layer: expected last, penultimate or a number from 0 to {layers - 1}, got {layer!r}")
+        known = f"last, penultimate or a number from 0 to {layers - 1}"
+        raise ValueError(f"{folder}: layer: expected {known}, got {layer!r}")
     return count
 
 
