@@ -1,0 +1,49 @@
+"""Peaks of the accelerators that training and sampling are planned for, as their makers state them.
+
+TPU: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "Key chip specifications": peak compute per chip (bf16) and HBM
+capacity. GPU: NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPU: GPU memory and BFLOAT16 Tensor Core
+without sparsity. A GB of memory is 10^9 bytes there.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """memory: bytes. flops: bfloat16 FLOP/s at peak."""
+
+    memory: float
+    flops: float
+
+
+CHIPS = {
+    "v4": Chip(32e9, 275e12),
+    "v5e": Chip(16e9, 197e12),
+    "v5p": Chip(95e9, 459e12),
+    "v6e": Chip(32e9, 918e12),
+    "a100": Chip(40e9, 312e12),
+    "a100-80": Chip(80e9, 312e12),
+    "h100": Chip(80e9, 989e12),
+    "h100-pcie": Chip(80e9, 756e12),
+    "h200": Chip(141e9, 989e12),
+}
+KINDS = {  # as JAX names them in `Device.device_kind`
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-PCIE-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H200": "h200",
+}
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`. None if it is not in the table, such as a CPU."""
+    return CHIPS[KINDS[device_kind]] if device_kind in KINDS else None
