@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, PyTree
 
+from diffusion_jax import chips
 from diffusion_jax.gathering import SHARDS, WHOLE, gathering
 
 DATA = "data"  # the axis of the mesh whose devices hold different examples and the same weights
@@ -33,6 +34,21 @@ def is_main() -> bool:
 def num_devices() -> int:
     """The number of devices of all hosts, that a global batch is divided over."""
     return jax.device_count()
+
+
+def peak_flops() -> float | None:
+    """The bfloat16 FLOP/s of all devices at peak. None for devices whose peak is not known, such as CPUs."""
+    chip = chips.of_kind(jax.devices()[0].device_kind)
+    return chip and num_devices() * chip.flops
+
+
+def memory() -> dict[str, int]:
+    """Bytes on the fullest of this host's devices, "used" now and at the "peak" so far. Empty if devices do not tell,
+    such as CPUs.
+    """
+    told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"used": "bytes_in_use", "peak": "peak_bytes_in_use"}
+    return {name: max(stats.get(key, 0) for stats in told) for name, key in names.items()} if told else {}
 
 
 @contextlib.contextmanager

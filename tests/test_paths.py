@@ -159,7 +159,7 @@ def fit(workdir, steps, **fields):
 def lines(workdir) -> list[dict]:
     """The metrics of a run, without times."""
     every = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in every]
+    return [linear.lasting(line) for line in every]
 
 
 @pytest.fixture(scope="module")

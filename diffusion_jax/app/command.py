@@ -21,6 +21,7 @@ from diffusion_jax.build.flags import parse_flags
 from diffusion_jax.compilation import configure
 from diffusion_jax.messages import first_line, one_line
 from diffusion_jax.training.loop import Diverged, Stopped
+from diffusion_jax.training.tracing import wanted
 
 INTERRUPTED = 130
 MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run, "serve": serve.run}
@@ -39,6 +40,12 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, fo
 _PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: the number of hosts.")
 _PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: the number of this host, from 0.")
 _PROMPT = flags.DEFINE_string("prompt", None, 'What to generate, "a; b" or "@FILE", instead of config.sample.prompts.')
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "STEP:COUNT, with --mode=train: trace COUNT steps from STEP on, into WORKDIR/profile. SIGUSR1 traces the next COUNT, "
+    "or 5.",
+)
 
 
 def main(_: list[str]) -> int:
@@ -52,10 +59,13 @@ def main(_: list[str]) -> int:
     if _PROMPT.value is not None:
         config = config.copy_and_resolve_references()
         config.sample.prompts = _prompts(_PROMPT.value)
+    options = {} if _PROFILE.value is None else {"traces": wanted(_PROFILE.value)}
+    if options and _MODE.value != "train":
+        raise ValueError(f"--profile traces steps of --mode=train: leave it out with --mode={_MODE.value}")
     fields.check(config)
     configure(low_memory=_MODE.value != "train")
     _connect(_MODE.value)
-    MODES[_MODE.value](FrozenConfigDict(config), paths.at(_WORKDIR.value or default_workdir))
+    MODES[_MODE.value](FrozenConfigDict(config), paths.at(_WORKDIR.value or default_workdir), **options)
     hosts.finish(status=0)
     return 0
 

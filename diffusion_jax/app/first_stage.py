@@ -15,7 +15,7 @@ from diffusion_jax.app.workdir import wait_for
 from diffusion_jax.build.agreement import check_records
 from diffusion_jax.build.initial import initial
 from diffusion_jax.codec import check_size
-from diffusion_jax.data.loader import one_epoch
+from diffusion_jax.data.loader import Tally, one_epoch
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform, to_float, to_uint8
 from diffusion_jax.evaluation.reconstruction import evaluate_reconstruction
@@ -25,6 +25,7 @@ from diffusion_jax.messages import as_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, mode
 from diffusion_jax.paths import Path
 from diffusion_jax.training.loop import Task, check_division, check_resumed, fit
+from diffusion_jax.training.tracing import Wanted
 
 BATCH = 64  # images in one call of the autoencoder
 SHOWN = 8  # held-out images in a snapshot of the first stage
@@ -58,23 +59,26 @@ def task(config: ConfigDict, folder: Path) -> Task:
     augment = _images_only(build.data.transform(config, (size, size), section.flip))
     snapshot_images = _snapshot_images(config)
     logging.info("autoencoder: %.2fM parameters, %d images", millions(params["autoencoder"]), len(source))
+    tally = Tally()
     return Task(
         name="autoencoder",
         loss=loss,
         params=params,
         frozen=frozen,
-        batches=build.data.batches(source, section.train, config.seed, augment),
+        batches=build.data.batches(source, section.train, config.seed, augment, tally),
         optimizer=build.objective.optimizer(section.optimizer, section.train.steps),
         snapshot=lambda params: reconstructions(model, params["autoencoder"], snapshot_images),
+        learning_rate=build.objective.learning_rate(section.optimizer, section.train.steps),
+        records=tally,
     )
 
 
-def train(task: Task, config: ConfigDict, folder: Path) -> None:
+def train(task: Task, config: ConfigDict, folder: Path, traces: Wanted | None = None) -> None:
     """Train the autoencoder of `task`. Writes to `folder` its averaged weights for `load_autoencoder`, with the scale
     of the latents, and validation.json with its PSNR on held-out images.
     """
     size, model = config.data.size, build.model.autoencoder(config)
-    variables = fit(task, folder, config.autoencoder.train, config.seed)["autoencoder"]
+    variables = fit(task, folder, config.autoencoder.train, config.seed, traces)["autoencoder"]
     # every host measures, so that none waits long for another; the first writes
     scale = 1 / _latent_std(model, variables, build.data.source(config, "train", size), _resize(config), config.seed)
     report = evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config))

@@ -21,34 +21,38 @@ from diffusion_jax.build.initial import from_teacher, initial
 from diffusion_jax.data.buckets import in_turn, shares
 from diffusion_jax.data.cache import Cache, first_version
 from diffusion_jax.data.folders import DECODER
-from diffusion_jax.data.loader import stack
+from diffusion_jax.data.loader import Tally, stack
 from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
 from diffusion_jax.interop import load_unet
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path
 from diffusion_jax.training.loop import Task, check_division, check_resumed, fit, sigterm_raises_stopped
+from diffusion_jax.training.tracing import Wanted
 
 ENCODE_BATCH = 64  # records in one call of the encoder
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Train what the config describes. Resumes a stopped run. Raises Stopped after SIGTERM, see `loop.fit`."""
-    with sigterm_raises_stopped():
+def run(config: ConfigDict, workdir: Path, traces: Wanted | None = None) -> None:
+    """Train what the config describes. Resumes a stopped run. Raises Stopped after SIGTERM, see `loop.fit`.
+
+    traces: the steps to trace, of each stage.
+    """
+    with sigterm_raises_stopped(), traces or Wanted() as traces:
         if build.model.has_denoiser(config):
-            _train_denoiser(config, workdir)
+            _train_denoiser(config, workdir, traces)
         else:
-            _train_first_stage(config, workdir)
+            _train_first_stage(config, workdir, traces)
 
 
-def _train_first_stage(config: ConfigDict, workdir: Path) -> None:
+def _train_first_stage(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
     task = first_stage.task(config, workdir)
     with locked(workdir):
         _save_config(config, workdir)
-        first_stage.train(task, config, workdir)
+        first_stage.train(task, config, workdir, traces)
 
 
-def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
+def _train_denoiser(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
     # build everything in the config now, so that errors come before hours of training
     check_division(config.train)
     with parallel.on_host():  # no device holds weights before the strategy divides them
@@ -71,7 +75,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
         hosts.check_same(str([(size, len(of_size)) for size, of_size in by_size]), "numbers of records")
         hosts.check_same(str(first_stage_task is None), "a first stage")
         if first_stage_task is not None:
-            first_stage.train(first_stage_task, config, first_stage_folder)
+            first_stage.train(first_stage_task, config, first_stage_folder, traces)
         model = model._replace(codec=weights.trained_codec(config, workdir, model.codec))
 
         def snapshot(trained: PyTree) -> np.ndarray:
@@ -80,7 +84,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             return sample.sheet(config, list(sample.generate(snapshot_request, current, config.sample.batch_size)))
 
         parts = [_training_records(config, workdir, of_size, model._replace(size=size)) for size, of_size in by_size]
-        counts = [len(records) for records, _ in parts]
+        counts, tally = [len(records) for records, _ in parts], Tally()
         weights_of_sizes = shares([of_size for _, of_size in by_size], counts)
         hosts.check_same(str(counts), "numbers of readable records")
         logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), sum(counts))
@@ -90,12 +94,14 @@ def _train_denoiser(config: ConfigDict, workdir: Path) -> None:
             params=params,
             frozen=frozen | {"codec": model.codec.stats},
             batches=in_turn(
-                [build.data.batches(of, config.train, config.seed, to) for of, to in parts], weights_of_sizes
+                [build.data.batches(of, config.train, config.seed, to, tally) for of, to in parts], weights_of_sizes
             ),
             optimizer=optimizer,
             snapshot=snapshot,
+            learning_rate=build.objective.learning_rate(config.optimizer, config.train.steps),
+            records=tally,
         )
-        fit(task, workdir, config.train, config.seed)
+        fit(task, workdir, config.train, config.seed, traces)
 
 
 def _objective(config: ConfigDict, model: DiffusionModel) -> tuple[Callable, PyTree, dict]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from diffusion_jax import paths
 from diffusion_jax.data import buckets, crops, order, sources
 from diffusion_jax.data.crops import crop
-from diffusion_jax.data.loader import loader
+from diffusion_jax.data.loader import Tally, loader
 from diffusion_jax.data.mixture import mixed
 from diffusion_jax.data.shards import KINDS, are_copied, shards
 from diffusion_jax.data.sources import Source
@@ -144,9 +144,9 @@ def variants(config: ConfigDict, size: tuple[int, int]) -> Transform:
 
 
 def batches(
-    source: Source, train: ConfigDict, seed: int, transform: Transform | None = None
+    source: Source, train: ConfigDict, seed: int, transform: Transform | None = None, tally: Tally | None = None
 ) -> Callable[[int], Iterator[Record]]:
-    """step -> this host's share of the batches after that step, shuffled and endless."""
+    """step -> this host's share of the batches after that step, shuffled and endless. tally: counts the records."""
     hosts = jax.process_count()
     return functools.partial(
         loader,
@@ -156,4 +156,5 @@ def batches(
         transform,
         process_index=jax.process_index(),
         process_count=hosts,
+        tally=tally,
     )

@@ -179,17 +179,21 @@ def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]
 
 
 def optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW or Muon with warm-up, a constant or cosine-decayed rate, and gradients clipped by their global norm."""
+    """AdamW or Muon with the learning rate of `learning_rate`, and gradients clipped by their global norm."""
+    kind = choose({"adamw": _adamw, "muon": _muon}, section.kind, "optimizer")
+    return optax.chain(optax.clip_by_global_norm(section.clip), kind(section, learning_rate(section, steps)))
+
+
+def learning_rate(section: ConfigDict, steps: int) -> optax.Schedule:
+    """Number of updates -> the rate of the next one: a warm-up, then constant or decayed by a cosine."""
     decays = {
         "constant": lambda: optax.constant_schedule(section.learning_rate),
         "cosine": lambda: optax.cosine_decay_schedule(section.learning_rate, max(steps - section.warmup, 1)),
     }
-    rate = optax.join_schedules(
+    return optax.join_schedules(
         [optax.linear_schedule(0.0, section.learning_rate, section.warmup), choose(decays, section.decay, "decay")()],
         [section.warmup],
     )
-    kind = choose({"adamw": _adamw, "muon": _muon}, section.kind, "optimizer")
-    return optax.chain(optax.clip_by_global_norm(section.clip), kind(section, rate))
 
 
 def _adamw(section: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -20,6 +20,23 @@ MAX_WARNINGS = 10  # bad records that get a warning line of their own
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+class Tally:
+    """How many records the threads of this process have read, ahead of the training, and how many bad ones they have
+    skipped, each time counted that one was met.
+    """
+
+    def __init__(self):
+        self._counts, self._lock = {"read": 0, "skipped": 0}, threading.Lock()
+
+    def add(self, name: str, count: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += count
+
+    def __call__(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)
+
+
 class Reader:
     """(index, rng) -> the transformed record. For a bad record, a warning and None.
 
@@ -79,6 +96,7 @@ def loader(
     start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    tally: Tally | None = None,
 ) -> grain.DatasetIterator:
     """Endless batches for training, in a new order each epoch. Batches may cross from one epoch into the next.
 
@@ -90,20 +108,24 @@ def loader(
     transform: (record, numpy generator) -> record. None for a source that reads whole batches.
     start: number of steps before the first batch.
     process_index, process_count: each process takes its rows of the global batch.
+    tally: counts the records.
 
     Raises ValueError if the source is empty or has no good record.
     """
-    reader, indices = Reader(source, transform), order.endless(source.parts, seed)
+    reader, indices, tally = Reader(source, transform), order.endless(source.parts, seed), tally or Tally()
 
     def read_good(index: int, rng: np.random.Generator) -> Record:
         for attempt in itertools.count():
-            if (record := reader(index, rng)) is not None:
+            record = reader(index, rng)
+            tally.add("skipped" if record is None else "read")
+            if record is not None:
                 return record
             index = order.replacement(source.parts, index, attempt, rng)
 
     def read_batch(step: int) -> Record:
         first = (step * process_count + process_index) * batch_size
         draws = np.random.default_rng([seed, step]).random((process_count, batch_size))[process_index]
+        tally.add("read", batch_size)
         return source.read_batch(np.array([endless[first + i] for i in range(batch_size)]), draws)
 
     # one task of a thread makes a whole batch: handing over single records takes longer than reading cached ones

@@ -19,6 +19,8 @@ from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.logging import RunLog
 from diffusion_jax.training.step import TrainState, init_state, initial_key, make_train_step
+from diffusion_jax.training.times import measured
+from diffusion_jax.training.tracing import Tracer, Wanted
 
 NUM_CHECKPOINTS = 2  # the second is a spare in case the newest is damaged
 _SYNC_POINTS = itertools.count(1)  # hosts agree on one of them; they never start again, not even with another stage
@@ -34,6 +36,8 @@ class Task(NamedTuple):
     batches: step -> an iterator of this host's numpy batches after that step (`data.loader`).
     optimizer: optax.
     snapshot: averaged weights (numpy) -> picture (H, W, 3) uint8, called every train.snapshot_every steps. Or None.
+    learning_rate: number of updates -> the rate of the next one, for the log. Or None.
+    records: how many records this host has read and skipped, by these names, for the log.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Task(NamedTuple):
     batches: Callable[[int], Iterator[PyTree]]
     optimizer: optax.GradientTransformation
     snapshot: Callable[[PyTree], np.ndarray] | None = None
+    learning_rate: optax.Schedule | None = None
+    records: Callable[[], dict[str, int]] = dict
 
 
 class Stopped(BaseException):
@@ -56,18 +62,19 @@ class Diverged(ArithmeticError):
     """The loss was not finite for too many steps in a row."""
 
 
-def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
+def fit(task: Task, workdir: str | Path, train, seed: int, traces: Wanted | None = None) -> PyTree:
     """Train until `train.steps`, from the newest checkpoint if there is one. Returns the averaged weights as numpy.
 
-    workdir: holds checkpoints/, metrics.jsonl and tensorboard/.
+    workdir: holds checkpoints/, metrics.jsonl, tensorboard/, times.json and profile/.
     train: config section with steps, batch_size (global), accumulate, parallel, ema, log_every, checkpoint_every,
       snapshot_every, max_bad_steps, post_hoc.
+    traces: the steps to trace.
     Raises Stopped after SIGTERM or Ctrl-C, and Diverged after max_bad_steps updates in a row that were not finite. The
     last checkpoint is good in both cases.
     """
     workdir = paths.at(workdir)
     check_division(train)
-    strategy = parallel.strategy(train.parallel)
+    strategy, traces = parallel.strategy(train.parallel), traces or Wanted()
 
     def initial(params: PyTree) -> TrainState:
         return init_state(params, task.optimizer, seed, train.post_hoc)
@@ -89,50 +96,73 @@ def fit(task: Task, workdir: str | Path, train, seed: int) -> PyTree:
             averages.forget_after(workdir / "averages", int(state.step))
         if int(state.step) < train.steps:
             checkpoints.warn_if_slow(state)
-            state = _steps(task, state, workdir, train, strategy, checkpoints)
+            traces.tell_if_missed(task.name, int(state.step), train.steps)
+            state = _steps(task, state, workdir, train, strategy, checkpoints, traces)
         average = parallel.to_host(state.ema)
     hosts.meet("trained")
     return average
 
 
 def _steps(
-    task: Task, state: TrainState, workdir: Path, train, strategy: parallel.Strategy, checkpoints: Checkpoints
+    task: Task,
+    state: TrainState,
+    workdir: Path,
+    train,
+    strategy: parallel.Strategy,
+    checkpoints: Checkpoints,
+    traces: Wanted,
 ) -> TrainState:
     """The state after the last step. Raises what `fit` raises."""
     start = int(state.step)
     train_step = make_train_step(task.loss, task.optimizer, train.ema, train.accumulate, strategy)
     batches, frozen = task.batches(start), strategy.place(task.frozen)
-    with _StopSignals() as stop, RunLog(workdir, start, train.steps, train.batch_size, task.name) as log:
-        previous = None
+    with (
+        _StopSignals() as stop,
+        RunLog(workdir, start, train, task.name, task.learning_rate, task.records) as log,
+        Tracer(traces, workdir, log.times) as tracer,
+    ):
+        times, previous = log.times, None
+        train_step = measured(train_step, times, counts_flops=parallel.peak_flops() is not None)
         for step in range(start + 1, train.steps + 1):
-            state, metrics = train_step(state, frozen, strategy.split(next(batches)))
+            with tracer.step(step, task.name, previous):
+                with times.of("data"):
+                    batch = next(batches)
+                state, metrics = train_step(state, frozen, strategy.split(batch))
+            bad_in_row = times.started(metrics["bad_in_row"])
             log.step(metrics)
             _check_finite(previous, train.max_bad_steps, step - 1, checkpoints)
-            previous = metrics
+            previous = bad_in_row
             if step % train.log_every == 0 or step == train.steps:
                 log.write(step)
             signalled = stop.requested()
             last = step == train.steps or signalled
             if last:
-                _check_finite(metrics, train.max_bad_steps, step, checkpoints)
+                _check_finite(bad_in_row, train.max_bad_steps, step, checkpoints)
             if last or step % train.checkpoint_every == 0:
-                log.publish()  # log and averages first, so that they have all steps of a checkpoint
-                kept_averages = parallel.to_host(state.averages)
-                if kept_averages and parallel.is_main():
-                    averages.save(workdir / "averages", step, kept_averages)
-                checkpoints.save(state)
+                with times.of("checkpoint"):
+                    log.publish()  # log and averages first, so that they have all steps of a checkpoint
+                    _save_averages(state, step, workdir / "averages")
+                    checkpoints.save(state)
             if task.snapshot and not signalled and (step % train.snapshot_every == 0 or step == train.steps):
-                average = parallel.to_host(state.ema)
-                if parallel.is_main():
-                    log.image(step, task.snapshot(average))
-            if step == train.steps:
+                with times.of("snapshot"):
+                    average = parallel.to_host(state.ema)
+                    if parallel.is_main():
+                        log.image(step, task.snapshot(average))
+            if last:
                 signalled = signalled or stop.requested()  # the signal may also arrive during the snapshot
+                with times.of("checkpoint"):
+                    checkpoints.finish()
             if signalled:
-                checkpoints.finish()
                 raise Stopped(
                     f"stopped by {signalled} after step {step}; saved to {checkpoints.folder}; run again to go on"
                 )
     return state
+
+
+def _save_averages(state: TrainState, step: int, folder: Path) -> None:
+    kept = parallel.to_host(state.averages)
+    if kept and parallel.is_main():
+        averages.save(folder, step, kept)
 
 
 def check_division(train) -> None:
@@ -156,9 +186,9 @@ def check_resumed(workdir: Path, params: PyTree) -> None:
         checkpoints.check(params)
 
 
-def _check_finite(metrics: dict | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
-    # called with the metrics of the step before the running one, so that the device does not wait
-    if metrics is not None and int(metrics["bad_in_row"]) >= limit:
+def _check_finite(bad_in_row: Callable[[], int] | None, limit: int, step: int, checkpoints: Checkpoints) -> None:
+    # called with that of the step before the running one, so that the device does not wait
+    if bad_in_row is not None and bad_in_row() >= limit:
         checkpoints.finish()
         last = checkpoints.latest_step()
         saved = "no checkpoint was saved before" if last is None else f"step {last} is saved in {checkpoints.folder}"

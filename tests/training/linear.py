@@ -37,6 +37,12 @@ def batches(batch_size: int, records: int = 32, seed: int = 0, **share):
     return lambda start: loader(source, batch_size, seed, start=start, **share)
 
 
+def lasting(line: dict) -> dict:
+    """What a line of metrics.jsonl says that does not differ from run to run."""
+    differs = ("images_per_second", "step_seconds", "utilisation", "share/", "records/", "memory_gib/")
+    return {name: value for name, value in line.items() if not name.startswith(differs)}
+
+
 def section(**fields) -> ConfigDict:
     """A config section as `fit` takes it."""
     return ConfigDict(

@@ -1,0 +1,114 @@
+"""Traces of training steps, which TensorBoard and xprof open."""
+
+import contextlib
+import re
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+from absl import logging
+
+from diffusion_jax import paths
+from diffusion_jax.messages import first_line
+from diffusion_jax.paths import Path
+from diffusion_jax.training.times import Times
+
+COUNT = 5  # steps that are traced after SIGUSR1, unless --profile gives a number
+
+
+class Wanted:
+    """Which steps to trace. Within this context SIGUSR1 asks for the next ones.
+
+    first: step, 0 for none.
+    count: steps of each trace.
+    """
+
+    def __init__(self, first: int = 0, count: int = COUNT):
+        self.first, self.count, self._asked = first, count, False
+
+    def __enter__(self) -> "Wanted":
+        self._handler = signal.signal(signal.SIGUSR1, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGUSR1, self._handler)
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def begins_at(self, step: int) -> bool:
+        """Whether a trace is to begin with this step. What SIGUSR1 has asked for is then done."""
+        asked, self._asked = self._asked, False
+        return asked or step == self.first
+
+    def tell_if_missed(self, name: str, start: int, steps: int) -> None:
+        """Say so if a training that goes from step `start` to `steps` does not begin the trace of --profile."""
+        if self.first and not start < self.first <= steps:
+            logging.warning("%s: no trace of step %d, training goes from %d to %d", name, self.first, start + 1, steps)
+
+
+def wanted(flag: str | None) -> Wanted:
+    """What --profile asks for, STEP:COUNT or None. Raises ValueError for another text."""
+    if flag is None:
+        return Wanted()
+    match = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", flag)
+    if not match:
+        raise ValueError(f"--profile: expected STEP:COUNT, a first step and a number of steps, as 100:5, got {flag!r}")
+    return Wanted(int(match[1]), int(match[2]))
+
+
+class Tracer:
+    """The traces of this host, in workdir/profile/HOST. Use it as a context manager.
+
+    A trace that fails is told in a line; the training goes on.
+    """
+
+    def __init__(self, wanted: Wanted, workdir: Path, times: Times):
+        self._wanted, self._times = wanted, times
+        self._folder = workdir / "profile" / str(jax.process_index())
+        self._spool: paths.Spool | None = None  # of the trace that is being made
+        self._last = 0  # its last step
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end()
+
+    @contextlib.contextmanager
+    def step(self, number: int, name: str, previous: Callable[[], int] | None) -> Iterator[None]:
+        """The start of a step. previous: waits for the one before it, so that a trace ends with whole steps."""
+        if self._spool and number > self._last:
+            previous()
+            self._end()
+        if not self._spool and self._wanted.begins_at(number):
+            self._begin(number)
+        with jax.profiler.StepTraceAnnotation(name, step_num=number):
+            yield
+
+    def _begin(self, number: int) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # calls of Python slow the steps, and there are many
+        spool = paths.Spool(self._folder)
+        try:
+            jax.profiler.start_trace(spool.folder, profiler_options=options)
+        except Exception as error:  # the profiler passes on any error of its parts
+            spool.close()
+            logging.warning("could not begin a trace: %s", first_line(error))
+        else:
+            self._spool, self._last = spool, number + self._wanted.count - 1
+
+    def _end(self) -> None:
+        spool, self._spool = self._spool, None
+        if spool is None:
+            return
+        with self._times.of("trace"):
+            try:
+                jax.profiler.stop_trace()
+                spool.publish()
+            except Exception as error:
+                logging.warning("could not write a trace to %s: %s", self._folder, first_line(error))
+            else:
+                logging.info("wrote a trace to %s (BUILD.md says how to read it)", self._folder)
+            finally:
+                spool.close()
