@@ -43,8 +43,8 @@ _PROMPT = flags.DEFINE_string("prompt", None, 'What to generate, "a; b" or "@FIL
 _PROFILE = flags.DEFINE_string(
     "profile",
     None,
-    "STEP:COUNT, with --mode=train: trace COUNT steps from STEP on, into WORKDIR/profile. SIGUSR1 traces the next COUNT, "
-    "or 5.",
+    "STEP:COUNT, with --mode=train: trace COUNT steps from STEP on, into WORKDIR/profile. SIGUSR1 traces the next "
+    "COUNT steps, or 5.",
 )
 
 
