@@ -89,6 +89,7 @@ class Tracer:
     def _begin(self, number: int) -> None:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # calls of Python slow the steps, and there are many
+        options.session_id = f"step_{number:07d}"  # by the second, a trace could overwrite another
         spool = paths.Spool(self._folder)
         try:
             jax.profiler.start_trace(spool.folder, profiler_options=options)
