@@ -20,7 +20,7 @@ WORDS = {
     "data": "waiting for data",
     "checkpoint": "in checkpoints",
     "snapshot": "in snapshots",
-    "trace": "writing traces",
+    "trace": "in traces",
 }
 UNITS = {"h": 3600, "min": 60, "s": 1}  # of a duration
 

@@ -92,7 +92,8 @@ class Tracer:
         options.session_id = f"step_{number:07d}"  # by the second, a trace could overwrite another
         spool = paths.Spool(self._folder)
         try:
-            jax.profiler.start_trace(spool.folder, profiler_options=options)
+            with self._times.of("trace"):
+                jax.profiler.start_trace(spool.folder, profiler_options=options)
         except Exception as error:  # the profiler passes on any error of its parts
             spool.close()
             logging.warning("could not begin a trace: %s", first_line(error))

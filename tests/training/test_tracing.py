@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from diffusion_jax.training import loop, tracing
-from tests.test_main import TINY, arrays, finish, start, steps_saved, trained, wait_until  # noqa: F401
+from tests.test_main import finish, start, steps_saved, wait_until
 from tests.training import linear
 from tests.training.test_loop import Batches, saved
 
@@ -95,7 +95,7 @@ def test_a_trace_that_fails_costs_a_line(failing, said, tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_a_process_is_traced_by_flag_and_by_signal_and_is_not_disturbed(trained, tmp_path):  # noqa: F811
+def test_a_process_is_traced_by_flag_and_by_signal_and_is_not_disturbed(tmp_path):
     process = start("--mode=train", f"--workdir={tmp_path}", "--profile=2:3", "--config.train.steps=1000000")
     wait_until(lambda: steps_saved(tmp_path), process)
     process.send_signal(signal.SIGUSR1)
