@@ -122,7 +122,7 @@ class Account(NamedTuple):
                 f"trained {f'steps {self.first + 1:,} to {step:,}' if self.first else f'{step:,} steps'}",
                 f" in {total / UNITS[unit]:.1f} {unit}",
                 f" of {self.starts} starts" if self.starts > 1 else "",
-                ": " + ", ".join(f"{100 * seconds / total:.1f} % {WORDS[kind]}" for kind, seconds in shares),
+                ": " + ", ".join(f"{100 * seconds / total:.1f} % {WORDS.get(kind, kind)}" for kind, seconds in shares),
                 "; records of this host: " if self.records else "",
                 ", ".join(f"{count:,} {name}" for name, count in self.records.items()),
             )
