@@ -1,6 +1,8 @@
-"""Settings for the XLA compiler."""
+"""Settings for the XLA compiler, and the backend that programs are made for."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 
@@ -8,6 +10,7 @@ from diffusion_jax import paths
 
 CACHE = paths.CACHE / "xla"
 CONCURRENCY = "xla_cpu_enable_concurrency_optimized_scheduler"
+_planned: list[str] = []
 
 
 def configure(low_memory: bool = True) -> None:
@@ -22,3 +25,18 @@ def configure(low_memory: bool = True) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if low_memory and CONCURRENCY not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{CONCURRENCY}=false".strip()
+
+
+def backend() -> str:
+    """ "cpu", "gpu" or "tpu": what networks choose the form of their operations by."""
+    return _planned[-1] if _planned else jax.default_backend()
+
+
+@contextlib.contextmanager
+def planned_for(backend: str) -> Iterator[None]:
+    """In this context programs are made for a backend that this machine need not have, to be compiled or counted."""
+    _planned.append(backend)
+    try:
+        yield
+    finally:
+        _planned.pop()

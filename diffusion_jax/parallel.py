@@ -7,6 +7,9 @@ Sampling and evaluation: this host's devices share a batch, and each holds all w
 
 import contextlib
 import functools
+import importlib.util
+import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,15 +17,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.experimental import multihost_utils, topologies
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, PyTree
 
 from diffusion_jax import chips
 from diffusion_jax.gathering import SHARDS, WHOLE, gathering
+from diffusion_jax.messages import first_line
 
 DATA = "data"  # the axis of the mesh whose devices hold different examples and the same weights
 SMALL = 1 << 14  # elements; to gather a smaller array costs more than to hold it
+WITHOUT_TPU = {  # the environment in which the TPU compiler starts on any machine
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so several processes do no harm
+}
 GROUPS = (32, 16, 8)  # devices that divide one copy, if nothing else is said: few axes are divisible by more
 
 
@@ -144,7 +154,12 @@ def strategy(name: str = "pmap", devices: list | None = None) -> Strategy:
     Raises ValueError for another name, and for an N that does not divide the number of devices.
     """
     devices = _by_host(jax.devices() if devices is None else devices)
-    return _replicated(devices) if name == "pmap" else _divided(devices, _group(name, len(devices)))
+    return _replicated(devices) if name == "pmap" else _divided(devices, group(name, len(devices)))
+
+
+def alone() -> Strategy:
+    """The strategy of one device, to count what each of many computes."""
+    return strategy("pmap", jax.local_devices()[:1])
 
 
 def _by_host(devices: list) -> list:
@@ -152,15 +167,17 @@ def _by_host(devices: list) -> list:
     return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
-def _group(name: str, count: int) -> int:
-    """The number of devices, of `count` in all, that divide one copy of the state."""
+def group(name: str, count: int) -> int:
+    """The number of devices, of `count` in all, that divide one copy of the state. Raises what `strategy` raises."""
+    if name == "pmap":
+        return 1
     match = re.fullmatch(r"fsdp(?:=([1-9]\d*))?", name)
     if match is None:
         raise ValueError(f"train.parallel must be pmap, fsdp or fsdp=N; got {name!r}")
-    group = int(match[1] or next((size for size in GROUPS if count % size == 0), count))
-    if count % group:
-        raise ValueError(f"train.parallel={name}: {group} does not divide {count} devices")
-    return group
+    size = int(match[1] or next((size for size in GROUPS if count % size == 0), count))
+    if count % size:
+        raise ValueError(f"train.parallel={name}: {size} does not divide {count} devices")
+    return size
 
 
 def _replicated(devices: list) -> Strategy:
@@ -238,7 +255,7 @@ def _numbers(batch: PyTree, device: Int[Array, ""]) -> Int[Array, "count"]:
     return device * count + jnp.arange(count)
 
 
-def _division(mesh: Mesh, leaf: Any) -> NamedSharding:
+def _division(mesh: Mesh | AbstractMesh, leaf: Any) -> NamedSharding:
     """An array's largest axis that the devices along SHARDS can divide is divided over them."""
     group = mesh.shape[SHARDS]
     divisible = [axis for axis, size in enumerate(leaf.shape) if size % group == 0]
@@ -246,6 +263,71 @@ def _division(mesh: Mesh, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec())
     largest = max(divisible, key=lambda axis: leaf.shape[axis])
     return NamedSharding(mesh, PartitionSpec(*[None] * largest, SHARDS))
+
+
+def bytes_held(tree: PyTree, name: str, count: int) -> int:
+    """The bytes of a state, of frozen inputs, or of their shapes, that each of `count` devices holds.
+
+    name: of the strategy.
+    """
+    mesh = AbstractMesh((count // group(name, count), group(name, count)), (DATA, SHARDS))
+    parts = [(_division(mesh, leaf).shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
+class Machine(NamedTuple):
+    """What this machine, or all hosts together, compute with.
+
+    kind: of a device, as JAX names it.
+    count: of devices.
+    memory: of a device, bytes; for CPUs that of the host.
+    """
+
+    kind: str
+    count: int
+    memory: float
+
+
+def machine() -> Machine:
+    """The devices of all hosts."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    return Machine(device.device_kind, num_devices(), stats.get("bytes_limit", host_memory()))
+
+
+def host_memory() -> float:
+    """Bytes of this host's memory."""
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def slice_devices(topology: str) -> list:
+    """The chips of a TPU slice such as "v5e:2x4", to compile for them; no TPU is needed.
+
+    Raises ModuleNotFoundError without the TPU compiler, and ValueError for a slice that does not exist.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError('to compile for a TPU takes its compiler: pip install "jax[tpu]"')
+    for name, value in WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # hosts have four by default
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise ValueError(f"there is no slice {topology}: {first_line(error)}") from error
+
+
+def sampling_shapes(weights: PyTree, batch: PyTree, name: str, devices: list) -> tuple[PyTree, PyTree]:
+    """Shapes and places of weights and of a batch, leaves (B, ...), as a host of these devices samples with them."""
+    divided = Mesh(np.array(devices), (SHARDS,))
+    everywhere = NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec())
+    split = NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec(DATA))
+
+    def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shardings = [everywhere if name == "pmap" else _division(divided, leaf) for leaf in jax.tree.leaves(weights)]
+    leaves = map(placed, jax.tree.leaves(weights), shardings)
+    return jax.tree.unflatten(jax.tree.structure(weights), leaves), jax.tree.map(lambda a: placed(a, split), batch)
 
 
 def local(tree: PyTree, name: str) -> PyTree:

@@ -64,7 +64,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
         agreement.check_records(config.train, source)
         agreement.tell_cut_captions(model.conditioning, source)
         by_size = build.data.by_size(config, source, model)
-        loss, params, frozen = _objective(config, _as_in_step(model, source))
+        loss, params, frozen = objective(config, as_in_step(model, has_several_captions(source)))
     check_resumed(workdir, params)
     first_stage_folder = weights.first_stage_folder(workdir)
     first_stage_task = first_stage.task(config, first_stage_folder) if first_stage.is_missing(config, workdir) else None
@@ -104,7 +104,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
         fit(task, workdir, config.train, config.seed, traces)
 
 
-def _objective(config: ConfigDict, model: DiffusionModel) -> tuple[Callable, PyTree, dict]:
+def objective(config: ConfigDict, model: DiffusionModel) -> tuple[Callable, PyTree, dict]:
     """(loss, initial weights, frozen inputs of the loss)."""
     teacher = _teacher(config, model)
 
@@ -127,13 +127,17 @@ def _teacher(config: ConfigDict, model: DiffusionModel) -> DiffusionModel | None
     return weights.teacher_of(config, model) if config.teacher else None
 
 
-def _has_several_captions(source: Source) -> bool:
+def has_several_captions(source: Source) -> bool:
+    """Whether a record has a choice of captions."""
     return bool(source.captions) and isinstance(source.captions[0], tuple)
 
 
-def _as_in_step(model: DiffusionModel, source: Source) -> DiffusionModel:
-    """The model in the training step, which needs no weights of text encoders for captions from the cache."""
-    if _has_several_captions(source):
+def as_in_step(model: DiffusionModel, several_captions: bool) -> DiffusionModel:
+    """The model in the training step, which needs no weights of text encoders for captions from the cache.
+
+    several_captions: whether a record has several, which are not in the cache.
+    """
+    if several_captions:
         return model
     return model._replace(conditioning=model.conditioning._replace(params=lambda: None))
 
@@ -164,7 +168,7 @@ def _training_records(
         cond = jax.tree.map(lambda leaf: leaf[0], conditioning.of_records(records_of_one))
         return {"latent": cropped["image"], "cond": conditioning.with_sizes(cond, cropped)}
 
-    return with_captions(source) if _has_several_captions(source) else source, to_training
+    return with_captions(source) if has_several_captions(source) else source, to_training
 
 
 def _cached_records(
@@ -203,7 +207,7 @@ def _cached_records(
         cond = of_drawn_captions(indices, draws) if several else rows.get("cond", {})
         return {"latent": rows["latent"], "cond": conditioning.with_sizes(cond, rows)}
 
-    several = _has_several_captions(source)
+    several = has_several_captions(source)
     fields = {"latent": of_variants} | ({} if several else {"cond": of_captions})
     fields |= {"sizes": lambda batch: batch["sizes"]} if conditioning.sizes else {}
     told = ("buckets", "cache", "cache_gb")  # by the records and their size, or nothing

@@ -2,11 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -26,13 +28,14 @@ from diffusion_jax.interop import PublishedPipeline, load_pipeline
 from diffusion_jax.interop.embeddings import add_embeddings
 from diffusion_jax.interop.folders import autoencoder_of, read_config
 from diffusion_jax.interop.lora import merge_lora
+from diffusion_jax.interop.pipeline import described
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.paths import Path
-from diffusion_jax.pipelines.published import from_published
+from diffusion_jax.pipelines.published import from_published, from_shapes
 
 SCHEDULES = {
     "linear": lambda section: schedules.linear(section.T),
@@ -90,14 +93,36 @@ def diffusion_model(
 
 
 def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool) -> DiffusionModel:
-    pipeline, dtype = published(config, training), choose(DTYPES, config.dtype, "dtype")
-    denoiser = pipeline.denoiser
+    return _of_pipeline(from_published, published(config, training), config, sides, training)
+
+
+def described_model(config: ConfigDict) -> DiffusionModel | None:
+    """The model for training of a checkpoint that is named by its short name, such as "sd15", and of which only the
+    sizes are known: its weights are shapes. None for another config.
+    """
+    pipeline = described(config.get("checkpoint", ""), _weights_type(config, training=True))
+    return pipeline and _of_pipeline(from_shapes, pipeline, config, (0, 0), training=True)
+
+
+def _weights_type(config: ConfigDict, training: bool) -> DTypeLike:
+    """float32 for what is trained, config.dtype for what is not."""
+    return jnp.float32 if training and "lora" not in config else choose(DTYPES, config.dtype, "dtype")
+
+
+def _of_pipeline(
+    convert: Callable[..., DiffusionModel],
+    pipeline: PublishedPipeline,
+    config: ConfigDict,
+    sides: tuple[int, int],
+    training: bool,
+) -> DiffusionModel:
+    denoiser, dtype = pipeline.denoiser, choose(DTYPES, config.dtype, "dtype")
     if training and denoiser.module.known_channels:
         raise ValueError(f"{config.checkpoint} is an inpainting model, which cannot be fine-tuned here")
     if training and config.remat:
         pipeline = pipeline.with_denoiser(denoiser._replace(module=denoiser.module.clone(remat=True)))
     sides = tuple(side or config.data.size for side in sides)
-    return from_published(pipeline, sides, dtype, config.sample.tile)._replace(adapter=adapter(config))
+    return convert(pipeline, sides, dtype, config.sample.tile)._replace(adapter=adapter(config))
 
 
 def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
@@ -107,10 +132,9 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
     """
     if not config.checkpoint:
         raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
-    dtype = choose(DTYPES, config.dtype, "dtype")
     pipeline = load_pipeline(
         config.checkpoint,
-        jnp.float32 if training and "lora" not in config else dtype,
+        _weights_type(config, training),
         config.prediction or None,
         config.tokenizers or None,
         config.allow_pickle,

@@ -116,6 +116,7 @@ class Family(NamedTuple):
     single_file: None if there is no such layout.
     lora: names in files of low-rank updates.
     embeddings: names of tensors in files of learned words -> the text encoder that reads them.
+    sizes: short name of a published checkpoint -> {part: its config.json} and its "scheduler".
     """
 
     name: str
@@ -134,3 +135,4 @@ class Family(NamedTuple):
     single_file: SingleFile | None = None
     lora: LoraNames = LoraNames()
     embeddings: Mapping[str, str] = MappingProxyType({})
+    sizes: Mapping[str, Mapping[str, Config]] = MappingProxyType({})

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -160,6 +161,32 @@ def load_pipeline(
         index=index,
         safety_checker=_safety_checker(path, family, allow_pickle) if safety_checker else None,
     )
+
+
+def described(name: str, dtype: DTypeLike = jnp.float32) -> PublishedPipeline | None:
+    """The published checkpoint of a short name, such as "sd15", with the shapes of its variables instead of weights,
+    and without tokenizers. None for another name.
+
+    dtype: of all variables.
+    """
+    for family in families.FAMILIES:
+        if name in family.sizes:
+            configs = dict(family.sizes[name])
+            schedule, prediction = schedule_of(configs["scheduler"], name)
+            parts = {part: component.build(configs[part], name) for part, component in family.parts.items()}
+            return PublishedPipeline(
+                family=family,
+                parts={part: Part(module, _of_type(shapes, dtype)) for part, (module, shapes) in parts.items()},
+                tokenizers=(),
+                schedule=schedule,
+                prediction=prediction,
+                scheduler=configs["scheduler"],
+            )
+    return None
+
+
+def _of_type(shapes: PyTree, dtype: DTypeLike) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
 def _safety_checker(path: Path, family: Family, allow_pickle: bool) -> SafetyChecker | None:

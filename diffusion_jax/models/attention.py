@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from diffusion_jax.compilation import backend
 from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
 
 BLOCK = 512  # queries in one block of "blocks"
@@ -47,16 +48,16 @@ def attention(
 
 
 def _best_implementation(q, k) -> str:
-    backend = jax.default_backend()
-    if backend == "cpu":
+    on = backend()
+    if on == "cpu":
         return "blocks"
-    if backend == "tpu":  # by the compiler's account, docs/tpu.md
+    if on == "tpu":  # by the compiler's account, docs/tpu.md
         images, queries, heads, width = q.shape
         scores = queries * k.shape[1]
         is_faster = scores >= 4096**2 and (width > 64 or queries > 4096)
         return "blocks" if is_faster or images * heads * scores >= LARGE else "xla"
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return "cudnn" if backend == "gpu" and fused else "xla"
+    return "cudnn" if on == "gpu" and fused else "xla"
 
 
 def _whole(q, k, v, mask):
@@ -181,7 +182,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
         tokens = math.prod(x.shape[:2])
         size = _largest_divisor(tokens, TOKENS)
-        if jax.default_backend() != "cpu" or not TOKENS // 4 <= size < tokens:
+        if backend() != "cpu" or not TOKENS // 4 <= size < tokens:
             return self._map(x)
         shared = {"variable_broadcast": ("params", "lora"), "split_rngs": {"params": False}}
         in_blocks = nn.scan(lambda self, carry, block: (carry, self._map(block)), **shared)

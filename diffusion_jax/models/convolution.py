@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from diffusion_jax.compilation import backend
+
 Padding = Sequence[tuple[int, int]]
 SAME = [(1, 1)] * 2
 
@@ -63,7 +65,7 @@ def multiply(
 
     All axes of x but the last are merged first: XLA on CPU then computes the kernel's gradient up to twice as fast.
     """
-    sums = jnp.promote_types(x.dtype, jnp.float32) if jax.default_backend() == "cpu" else None
+    sums = jnp.promote_types(x.dtype, jnp.float32) if backend() == "cpu" else None
     y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=sums)
     return y.reshape(*x.shape[:-1], -1)
 
@@ -75,7 +77,7 @@ def _convolve(x, kernel, padding, stride=1):
     size = [(n + sum(pad) - k) // stride + 1 for n, pad, k in zip(x.shape[1:3], padding, kernel.shape, strict=False)]
     few = math.prod(size) < max(math.prod(kernel.shape[:2]), kernel.shape[-1] / len(x))
     wide = x.dtype == jnp.bfloat16 and x.shape[-1] > 256
-    if jax.default_backend() != "cpu" or not (few or wide):
+    if backend() != "cpu" or not (few or wide):
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -126,13 +128,13 @@ def _in_kernel(x, kernel):
 
 def _has_many_pixels(x, kernel):
     many = math.prod(x.shape[:3]) >= 8192 and min(kernel.shape[2:]) >= 32
-    return jax.default_backend() == "cpu" and many
+    return backend() == "cpu" and many
 
 
 def _is_large(kernel, pixels, dtype):
     """Whether a convolution on CPU saves more by fewer products than the extra sums cost."""
     large = min(kernel.shape[2:]) >= 256 and pixels >= 512
-    return jax.default_backend() == "cpu" and large and dtype == jnp.float32
+    return backend() == "cpu" and large and dtype == jnp.float32
 
 
 class Filtering(NamedTuple):

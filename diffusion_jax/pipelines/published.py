@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from tokenizers import Tokenizer
 
 from diffusion_jax.codec import autoencoder_kl, check_size, fingerprint
-from diffusion_jax.conditioning import Conditioning
+from diffusion_jax.conditioning import Conditioning, unconditional
 from diffusion_jax.core import sampling, solvers
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
@@ -45,6 +45,32 @@ def from_published(
     needs more than a prompt.
     """
     _check(published)
+    model = _without_condition(published, size, dtype, tile)
+    return model._replace(conditioning=_conditioning(published, model.size, dtype))
+
+
+def from_shapes(
+    published: PublishedPipeline, size: tuple[int, int] = (0, 0), dtype: DTypeLike = jnp.float32, tile: int = 0
+) -> DiffusionModel:
+    """The model of a pipeline with shapes instead of weights: everything can be counted or compiled, nothing run.
+
+    Arguments as in `from_published`.
+    """
+    model = _without_condition(published, size, dtype, tile)
+    prompt = published.family.prompt
+    encoders = published.text_encoders
+    ids = [jax.ShapeDtypeStruct((1, 1, part.module.max_position_embeddings), np.int32) for part in encoders]
+    weights = [jax.ShapeDtypeStruct(leaf.shape, np.float32) for leaf in ids]
+    shapes = jax.eval_shape(_embedder(published, model.size, dtype), [part.params for part in encoders], ids, weights)
+    null = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), shapes)
+    return model._replace(
+        conditioning=Conditioning(lambda: "", lambda records: {}, lambda prompts: {}, null, sizes=prompt.sizes)
+    )
+
+
+def _without_condition(
+    published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike, tile: int
+) -> DiffusionModel:
     denoiser, params = published.denoiser.module.clone(dtype=dtype), published.denoiser.params
     autoencoder = published.autoencoder
     codec = autoencoder_kl(autoencoder.module.clone(dtype=dtype), autoencoder.params, tile)
@@ -57,7 +83,7 @@ def from_published(
         schedule=published.schedule,
         parameterization=NAMED[published.prediction],
         codec=codec,
-        conditioning=_conditioning(published, size, dtype),
+        conditioning=unconditional(),
         size=size,
         published_solvers={"published": sampler(published)},
         published_times={"published": functools.partial(published_times, published)},

@@ -165,13 +165,14 @@ def _save_averages(state: TrainState, step: int, folder: Path) -> None:
         averages.save(folder, step, kept)
 
 
-def check_division(train) -> None:
+def check_division(train, devices: int | None = None) -> None:
     """Raise ValueError unless the devices can divide the weights and the global batch.
 
     train: config section with batch_size, accumulate and parallel.
+    devices: their number, by default of all hosts.
     """
-    parallel.strategy(train.parallel)
-    devices = parallel.num_devices()
+    devices = devices or parallel.num_devices()
+    parallel.group(train.parallel, devices)
     if train.batch_size % (devices * train.accumulate):
         raise ValueError(
             f"train.batch_size={train.batch_size} does not divide over {devices} devices x {train.accumulate} "

@@ -198,7 +198,7 @@ def test_groups_must_divide_the_devices():
 
 @pytest.mark.parametrize("count, group", [(1, 1), (4, 4), (6, 6), (8, 8), (12, 12), (24, 8), (48, 16), (256, 32)])
 def test_fsdp_chooses_its_groups(count, group):
-    assert parallel._group("fsdp", count) == group
+    assert parallel.group("fsdp", count) == group
 
 
 def test_devices_are_in_the_order_of_their_hosts():

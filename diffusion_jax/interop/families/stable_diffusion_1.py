@@ -1,7 +1,7 @@
 """Stable Diffusion 1.1 to 1.5 and its relatives."""
 
 from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
-from diffusion_jax.interop.families import latent_diffusion
+from diffusion_jax.interop.families import latent_diffusion, sizes
 from diffusion_jax.interop.families.latent_diffusion import Layout, has_linear_maps, has_vector
 from diffusion_jax.interop.family import Family, Prompt, SingleFile
 from diffusion_jax.interop.safety import load_safety_checker
@@ -30,4 +30,5 @@ FAMILY = Family(
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}, LAYOUT.states),
     lora=latent_diffusion.LORA,
     embeddings=dict.fromkeys(("emb_params", "clip_l", "text_encoders_0"), "text_encoder"),
+    sizes={"sd15": sizes.SD15},
 )

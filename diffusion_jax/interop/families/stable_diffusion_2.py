@@ -1,6 +1,6 @@
 """Stable Diffusion 2.0 and 2.1: as 1, with OpenCLIP's text encoder, and for 768 pixels v instead of eps."""
 
-from diffusion_jax.interop.families import latent_diffusion, stable_diffusion_1
+from diffusion_jax.interop.families import latent_diffusion, sizes, stable_diffusion_1
 from diffusion_jax.interop.families.latent_diffusion import Layout, has_linear_maps, has_vector
 from diffusion_jax.interop.family import SingleFile
 
@@ -18,4 +18,5 @@ FAMILY = stable_diffusion_1.FAMILY._replace(
     single_file=SingleFile(
         LAYOUT.read, latent_diffusion.SCHEDULER, LAYOUT.states, ask="set prediction to 'eps' (512-base) or 'v' (768)"
     ),
+    sizes={"sd21": sizes.SD21},
 )

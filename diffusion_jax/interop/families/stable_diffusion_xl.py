@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
-from diffusion_jax.interop.families import latent_diffusion
+from diffusion_jax.interop.families import latent_diffusion, sizes
 from diffusion_jax.interop.families.latent_diffusion import Layout, clip, has_vector, open_clip
 from diffusion_jax.interop.family import Config, Family, Prompt, SingleFile
 
@@ -64,6 +64,7 @@ FAMILY = Family(
         **dict.fromkeys(("clip_l", "text_encoders_0"), "text_encoder"),
         **dict.fromkeys(("clip_g", "text_encoders_1"), "text_encoder_2"),
     },
+    sizes={"sdxl": sizes.SDXL},
 )
 REFINER = FAMILY._replace(
     name="the refiner of Stable Diffusion XL",
@@ -71,5 +72,6 @@ REFINER = FAMILY._replace(
     parts={"unet": UNET, "vae": AUTOENCODER, "text_encoder_2": TEXT_ENCODER},
     tokenizers={"text_encoder_2": "tokenizer_2"},
     prompt=None,  # its denoiser also wants an aesthetic score
+    sizes={},
     single_file=FAMILY.single_file._replace(read=REFINER_LAYOUT.read, states=REFINER_LAYOUT.states),
 )

@@ -1,0 +1,172 @@
+"""A training before it starts: what its steps take and compute, as shapes, without weights and without the devices."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax import build, parallel
+from diffusion_jax import codec as codecs
+from diffusion_jax import conditioning as conditionings
+from diffusion_jax.app import train
+from diffusion_jax.core import sampling
+from diffusion_jax.core.guidance import guided
+from diffusion_jax.flops import flops
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.pipelines.generate import with_guidance_scale
+from diffusion_jax.training.step import TrainState, init_state, make_train_step
+
+
+class Stage(NamedTuple):
+    """One of the trainings of a config.
+
+    name: of the stage.
+    train: its section of the config.
+    loss, optimizer: as of `loop.Task`.
+    params, frozen: shapes of what is trained, and of what else the loss takes.
+    example: shapes of one example of a batch.
+    """
+
+    name: str
+    train: ConfigDict
+    loss: Callable
+    optimizer: optax.GradientTransformation
+    params: PyTree
+    frozen: PyTree
+    example: PyTree
+
+    @property
+    def state(self) -> TrainState:
+        """The shapes of the state."""
+        return jax.eval_shape(lambda params: init_state(params, self.optimizer, 0, self.train.post_hoc), self.params)
+
+    def batch(self, size: int) -> PyTree:
+        """The shapes of so many examples."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), self.example)
+
+    def step(self, strategy: parallel.Strategy) -> Callable:
+        """The training step."""
+        return make_train_step(self.loss, self.optimizer, self.train.ema, self.train.accumulate, strategy)
+
+    def lowered(self, strategy: parallel.Strategy, batch_size: int) -> jax.stages.Lowered:
+        """The step for the strategy's devices, to be compiled."""
+        state, frozen = strategy.shapes((self.state, self.frozen))
+        return self.step(strategy).lower(state, frozen, strategy.batch_shapes(self.batch(batch_size)))
+
+    def flops(self, devices: int) -> float:
+        """FLOPs of a step on all devices together."""
+        alone = parallel.alone()
+        share = alone.batch_shapes(self.batch(self.train.batch_size // devices))
+        return devices * flops(self.step(alone), self.state, self.frozen, share)
+
+
+def denoiser(config: ConfigDict, model: DiffusionModel, several_captions: bool) -> Stage:
+    """The training of a denoiser. several_captions: whether a record has a choice of them."""
+    model = train.as_in_step(model, several_captions)
+    losses = []
+
+    def arrays(params: PyTree) -> tuple[PyTree, PyTree]:
+        init = (lambda key: params) if "checkpoint" in config else model.network.init
+        traced = model._replace(params=params, network=model.network._replace(init=init))
+        loss, trained, frozen = train.objective(config, traced)
+        losses.append(loss)
+        return trained, frozen
+
+    params, frozen = jax.eval_shape(arrays, model.params)
+    return Stage(
+        name="denoiser",
+        train=config.train,
+        loss=losses[0],
+        optimizer=build.objective.optimizer(config.optimizer, config.train.steps),
+        params=params,
+        frozen=frozen,
+        example=jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), _batch(model, several_captions)
+        ),
+    )
+
+
+def _batch(model: DiffusionModel, several_captions: bool) -> PyTree:
+    """The shapes of a batch of one record."""
+    cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *np.shape(leaf)), leaf.dtype), model.conditioning.null)
+    cond = jax.eval_shape(conditionings.stored, cond)
+    if several_captions:
+        sizes = {name: leaf for name, leaf in cond.items() if name == model.conditioning.sizes}
+        cond = jax.eval_shape(lambda: model.conditioning.of_records({"caption": [""]})) | sizes
+    return {"latent": encoded(model, 1), "cond": cond}
+
+
+def encoded(model: DiffusionModel, images: int) -> jax.ShapeDtypeStruct:
+    """The shape of images as training takes them."""
+    return jax.eval_shape(
+        lambda params, pixels: codecs.stored(model.codec.encode(params, pixels)),
+        model.codec.params,
+        jax.ShapeDtypeStruct((images, *model.size, 3), np.uint8),
+    )
+
+
+def encoder_flops(model: DiffusionModel) -> float:
+    """FLOPs of the codec for an image on its way into the cache."""
+    return flops(model.codec.encode, model.codec.params, jax.ShapeDtypeStruct((1, *model.size, 3), np.uint8))
+
+
+def first_stage(config: ConfigDict) -> Stage:
+    """The training of an autoencoder."""
+    section, size = config.autoencoder, config.data.size
+    model, losses = build.model.autoencoder(config), []
+
+    def arrays() -> tuple[PyTree, PyTree]:
+        loss, params, frozen = build.objective.objective(section.loss, model, jax.random.key(config.seed))
+        losses.append(loss)
+        return params, frozen
+
+    params, frozen = jax.eval_shape(arrays)
+    return Stage(
+        name="autoencoder",
+        train=section.train,
+        loss=losses[0],
+        optimizer=build.objective.optimizer(section.optimizer, section.train.steps),
+        params=params,
+        frozen=frozen,
+        example={"image": jax.ShapeDtypeStruct((size, size, 3), np.uint8)},
+    )
+
+
+class Sampling(NamedTuple):
+    """A batch of pictures from noise to pixels, as shapes.
+
+    run: (weights, batch) -> images.
+    weights: of the network and of the codec.
+    batch: initial noise, keys and conditions.
+    """
+
+    run: Callable
+    weights: PyTree
+    batch: PyTree
+
+
+def sampling_of(config: ConfigDict, model: DiffusionModel) -> Sampling:
+    """The sampling of config.sample, a batch at a time."""
+    plan, guidance = build.sampling.plan_and_guidance(config, model, 1.0, None)
+    rows, count = sampling.rows(plan), config.sample.batch_size
+
+    def run(weights: PyTree, batch: PyTree) -> jax.Array:
+        params, decoder = weights
+        cond, scaled = with_guidance_scale(model, batch["cond"], guidance)
+        denoise = guided(model.denoiser(params), scaled, model.conditioning.null, model.codec.limit)
+        keys = jax.random.wrap_key_data(batch["keys"])
+        return model.codec.decode(decoder, sampling.run_rows(denoise, rows, batch["x"], keys, cond))
+
+    cond = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((count, *np.shape(leaf)), leaf.dtype), model.conditioning.null
+    )
+    batch = {
+        "x": jax.ShapeDtypeStruct((count, *model.shape), np.float32),
+        "keys": jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), count))),
+        "cond": cond,
+    }
+    return Sampling(run, (model.params, model.codec.params), batch)
