@@ -316,8 +316,18 @@ def slice_devices(topology: str) -> list:
         raise ValueError(f"there is no slice {topology}: {first_line(error)}") from error
 
 
-def sampling_shapes(weights: PyTree, batch: PyTree, name: str, devices: list) -> tuple[PyTree, PyTree]:
-    """Shapes and places of weights and of a batch, leaves (B, ...), as a host of these devices samples with them."""
+def compiler(devices: list | None = None) -> str:
+    """What the result of compiling for these devices, by default all, depends on besides the program."""
+    devices = jax.devices() if devices is None else devices
+    return f"{devices[0].device_kind} {devices[0].client.platform_version} {len(devices)}"
+
+
+def sampling_shapes(weights: PyTree, batch: PyTree, name: str, devices: list | None = None) -> tuple[PyTree, PyTree]:
+    """Shapes and places of weights and of a batch, leaves (B, ...), as a host of these devices samples with them.
+
+    devices: by default all of this host.
+    """
+    devices = jax.local_devices() if devices is None else devices
     divided = Mesh(np.array(devices), (SHARDS,))
     everywhere = NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec())
     split = NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec(DATA))

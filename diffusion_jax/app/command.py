@@ -14,8 +14,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import FrozenConfigDict, config_flags
 
-from diffusion_jax import hosts, paths, serve
-from diffusion_jax.app import evaluate, export, sample, train
+from diffusion_jax import chips, hosts, paths, serve
+from diffusion_jax.app import check, evaluate, export, sample, train
 from diffusion_jax.build import fields, shipped
 from diffusion_jax.build.flags import parse_flags
 from diffusion_jax.compilation import configure
@@ -24,7 +24,14 @@ from diffusion_jax.training.loop import Diverged, Stopped
 from diffusion_jax.training.tracing import wanted
 
 INTERRUPTED = 130
-MODES = {"train": train.run, "sample": sample.run, "eval": evaluate.run, "export": export.run, "serve": serve.run}
+MODES = {
+    "train": train.run,
+    "sample": sample.run,
+    "eval": evaluate.run,
+    "export": export.run,
+    "serve": serve.run,
+    "check": lambda config, workdir: check.run(config, workdir, _check_options()),
+}
 OF_SEVERAL_HOSTS = ("train", "eval")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET; --config.FIELD=VALUE changes it.")
@@ -46,6 +53,17 @@ _PROFILE = flags.DEFINE_string(
     "STEP:COUNT, with --mode=train: trace COUNT steps from STEP on, into WORKDIR/profile. SIGUSR1 traces the next "
     "COUNT steps, or 5.",
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", f"check: the slice of the run, {', '.join(chips.CHIPS)} and its shape: v5e:2x4, h100:8; else here."
+)
+_HOURS = flags.DEFINE_bool("hours", True, "check: count the FLOPs of a step, for the hours of the run.")
+_UTILISATION = flags.DEFINE_float("utilisation", 0.4, "check: assumed share of the chips' peak.", lower_bound=1e-3)
+_COMPILE = flags.DEFINE_bool("compile", False, "check: compile the steps of training and sampling, for their memory.")
+_LARGEST = flags.DEFINE_bool(
+    "largest", False, "check: with --compile, look for the largest batch by compiling several."
+)
+_EFFORT = flags.DEFINE_enum("effort", None, ["O0", "O1", "O2", "O3"], "check: of the compiler; O0 is the fastest.")
+_JSON = flags.DEFINE_bool("json", False, "check: print the report as JSON.")
 
 
 def main(_: list[str]) -> int:
@@ -65,9 +83,15 @@ def main(_: list[str]) -> int:
     fields.check(config)
     configure(low_memory=_MODE.value != "train")
     _connect(_MODE.value)
-    MODES[_MODE.value](FrozenConfigDict(config), paths.at(_WORKDIR.value or default_workdir), **options)
-    hosts.finish(status=0)
-    return 0
+    status = MODES[_MODE.value](FrozenConfigDict(config), paths.at(_WORKDIR.value or default_workdir), **options) or 0
+    hosts.finish(status)
+    return status
+
+
+def _check_options() -> check.Options:
+    return check.Options(
+        _TOPOLOGY.value, _HOURS.value, _UTILISATION.value, _COMPILE.value, _LARGEST.value, _EFFORT.value, _JSON.value
+    )
 
 
 def _connect(mode: str) -> None:

@@ -27,14 +27,15 @@ KNOWN = "|".join(["emoji", "digits", *(f"{kind}:" for kind in ("folder", "tfds",
 TERMS = re.compile(rf"\s\+\s+(?=[0-9.]+\s*\*)|\s*\+\s*(?=[^\s*/:+]*\s*\*\s*(?:{KNOWN})|[0-9.]*(?:{KNOWN})(?<=:))")
 
 
-def source(config: ConfigDict, split: str, size: int) -> Source:
+def source(config: ConfigDict, split: str, size: int, prepare: bool = True) -> Source:
     """The records of config.data.
 
     split: "train", "validation" or "first_stage"; data.splits has the source's name for it.
     size: of images, pixels on a side, for sources with a choice. Large JPEGs are decoded for crops of this size.
+    prepare: let TFDS download and prepare a data set, if it has not; else that raises ValueError.
     """
     data = config.data
-    return _source(data.source, data, data.splits[split], size, _kept(data))
+    return _source(data.source, data, data.splits[split], size, _kept(data), prepare)
 
 
 def _kept(data: ConfigDict) -> pathlib.Path:
@@ -66,12 +67,15 @@ def by_size(config: ConfigDict, source: Source, model: DiffusionModel) -> list[t
     return [(shape, buckets.chosen(source, indices)) for shape, indices in groups.items()]
 
 
-def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Path, sharing: int = 1) -> Source:
+def _source(
+    text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Path, prepare: bool, sharing: int = 1
+) -> Source:
     """The source that a text describes.
 
     data: the section of the config.
     split: its name, which also replaces {split} in paths and patterns.
     kept: the folder for lists and copies of data.
+    prepare: as in `source`.
     sharing: how many sources share its room, see `shards`.
     """
     kind, _, rest = text.partition(":")
@@ -85,13 +89,13 @@ def _source(text: str, data: ConfigDict, split: str, size: int, kept: pathlib.Pa
             raise ValueError("config.data.path is empty: name the folder of pictures of data.source=folder")
         return sources.folder(paths.local(path, f"config.data.{'source' if rest else 'path'}"), kept, size)
     if kind == "tfds":
-        return sources.tfds_source(rest, split, data_folder(data), size)
+        return sources.tfds_source(rest, split, data_folder(data), size, prepare)
     if kind in KINDS:
         return shards(kind, rest, kept, data.cache_gb * 1e9, size, sharing)
     if kind == "mix":
         weights, terms = zip(*map(_weighted, TERMS.split(rest)), strict=True)
         sharing = max(1, sum(map(_is_copied, terms)))
-        return mixed([_source(term, data, split, size, kept, sharing) for term in terms], weights)
+        return mixed([_source(term, data, split, size, kept, prepare, sharing) for term in terms], weights)
     raise ValueError(
         f"unknown data source {text!r}; known: emoji, digits, folder, folder:PATH, tfds:NAME, "
         f"{', '.join(f'{kind}:FILES' for kind in KINDS)}, mix:WEIGHT*SOURCE + WEIGHT*SOURCE"

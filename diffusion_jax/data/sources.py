@@ -251,20 +251,28 @@ def folder(path: str | PathLike, kept: Path | None = None, side: int = 0) -> Sou
     )
 
 
-def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None = None, side: int = 0) -> Source:
+def tfds_source(
+    name: str,
+    split: str = "train",
+    data_dir: str | PathLike | None = None,
+    side: int = 0,
+    prepare: bool = True,
+) -> Source:
     """A TFDS data set with captions or labels. It is downloaded and prepared on first use.
 
     name: as in `tfds.load`, e.g. "cifar10".
     split: a split of the data set, or a slice such as "train[:90%]".
     data_dir: where TFDS keeps data sets, ~/tensorflow_datasets if None.
     side: of the crops that are made of the pictures, see `picture`.
+    prepare: False to raise ValueError for a data set that is not prepared yet.
 
     TensorFlow is needed only to prepare a data set whose builder uses it.
     Raises ValueError if there is no such data set or split, if it cannot be prepared, or if it has no pictures.
     """
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        _prepare(builder)
+        if prepare:
+            _prepare(builder)
     except tfds.core.DatasetNotFoundError as error:
         builders = tfds.list_builders(with_community_datasets=False)
         close = difflib.get_close_matches(name.split("/")[0].split(":")[0], builders)
@@ -277,6 +285,8 @@ def tfds_source(name: str, split: str = "train", data_dir: str | PathLike | None
         raise ValueError(f'TFDS cannot prepare "{name}" here: {advice}') from error
     except Exception as error:  # a builder may raise anything: a failed download, a wrong config, a version
         raise ValueError(f'TFDS cannot prepare "{name}": {textwrap.shorten(str(error), 300)}') from error
+    if not (Path(builder.data_path) / "dataset_info.json").exists():
+        raise ValueError(f'TFDS has not prepared "{name}" in {builder.data_path} yet; a training begins with that')
     return _from_builder(builder, split, side)
 
 

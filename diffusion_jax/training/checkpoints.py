@@ -79,7 +79,7 @@ class Checkpoints:
         A large state alone is worth a measurement of the disk.
         """
         divided = any(map(parallel.is_divided, jax.tree.leaves(state)))
-        size = _bytes(state) / (jax.process_count() if divided else 1)  # that this host writes
+        size = disk_space(state) / (jax.process_count() if divided else 1)  # that this host writes
         if size < QUICK or not parallel.is_main():
             return
         seconds = size / PROBE * paths.seconds_to_write(self.folder, PROBE)
@@ -130,7 +130,7 @@ class Checkpoints:
         return OSError(f"could not save step {step} to {self.folder}: {reason}; {earlier}")
 
     def _check_free_space(self, state: TrainState) -> None:
-        need, free = _bytes(state), paths.free_space(self.folder)
+        need, free = disk_space(state), paths.free_space(self.folder)
         if free < need:
             raise OSError(f"no space left on the disk, {need / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
 
@@ -250,9 +250,9 @@ def _split(state: TrainState) -> tuple[dict, PyTree]:
     return fields, ema
 
 
-def _bytes(tree: PyTree) -> int:
-    """The disk space of a checkpoint."""
-    return sum(leaf.nbytes + ARRAY_DESCRIPTION for leaf in jax.tree.leaves(tree))
+def disk_space(tree: PyTree) -> int:
+    """The disk space of a checkpoint of these arrays, or of their shapes, bytes."""
+    return sum(leaf.size * leaf.dtype.itemsize + ARRAY_DESCRIPTION for leaf in jax.tree.leaves(tree))
 
 
 def _shapes(tree: PyTree) -> dict[str, str]:

@@ -1,0 +1,205 @@
+"""What a run costs, from numbers to a table and a verdict."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from diffusion_jax import parallel
+from diffusion_jax.app.planned import Stage
+
+OK, NOT = 0, 3  # exit statuses
+KEPT, WRITTEN = 2, 1  # checkpoints
+
+
+class Place(NamedTuple):
+    """Where a run shall take place.
+
+    name: for people, such as "v5e-8".
+    chips: their number.
+    memory: of a chip, bytes.
+    flops: of a chip at peak, FLOP/s.
+    here: whether it is this machine.
+    """
+
+    name: str
+    chips: int
+    memory: float
+    flops: float
+    here: bool
+
+
+class Held(NamedTuple):
+    """Bytes that each chip holds in a step, without activations."""
+
+    weights: int
+    average: int
+    optimizer: int
+    averages: int
+    frozen: int
+    batch: int
+    gradient: int
+    accumulated: int
+
+    @property
+    def arguments(self) -> int:
+        """Bytes of the step's inputs: the state, the frozen networks and the batch."""
+        return sum(self[:6])
+
+    @property
+    def known(self) -> int:
+        """Bytes without activations."""
+        return sum(self)
+
+
+def held(stage: Stage, strategy: str, chips: int) -> Held:
+    """What each chip holds under a strategy."""
+    state, share = stage.state, stage.batch(stage.train.batch_size // chips)
+    parts = (state.params, state.ema, (state.opt_state, state.step, state.key, *state[5:7]), state.averages)
+    of_state = [parallel.bytes_held(part, strategy, chips) for part in (*parts, stage.frozen)]
+    gradient = of_state[0]
+    accumulated = gradient if stage.train.accumulate > 1 else 0
+    return Held(*of_state, parallel.bytes_held(share, "pmap", 1), gradient, accumulated)
+
+
+def divided(stage: Stage, place: Place) -> tuple[str, int] | None:
+    """The strategy with the fewest chips to a copy whose known bytes fit, and these bytes; None if there is none."""
+    for size in range(2, place.chips + 1):
+        if place.chips % size == 0:
+            need = held(stage, f"fsdp={size}", place.chips).known
+            if need <= place.memory:
+                return f"fsdp={size}", need
+    return None
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= 0.1 * scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def hours(count: float) -> str:
+    """Hours for people."""
+    return f"{count:.0f} h" if count >= 10 else f"{count:.1f} h" if count >= 0.1 else f"{60 * count:.1f} min"
+
+
+def rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, how much) of a report, see `check.report`. A row with an empty second part begins a group."""
+    for stage in report["stages"]:
+        yield from _of_stage(stage)
+    yield "the run", ""
+    for name, label in (("checkpoint", "a checkpoint"), ("averages", "averages for post-hoc lengths")):
+        if report.get(name):
+            yield label, size(report[name])
+    if report.get("cache"):
+        yield "cache of latents and texts", size(report["cache"])
+    for disk in report["disks"]:
+        free = f" of {size(disk['free'])} free" if disk["free"] is not None else ""
+        yield f"disk for {disk['what']}", f"{size(disk['need'])}{free}"
+    total = f" of {size(report['host_has'])}" if report["host_has"] else ""
+    yield "memory of a host", f"{size(report['host_needs'])}{total}, libraries and the data's buffers on top"
+    if records := report["records"]:
+        yield "records", f"{records['count']:,}"
+        yield "the source gives", f"{records['rate']:,.0f} a second on this machine (measured on {records['measured']})"
+    for name, label in (("cache_hours", "to fill the cache"), ("hours", "in all")):
+        if report.get(name) is not None:
+            yield label, hours(report[name])
+    for note in report["notes"]:
+        yield "not checked", note
+    for problem in report["problems"]:
+        yield "wrong", problem
+
+
+def _of_stage(stage: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield f"{stage['name']}, {stage['parameters'] / 1e6:.1f}M trained parameters, {stage['strategy']}", ""
+    if "held" not in stage:
+        return
+    kept = stage["held"]
+    yield "a chip holds weights", size(kept["weights"])
+    yield "their average", size(kept["average"])
+    yield "optimizer", size(kept["optimizer"])
+    if kept["averages"]:
+        yield "averages for post-hoc lengths", size(kept["averages"])
+    yield "frozen networks", size(kept["frozen"])
+    yield f"{stage['examples']} examples", size(kept["batch"])
+    yield "gradient", size(kept["gradient"] + kept["accumulated"])
+    yield "all of these", f"{size(stage['known'])} of {size(stage['memory'])}, activations on top"
+    yield "resuming, before the first step", f"{size(kept['weights'] + kept['average'] + kept['optimizer'])} of these"
+    for name, label in (("compiled", "compiled step"), ("sampling", "compiled sampling")):
+        if name in stage:
+            yield from _of_program(label, stage[name], stage["memory"])
+    if stage.get("largest"):
+        yield "largest batch that fits", f"{stage['largest']} ({stage['largest'] * stage['chips']} on all chips)"
+    if "flops" in stage:
+        yield "a step", f"{stage['flops'] / 1e12:.3g} TFLOP, {stage['seconds']:.3g} s at {stage['utilisation']:.0%}"
+        yield "it needs", f"{stage['needs']:,.0f} records a second"
+        yield f"{stage['steps']} steps", f"{hours(stage['hours'])}, {stage['hours'] * stage['chips']:,.1f} chip-hours"
+
+
+def _of_program(label: str, program: dict[str, Any], memory: float) -> Iterator[tuple[str, str]]:
+    if program["error"]:
+        yield label, f"does not fit: {program['error']}"
+        return
+    kinds = ", ".join(f"{name} {size(program[name])}" for name in ("arguments", "temporary", "output"))
+    yield label, f"{size(program['total'])} of {size(memory)}: {kinds}"
+    for name, sent in program["collectives"].items():
+        yield f"{label}: {name}", f"{size(sent)} in the program, a loop's body counted once"
+
+
+def verdict(report: dict[str, Any]) -> tuple[str, int]:
+    """The last line and the exit status."""
+    too_large = [text for stage in report["stages"] if (text := _excess(stage))]
+    short = [
+        f"{disk['what']} need {size(disk['need'])}, the disk has {size(disk['free'])}"
+        for disk in report["disks"]
+        if report["here"] and disk["free"] is not None and disk["need"] > disk["free"]
+    ]
+    if too_large:
+        return f"does not fit: {'; '.join(too_large)}", NOT
+    if short:
+        return f"does not fit: {'; '.join(short)}", NOT
+    if report["problems"]:
+        return f"does not work: {report['problems'][0]}", NOT
+    if report["host_has"] and report["host_needs"] > report["host_has"]:
+        return (
+            f"does not fit: the host needs {size(report['host_needs'])}, it has {size(report['host_has'])}",
+            NOT,
+        )
+    return f"{_fitting(report)}{_time(report)}", OK
+
+
+def _excess(stage: dict[str, Any]) -> str:
+    """What is too large in a stage, "" if nothing is known to be."""
+    memory = f"{stage['memory'] / 1e9:.4g}"
+    for name in ("compiled", "sampling"):
+        program = stage.get(name)
+        if program and (program["error"] or program["total"] > stage["memory"]):
+            got = program["error"] or f"{program['total'] / 1e9:.1f} GB of {memory}"
+            return f"{stage['name']}, {name.replace('compiled', 'training')}: {got}{_advice(stage)}"
+    if stage.get("known", 0) <= stage["memory"]:
+        return ""
+    return f"{stage['known'] / 1e9:.1f} GB of {memory} without activations{_advice(stage)}"
+
+
+def _advice(stage: dict[str, Any]) -> str:
+    advice = []
+    if stage["divided"]:
+        advice.append(f"{stage['divided'][0]} needs {stage['divided'][1] / 1e9:.1f} and activations")
+    if stage.get("largest"):
+        advice.append(f"batch {stage['largest'] * stage['chips']}")
+    return f"; {' or '.join(advice)}" if advice else "; more or larger chips are needed"
+
+
+def _fitting(report: dict[str, Any]) -> str:
+    last = max(report["stages"], key=lambda stage: stage.get("compiled", {}).get("total", stage["known"]))
+    of = f"of {last['memory'] / 1e9:.4g} GB a chip"
+    if "compiled" in last:
+        return f"fits: {last['compiled']['total'] / 1e9:.1f} {of}"
+    return f"state fits: {last['known'] / 1e9:.1f} {of}, what activations take --compile says"
+
+
+def _time(report: dict[str, Any]) -> str:
+    if report.get("hours") is None:
+        return ""
+    slow = "; the source is slower than the step" if report["source_is_slower"] else ""
+    return f"; {hours(report['hours'])} on {report['place']} at {report['utilisation']:.0%}{slow}"
