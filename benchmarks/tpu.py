@@ -1,42 +1,17 @@
 """The TPU compiler's estimates for a program. This needs no TPU (`pip install "jax[tpu]"`), and nothing is run.
 
-Import this before jax is used: it sets the environment in which the compiler starts without a TPU.
+Import this before JAX finds its devices: it then looks for no TPU.
 """
 
-import os
 import re
 from typing import NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run, so several processes do no harm
-
 import jax
-from jax.experimental import topologies
 
-jax.default_backend = lambda: "tpu"  # networks choose the form of their operations by it; the host is a CPU
+from diffusion_jax import chips, parallel
 
-
-class Chip(NamedTuple):
-    """memory: bytes of HBM. flops: bf16 FLOP/s at peak. bandwidth: bytes/s of HBM. As Google Cloud states them.
-
-    clock: cycles/s, the peak over twice the multipliers of all matrix units.
-    """
-
-    memory: float
-    flops: float
-    bandwidth: float
-    clock: float
-
-
-CHIPS = {
-    "v5e": Chip(16e9, 197e12, 819e9, 1.5e9),
-    "v6e": Chip(32e9, 918e12, 1640e9, 1.75e9),
-    "v5p": Chip(95e9, 459e12, 2765e9, 1.75e9),
-    "v4": Chip(32e9, 275e12, 1228e9, 1.05e9),
-}
+jax.config.update("jax_platforms", "cpu")
+CLOCKS = {"v5e": 1.5e9, "v6e": 1.75e9, "v5p": 1.75e9, "v4": 1.05e9}  # the peak over twice the multipliers of a chip
 
 
 class Cost(NamedTuple):
@@ -56,15 +31,17 @@ class Cost(NamedTuple):
     cycles: int
 
 
-def devices(topology: str) -> list:
-    """The chips of a slice such as "v5e:2x4"."""
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # hosts have four by default
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
+devices = parallel.slice_devices
 
 
-def chip(topology: str) -> Chip:
+def chip(topology: str) -> chips.Chip:
     """The performance of each chip of a slice."""
-    return CHIPS[topology.split(":")[0]]
+    return chips.CHIPS[topology.split(":")[0]]
+
+
+def clock(topology: str) -> float:
+    """Cycles a second of a chip."""
+    return CLOCKS[topology.split(":")[0]]
 
 
 def cost(compiled) -> Cost:

@@ -10,9 +10,6 @@ which is not a measurement. The compiler has no estimate for a kernel; the time 
 bound, is added.
 """
 
-from benchmarks import quick, tpu
-
-# isort: split
 import math
 
 import jax
@@ -22,6 +19,8 @@ from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_at
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
+from benchmarks import quick, tpu
+from diffusion_jax.compilation import planned_for
 from diffusion_jax.models.attention import attention
 
 BATCH, HEADS, LANES = 2, 8, 128
@@ -60,6 +59,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@planned_for("tpu")
 def main() -> None:
     parser = quick.parser(__doc__)
     parser.add_argument("--topology", default="v5e:1x1", help="one chip, such as v5e:1x1 or v6e:1x1")
@@ -81,7 +81,7 @@ def main() -> None:
 def report(name: str, tokens: int, width: int, topology: str) -> None:
     """Compile one case for a chip and print a row."""
     cost, chip = tpu.cost(compiled(name, tokens, width, topology)), tpu.chip(topology)
-    seconds = cost.cycles / chip.clock
+    seconds = cost.cycles / tpu.clock(topology)
     time_text = f"{1e6 * seconds:.0f} us"
     if name == "flash":
         kernel = 4 * BATCH * HEADS * tokens**2 * (width + -width % LANES) / chip.flops

@@ -9,9 +9,6 @@ the chips, weights are on every chip. Prints bytes for each chip, FLOPs for each
 from tokens to pixels: that of the FLOPs at the given utilisation, and the compiler's own. Nothing is run.
 """
 
-from benchmarks import families, quick, tpu
-
-# isort: split
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import families, quick, tpu
+from diffusion_jax.compilation import planned_for
 from diffusion_jax.core import parameterization, schedules, solvers
 from diffusion_jax.core.denoiser import denoiser
 from diffusion_jax.core.guidance import Guidance, guided
@@ -56,6 +55,7 @@ class Networks(NamedTuple):
     autoencoder: object
 
 
+@planned_for("tpu")
 def main() -> None:
     parser = quick.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="sd15")
@@ -103,7 +103,7 @@ def report(
     # the compiler counts the body of the scan once
     step = cost.flops / batch - once
     an_image = once + STEPS * step
-    seconds = batch * an_image / (chip.flops * utilisation), cost.cycles / chip.clock
+    seconds = batch * an_image / (chip.flops * utilisation), cost.cycles / tpu.clock(topology)
     print(
         f"{head} | {cost.arguments / 1e9:.2f} GB | {cost.temporary / 1e9:.2f} GB | "
         f"{cost.total / 1e9:.2f} of {chip.memory / 1e9:.0f} GB | {step / 1e12:.3f} T | {an_image / 1e12:.2f} T | "

@@ -322,12 +322,15 @@ def compiler(devices: list | None = None) -> str:
     return f"{devices[0].device_kind} {devices[0].client.platform_version} {len(devices)}"
 
 
-def sampling_shapes(weights: PyTree, batch: PyTree, name: str, devices: list | None = None) -> tuple[PyTree, PyTree]:
-    """Shapes and places of weights and of a batch, leaves (B, ...), as a host of these devices samples with them.
+def of_one_host(devices: list | None = None) -> list:
+    """Those of the devices that one host samples with, by default all of this host."""
+    if devices is None:
+        return jax.local_devices()
+    return [device for device in devices if device.process_index == devices[0].process_index]
 
-    devices: by default all of this host.
-    """
-    devices = jax.local_devices() if devices is None else devices
+
+def sampling_shapes(weights: PyTree, batch: PyTree, name: str, devices: list) -> tuple[PyTree, PyTree]:
+    """Shapes and places of weights and of a batch, leaves (B, ...), as a host with these devices samples with them."""
     divided = Mesh(np.array(devices), (SHARDS,))
     everywhere = NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec())
     split = NamedSharding(Mesh(np.array(devices), (DATA,)), PartitionSpec(DATA))

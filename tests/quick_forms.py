@@ -25,6 +25,7 @@ SKIPPED = {
     r"python main\.py .*--coordinator": "needs the other hosts; tests/app/test_hosts.py has them",
     r"python main\.py .*:(coco256|imagenet256)": "needs the data set",
     r"python main\.py .*data\.source=\S?(tar|parquet|array_record|mix):": "needs the shards; tests/data has some",
+    r"python main\.py .*--mode=check .*--compile": "compiles for minutes; tests/app/test_check.py compiles a small one",
     r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
     r"curl": "needs the server",
     r"python main\.py --config=configs/latent_cfg\.py --mode=sample --prompt .* --config\.sample\.": (
@@ -56,6 +57,7 @@ SCENES = (
 QUICK = {  # what is added to a command
     r"python -m benchmarks\.": "--quick",
     r"python -m diffusion_jax\.interop\.verify": "",
+    r"python main\.py .*--mode=check": "--nohours",
     r"python main\.py .*configs/(digits\.py|few_step\.py:digits)": (
         f"{TWO_STEPS} {TWO_LEVELS} {EVAL} --config.sample.num_images=1"
     ),

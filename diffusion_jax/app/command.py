@@ -16,6 +16,7 @@ from ml_collections import FrozenConfigDict, config_flags
 
 from diffusion_jax import chips, hosts, paths, serve
 from diffusion_jax.app import check, evaluate, export, sample, train
+from diffusion_jax.app.estimate import Options
 from diffusion_jax.build import fields, shipped
 from diffusion_jax.build.flags import parse_flags
 from diffusion_jax.compilation import configure
@@ -88,8 +89,8 @@ def main(_: list[str]) -> int:
     return status
 
 
-def _check_options() -> check.Options:
-    return check.Options(
+def _check_options() -> Options:
+    return Options(
         _TOPOLOGY.value, _HOURS.value, _UTILISATION.value, _COMPILE.value, _LARGEST.value, _EFFORT.value, _JSON.value
     )
 

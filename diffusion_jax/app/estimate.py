@@ -27,6 +27,25 @@ class Place(NamedTuple):
     here: bool
 
 
+class Options(NamedTuple):
+    """topology: a slice, such as v5e:2x4, or a number of GPUs, such as h100:8; "" for this machine.
+    hours: count the FLOPs of a step, for an estimate of the time.
+    utilisation: assumed share of the chips' peak.
+    compile: compile the step of training, and that of sampling.
+    largest: also look for the largest batch, by compiling several.
+    effort: of the compiler, O0 to O3; "" for its own choice.
+    json: print the report as JSON.
+    """
+
+    topology: str = ""
+    hours: bool = True
+    utilisation: float = 0.4
+    compile: bool = False
+    largest: bool = False
+    effort: str = ""
+    json: bool = False
+
+
 class Held(NamedTuple):
     """Bytes that each chip holds in a step, without activations."""
 
@@ -61,12 +80,11 @@ def held(stage: Stage, strategy: str, chips: int) -> Held:
 
 
 def divided(stage: Stage, place: Place) -> tuple[str, int] | None:
-    """The strategy with the fewest chips to a copy whose known bytes fit, and these bytes; None if there is none."""
-    for size in range(2, place.chips + 1):
-        if place.chips % size == 0:
-            need = held(stage, f"fsdp={size}", place.chips).known
-            if need <= place.memory:
-                return f"fsdp={size}", need
+    """A strategy that divides the state so that the known bytes fit, and these bytes; None if there is none."""
+    for chips in {parallel.group("fsdp", place.chips): None, place.chips: None}:
+        need = held(stage, f"fsdp={chips}", place.chips).known
+        if chips > 1 and need <= place.memory:
+            return f"fsdp={chips}", need
     return None
 
 
@@ -121,7 +139,7 @@ def _of_stage(stage: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if kept["averages"]:
         yield "averages for post-hoc lengths", size(kept["averages"])
     yield "frozen networks", size(kept["frozen"])
-    yield f"{stage['examples']} examples", size(kept["batch"])
+    yield f"batch of {stage['examples']}", size(kept["batch"])
     yield "gradient", size(kept["gradient"] + kept["accumulated"])
     yield "all of these", f"{size(stage['known'])} of {size(stage['memory'])}, activations on top"
     yield "resuming, before the first step", f"{size(kept['weights'] + kept['average'] + kept['optimizer'])} of these"
@@ -148,54 +166,45 @@ def _of_program(label: str, program: dict[str, Any], memory: float) -> Iterator[
 
 def verdict(report: dict[str, Any]) -> tuple[str, int]:
     """The last line and the exit status."""
-    too_large = [text for stage in report["stages"] if (text := _excess(stage))]
-    short = [
-        f"{disk['what']} need {size(disk['need'])}, the disk has {size(disk['free'])}"
-        for disk in report["disks"]
-        if report["here"] and disk["free"] is not None and disk["need"] > disk["free"]
-    ]
-    if too_large:
-        return f"does not fit: {'; '.join(too_large)}", NOT
+    short = [text for stage in report["stages"] if (text := _excess(stage))]
+    rooms = [("the host", report["host_needs"], report["host_has"])]
+    if report["here"]:
+        rooms += [(f"disk for {disk['what']}", disk["need"], disk["free"]) for disk in report["disks"]]
+    short += [f"{what}, {size(need)} of {size(room)}" for what, need, room in rooms if room is not None and need > room]
     if short:
         return f"does not fit: {'; '.join(short)}", NOT
     if report["problems"]:
         return f"does not work: {report['problems'][0]}", NOT
-    if report["host_has"] and report["host_needs"] > report["host_has"]:
-        return (
-            f"does not fit: the host needs {size(report['host_needs'])}, it has {size(report['host_has'])}",
-            NOT,
-        )
     return f"{_fitting(report)}{_time(report)}", OK
 
 
 def _excess(stage: dict[str, Any]) -> str:
     """What is too large in a stage, "" if nothing is known to be."""
-    memory = f"{stage['memory'] / 1e9:.4g}"
-    for name in ("compiled", "sampling"):
+    for name, label in (("compiled", stage["name"]), ("sampling", "sampling")):
         program = stage.get(name)
         if program and (program["error"] or program["total"] > stage["memory"]):
-            got = program["error"] or f"{program['total'] / 1e9:.1f} GB of {memory}"
-            return f"{stage['name']}, {name.replace('compiled', 'training')}: {got}{_advice(stage)}"
+            got = program["error"] or f"{size(program['total'])} of {size(stage['memory'])}"
+            return f"{label}, {got}{_advice(stage)}"
     if stage.get("known", 0) <= stage["memory"]:
         return ""
-    return f"{stage['known'] / 1e9:.1f} GB of {memory} without activations{_advice(stage)}"
+    return f"{stage['name']}, {size(stage['known'])} of {size(stage['memory'])} without activations{_advice(stage)}"
 
 
 def _advice(stage: dict[str, Any]) -> str:
     advice = []
-    if stage["divided"]:
-        advice.append(f"{stage['divided'][0]} needs {stage['divided'][1] / 1e9:.1f} and activations")
+    if stage["divided"] and not stage["strategy"].startswith("fsdp"):
+        advice.append(f"{stage['divided'][0]} needs {size(stage['divided'][1])} and activations")
     if stage.get("largest"):
-        advice.append(f"batch {stage['largest'] * stage['chips']}")
-    return f"; {' or '.join(advice)}" if advice else "; more or larger chips are needed"
+        advice.append(f"batch {stage['largest'] * stage['chips']} fits")
+    return f"; {', or '.join(advice)}" if advice else "; it takes more or larger chips"
 
 
 def _fitting(report: dict[str, Any]) -> str:
-    last = max(report["stages"], key=lambda stage: stage.get("compiled", {}).get("total", stage["known"]))
-    of = f"of {last['memory'] / 1e9:.4g} GB a chip"
-    if "compiled" in last:
-        return f"fits: {last['compiled']['total'] / 1e9:.1f} {of}"
-    return f"state fits: {last['known'] / 1e9:.1f} {of}, what activations take --compile says"
+    largest = max(report["stages"], key=lambda stage: stage.get("compiled", {}).get("total", stage["known"]))
+    memory = size(largest["memory"])
+    if "compiled" in largest:
+        return f"fits: {size(largest['compiled']['total'])} of {memory} a chip"
+    return f"state fits: {size(largest['known'])} of {memory} a chip, and --compile says what activations take"
 
 
 def _time(report: dict[str, Any]) -> str:

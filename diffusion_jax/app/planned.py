@@ -149,10 +149,11 @@ class Sampling(NamedTuple):
     batch: PyTree
 
 
-def sampling_of(config: ConfigDict, model: DiffusionModel) -> Sampling:
-    """The sampling of config.sample, a batch at a time."""
+def sampling_of(config: ConfigDict, model: DiffusionModel, devices: int) -> Sampling:
+    """A batch of config.sample, shared by these devices."""
     plan, guidance = build.sampling.plan_and_guidance(config, model, 1.0, None)
-    rows, count = sampling.rows(plan), config.sample.batch_size
+    images = min(config.sample.batch_size, len(config.sample.prompts) * config.sample.num_images)
+    rows, count = sampling.rows(plan), images + -images % devices
 
     def run(weights: PyTree, batch: PyTree) -> jax.Array:
         params, decoder = weights

@@ -33,6 +33,7 @@ def cost(lowered: jax.stages.Lowered, compiler: str, effort: str) -> dict[str, A
     if file.exists():
         return json.loads(file.read_text())
     result = _compiled(lowered)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     paths.write(file, json.dumps(result))
     return result
 

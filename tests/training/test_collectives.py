@@ -16,11 +16,10 @@ TPU_COMPILER = os.environ.get("TPU_COMPILER", "")  # a folder of its own: where 
 
 CODE = """
 import sys
-if sys.argv[1] == "tpu":
-    from benchmarks import tpu
-    devices = tpu.devices("v5e:2x4")
 import jax, optax
 from diffusion_jax import parallel
+if sys.argv[1] == "tpu":
+    devices = parallel.slice_devices("v5e:2x4")
 from diffusion_jax.training import step as steps
 from tests.training import test_parallel as t
 if sys.argv[1] == "cpu":

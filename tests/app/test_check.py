@@ -1,0 +1,257 @@
+"""--mode=check is right where the answer is known, and its arithmetic is the compiler's."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs import autoencoder, cifar10, digits, few_step, latent_cfg, lora, stable_diffusion
+from diffusion_jax import build, parallel, paths
+from diffusion_jax.app import account, check, estimate, planned, programs
+from diffusion_jax.app.estimate import Place
+from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.step import init_state
+from tests import command_line
+
+TPU_COMPILER = os.environ.get("TPU_COMPILER", "")
+ROOT = command_line.ROOT
+
+
+def changed(config, **fields):
+    """The config with other values of dotted fields, written with _ for the dot of a section: train_steps."""
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def checked(config, workdir, topology="", **options):
+    """(report, last line, exit status) of a check. By default without the FLOPs."""
+    found = check.report(FrozenConfigDict(config), workdir, estimate.Options(topology, **{"hours": False} | options))
+    return found, *estimate.verdict(found)
+
+
+def published(name, **fields):
+    return changed(stable_diffusion.get_config(), checkpoint=name, **fields)
+
+
+def tiny(**fields):
+    config = changed(digits.get_config(), train__steps=1000, **fields)
+    config.model.block_out_channels, config.model.norm_num_groups = (8, 16), 4
+    return config
+
+
+def saved(config, workdir, step):
+    """Save a checkpoint as a training of this config would have."""
+    model = build.model.diffusion_model(FrozenConfigDict(config), training=True)
+    state = init_state(model.network.init(jax.random.key(0)), build.objective.optimizer(config.optimizer, 1000), 0)
+    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(state._replace(step=jax.numpy.int32(step)))
+
+
+def test_imagenet256_fits_v5e_8(tmp_path):
+    found, line, status = checked(latent_cfg.get_config("imagenet256"), tmp_path, "v5e:2x4")
+    first, stage = found["stages"]
+    assert (first["name"], stage["name"]) == ("autoencoder", "denoiser")
+    assert stage["parameters"] == pytest.approx(232e6, rel=0.005)
+    assert stage["arguments"] == pytest.approx(3.73e9, rel=0.03), "as the TPU compiler says, docs/scaling.md"
+    assert line.startswith("state fits: 4.6 GB of 16.0 GB a chip, and --compile says") and status == 0
+
+
+@pytest.mark.parametrize("name, whole, eighth", [("sd15", "17.2", "2.2"), ("sdxl", "51.4", "6.4")])
+def test_stable_diffusion_fits_v5e_8_only_if_it_is_divided(name, whole, eighth, tmp_path):
+    _, line, status = checked(published(name), tmp_path, "v5e:2x4")
+    assert status == 3
+    assert line == (
+        f"does not fit: denoiser, {whole} GB of 16.0 GB without activations; fsdp=8 needs {eighth} GB and activations"
+    )
+    _, line, status = checked(published(name, train__parallel="fsdp=8"), tmp_path, "v5e:2x4")
+    assert status == 0 and line.startswith(f"state fits: {eighth} GB of 16.0 GB a chip")
+
+
+def test_the_compiler_says_the_same_of_sd15_divided(tmp_path):
+    config = published("sd15", train__parallel="fsdp", train__batch_size=32, dtype="bfloat16")
+    (stage,) = checked(config, tmp_path, "v5e:2x4")[0]["stages"]
+    assert stage["arguments"] == pytest.approx(1.74e9, rel=0.03), "docs/scaling.md"
+
+
+def test_a_disk_too_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "free_space", lambda folder: 1e6)
+    _, line, status = checked(digits.get_config(), tmp_path)
+    assert (line, status) == ("does not fit: disk for checkpoints, 37.4 MB of 1.0 MB", 3)
+
+
+def test_a_source_slower_than_the_step(tmp_path, monkeypatch):
+    source = build.data.source
+
+    def slow(*args, **options):
+        found = source(*args, **options)
+        return dataclasses.replace(found, read=lambda index: time.sleep(0.01) or found.read(index))
+
+    monkeypatch.setattr(account, "MEASURED", 40)
+    monkeypatch.setattr(check, "place_of", lambda topology: Place("a fast chip", 1, 1e12, 1e15, here=True))
+    monkeypatch.setattr(build.data, "source", slow)
+    found, line, status = checked(tiny(), tmp_path, hours=True)
+    assert status == 0 and line.endswith("on a fast chip at 40%; the source is slower than the step")
+    assert found["records"]["rate"] < 100 * os.cpu_count() + 100
+    assert found["hours"] == pytest.approx(1000 * 64 / found["records"]["rate"] / 3600)
+
+
+def test_a_missing_encoder(tmp_path):
+    config = changed(latent_cfg.get_config("small"), condition__encoders=(str(tmp_path / "clip"),))
+    _, line, status = checked(config, tmp_path / "run")
+    assert status == 3 and f"{tmp_path / 'clip'}: no such folder of a text encoder" in line
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    saved(tiny(), tmp_path, step=300)
+    config = tiny()
+    config.model.block_out_channels = (8, 24)
+    _, line, status = checked(config, tmp_path)
+    assert status == 3 and line.startswith("does not work: the checkpoint in") and "does not fit this config" in line
+
+
+def test_a_laptop_which_goes_on_from_its_checkpoint(tmp_path):
+    saved(tiny(), tmp_path, step=300)
+    found, line, status = checked(tiny(), tmp_path, hours=True)
+    (stage,) = found["stages"]
+    assert (stage["steps"], stage["done"], found["here"]) == (700, 300, True)
+    assert status == 0 and line.startswith("state fits: ") and " on 1 x cpu at 40%" in line
+    assert found["hours"] == pytest.approx(stage["flops"] * 700 / (stage["flops"] / stage["seconds"]) / 3600, rel=0.01)
+
+
+def test_a_work_directory_that_does_not_exist_is_not_made(tmp_path):
+    assert checked(tiny(), tmp_path / "a" / "b")[2] == 0
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_batch_that_does_not_divide(tmp_path):
+    _, line, status = checked(tiny(train__batch_size=60), tmp_path, "v5e:2x4")
+    assert status == 3 and "train.batch_size=60 does not divide over 8 devices" in line
+
+
+def test_a_data_set_of_another_machine_is_a_note(tmp_path):
+    config = changed(cifar10.get_config(), data__data_dir=str(tmp_path))
+    _, line, status = checked(config, tmp_path)
+    assert status == 3 and 'TFDS has not prepared "cifar10"' in line
+    found, _, status = checked(config, tmp_path, "v5e:2x4")
+    assert status == 0 and 'TFDS has not prepared "cifar10"' in found["notes"][0]
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:2*4", "v2:2x4", "v5e:0x4", "v5e-8"])
+def test_a_slice_that_is_none(topology):
+    with pytest.raises(ValueError, match=r"--topology: expected v4, v5e, .* such as v5e:2x4; got"):
+        check.place_of(topology)
+
+
+PRESETS = {  # name -> config, the slice that its header names or a machine of its size
+    "cifar10": (cifar10.get_config, "v5e:2x2"),
+    "imagenet256": (lambda: latent_cfg.get_config("imagenet256"), "v5e:2x4"),
+    "coco256": (lambda: latent_cfg.get_config("coco256"), "v5e:2x4"),
+    "stable_diffusion": (lambda: published("sd15", train__parallel="fsdp"), "v5e:2x4"),
+    "sd21": (lambda: published("sd21", train__parallel="fsdp"), "v5e:2x4"),
+    "lora": (lambda: changed(lora.get_config(), checkpoint="sd15"), "v5e:1x1"),
+    "digits": (digits.get_config, "v5e:1x1"),
+    **{name: (lambda name=name: latent_cfg.get_config(name), "v5e:1x1") for name in ("small", "everyday", "full")},
+    "fast": (lambda: latent_cfg.get_config("fast"), "v5e:1x1"),
+    "autoencoder": (autoencoder.get_config, "v5e:1x1"),
+    **{name: (lambda name=name: few_step.get_config(name), "v5e:1x1") for name in few_step.METHODS},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits(name, tmp_path):
+    make, topology = PRESETS[name]
+    found, line, status = checked(make(), tmp_path, topology)
+    assert status == 0, line
+    assert all(stage["held"]["weights"] > 0 for stage in found["stages"])
+
+
+def test_the_arithmetic_is_the_compilers(tmp_path):
+    found, line, status = checked(tiny(train__accumulate=2), tmp_path, compile=True)
+    (stage,) = found["stages"]
+    assert stage["arguments"] == pytest.approx(stage["compiled"]["arguments"], rel=0.03)
+    assert stage["compiled"]["total"] == pytest.approx(
+        sum(stage["compiled"][kind] for kind in ("arguments", "temporary", "output"))
+    )
+    assert stage["sampling"]["arguments"] > stage["held"]["weights"]
+    assert status == 0 and line.startswith(f"fits: {estimate.size(stage['compiled']['total'])} of ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
+def test_the_arithmetic_is_the_tpu_compilers(strategy, tmp_path):
+    if not TPU_COMPILER:
+        pytest.skip(
+            "the TPU compiler is not installed: pip install --no-deps --target FOLDER libtpu, TPU_COMPILER=FOLDER"
+        )
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (TPU_COMPILER, os.environ.get("PYTHONPATH"))))}
+    flags = "--config=configs/digits.py --mode=check --topology=v5e:2x2 --compile --effort=O0 --nohours --json"
+    command = [
+        sys.executable,
+        "main.py",
+        *flags.split(),
+        f"--workdir={tmp_path}",
+        f"--config.train.parallel={strategy}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (stage,) = json.loads(done.stdout)["stages"]
+    assert ("all-gather" in stage["compiled"]["collectives"]) == (strategy == "fsdp")
+    assert stage["compiled"]["arguments"] == pytest.approx(stage["arguments"], rel=0.03)
+
+
+def test_a_compiled_program_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "FOLDER", tmp_path)
+    lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
+    first = programs.cost(lowered, "a", "")
+    monkeypatch.setattr(programs, "_compiled", lambda lowered: pytest.fail("compiled again"))
+    assert programs.cost(lowered, "a", "") == first
+    with pytest.raises(pytest.fail.Exception):
+        programs.cost(lowered, "another compiler", "")
+
+
+def test_what_collectives_send():
+    program = """
+  %x = f32[8,160]{1,0} all-reduce(%y), channel_id=1
+  %g = (bf16[64]{0}, bf16[512]{0}) all-gather-start(%y), channel_id=2
+  %d = bf16[512]{0} all-gather-done(%g)
+  %r = f32[4]{0} reduce-scatter(%y), channel_id=3"""
+    assert programs.collectives(program) == {"all-reduce": 8 * 160 * 4, "all-gather": 512 * 2, "reduce-scatter": 16}
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 8, 31, 100, 200])
+def test_the_largest_that_fits(limit):
+    tried = []
+    assert programs.largest(lambda count: tried.append(count) or count <= limit, 8, 100) == min(limit, 100)
+    assert len(tried) <= 9
+
+
+def test_what_a_device_holds_is_its_part():
+    leaves = {"kernel": jax.ShapeDtypeStruct((64, 512), "float32"), "bias": jax.ShapeDtypeStruct((512,), "float32")}
+    assert parallel.bytes_held(leaves, "pmap", 8) == 4 * (64 * 512 + 512)
+    assert parallel.bytes_held(leaves, "fsdp=4", 8) == 4 * (64 * 512 // 4 + 512)
+
+
+def test_flops_of_a_step_do_not_depend_on_the_devices():
+    config = FrozenConfigDict(tiny())
+    model = build.model.diffusion_model(config, training=True)
+    stage = planned.denoiser(config, model, several_captions=False)
+    assert stage.flops(8) == pytest.approx(stage.flops(1), rel=0.01)
+
+
+def test_the_command(tmp_path, monkeypatch):
+    flags = ("--config=configs/digits.py", "--mode=check", "--nohours", f"--workdir={tmp_path}")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert command_line.run(monkeypatch, *flags, "--json") == 0
+    assert json.loads(said.getvalue())["verdict"].startswith("state fits")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert command_line.run(monkeypatch, *flags, "--config.data.source=folder") == 3
+    assert said.getvalue().splitlines()[-1].startswith("does not work: config.data.path is empty")
