@@ -5,6 +5,9 @@ capacity. GPU: NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPU: 
 without sparsity. A GB of memory is 10^9 bytes there.
 """
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -47,3 +50,24 @@ KINDS = {  # as JAX names them in `Device.device_kind`
 def of_kind(device_kind: str) -> Chip | None:
     """The chip that JAX calls `device_kind`. None if it is not in the table, such as a CPU."""
     return CHIPS[KINDS[device_kind]] if device_kind in KINDS else None
+
+
+def tpu_bytes(shape: Sequence[int], itemsize: int) -> int:
+    """The bytes of an array in a TPU's memory, where it is padded to whole tiles.
+
+    An array of one axis is padded to a power of two from 512 bytes on, or to multiples of 1024 elements. Of the last
+    two axes in memory one is padded to 128, the other to 2, 4 or a multiple of 8. The TPU compiler (libtpu 0.0.42)
+    chooses these two so that the padding is least.
+    """
+    if len(shape) < 2:
+        count = max(math.prod(shape), 512 // itemsize)
+        return itemsize * (-(-count // 1024) * 1024 if count > 512 else 2 ** math.ceil(math.log2(count)))
+    least = max(2, 4 // itemsize)  # rows of a tile
+
+    def rows(size: int) -> int:
+        return next((few for few in (2, 4) if size <= few and few >= least), -(-size // 8) * 8)
+
+    return itemsize * min(
+        math.prod(shape) // (shape[i] * shape[j]) * (-(-shape[i] // 128) * 128) * rows(shape[j])
+        for i, j in itertools.permutations(range(len(shape)), 2)
+    )

@@ -265,14 +265,15 @@ def _division(mesh: Mesh | AbstractMesh, leaf: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * largest, SHARDS))
 
 
-def bytes_held(tree: PyTree, name: str, count: int) -> int:
+def bytes_held(tree: PyTree, name: str, count: int, padded: bool = False) -> int:
     """The bytes of a state, of frozen inputs, or of their shapes, that each of `count` devices holds.
 
     name: of the strategy.
+    padded: as TPUs do.
     """
     mesh = AbstractMesh((count // group(name, count), group(name, count)), (DATA, SHARDS))
-    parts = [(_division(mesh, leaf).shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+    parts = [(_division(mesh, leaf).shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
+    return sum(chips.tpu_bytes(*part) if padded else math.prod(part[0]) * part[1] for part in parts)
 
 
 class Machine(NamedTuple):

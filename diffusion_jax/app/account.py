@@ -69,7 +69,7 @@ def described(stage: Stage, workdir: Path, config: ConfigDict, place: Place, opt
         check_division(section, place.chips)
     except ValueError:  # is among the problems
         return found
-    kept = estimate.held(stage, section.parallel, place.chips)
+    kept = estimate.held(stage, section.parallel, place)
     found |= {
         "examples": section.batch_size // place.chips,
         "held": kept._asdict(),

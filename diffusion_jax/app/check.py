@@ -1,6 +1,7 @@
 """--mode=check: say whether a run will fit, work and end, and what it costs, without starting it."""
 
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, chips, compilation, messages, parallel, paths
@@ -57,14 +57,14 @@ def place_of(topology: str) -> Place:
         chip = chips.of_kind(machine.kind)
         name = f"{machine.count} x {machine.kind}"
         peak = chip.flops if chip else measured_flops() / machine.count
-        return Place(name, machine.count, machine.memory, peak, here=True)
+        return Place(name, machine.count, machine.memory, peak, here=True, padded=machine.kind.startswith("TPU"))
     kind, _, shape = topology.partition(":")
     if kind not in chips.CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ValueError(
             f"--topology: expected {', '.join(chips.CHIPS)} and the shape of a slice, such as v5e:2x4; got {topology!r}"
         )
-    count, chip = int(np.prod([int(side) for side in shape.split("x")])), chips.CHIPS[kind]
-    return Place(f"{kind}-{count}", count, chip.memory, chip.flops, here=False)
+    count, chip = math.prod(int(side) for side in shape.split("x")), chips.CHIPS[kind]
+    return Place(f"{kind}-{count}", count, chip.memory, chip.flops, here=False, padded=kind.startswith("v"))
 
 
 def measured_flops() -> float:

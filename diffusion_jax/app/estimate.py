@@ -18,6 +18,7 @@ class Place(NamedTuple):
     memory: of a chip, bytes.
     flops: of a chip at peak, FLOP/s.
     here: whether it is this machine.
+    padded: whether the chips pad arrays, as TPUs do.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Place(NamedTuple):
     memory: float
     flops: float
     here: bool
+    padded: bool = False
 
 
 class Options(NamedTuple):
@@ -69,20 +71,21 @@ class Held(NamedTuple):
         return sum(self)
 
 
-def held(stage: Stage, strategy: str, chips: int) -> Held:
+def held(stage: Stage, strategy: str, place: Place) -> Held:
     """What each chip holds under a strategy."""
-    state, share = stage.state, stage.batch(stage.train.batch_size // chips)
-    parts = (state.params, state.ema, (state.opt_state, state.step, state.key, *state[5:7]), state.averages)
-    of_state = [parallel.bytes_held(part, strategy, chips) for part in (*parts, stage.frozen)]
-    gradient = of_state[0]
+    state, share = stage.state, stage.batch(stage.train.batch_size // place.chips)
+    others = (state.opt_state, state.step, state.key, state.bad_steps, state.bad_in_row)
+    parts = (state.params, state.ema, others, state.averages, stage.frozen)
+    counts = [parallel.bytes_held(part, strategy, place.chips, place.padded) for part in parts]
+    gradient = counts[0]
     accumulated = gradient if stage.train.accumulate > 1 else 0
-    return Held(*of_state, parallel.bytes_held(share, "pmap", 1), gradient, accumulated)
+    return Held(*counts, parallel.bytes_held(share, "pmap", 1, place.padded), gradient, accumulated)
 
 
 def divided(stage: Stage, place: Place) -> tuple[str, int] | None:
     """A strategy that divides the state so that the known bytes fit, and these bytes; None if there is none."""
     for chips in {parallel.group("fsdp", place.chips): None, place.chips: None}:
-        need = held(stage, f"fsdp={chips}", place.chips).known
+        need = held(stage, f"fsdp={chips}", place).known
         if chips > 1 and need <= place.memory:
             return f"fsdp={chips}", need
     return None

@@ -1,11 +1,10 @@
 """A training before it starts: what its steps take and compute, as shapes, without weights and without the devices."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -34,7 +33,7 @@ class Stage(NamedTuple):
     name: str
     train: ConfigDict
     loss: Callable
-    optimizer: optax.GradientTransformation
+    optimizer: Any
     params: PyTree
     frozen: PyTree
     example: PyTree
@@ -84,34 +83,29 @@ def denoiser(config: ConfigDict, model: DiffusionModel, several_captions: bool) 
         optimizer=build.objective.optimizer(config.optimizer, config.train.steps),
         params=params,
         frozen=frozen,
-        example=jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), _batch(model, several_captions)
-        ),
+        example=_example(model, several_captions),
     )
 
 
-def _batch(model: DiffusionModel, several_captions: bool) -> PyTree:
-    """The shapes of a batch of one record."""
+def _example(model: DiffusionModel, several_captions: bool) -> PyTree:
+    """The shapes of a record in training."""
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *np.shape(leaf)), leaf.dtype), model.conditioning.null)
     cond = jax.eval_shape(conditionings.stored, cond)
     if several_captions:
         sizes = {name: leaf for name, leaf in cond.items() if name == model.conditioning.sizes}
         cond = jax.eval_shape(lambda: model.conditioning.of_records({"caption": [""]})) | sizes
-    return {"latent": encoded(model, 1), "cond": cond}
+    latent = jax.eval_shape(lambda *inputs: codecs.stored(model.codec.encode(*inputs)), *_encoder_inputs(model))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), {"latent": latent, "cond": cond})
 
 
-def encoded(model: DiffusionModel, images: int) -> jax.ShapeDtypeStruct:
-    """The shape of images as training takes them."""
-    return jax.eval_shape(
-        lambda params, pixels: codecs.stored(model.codec.encode(params, pixels)),
-        model.codec.params,
-        jax.ShapeDtypeStruct((images, *model.size, 3), np.uint8),
-    )
+def _encoder_inputs(model: DiffusionModel) -> tuple[PyTree, jax.ShapeDtypeStruct]:
+    """Weights and an image for the codec."""
+    return model.codec.params, jax.ShapeDtypeStruct((1, *model.size, 3), np.uint8)
 
 
 def encoder_flops(model: DiffusionModel) -> float:
     """FLOPs of the codec for an image on its way into the cache."""
-    return flops(model.codec.encode, model.codec.params, jax.ShapeDtypeStruct((1, *model.size, 3), np.uint8))
+    return flops(model.codec.encode, *_encoder_inputs(model))
 
 
 def first_stage(config: ConfigDict) -> Stage:
