@@ -18,7 +18,7 @@ COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", re.MULTILINE
 )
 ARRAY = re.compile(r"\b(?:pred|bf16|[suf](\d+))\[([\d,]*)\]")
-USED = re.compile(r"Used ([\d.]+\S+) of ([\d.]+\S+) hbm")
+SIZES = re.compile(r"\b([\d.]+)([KMGT])\b")  # of the TPU compiler, in powers of 1024
 
 
 def cost(lowered: jax.stages.Lowered, compiler: str, effort: str) -> dict[str, Any]:
@@ -44,8 +44,7 @@ def _compiled(lowered: jax.stages.Lowered) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = USED.search(str(error))
-        return {"error": f"{used[1]} of {used[2]}" if used else first_line(error), "total": math.inf}
+        return {"error": excess(str(error)), "total": math.inf}
     memory = compiled.memory_analysis()
     arguments, temporary, output = (getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output"))
     return {
@@ -56,6 +55,12 @@ def _compiled(lowered: jax.stages.Lowered) -> dict[str, Any]:
         "total": arguments + temporary + output - memory.alias_size_in_bytes,
         "collectives": collectives(compiled.as_text()),
     }
+
+
+def excess(message: str) -> str:
+    """How much memory a program needs and the device has, from the compiler's error; else its first line."""
+    sizes = [f"{number} {prefix}iB" for number, prefix in SIZES.findall(message)]
+    return " of ".join(sizes[:2]) if len(sizes) > 1 else first_line(ValueError(message))
 
 
 def collectives(program: str) -> dict[str, int]:

@@ -60,8 +60,8 @@ def test_imagenet256_fits_v5e_8(tmp_path):
     first, stage = found["stages"]
     assert (first["name"], stage["name"]) == ("autoencoder", "denoiser")
     assert stage["parameters"] == pytest.approx(232e6, rel=0.005)
-    assert stage["arguments"] == pytest.approx(3.73e9, rel=0.03), "as the TPU compiler says, docs/scaling.md"
-    assert line.startswith("state fits: 4.6 GB of 16.0 GB a chip, and --compile says") and status == 0
+    assert stage["arguments"] == pytest.approx(3.73e9, abs=5e6), "as the TPU compiler says, docs/scaling.md"
+    assert line.startswith("state fits: 4.7 GB of 16.0 GB a chip, and --compile says") and status == 0
 
 
 @pytest.mark.parametrize("name, whole, eighth", [("sd15", "17.2", "2.2"), ("sdxl", "51.4", "6.4")])
@@ -78,7 +78,7 @@ def test_stable_diffusion_fits_v5e_8_only_if_it_is_divided(name, whole, eighth, 
 def test_the_compiler_says_the_same_of_sd15_divided(tmp_path):
     config = published("sd15", train__parallel="fsdp", train__batch_size=32, dtype="bfloat16")
     (stage,) = checked(config, tmp_path, "v5e:2x4")[0]["stages"]
-    assert stage["arguments"] == pytest.approx(1.74e9, rel=0.03), "docs/scaling.md"
+    assert stage["arguments"] == pytest.approx(1.74e9, abs=5e6), "docs/scaling.md"
 
 
 def test_a_disk_too_small(tmp_path, monkeypatch):
@@ -216,6 +216,26 @@ def test_a_compiled_program_is_kept(tmp_path, monkeypatch):
     assert programs.cost(lowered, "a", "") == first
     with pytest.raises(pytest.fail.Exception):
         programs.cost(lowered, "another compiler", "")
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (27.97G) "
+            "exceeds available HBM (15.75G).",
+            "27.97 GiB of 15.75 GiB",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.30G of 15.75G hbm. Exceeded hbm "
+            "capacity by 1.55G.",
+            "17.30 GiB of 15.75 GiB",
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory\nallocating", "RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+)
+def test_what_a_program_lacks(message, expected):
+    assert programs.excess(message) == expected
 
 
 def test_what_collectives_send():
