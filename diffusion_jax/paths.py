@@ -398,11 +398,6 @@ def _outage(reason: str) -> None:
     """Log that the bucket fails for a reason, or with "" that it answers again. Once, not for every request."""
     global _reason
     if bool(reason) != bool(_reason):
-        logging.warning(
-            *(
-                ("the bucket does not answer (%s): trying again for up to %d minutes", reason, PATIENCE // 60)
-                if reason
-                else ("the bucket answers again",)
-            )
-        )
+        waiting = f"the bucket does not answer ({reason}): trying again for up to {PATIENCE // 60} minutes"
+        logging.warning("%s", waiting if reason else "the bucket answers again")
     _reason = reason
