@@ -74,6 +74,8 @@ def get_config(preset: str = "shortcut") -> ConfigDict:
         config.lora = common.lora()
         config.lora.update(rank=32, alpha=32.0, targets=ALL_MAPS)
     config.objective.update(objective | {"levels": "", "weight": ""})  # those of the method
+    if of_digits and method in ("ect", "taught_ect"):
+        config.objective.shrinks = 4.0  # so that each gap has a hundred steps
     if method == FREE_SCALE:
         config.model.time_cond_proj_dim = 64
         config.objective.update(scale=MOST, drop=0.0)
