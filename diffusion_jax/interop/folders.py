@@ -15,7 +15,8 @@ from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
 from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.unet import BLOCK_TYPES, UNet
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.unet_fields import BLOCK_TYPES
 from diffusion_jax.paths import Path
 
 WEIGHTS = "diffusion_pytorch_model"

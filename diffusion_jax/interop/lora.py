@@ -25,6 +25,7 @@ from diffusion_jax.interop.names import kernel_from_torch, kernel_to_torch, torc
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.tensors import check_finite, read_file, write_file
 from diffusion_jax.interop.weight_updates import KINDS, Update, kind_of, rank_of, updated
+from diffusion_jax.models.stacking import layers, mapped
 from diffusion_jax.paths import Path
 
 DENOISER = "unet"  # its name in files for models trained with this library
@@ -117,7 +118,8 @@ def save_lora(
     part: of a published pipeline, its name for the denoiser.
     """
     tensors = {}
-    leaves = {tuple(key.key for key in keys): np.asarray(leaf, np.float32) for keys, leaf in tree_leaves(updates)}
+    arrays = ((tuple(key.key for key in keys), np.asarray(leaf, np.float32)) for keys, leaf in tree_leaves(updates))
+    leaves = {path: leaf for array in arrays for path, leaf in layers(*array)}
     for (*module, half), leaf in leaves.items():
         name = f"{part}." + torch_name((*module, "kernel")).removesuffix(".weight")
         letter, factor = {"down": ("A", 1.0), "up": ("B", scale)}[half]
@@ -155,19 +157,26 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
     """
     remaining = dict(updates)
 
-    def merged(keys, leaf):
-        path = tuple(key.key for key in keys[1:])
-        target = torch_name(path).removesuffix(".weight").replace(".", "_")
-        if path[-1] != "kernel" or target not in remaining:
+    def name_of(path):
+        return torch_name(path).removesuffix(".weight").replace(".", "_") if path[-1] == "kernel" else ""
+
+    def merged(path, leaf):
+        target = name_of(path)
+        if target not in remaining:
             return leaf
-        weight = kernel_to_torch(path, np.asarray(leaf, np.float32))
+        weight = kernel_to_torch(path, leaf.astype(np.float32))
         try:
             weight = updated(weight, remaining.pop(target), scale)
         except ValueError as error:
             raise ValueError(f"{source}: the update of {target} {error}") from None
-        return jnp.asarray(kernel_from_torch(path, weight), leaf.dtype)
+        return kernel_from_torch(path, weight).astype(leaf.dtype)
 
-    params = jax.tree_util.tree_map_with_path(merged, params)
+    def with_updates(keys, leaf):
+        path, shape = tuple(key.key for key in keys[1:]), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        is_updated = any(name_of(layer) in remaining for layer, _ in layers(path, shape))
+        return jnp.asarray(mapped(merged, path, np.asarray(leaf))) if is_updated else leaf
+
+    params = jax.tree_util.tree_map_with_path(with_updates, params)
     if remaining:
         raise ValueError(
             f"{source}: {len(remaining)} updates of maps that the network does not have, such as {min(remaining)}; "

@@ -4,7 +4,8 @@
     down_blocks.0.resnets.1.conv1.weight, (out, in, H, W)
 
 The path is joined with dots. An index after an underscore becomes an index after a dot. Kernels are transposed. Kernel,
-scale and embedding are all called weight.
+scale and embedding are all called weight. Layers whose variables are stacked (`models.stacking`) have tensors of their
+own.
 """
 
 import os
@@ -20,6 +21,7 @@ from jaxtyping import PyTree
 
 from diffusion_jax import parallel
 from diffusion_jax.interop.tensors import check_finite, release
+from diffusion_jax.models.stacking import layers, mapped
 
 # Names in which the number is part of diffusers' name and not an index.
 NUMBERED = re.compile(r"(linear|wi)_\d+")
@@ -37,7 +39,8 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 def to_torch(params: PyTree) -> dict[str, np.ndarray]:
     """Flax variables {"params": ...} -> a torch state dict of numpy arrays of the same type, as views if possible."""
-    return {torch_name(path): kernel_to_torch(path, np.asarray(leaf)) for path, leaf in _leaves(params)}
+    arrays = jax.tree.map(np.asarray, params)
+    return {torch_name(path): kernel_to_torch(path, leaf) for path, leaf in _leaves(arrays)}
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dtype: DTypeLike | None = None) -> PyTree:
@@ -59,19 +62,21 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
                 "do its config.json and its weights belong together?"
             )
 
-    def convert(path, leaf):
+    def read(path, leaf):
         name = torch_name(path)
-        tensor = tensors[name]
-        check_finite(name, tensor, source)
-        kernel = kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
-        # a copy: the tensor may be part of a mapped file, whose memory is then released
-        array = copy(kernel)
-        release(tensor)
+        check_finite(name, tensors[name], source)
+        return kernel_from_torch(path, tensors[name]).astype(dtype or leaf.dtype, copy=False)
+
+    def convert(path, leaf):
+        # a copy: the tensors may be parts of a mapped file, whose memory is then released
+        array = copy(mapped(read, path, leaf))
+        for layer, _ in layers(path, leaf):
+            release(tensors[torch_name(layer)])
         return array
 
     copy = parallel.copier()
     with ThreadPoolExecutor(min(LOADERS, os.cpu_count() or 1)) as pool:
-        leaves = list(pool.map(lambda path_and_leaf: convert(*path_and_leaf), _leaves(like)))
+        leaves = list(pool.map(lambda path_and_leaf: convert(*path_and_leaf), _variables(like)))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -118,10 +123,16 @@ def kernel_from_torch(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
     return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
 
 
-def _leaves(params):
+def _variables(params):
     """(path below "params", leaf) in the order of jax.tree.leaves."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         yield tuple(key.key for key in keys[1:]), leaf
+
+
+def _leaves(params):
+    """(path below "params", leaf) of every layer."""
+    for path, leaf in _variables(params):
+        yield from layers(path, leaf)
 
 
 def _shape_in_torch(path, shape):

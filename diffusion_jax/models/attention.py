@@ -12,12 +12,19 @@ from jaxtyping import Array, Bool, Float
 
 from diffusion_jax.compilation import backend
 from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
+from diffusion_jax.models.token_layers import Rotation, rotate
 
 BLOCK = 512  # queries in one block of "blocks"
 SCORES = 2**21  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
 LARGE = 2**29  # scores, 2 GiB in float32, that a TPU does not hold at once
 TOKENS = 1024  # at a time in `FeedForward` on CPU
 IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
+ACTIVATIONS = {  # name in diffusers -> the function, and whether its result multiplies another map
+    "geglu": (functools.partial(nn.gelu, approximate=False), True),
+    "swiglu": (nn.silu, True),
+    "gelu": (functools.partial(nn.gelu, approximate=False), False),
+    "gelu-approximate": (functools.partial(nn.gelu, approximate=True), False),
+}
 
 
 def attention(
@@ -110,6 +117,8 @@ class Attention(nn.Module):
 
     bias: whether the maps to q, k and v have a bias. The output map always has one.
     out_init: initializer of the output map.
+    qk_norm: function from name to a norm of each head of q and of k; None for none.
+    pairs: channels that a rotation turns together, see `token_layers.rotate`.
     """
 
     heads: int
@@ -117,6 +126,8 @@ class Attention(nn.Module):
     implementation: str = "auto"
     bias: bool = False
     out_init: Callable = kernel_init
+    qk_norm: Callable[..., nn.Module] | None = None
+    pairs: str = "adjacent"
 
     @nn.compact
     def __call__(
@@ -124,11 +135,17 @@ class Attention(nn.Module):
         x: Float[Array, "batch queries channels"],
         context: Float[Array, "batch keys _"] | None = None,
         mask: Bool[Array, "batch keys"] | None = None,
+        turn: Rotation | None = None,
     ) -> Float[Array, "batch queries channels"]:
+        """turn: the rotary positions of the tokens, for attention to itself."""
         context, width = x if context is None else context, x.shape[-1] // self.heads
         project = functools.partial(Dense, self.heads * width, self.dtype, self.bias)
         projected = project(name="to_q")(x), project(name="to_k")(context), project(name="to_v")(context)
         q, k, v = (h.reshape(*h.shape[:2], self.heads, width) for h in projected)
+        if self.qk_norm is not None:
+            q, k = (self.qk_norm(name=f"norm_{name}")(h).astype(v.dtype) for name, h in (("q", q), ("k", k)))
+        if turn is not None:
+            q, k = rotate(q, turn, self.pairs), rotate(k, turn, self.pairs)
         h = attention(q, k, v, mask, self.implementation).reshape(*x.shape[:2], self.heads * width)
         return Dense(x.shape[-1], self.dtype, init=self.out_init, name="to_out_0")(h)
 
@@ -158,25 +175,38 @@ class AttentionBlock2D(nn.Module):
         return x + attend(normed.reshape(b, h * w, channels)).reshape(x.shape)
 
 
-class GEGLU(nn.Module):
-    """x -> a·gelu(b), where [a, b] is a linear map of x (Shazeer 2020)."""
+class Activated(nn.Module):
+    """x -> f(a), where a is a linear map of x, or a·f(b), where [a, b] is (Shazeer 2020).
+
+    activation: one of ACTIVATIONS.
+    """
 
     width: int
+    activation: str = "geglu"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length _"]) -> Float[Array, "batch length width"]:
-        value, gate = jnp.split(Dense(2 * self.width, self.dtype, name="proj")(x), 2, axis=-1)
-        return value * nn.gelu(gate, approximate=False)
+        function, is_gated = ACTIVATIONS[self.activation]
+        h = Dense((1 + is_gated) * self.width, self.dtype, name="proj")(x)
+        if not is_gated:
+            return function(h)
+        value, gate = jnp.split(h, 2, axis=-1)
+        return value * function(gate)
 
 
 class FeedForward(nn.Module):
-    """A GEGLU four times as wide as its input, and a linear map back. On CPU for at most 1024 tokens at a time.
+    """An activated map, by default a GEGLU, and a linear map back. On CPU for at most 1024 tokens at a time.
 
-    The hidden values, eight times the input, then stay in the processor's cache.
+    The hidden values, by default eight times the input, then stay in the processor's cache.
+
+    ratio: width of the activated values, in widths of the input; rounded down.
+    activation: one of ACTIVATIONS.
     """
 
     dtype: DTypeLike = jnp.float32
+    ratio: float = 4.0
+    activation: str = "geglu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
@@ -190,7 +220,7 @@ class FeedForward(nn.Module):
         return out.reshape(x.shape)
 
     def _map(self, x):
-        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        h = Activated(int(self.ratio * x.shape[-1]), self.activation, self.dtype, name="net_0")(x)
         return Dense(x.shape[-1], self.dtype, name="net_2")(h)
 
 

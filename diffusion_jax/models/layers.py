@@ -6,6 +6,7 @@ residual branch, so that a new residual block passes its input through.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from diffusion_jax.models.convolution import Padding, convolve, convolve_repeate
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
+TARGET_WAVES = 0.016  # radians for a unit of cond["to"]: the fastest wave turns 2.5 times from clean data to noise
 
 
 def updated_kernel(module: nn.Module, kernel: Float[Array | np.ndarray, "h w channels features"]) -> Array | np.ndarray:
@@ -51,7 +53,11 @@ class Conv(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear map of the last axis. Variables of the collection "lora" add (x down) up to it (`models.lora`)."""
+    """A linear map of the last axis. Variables of the collection "lora" add (x down) up to it (`models.lora`).
+
+    window: height and width of the pixels that lie one after the other on the last axis. Checkpoints store the map as a
+      convolution of this size.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -62,7 +68,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Num[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
         channels = x.shape[-1]
-        kernel = self.param("kernel", self.init, (*self.window, channels, self.features))
+        kernel = self.param("kernel", self.init, (*self.window, channels // math.prod(self.window), self.features))
         x = x.astype(self.dtype)
         y = multiply(x, kernel.reshape(channels, self.features).astype(self.dtype))
         if self.has_variable("lora", "down"):

@@ -2,8 +2,8 @@
 
     y = W x + (alpha / rank) up (down x),    down (in, rank) normal, up (rank, out) zero at first
 
-For a convolution, down is a convolution of the same size, (h, w, in, rank). The layers add the updates if the
-variables have a collection "lora".
+For a convolution, down is a convolution of the same size, (h, w, in, rank). Stacked maps (`models.stacking`) have
+stacked updates. The layers add the updates if the variables have a collection "lora".
 """
 
 import re
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
+
+from diffusion_jax.models.stacking import is_stacked
 
 ATTENTION = r"attn[12]/to_(q|k|v|out_0)"
 
@@ -37,7 +39,8 @@ def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTEN
             module_updates = module_updates.setdefault(part, {})
         module_key = jax.random.fold_in(key, zlib.crc32(joined.encode()))
         module_updates["down"] = jax.random.normal(module_key, (*kernel.shape[:-1], rank)) / rank
-        module_updates["up"] = jnp.zeros((rank, kernel.shape[-1]))
+        stack = kernel.shape[:1] if is_stacked(tuple(module)) else ()
+        module_updates["up"] = jnp.zeros((*stack, rank, kernel.shape[-1]))
     if not updates:
         raise ValueError(f"no map of the network matches {targets!r}")
     return updates

@@ -6,13 +6,14 @@ from types import MappingProxyType
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Num
 
 from diffusion_jax.models.attention import AttentionBlock2D, Transformer2DModel
 from diffusion_jax.models.blocks import DownBlock, MidBlock, UpBlock
+from diffusion_jax.models.conditions import check_condition
 from diffusion_jax.models.layers import (
+    TARGET_WAVES,
     Conv,
     Downsample2D,
     GroupNorm,
@@ -23,18 +24,7 @@ from diffusion_jax.models.layers import (
     sinusoidal_embedding,
     zeros_init,
 )
-
-BLOCK_TYPES = {  # diffusers' name of a block -> the kind of attention after each of its residual blocks
-    "DownBlock2D": None,
-    "AttnDownBlock2D": "self",
-    "CrossAttnDownBlock2D": "cross",
-    "UpBlock2D": None,
-    "AttnUpBlock2D": "self",
-    "CrossAttnUpBlock2D": "cross",
-    "UNetMidBlock2D": "self",
-    "UNetMidBlock2DCrossAttn": "cross",
-}
-TARGET_WAVES = 0.016  # radians for a unit of cond["to"]: the fastest wave turns 2.5 times from clean data to noise
+from diffusion_jax.models.unet_fields import BLOCK_TYPES, check_fields
 
 
 class UNet(nn.Module):
@@ -117,8 +107,26 @@ class UNet(nn.Module):
         """Channels of cond["known"] for an inpainting network, else 0."""
         return max(self.in_channels - self.out_channels, 0)
 
+    @property
+    def step(self) -> int:
+        """Height and width of x are best multiples of it, which the network can halve as often as it does."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def reads(self) -> dict[str, bool]:
+        """Each leaf of a condition -> whether this network reads it."""
+        return {
+            "text": self._reads_text(),
+            "label": self.num_class_embeds is not None,
+            "text_embeds": self._has_vector(),
+            "time_ids": self.addition_embed_type is not None,
+            "known": self.known_channels > 0,
+            "to": self.target_embedding,
+            "guidance": self.time_cond_proj_dim is not None,
+        }
+
     def setup(self):
-        self._check_fields()
+        check_fields(self)
         channels, levels = self.block_out_channels, len(self.block_out_channels)
         width = self.time_embedding_dim or 4 * channels[0]
         self.time_embedding = TimestepEmbedding(width)
@@ -322,61 +330,9 @@ class UNet(nn.Module):
     def _has_vector(self) -> bool:
         return self.class_embed_type == "projection" or self.addition_embed_type == "text_time"
 
-    def _check_fields(self) -> None:
-        levels = len(self.block_out_channels)
-        for field in (
-            "down_block_types",
-            "up_block_types",
-            "layers_per_block",
-            "attention_head_dim",
-            "transformer_layers_per_block",
-            "reverse_transformer_layers_per_block",
-            "only_cross_attention",
-        ):
-            value = getattr(self, field)
-            if isinstance(value, (tuple, list)) and len(value) != levels:
-                raise ValueError(
-                    f"UNet: {field} has {len(value)} entries, block_out_channels has {levels}; "
-                    "give one entry for each level"
-                )
-        for part, field in (("Down", "down_block_types"), ("Mid", "mid_block_type"), ("Up", "up_block_types")):
-            allowed = [name for name in BLOCK_TYPES if part in name]
-            for name in np.atleast_1d(getattr(self, field) or ()):
-                if name not in allowed:
-                    raise ValueError(f"UNet: {field} has {str(name)!r}; expected one of {', '.join(allowed)}")
-        for field, allowed in (
-            ("resnet_time_scale_shift", ("default", "scale_shift")),
-            ("class_embed_type", (None, "projection")),
-            ("addition_embed_type", (None, "text_time")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"UNet: {field} must be one of {allowed}, got {getattr(self, field)!r}")
-        if self.addition_embed_type and not self.addition_time_embed_dim:
-            raise ValueError("UNet: addition_embed_type='text_time' needs addition_time_embed_dim")
-        if self.class_embed_type and (self.num_class_embeds or self.addition_embed_type):
-            other = "num_class_embeds" if self.num_class_embeds else "addition_embed_type"
-            raise ValueError(f"UNet: class_embed_type and {other} exclude each other")
-
     def _check(self, x: Array, cond: Mapping[str, Array]) -> None:
-        if not isinstance(cond, Mapping):
-            kind = type(cond).__name__
-            raise TypeError(f'UNet: expected a condition as a mapping such as {{"text": ...}}, got {kind}')
-        needed = {
-            "text": self._reads_text(),
-            "label": self.num_class_embeds is not None,
-            "text_embeds": self._has_vector(),
-            "time_ids": self.addition_embed_type is not None,
-            "known": self.known_channels > 0,
-            "to": self.target_embedding,
-            "guidance": self.time_cond_proj_dim is not None,
-        }
-        missing = [name for name, is_needed in needed.items() if is_needed and name not in cond]
-        unknown = [name for name in cond if not (needed.get(name, False) or (name == "mask" and needed["text"]))]
-        if missing or unknown:
-            raise ValueError(
-                f"UNet: expected a condition with {', '.join(n for n in needed if needed[n]) or 'nothing'}, "
-                f"got {', '.join(sorted(cond)) or 'nothing'}"
-            )
+        needed = self.reads
+        check_condition("UNet", needed, cond)
         known_channels = cond["known"].shape[-1] if needed["known"] else 0
         if x.shape[-1] + known_channels != self.in_channels:
             raise ValueError(
