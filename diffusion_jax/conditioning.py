@@ -58,17 +58,27 @@ def unconditional() -> Conditioning:
     return Conditioning(lambda: "", lambda records: {}, lambda prompts: {}, {})
 
 
-def class_labels(num_classes: int) -> Conditioning:
-    """Class numbers 0..num_classes-1, also as prompts. The null class is num_classes."""
+def class_labels(num_classes: int, names: Mapping[str, int] = MappingProxyType({})) -> Conditioning:
+    """Class numbers 0..num_classes-1, also as prompts. The null class is num_classes.
 
-    def of_prompts(prompts: Sequence[str]) -> PyTree:
-        invalid = [p for p in prompts if not (p.isascii() and p.strip().isdecimal() and int(p) < num_classes)]
-        if invalid:
-            raise ValueError(f"this model knows classes: expected a number in 0..{num_classes - 1}, got {invalid[0]!r}")
-        return {"label": np.array([int(p) for p in prompts], np.int32)}
+    names: of classes, which prompts may have instead.
+    """
+
+    def of_prompt(prompt: str) -> int:
+        if prompt.strip() in names:
+            return names[prompt.strip()]
+        if not (prompt.isascii() and prompt.strip().isdecimal() and int(prompt) < num_classes):
+            named = f", or a name such as {next(iter(names))!r}" if names else ""
+            raise ValueError(
+                f"this model knows classes: expected a number in 0..{num_classes - 1}{named}, got {prompt!r}"
+            )
+        return int(prompt)
 
     return Conditioning(
-        lambda: "", lambda records: {"label": records["label"]}, of_prompts, {"label": np.int32(num_classes)}
+        cache_key=lambda: "",
+        of_records=lambda records: {"label": records["label"]},
+        of_prompts=lambda prompts: {"label": np.array([*map(of_prompt, prompts)], np.int32)},
+        null={"label": np.int32(num_classes)},
     )
 
 

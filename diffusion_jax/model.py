@@ -16,6 +16,7 @@ from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import NOISE_ALONE, Schedule, below
 from diffusion_jax.models.adapters import WHOLE, Adapter
 from diffusion_jax.models.applied import Applied
+from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
 
 
@@ -37,6 +38,7 @@ class Network(NamedTuple):
     flow_map: whether it takes the end of a step as cond["to"]; see `core.denoiser`.
     takes_scale: whether it takes the guidance scale as cond["guidance"], because guidance is built in.
     step: height and width of x are best multiples of it, which the network can halve as often as it does.
+    cell: height and width of x must be multiples of it, the patches of a transformer.
     """
 
     apply: Callable[..., Array]
@@ -45,17 +47,23 @@ class Network(NamedTuple):
     flow_map: bool = False
     takes_scale: bool = False
     step: int = 1
+    cell: int = 1
 
 
-def network_of(unet: UNet, init: Callable[[Key[Array, ""]], PyTree] | None = None) -> Network:
-    """The U-Net as training and sampling call it.
+def network_of(module: UNet | Transformer, init: Callable[[Key[Array, ""]], PyTree] | None = None) -> Network:
+    """A U-Net or a transformer as training and sampling call it.
 
     init: key -> its variables, by default random ones.
     """
-    random_init = jax.jit(lambda key: unet.init(key, *unet.example_inputs()))
-    takes_scale = unet.time_cond_proj_dim is not None
-    step = 2 ** (len(unet.block_out_channels) - 1)
-    return Network(Applied(unet), init or random_init, unet.known_channels, unet.target_embedding, takes_scale, step)
+    return Network(
+        apply=Applied(module),
+        init=init or jax.jit(lambda key: module.init(key, *module.example_inputs())),
+        known_channels=module.known_channels,
+        flow_map=module.target_embedding,
+        takes_scale=module.reads["guidance"],
+        step=module.step,
+        cell=module.cell,
+    )
 
 
 class DiffusionModel(NamedTuple):
@@ -106,7 +114,7 @@ class DiffusionModel(NamedTuple):
 
     def resized(self, size: tuple[int, int]) -> "DiffusionModel":
         """The model for images of another height and width, pixels. Raises ValueError for a size it cannot make."""
-        check_size(size, self.codec.factor)
+        check_size(size, self.codec.factor * self.network.cell)
         return self._replace(size=size, conditioning=self.conditioning.for_size(self.conditioning, size))
 
     def placed(self) -> "DiffusionModel":

@@ -131,7 +131,7 @@ def _along(folder: Path, steps: Sequence[int], length: float) -> dict[str, tuple
 def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
     check_section(config.eval, model.schedule)
     source = build.data.source(config, "validation", max(model.size))
-    check_condition(config, source)
+    check_condition(model.conditioning.null, source)
 
     def measure(model: DiffusionModel, folder: Path) -> dict:
         report = evaluate_likelihood(model, source, crop(*model.size, upscale=config.data.upscale), config.eval)
@@ -147,7 +147,7 @@ def _likelihood(config: ConfigDict, model: DiffusionModel) -> Prepare:
 
 
 def _scenes(config: ConfigDict, model: DiffusionModel) -> Prepare:
-    if config.data.source != "emoji" or condition_kind(config) != "text":
+    if config.data.source != "emoji" or condition_kind(model.conditioning.null) != "text":
         raise ValueError("eval.measures=scenes needs a text-conditional model and data.source=emoji")
     lpips, features = load_lpips(), classifier_features(load_lpips(config.eval.network))
     data_dir = build.data.data_folder(config.data)

@@ -8,7 +8,8 @@ from diffusion_jax import build
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.build import encoders, weights
 from diffusion_jax.build.agreement import has_text_encoders
-from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline, save_unet
+from diffusion_jax.interop import load_autoencoder, save_autoencoder, save_pipeline
+from diffusion_jax.interop.denoisers import name_of, save_denoiser
 from diffusion_jax.interop.lora import save_lora
 from diffusion_jax.interop.pipeline import family_of
 from diffusion_jax.interop.tensors import read_json, write_json
@@ -19,10 +20,10 @@ from diffusion_jax.training.checkpoints import Checkpoints
 def run(config: ConfigDict, workdir: Path) -> None:
     """Write the averaged weights to workdir/export, as safetensors that diffusers reads too.
 
-    The config's own model: folders unet and vae, in float16, and the run's config.json. Its text encoders stay where
-    they are, or with config.condition.copy are copied beside these. A model from a checkpoint: a
-    whole pipeline in config.dtype (diffusers reads half precision only if told to). A LoRA: one file, in
-    float16 and beside config.json for the config's own model.
+    The config's own model: folders unet (or transformer) and vae, in float16, and the run's config.json. Its text
+    encoders stay where they are, or with config.condition.copy are copied beside these. A model from a checkpoint: a
+    whole pipeline in config.dtype (diffusers reads half precision only if told to). A LoRA: one file, in float16 and
+    beside config.json for the config's own model.
     """
     folder = workdir / "export"
     if not build.model.has_denoiser(config):
@@ -43,12 +44,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _export_own(config: ConfigDict, workdir: Path, folder: Path) -> None:
     config, model = weights.model_of_run(config, workdir)
-    trained = weights.trained(config, workdir, model)
+    trained, module = weights.trained(config, workdir, model), model.network.apply.module
     if "lora" in config:
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(folder / weights.LORA, trained, build.model.lora_scale(config), np.float16)
+        save_lora(folder / weights.LORA, trained, build.model.lora_scale(config), np.float16, name_of(module))
     else:
-        save_unet(model.network.apply.module, trained, folder / "unet", np.float16)
+        save_denoiser(module, trained, folder / name_of(module), np.float16)
         if config.autoencoder.kind == "kl":
             decoder = load_autoencoder(config.autoencoder.checkpoint or weights.first_stage_folder(workdir))
             save_autoencoder(*decoder, folder / "vae", np.float16)

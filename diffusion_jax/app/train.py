@@ -24,7 +24,7 @@ from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.loader import Tally, stack
 from diffusion_jax.data.sources import Source, choose_caption, with_captions
 from diffusion_jax.data.transforms import Transform
-from diffusion_jax.interop import load_unet
+from diffusion_jax.interop.denoisers import load_denoiser
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path
 from diffusion_jax.training.loop import Task, check_division, check_resumed, fit, sigterm_raises_stopped
@@ -60,7 +60,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
         snapshot_request = sample.request(config, model, config.sample.prompts)
         optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
         source = build.data.source(config, "train", max(model.size))
-        agreement.check_condition(config, source)
+        agreement.check_condition(model.conditioning.null, source)
         agreement.check_records(config.train, source)
         agreement.tell_cut_captions(model.conditioning, source)
         by_size = build.data.by_size(config, source, model)
@@ -87,7 +87,7 @@ def _train_denoiser(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
         counts, tally = [len(records) for records, _ in parts], Tally()
         weights_of_sizes = shares([of_size for _, of_size in by_size], counts)
         hosts.check_same(str(counts), "numbers of readable records")
-        logging.info("U-Net: %.2fM parameters, %d training records", first_stage.millions(params), sum(counts))
+        logging.info("denoiser: %.2fM parameters, %d training records", first_stage.millions(params), sum(counts))
         task = Task(
             name="denoiser",
             loss=loss,
@@ -107,13 +107,14 @@ def _train_denoiser(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
 def objective(config: ConfigDict, model: DiffusionModel) -> tuple[Callable, PyTree, dict]:
     """(loss, initial weights, frozen inputs of the loss)."""
     teacher = _teacher(config, model)
+    load = functools.partial(load_denoiser, scan=config.get("model", {}).get("scan", False))
 
     def start(key: Key[Array, ""]) -> PyTree:
         random_params = model.network.init(key)
         return (
             from_teacher(teacher, random_params)
             if config.get("teacher")
-            else initial(config.get("init", ""), load_unet, random_params)
+            else initial(config.get("init", ""), load, random_params)
         )
 
     key = jax.random.key(config.seed)

@@ -10,55 +10,58 @@ from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.data.sources import Source, first_caption
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.models.text.encoder import count_cut
+from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
 
 CHECKED = 9  # levels at which two schedules are compared
 SAMPLED = 1000  # captions
 
 
-def check_network(unet: UNet, channels: int, null_cond: PyTree) -> None:
+def check_network(network: UNet | Transformer, channels: int, null_cond: PyTree) -> None:
     """Raise ValueError for a network that does not fit its data or its condition.
 
-    unet: the network of config.model.
+    network: that of config.model.
     channels: of x0, from the codec.
     null_cond: the condition of one image, leaves without the batch axis.
     """
     for field in ("in_channels", "out_channels"):
-        if getattr(unet, field) != channels:
-            raise ValueError(f"config.model.{field} must be {channels}, the channels of x0, got {getattr(unet, field)}")
-    knows_classes = unet.num_class_embeds is not None
-    if knows_classes != ("label" in null_cond):
-        expected = "None" if knows_classes else "the number of classes and one more"
+        value = getattr(network, field)
+        if value != channels and not (value is None and network.in_channels == channels):
+            raise ValueError(f"config.model.{field} must be {channels}, the channels of x0, got {value}")
+    for leaf, (field, value) in network.CONDITION_FIELDS.items():
+        if (leaf in null_cond) != (getattr(network, field) is not None):
+            expected = value if leaf in null_cond else "None"
+            raise ValueError(
+                f"config.model.{field} must be {expected} for this config.condition, got {getattr(network, field)!r}"
+            )
+    for leaf in null_cond.keys() - network.reads.keys() - {"mask"}:
         raise ValueError(
-            f"config.model.num_class_embeds must be {expected} for this config.condition, got {unet.num_class_embeds}"
+            f"config.condition makes {leaf}, which no {type(network).__name__} reads; leave it out there, or choose "
+            "another config.model.kind"
         )
-    if ("text_embeds" in null_cond) != (unet.class_embed_type is not None):
-        expected = "'projection'" if "text_embeds" in null_cond else "None"
-        raise ValueError(
-            f"config.model.class_embed_type must be {expected} for this config.condition, got {unet.class_embed_type!r}"
-        )
-    if "text" in null_cond and unet.cross_attention_dim != null_cond["text"].shape[-1]:
+    if "text" in null_cond and network.cross_attention_dim != null_cond["text"].shape[-1]:
         raise ValueError(
             f"config.model.cross_attention_dim must be {null_cond['text'].shape[-1]}, the width of the text encoder, "
-            f"got {unet.cross_attention_dim}"
+            f"got {network.cross_attention_dim}"
         )
 
 
-def check_updated(unet: UNet, teacher: str) -> None:
+def check_updated(network: UNet | Transformer, teacher: str) -> None:
     """Raise ValueError for a network that a LoRA of the teacher cannot be. teacher: the folder of the trained model."""
     if not teacher:
         raise ValueError("config.lora updates a trained model: set config.teacher to its folder")
     for field, disabled in (("target_embedding", False), ("time_cond_proj_dim", None)):
-        if getattr(unet, field) != disabled:
+        if getattr(network, field) != disabled:
             raise ValueError(
                 f"config.lora updates maps that the trained model has: set config.model.{field}={disabled}, got "
-                f"{getattr(unet, field)}"
+                f"{getattr(network, field)}"
             )
 
 
-def condition_kind(config: ConfigDict) -> str:
-    """none, class or text. A checkpoint has no section condition: its condition is a text."""
-    return config.condition.kind if "condition" in config else "text"
+def condition_kind(null_cond: PyTree) -> str:
+    """none, class or text. null_cond: "no condition" of a model."""
+    kinds = {"text": "text", "label": "class"}
+    return next((kind for leaf, kind in kinds.items() if leaf in null_cond), "none")
 
 
 def has_text_encoders(config: ConfigDict) -> bool:
@@ -66,16 +69,19 @@ def has_text_encoders(config: ConfigDict) -> bool:
     return "condition" in config and config.condition.kind == "text"
 
 
-def check_condition(config: ConfigDict, source: Source) -> None:
-    """Raise ValueError for a source that lacks the condition of the config's denoiser."""
-    kind = condition_kind(config)
+def check_condition(null_cond: PyTree, source: Source) -> None:
+    """Raise ValueError for a source that lacks the condition of a model. null_cond: its "no condition"."""
+    kind = condition_kind(null_cond)
     if kind == "text" and not source.captions:
         raise ValueError(f"a text-conditional model needs data with captions, and {source.name} has none")
-    if kind == "class" and source.num_classes != config.condition.num_classes:
+    if kind != "class":
+        return
+    num_classes = int(null_cond["label"])  # the class after the last is none
+    if source.num_classes != num_classes:
         has = f"{source.num_classes} classes" if source.num_classes else "no labels: set config.condition.kind"
         raise ValueError(
-            f"config.condition.num_classes must be the number of classes of the data, got "
-            f"{config.condition.num_classes}, and {source.name} has {has}"
+            f"config.condition.num_classes must be the number of classes of the data, got {num_classes}, and "
+            f"{source.name} has {has}"
         )
 
 

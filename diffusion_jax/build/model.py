@@ -33,6 +33,7 @@ from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.paths import Path
 from diffusion_jax.pipelines.published import from_published, from_shapes
@@ -45,6 +46,7 @@ SCHEDULES = {
     "flow": lambda section: schedules.flow(section.shift),
     "edm": lambda section: schedules.edm(section.sigma_min, section.sigma_max),
 }
+NETWORKS = {"unet": UNet, "transformer": Transformer}
 PARAMETERIZATIONS = {name: lambda section, value=value: value for name, value in parameterization.NAMED.items()} | {
     "edm": lambda section: parameterization.edm(section.sigma_data)
 }
@@ -73,13 +75,13 @@ def diffusion_model(
     if "checkpoint" in config:
         return _published_model(config, sides, training)
     condition = condition or conditioning(config)
-    unet, codec = network(config, condition.null), _untrained_codec(config)
+    module, codec = network(config, condition.null), _untrained_codec(config)
+    untrained = network_of(module)
     size = tuple(side or config.data.size for side in sides)
-    check_size(size, codec.factor)
-    check_network(unet, codec.channels, condition.null)
+    check_size(size, codec.factor * untrained.cell)
+    check_network(module, codec.channels, condition.null)
     if "lora" in config:
-        check_updated(unet, config.teacher)
-    untrained = network_of(unet)
+        check_updated(module, config.teacher)
     return DiffusionModel(
         network=untrained,
         params=jax.eval_shape(untrained.init, jax.random.key(0)),
@@ -174,15 +176,16 @@ def lora_scale(config: ConfigDict) -> float:
     return config.lora.alpha / max(config.lora.rank, 1)
 
 
-def network(config: ConfigDict, null_cond: PyTree = MappingProxyType({})) -> UNet:
-    """The untrained network of config.model.
+def network(config: ConfigDict, null_cond: PyTree = MappingProxyType({})) -> UNet | Transformer:
+    """The untrained network of config.model, whose `kind` is that of NETWORKS, by default a U-Net.
 
     null_cond: of its condition. A network whose cross_attention_dim is None reads texts as wide as these.
     """
     values = {"time_smoothing": _time_smoothing(config)} | _fields(config.model)
+    kind = choose(NETWORKS, values.pop("kind", "unet"), "model.kind")
     if "text" in null_cond and values.get("cross_attention_dim") is None:
         values["cross_attention_dim"] = null_cond["text"].shape[-1]
-    return UNet(**values)
+    return kind(**values)
 
 
 def _time_smoothing(config: ConfigDict) -> float:

@@ -15,8 +15,9 @@ from diffusion_jax.build.data import cache_folder
 from diffusion_jax.build.model import conditioning, diffusion_model, has_denoiser
 from diffusion_jax.codec import Codec
 from diffusion_jax.conditioning import Conditioning
-from diffusion_jax.interop import load_autoencoder, load_unet
-from diffusion_jax.interop.lora import DENOISER, load_lora, merge
+from diffusion_jax.interop import load_autoencoder
+from diffusion_jax.interop.denoisers import find_denoiser, load_denoiser, name_of
+from diffusion_jax.interop.lora import load_lora, merge
 from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.paths import Path
@@ -70,7 +71,7 @@ def load_config(folder: str | Path) -> ConfigDict:
     if has_text_encoders(config):
         config.condition.encoders = encoders.found_in(config.condition, folder)
     if "checkpoint" not in config:
-        config.weights = str(folder) if any((folder / name).exists() for name in ("unet", LORA)) else ""
+        config.weights = str(folder) if find_denoiser(folder) or (folder / LORA).exists() else ""
     return config
 
 
@@ -163,14 +164,16 @@ def load(
     folder = shipped.find(config.weights)
     if config.weights and (folder / LORA).exists():
         base, file = updated(config, model, teacher), folder / LORA
-        params = merge(base.params, load_lora(file)[DENOISER], 1.0, str(file))
+        part = name_of(model.network.apply.module)
+        params = merge(base.params, load_lora(file, denoiser=part)[part], 1.0, str(file))
         return model._replace(params=params, codec=base.codec), config.weights
     if config.weights and folder.exists():
-        unet, params = load_unet(folder / "unet")
+        denoiser = find_denoiser(folder) or folder / name_of(model.network.apply.module)
+        module, params = load_denoiser(denoiser, config.model.get("scan", False))
         codec = model.codec
         if (folder / "vae").exists():
             codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
-        return model._replace(network=network_of(unet), params=params, codec=codec), config.weights
+        return model._replace(network=network_of(module), params=params, codec=codec), config.weights
     raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or give its --workdir")
 
 

@@ -1,4 +1,4 @@
-"""The kinds of networks in published pipelines: U-Net, KL autoencoder and text encoder."""
+"""The kinds of networks in published pipelines: U-Net, transformer, KL autoencoder and text encoder."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from diffusion_jax.interop.family import Component
 from diffusion_jax.interop.names import modern
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.text.clip import ClipTextEncoder
+from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
 
 TOKENS = 16  # of a text in the random inputs
@@ -47,6 +48,12 @@ def _run_unet(model, inputs) -> None:
     model(x, inputs["t"], inputs["text"], class_labels=inputs.get("label"), added_cond_kwargs=added or None)
 
 
+def _transformer_inputs(transformer: Transformer) -> dict[str, Array]:
+    sides = np.broadcast_to(transformer.sample_size, 2).tolist()
+    x = _normal(np.random.default_rng(0), 1, *sides, transformer.in_channels)
+    return {"x": x, "t": jnp.array([500.0]), "label": jnp.array([0])}
+
+
 def _text_inputs(encoder: ClipTextEncoder) -> dict[str, Array]:
     end, length = encoder.vocab_size - 1, min(encoder.max_position_embeddings, TOKENS)
     ids = np.random.default_rng(0).integers(end, size=(1, length))
@@ -68,6 +75,17 @@ UNET = Component(
     depth=1,
     inputs=_unet_inputs,
     run=_run_unet,
+)
+TRANSFORMER = Component(
+    library="diffusers",
+    class_name=folders.transformer_class,
+    weights=folders.WEIGHTS,
+    build=folders.transformer_of,
+    tensors=lambda tensors, module: folders.transformer_tensors(tensors),
+    save=folders.save_transformer,
+    depth=1,
+    inputs=_transformer_inputs,
+    run=lambda model, inputs: model(inputs["x"], timestep=inputs["t"], class_labels=inputs["label"]),
 )
 AUTOENCODER = Component(
     library="diffusers",

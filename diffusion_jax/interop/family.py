@@ -108,7 +108,10 @@ class Family(NamedTuple):
     parts: folder of each network -> its kind. Text encoders may be missing until prompts are read.
     denoiser, autoencoder: the names of these parts.
     tokenizers: folder of each text encoder -> folder of its tokenizer, in the order of the denoiser's condition.
-    prompt: None for models that need more than a prompt; they can be loaded and saved, not sampled.
+    prompt: None for models of classes, and for those that need more than a prompt, which can be loaded and saved, not
+      sampled.
+    classes: module of the denoiser -> number of classes that prompts name; 0 for a family of texts. The class after
+      the last is none. Names of classes are in `id2label` of model_index.json.
     index: module of the denoiser -> model_index.json without the parts.
     fits: (denoiser, autoencoder) -> what is wrong with them together, "" if nothing.
     scheduler_changes: fields of scheduler_config.json that diffusers overrides when it loads such a pipeline.
@@ -129,6 +132,7 @@ class Family(NamedTuple):
     tokenizers: Mapping[str, str]
     prompt: Prompt | None
     index: Callable[[Any], dict]
+    classes: Callable[[Any], int] = lambda denoiser: 0
     fits: Callable[[Any, Any], str] = lambda denoiser, autoencoder: ""
     scheduler_changes: Config = MappingProxyType({})
     safety_checker: Callable[[Path, bool], Any] | None = None

@@ -15,13 +15,14 @@ from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
 from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_fields import BLOCK_TYPES
 from diffusion_jax.paths import Path
 
 WEIGHTS = "diffusion_pytorch_model"
 # fields of our networks that say how to run them, not what they are
-RUNTIME_FIELDS = {"parent", "name", "dtype", "remat", "attention_implementation", "time_smoothing"}
+RUNTIME_FIELDS = {"parent", "name", "dtype", "remat", "scan", "attention_implementation", "time_smoothing"}
 
 # Default values in diffusers of fields missing in config.json, where our defaults differ.
 DEFAULTS = {
@@ -35,6 +36,10 @@ DEFAULTS = {
         up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
     ),
     "AutoencoderKL": dict(block_out_channels=(64,), layers_per_block=1, sample_size=32),
+    "DiTTransformer2DModel": dict(
+        sample_size=32, num_embeds_ada_norm=1000, norm_eps=1e-5, modulation="own", freq_shift=1
+    ),
+    "Transformer": {},
 }
 # Fields that exist in only one of the two classes of diffusers, left out when saving the other.
 FOREIGN = {
@@ -52,6 +57,22 @@ FOREIGN = {
         "time_cond_proj_dim",
     },
     "AutoencoderKL": set(),
+    "DiTTransformer2DModel": {
+        "mlp_ratio",
+        "modulation",
+        "norm",
+        "qk_norm",
+        "positions",
+        "axes_dims_rope",
+        "rope_theta",
+        "rope_pairs",
+        "text",
+        "cross_attention_dim",
+        "freq_shift",
+        "time_cond_proj_dim",
+        "target_embedding",
+    },
+    "Transformer": set(),
 }
 # Fields of diffusers that our networks lack: only one value is supported, or the field changes nothing here.
 FIXED = {
@@ -64,8 +85,11 @@ FIXED = {
     "mid_block_scale_factor": (1,),
     "resnet_out_scale_factor": (1,),
     "time_embedding_type": ("positional",),
+    "norm_type": ("ada_norm_zero",),
 }
-NO_EFFECT = {"addition_embed_type_num_heads", "num_train_timesteps"}
+NO_EFFECT = {"addition_embed_type_num_heads", "num_train_timesteps", "norm_num_groups", "upcast_attention"}
+DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name in the published config.json
+TRANSFORMERS = (*DIT, "Transformer")
 
 
 def load_unet(folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False) -> tuple[UNet, PyTree]:
@@ -78,6 +102,23 @@ def load_unet(folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: 
     """
     unet, like = unet_of(*read_config(folder))
     return unet, from_torch(*read_tensors(folder, WEIGHTS, allow_pickle), like, dtype)
+
+
+def load_transformer(
+    folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False, scan: bool = False
+) -> tuple[Transformer, PyTree]:
+    """The transformer of a folder and its variables. Arguments as in `load_unet`.
+
+    scan: compile one block for all, see `Transformer`.
+    """
+    transformer, like = transformer_of(*read_config(folder), scan)
+    tensors, source = read_tensors(folder, WEIGHTS, allow_pickle)
+    return transformer, from_torch(transformer_tensors(tensors), source, like, dtype)
+
+
+def transformer_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without the table of fixed positions, which some files of DiT have."""
+    return {name: tensor for name, tensor in tensors.items() if name != "pos_embed.pos_embed"}
 
 
 def load_autoencoder(
@@ -104,6 +145,22 @@ def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
             f"{source}: without blocks that read text, mid_block_type 'UNetMidBlock2D' is supported only in UNet2DModel"
         )
     return module_and_shapes(UNet, fields, source, lambda unet: unet.example_inputs())
+
+
+def transformer_of(config: Mapping, source: str | Path, scan: bool = False) -> tuple[Transformer, PyTree]:
+    """The transformer that a config.json describes, and the shapes of its variables. Arguments as in `unet_of`.
+
+    scan: compile one block for all, see `Transformer`.
+    """
+    name = config.get("_class_name")
+    if name not in TRANSFORMERS:
+        raise ValueError(f"{source}: expected a DiTTransformer2DModel or Transformer, got {name}")
+    if name in DIT:
+        config = {**config, "_class_name": DIT[0]}
+    fields = _fields(Transformer, config, source)
+    if name in DIT and transformer_class(Transformer(**fields)) != DIT[0]:
+        raise ValueError(f"{source}: a {DIT[0]} has classes, and norms without learned scales")
+    return module_and_shapes(Transformer, fields | {"scan": scan}, source, lambda module: module.example_inputs())
 
 
 def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
@@ -139,6 +196,21 @@ def unet_class(unet: UNet) -> str:
     return "UNet2DConditionModel" if cross else "UNet2DModel"
 
 
+def save_transformer(
+    transformer: Transformer, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
+) -> None:
+    """Write a folder that `load_transformer` reads, and diffusers if it has this network. dtype: of the tensors."""
+    _save(transformer_class(transformer), transformer, {}, variables, folder, dtype)
+
+
+def transformer_class(transformer: Transformer) -> str:
+    """The name of the transformer's class in diffusers, or Transformer if it has none."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Transformer)} | DEFAULTS[DIT[0]]
+    is_dit = all(getattr(transformer, name) == defaults[name] for name in FOREIGN[DIT[0]])
+    has_more = transformer.norm_elementwise_affine or transformer.num_embeds_ada_norm is None
+    return DIT[0] if is_dit and not has_more else "Transformer"
+
+
 def save_autoencoder(
     autoencoder: AutoencoderKL, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
 ) -> None:
@@ -171,7 +243,7 @@ def module_and_shapes(module: type, fields: Mapping, source: str | Path, inputs:
 
 def _fields(module: type, config: Mapping, source: str | Path) -> dict:
     """Arguments of `module` from a diffusers config. Raises ValueError for options that the module does not support."""
-    fields = {field.name for field in dataclasses.fields(module)} - RUNTIME_FIELDS
+    fields = {field.name for field in dataclasses.fields(module)} - RUNTIME_FIELDS - FOREIGN[config["_class_name"]]
     for name, value in config.items():
         inert = name.startswith("_") or name in fields | NO_EFFECT or value in (None, False, *FIXED.get(name, ()))
         if not inert:

@@ -28,7 +28,6 @@ from diffusion_jax.interop.weight_updates import KINDS, Update, kind_of, rank_of
 from diffusion_jax.models.stacking import layers, mapped
 from diffusion_jax.paths import Path
 
-DENOISER = "unet"  # its name in files for models trained with this library
 _NAME = r"(?:\.[^.]+)?"  # peft's name of the adapter, such as "default", which diffusers leaves out
 # What a tensor is, by the end of its name.
 ROLES = {
@@ -73,19 +72,20 @@ OTHERS = {
 
 
 def load_lora(
-    path: str | Path, pipeline: PublishedPipeline | None = None, allow_pickle: bool = False
+    path: str | Path, pipeline: PublishedPipeline | None = None, allow_pickle: bool = False, denoiser: str = "unet"
 ) -> dict[str, dict[str, Update]]:
     """The updates of a file by part, such as "unet" and "text_encoder", and map.
 
     A map is named by its path joined with underscores, because the names in every file can be converted to that.
     pipeline: its family says how names in the file are read. None for a model trained with this library.
     allow_pickle: see `read_file`.
+    denoiser: without a pipeline, the name of the denoiser (`denoisers.name_of`).
     Raises ValueError for tensors of another kind or with values that are not finite, for incomplete updates and for
     settings that are not supported.
     """
     roles_by_place: dict[tuple[str, str], dict] = {}
     names = {}  # place -> path with dots, where the file has dots
-    settings = read_settings(path, pipeline.family.denoiser if pipeline else DENOISER)
+    settings = read_settings(path, pipeline.family.denoiser if pipeline else denoiser)
     tensors = read_file(path, allow_pickle)
     if not tensors:
         raise ValueError(f"{path}: expected the updates of a LoRA, got a file without tensors")
@@ -93,7 +93,7 @@ def load_lora(
     for name, tensor in tensors.items():
         check_finite(name, tensor, path)
         head, role = _role(path, name)
-        part, target = _place(head, pipeline)
+        part, target = _place(head, pipeline, denoiser)
         place = part, target.replace(".", "_")
         roles = roles_by_place.setdefault(place, {})
         if role in roles:
@@ -110,12 +110,12 @@ def load_lora(
 
 
 def save_lora(
-    path: str | Path, updates: PyTree, scale: float, dtype: DTypeLike = np.float32, part: str = DENOISER
+    path: str | Path, updates: PyTree, scale: float, dtype: DTypeLike = np.float32, part: str = "unet"
 ) -> None:
     """Write updates of a denoiser, as `models.lora` trains them, to a .safetensors file in the layout of peft.
 
     scale: alpha / rank. `up` is multiplied by it, so that readers see an alpha equal to the rank.
-    part: of a published pipeline, its name for the denoiser.
+    part: name of the denoiser in the published pipeline, or by `denoisers.name_of`.
     """
     tensors = {}
     arrays = ((tuple(key.key for key in keys), np.asarray(leaf, np.float32)) for keys, leaf in tree_leaves(updates))
@@ -230,9 +230,9 @@ def _number(alpha):
     return float(alpha.reshape(()))
 
 
-def _place(name, pipeline):
+def _place(name, pipeline, denoiser):
     """(part, path) of the map `name` in a file; the path has dots if the name has."""
-    parts, prefixes, dotted, denoiser = {DENOISER: None}, {}, {}, DENOISER
+    parts, prefixes, dotted = {denoiser: None}, {}, {}
     if pipeline is not None:
         family = pipeline.family
         parts, denoiser = family.parts, family.denoiser

@@ -24,7 +24,7 @@ from diffusion_jax.interop.tensors import check_finite, release
 from diffusion_jax.models.stacking import layers, mapped
 
 # Names in which the number is part of diffusers' name and not an index.
-NUMBERED = re.compile(r"(linear|wi)_\d+")
+NUMBERED = re.compile(r"(linear|wi|proj_out)_\d+")
 LOADERS = 8  # tensors converted at the same time, at most
 # Names of attention in the oldest autoencoder and U-Net checkpoints. diffusers renames them in the same way.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -80,6 +80,10 @@ class Transformer(nn.Module):
     attention_implementation: see `attention`.
     """
 
+    CONDITION_FIELDS = {  # noqa: RUF012  (no field) leaf of the condition -> the field that reads it, and its value
+        "label": ("num_embeds_ada_norm", "the number of classes"),
+        "text": ("text", "'cross' or 'joint'"),
+    }
     sample_size: int | tuple[int, int] | None = None
     patch_size: int = 2
     in_channels: int = 4
@@ -125,7 +129,12 @@ class Transformer(nn.Module):
 
     @property
     def step(self) -> int:
-        """Height and width of x are multiples of it."""
+        """Height and width of x are best multiples of it."""
+        return self.patch_size
+
+    @property
+    def cell(self) -> int:
+        """Height and width of x must be multiples of it."""
         return self.patch_size
 
     @property

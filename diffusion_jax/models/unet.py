@@ -64,6 +64,10 @@ class UNet(nn.Module):
     attention_implementation: see `attention`.
     """
 
+    CONDITION_FIELDS = {  # noqa: RUF012  (no field) leaf of the condition -> the field that reads it, and its value
+        "label": ("num_class_embeds", "the number of classes and one more"),
+        "text_embeds": ("class_embed_type", "'projection'"),
+    }
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
     out_channels: int = 4
@@ -111,6 +115,11 @@ class UNet(nn.Module):
     def step(self) -> int:
         """Height and width of x are best multiples of it, which the network can halve as often as it does."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def cell(self) -> int:
+        """1: x may have any height and width."""
+        return 1
 
     @property
     def reads(self) -> dict[str, bool]:

@@ -1,7 +1,7 @@
 """Convert published pipelines to models of this library, by the cards of their families."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from tokenizers import Tokenizer
 
 from diffusion_jax.codec import autoencoder_kl, check_size, fingerprint
-from diffusion_jax.conditioning import Conditioning, unconditional
+from diffusion_jax.conditioning import Conditioning, class_labels, unconditional
 from diffusion_jax.core import sampling, solvers
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
@@ -37,7 +37,8 @@ def from_published(
 
     Conditions are {"text": (B, L, D)} and the leaves that `family.prompt` adds. Prompts may have weights and
     several chunks (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or
-    zeros in families that use zeros.
+    zeros in families that use zeros. In families of classes, conditions are {"label": (B,)}, and prompts are their
+    numbers or names.
     size: height and width of the images in pixels, the model's own by default. 0 means the model's own side.
     dtype: compute type of the networks.
     tile: see `codec.autoencoder_kl`.
@@ -76,9 +77,10 @@ def _without_condition(
     codec = autoencoder_kl(autoencoder.module.clone(dtype=dtype), autoencoder.params, tile)
     if not all(size):
         size = tuple(side or own for side, own in zip(size, _own_size(denoiser.sample_size, codec.factor), strict=True))
-    check_size(size, codec.factor)
+    network = network_of(denoiser, lambda key: params)
+    check_size(size, codec.factor * network.cell)
     return DiffusionModel(
-        network=network_of(denoiser, lambda key: params),
+        network=network,
         params=params,
         schedule=published.schedule,
         parameterization=NAMED[published.prediction],
@@ -125,10 +127,10 @@ def published_times(published: PublishedPipeline, steps: int) -> np.ndarray:
 
 
 def _check(published: PublishedPipeline) -> None:
-    family = published.family
-    if family.prompt is None:
+    family, classes = published.family, _classes(published)
+    if family.prompt is None and not classes:
         raise ValueError(f"{family.name} needs more than a prompt: it can be loaded and saved, not sampled from")
-    if len(published.tokenizers) != len(published.text_encoders) or not published.tokenizers:
+    if len(published.tokenizers) != len(published.text_encoders) or not (classes or published.tokenizers):
         raise ValueError(
             f"expected a tokenizer for each of {len(published.text_encoders)} text encoders, got "
             f"{len(published.tokenizers)}; name a folder that has them as `tokenizers`"
@@ -136,6 +138,11 @@ def _check(published: PublishedPipeline) -> None:
     mismatch = family.fits(published.denoiser.module, published.autoencoder.module)
     if mismatch:
         raise ValueError(mismatch)
+
+
+def _classes(published: PublishedPipeline) -> int:
+    """The number of classes that prompts name; 0 for a model of texts."""
+    return published.family.classes(published.denoiser.module)
 
 
 def generator(
@@ -149,8 +156,10 @@ def generator(
     keys: (B,).
     rows: `sampling.rows(plan, at_least)`. Plans of up to at_least rows, other scales and prompts use the same program.
     scale: of guidance, () or (B,).
-    size, dtype, errors: as in `from_published`.
+    size, dtype, errors: as in `from_published`. Raises ValueError also for a model of classes, which has no tokens.
     """
+    if _classes(published):
+        raise ValueError(f"{published.family.name} has classes and no tokens: call text_to_image on from_published")
     model = from_published(published, size, dtype)
     embed = _embedder(published, model.size, dtype)
     weights = {
@@ -197,6 +206,8 @@ def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeL
 
 
 def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Conditioning:
+    if classes := _classes(published):
+        return class_labels(classes, _names(published.index.get("id2label", {})))
     prompt, embed = published.family.prompt, jax.jit(_embedder(published, size, dtype))
     params = [part.params for part in published.text_encoders]
 
@@ -230,6 +241,11 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         tokenizers=lambda: dict(zip(published.family.tokenizers, published.tokenizers, strict=False)),
         sizes=prompt.sizes,
     )
+
+
+def _names(id2label: Mapping[str, str]) -> dict[str, int]:
+    """Name -> class. id2label: number of each class -> its names, separated by commas."""
+    return {name.strip(): int(number) for number, names in id2label.items() for name in names.split(",")}
 
 
 def _as_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel, paths
 from diffusion_jax.build import weights
-from diffusion_jax.build.fields import side
+from diffusion_jax.build.sections import side
 from diffusion_jax.compilation import configure
 from diffusion_jax.core.solvers import SPACINGS
 from diffusion_jax.model import DiffusionModel

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import autoencoder, cifar10, digits, few_step, latent_cfg, lora, stable_diffusion
+from configs import autoencoder, cifar10, digits, few_step, latent_cfg, lora, stable_diffusion, transformer
 from diffusion_jax import build
 from diffusion_jax.build import fields
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -17,10 +17,12 @@ from tests import command_line
 from tests.test_main import TINY
 
 DIGITS, LATENT, AUTOENCODER = (f"--config=configs/{name}.py" for name in ("digits", "latent_cfg", "autoencoder"))
+TRANSFORMER = "--config=configs/transformer.py"
 FEW_STEP = "--config=configs/few_step.py:digits/lcm"
 CONFIGS = {
     "digits": digits.get_config,
     "cifar10": cifar10.get_config,
+    "transformer": transformer.get_config,
     "autoencoder": autoencoder.get_config,
     "lora": lora.get_config,
     "stable_diffusion": stable_diffusion.get_config,
@@ -137,6 +139,16 @@ DISAGREEING = {
         LATENT,
         "--config.condition.kind=class",
         "--prompt=3",
+        "--mode=train",
+    ],
+    "unknown model.kind 'mamba'; known: transformer, unet": [TRANSFORMER, "--config.model.kind=mamba"],
+    "config.model.in_channels must be 3, the channels of x0, got 4": [TRANSFORMER, "--config.model.in_channels=4"],
+    "config.model.num_embeds_ada_norm must be at least 12": [TRANSFORMER, "--config.condition.num_classes=12"],
+    "config.model.num_embeds_ada_norm must be None": [TRANSFORMER, "--config.condition.kind=none"],
+    "height and width must be multiples of 3 pixels": [TRANSFORMER, "--config.model.patch_size=3", "--mode=train"],
+    "norm must be one of ('layer_norm', 'rms_norm'), got 'group_norm'": [
+        TRANSFORMER,
+        "--config.model.norm=group_norm",
         "--mode=train",
     ],
     "config.autoencoder must have the field checkpoint for kind=kl": [DIGITS, "--config.autoencoder.kind=kl"],

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params, primitives
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel
@@ -162,6 +163,41 @@ def a_checkpoint_in_the_loss_keeps_only_its_results():
         assert kept[name][WIDTH, 3 * WIDTH // 8] == layers, "but its part"
     assert kept["all"][4, 3 * WIDTH] >= layers
     assert kept["results"][4, 3 * WIDTH] == 0 < kept["results"][4, WIDTH] < kept["all"][4, WIDTH]
+
+
+def scanned_loss(block, params, frozen, batch, keys):
+    """The blocks of `deep_loss`, compiled once."""
+    x, _ = jax.lax.scan(lambda x, layer: (block(layer, x), None), batch["x"], params["layers"])
+    return jnp.mean(jnp.square(x - frozen["map"][0])), {}
+
+
+def layers_of_a_scan_are_gathered_one_by_one():
+    layers, optimizer = 3, optax.sgd(0.1)
+    up, down = jax.random.split(jax.random.key(0))
+    up = jax.random.normal(up, (layers, WIDTH, 3 * WIDTH)) / np.sqrt(WIDTH)
+    down = jax.random.normal(down, (layers, WIDTH, WIDTH)) / np.sqrt(WIDTH)
+    x = np.random.default_rng(0).normal(size=(32, WIDTH)).astype(np.float32)
+    for each in (block, jax.checkpoint(block, prevent_cse=False)):
+        loss, results = functools.partial(scanned_loss, each), []
+        for strategy in (parallel.strategy("pmap", jax.devices()[:1]), parallel.strategy("fsdp")):
+            initial = jax.device_get({"layers": {"up": up, "down": down}})
+            state = strategy.create(lambda params: steps.init_state(params, optimizer, 0), initial)
+            step, frozen, batch = (
+                steps.make_train_step(loss, optimizer, 0.9, 1, strategy),
+                strategy.place(FROZEN),
+                strategy.split({"x": x}),
+            )
+            if strategy.sharding(up).spec != PartitionSpec():
+                traced = jax.make_jaxpr(step)(state, frozen, batch).jaxpr
+                gathers = [equation for equation in equations(traced) if equation.primitive.name == "all_gather"]
+                gathered = {equation.outvars[0].aval.shape for equation in gathers}
+                assert {(WIDTH, 3 * WIDTH), (WIDTH, WIDTH)} <= gathered and all(len(shape) < 3 for shape in gathered)
+            results.append(jax.device_get(step(state, frozen, batch)[0].params))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)
+
+
+def test_layers_of_a_scan_are_gathered_one_by_one():
+    in_eight_devices(layers_of_a_scan_are_gathered_one_by_one)
 
 
 def test_a_checkpoint_in_the_loss_keeps_only_its_results():
