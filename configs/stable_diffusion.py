@@ -1,4 +1,4 @@
-r"""Stable Diffusion 1, 2 and XL from their published checkpoints: sample, fine-tune, export.
+r"""Stable Diffusion 1, 2 and XL, and DiT, from their published checkpoints: sample, fine-tune, export.
 
     SD="python main.py --config=configs/stable_diffusion.py --config.checkpoint=FOLDER"
     $SD --mode=sample --prompt "a (red:1.3) castle"
@@ -8,6 +8,9 @@ r"""Stable Diffusion 1, 2 and XL from their published checkpoints: sample, fine-
 FOLDER is what diffusers saves (model_index.json, unet/, vae/, …), or one .safetensors file in the original layout, to
 which --config.tokenizers=FOLDER gives the tokenizers of its family. Inpainting models, whose U-Net sees the mask, need
 --config.sample.image and --config.sample.mask.
+
+The prompts of DiT are classes, by number or name, and it is fine-tuned on data with labels. --config.scan compiles one
+of its blocks for all.
 
 --config.loras="('FILE@0.8', …)" adds files of LoRA, LoCon, DoRA, LoHa and LoKr to the weights, with these factors.
 --config.embeddings="('FILE', 'FILE@WORD', …)" adds the learned words of textual inversion, which prompts use by name:

@@ -182,7 +182,7 @@ def _conditions_here(
         for stage in stages:
             yield functools.partial(agreement.check_records, stage.train, source)
         if model:
-            yield lambda: agreement.check_condition(config, source)
+            yield lambda: agreement.check_condition(model.conditioning.null, source)
             yield lambda: build.data.by_size(config, source, model)
 
 

@@ -81,6 +81,7 @@ PUBLISHED = {
         "Last layers of the text encoder to leave out, as diffusers counts; 1 is clip skip 2 of web interfaces.",
     ),
     "remat": Field(True, flag, "Recompute activations in the backward pass instead of keeping them."),
+    "scan": Field(False, flag, "Compile one block of a transformer for all of them."),
 }
 
 DATA = {

@@ -119,6 +119,7 @@ def load_pipeline(
     tokenizers: str | Path | None = None,
     allow_pickle: bool = False,
     safety_checker: bool = True,
+    scan: bool = False,
 ) -> PublishedPipeline:
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
 
@@ -127,6 +128,7 @@ def load_pipeline(
     tokenizers: the folder of a pipeline with the tokenizers for a single file.
     allow_pickle: see `read_file`.
     safety_checker: load that of a folder whose model_index.json names one.
+    scan: compile one block of the denoiser for all, see `models.transformer.Transformer`.
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = paths.fetched(path, LEVELS)
@@ -138,6 +140,8 @@ def load_pipeline(
     if prediction not in (None, *PREDICTIONS.values()):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
     family, networks, scheduler, index = _read(path, allow_pickle)
+    if scan:
+        networks[family.denoiser] = _scanned(networks[family.denoiser], family)
     if path.is_file() and family.single_file.ask and not (prediction or "prediction_type" in scheduler):
         raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
     schedule, default_prediction = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
@@ -187,6 +191,15 @@ def described(name: str, dtype: DTypeLike = jnp.float32) -> PublishedPipeline | 
 
 def _of_type(shapes: PyTree, dtype: DTypeLike) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def _scanned(network: Network, family: Family) -> Network:
+    """The network with its equal blocks compiled once. Raises ValueError for one that has none."""
+    if not hasattr(network.module, "scan"):
+        raise ValueError(f"scan: the blocks of {family.name} are not all equal, set it to False")
+    module = network.module.clone(scan=True)
+    like = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())
+    return network._replace(module=module, like=like)
 
 
 def _safety_checker(path: Path, family: Family, allow_pickle: bool) -> SafetyChecker | None:

@@ -144,6 +144,10 @@ def test_a_pipeline_is_saved_and_loaded_as_it_is(tmp_path):
     assert index["_class_name"] == "DiTPipeline" and index["id2label"] == INDEX["id2label"]
     assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
     back = load_pipeline(tmp_path / "a")
+    scanned = load_pipeline(tmp_path / "a", scan=True)
+    assert "transformer_blocks_each" in scanned.denoiser.params["params"] and scanned.denoiser.module.scan
+    save_pipeline(scanned, tmp_path / "c", np.float16)
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "c")
     assert back.family == dit.FAMILY and back.denoiser.module == our_pipeline().denoiser.module
     save_pipeline(back, tmp_path / "b", np.float16)
     assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
