@@ -46,8 +46,8 @@ class Transformer(nn.Module):
 
     Fields that config.json of diffusers' `DiTTransformer2DModel` has are those, with the same meaning.
 
-    sample_size: height and width of x in training, or one number for both: the grid of its positions. None takes that
-      of the first image.
+    sample_size: height and width of x in training, or one number for both: the grid of its positions, over which those
+      of other sizes are stretched. None takes the grid of each image.
     patch_size: pixels of x on a side of a patch.
     out_channels: None for in_channels. A network that also predicts a variance has twice as many, the mean first.
     num_layers, num_attention_heads, attention_head_dim: depth; the width is heads times channels of a head. Heads of
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
     Not in that config:
     mlp_ratio: width of the MLP, in widths of the network.
     modulation: where the vectors of adaLN-zero come from. "block": every block maps one embedding of the condition.
-      "shared": all blocks have the same vectors (PixArt, FLUX.2). "own": every block also has an embedding of its own,
+      "shared": all blocks have the same vectors (FLUX.2). "own": every block also has an embedding of its own,
       which is how diffusers stores DiT.
     norm: layer_norm or rms_norm.
     qk_norm: norm of each head of q and k, None for none.
