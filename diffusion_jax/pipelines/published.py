@@ -207,7 +207,7 @@ def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeL
 
 def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Conditioning:
     if classes := _classes(published):
-        return class_labels(classes, _names(published.index.get("id2label", {})))
+        return class_labels(classes, _names(published.index.get("id2label") or {}))
     prompt, embed = published.family.prompt, jax.jit(_embedder(published, size, dtype))
     params = [part.params for part in published.text_encoders]
 
