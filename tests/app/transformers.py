@@ -7,7 +7,7 @@ def get_config(preset="plain"):
     config = transformer.get_config()
     config.model.update(num_layers=2, num_attention_heads=2, attention_head_dim=8, axes_dims_rope=(4, 4))
     config.train.update(steps=6, batch_size=8, log_every=3, checkpoint_every=3)
-    config.optimizer.update(warmup=0, learning_rate=1e-2)
+    config.optimizer.update(warmup=0, learning_rate=1e-2, decay="constant")
     config.sample.update(prompts=("3", "7"), num_images=2, steps=3)
     config.model.scan = preset != "single"
     if preset == "flow_map":
