@@ -482,6 +482,20 @@ def test_a_model_without_tokenizers_is_refused():
         from_published(our_pipeline())
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"in_channels": 5}, "a U-Net whose input is the noisy latents"),
+        ({"out_channels": 8}, "a U-Net of 4 output channels, those of the latents, got 8"),
+    ],
+)
+def test_a_network_of_other_channels_than_the_latents_is_refused(changes, message, vocabulary):
+    pipeline = our_pipeline(tokenizers=(load_tokenizer(vocabulary),))
+    other = pipeline.denoiser._replace(module=pipeline.denoiser.module.clone(**changes))
+    with pytest.raises(ValueError, match=message):
+        from_published(pipeline.with_denoiser(other))
+
+
 @pytest.mark.slow
 def test_filled_in_images_are_those_of_the_peer(vocabulary, tmp_path):
     """A U-Net that sees the mask: the same noise becomes the same image."""

@@ -162,9 +162,11 @@ def has_linear_maps(unet: Tensors) -> bool:
 def fits(unet: UNet, autoencoder: AutoencoderKL) -> str:
     """What is wrong with a U-Net and an autoencoder together."""
     channels = autoencoder.latent_channels
-    if unet.in_channels in (channels, 2 * channels + 1):
-        return ""
-    return "expected a U-Net whose input is the noisy latents, or for inpainting also a mask and the known latents"
+    if unet.in_channels not in (channels, 2 * channels + 1):
+        return "expected a U-Net whose input is the noisy latents, or for inpainting also a mask and the known latents"
+    if unet.out_channels != channels:
+        return f"expected a U-Net of {channels} output channels, those of the latents, got {unet.out_channels}"
+    return ""
 
 
 def index_of(name: str, has_safety_checker: bool) -> Callable[[UNet], dict]:
