@@ -292,7 +292,7 @@ BAD = {
     "unknown data source 'magic'; known: ": changed("data.source=magic"),
     'TFDS has no data set "magik"': changed("data.source=tfds:magik"),
     "has no pictures": changed("data.source=folder data.path=EMPTY"),
-    "empty/*.tar; name files and no folder": changed("data.source=tar:EMPTY/*.tar"),
+    "empty/*.tar'; name files and no folder": changed("data.source=tar:EMPTY/*.tar"),
     "there is no folder": changed("data.source=folder data.path=EMPTY/none"),
     "does not divide over 1 devices x 3 micro-batches": changed("train.accumulate=3"),
     "sample.prompts is empty": changed("sample.prompts=()"),

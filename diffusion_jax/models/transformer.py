@@ -296,7 +296,7 @@ class Transformer(nn.Module):
         ):
             raise ValueError(
                 f"Transformer: axes_dims_rope must have up to three widths that add up to attention_head_dim = "
-                f"{self.attention_head_dim}, got {widths}"
+                f"{self.attention_head_dim}, got {self.axes_dims_rope}"
             )
         if self.positions == "learned" and self.sample_size is None:
             raise ValueError("Transformer: positions='learned' needs sample_size, the size of its table")

@@ -103,7 +103,8 @@ def run(tmp_path_factory):
 
     log = logging.getLogger("absl")
     log.addHandler(handler)
-    level, log.level = log.level, logging.INFO
+    level = log.level
+    log.setLevel(logging.INFO)
     try:
         begin = time.perf_counter()
         slow = SlowBatches(at=6, act=lambda: signal.raise_signal(signal.SIGTERM))
@@ -118,7 +119,7 @@ def run(tmp_path_factory):
         seconds.append(time.perf_counter() - begin)
     finally:
         log.removeHandler(handler)
-        log.level = level
+        log.setLevel(level)
     return workdir, [line for line in told if line.startswith("trained ")], seconds
 
 
