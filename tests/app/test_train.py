@@ -202,7 +202,7 @@ def test_a_small_model_is_trained_in_three_sizes(config, tmp_path, monkeypatch):
     in_turn = mock.Mock(wraps=train.in_turn)
     monkeypatch.setattr(train, "in_turn", in_turn)
     train.run(config, tmp_path / "run")
-    assert in_turn.call_args.args[1] == [12, 6, 6]
+    assert in_turn.call_args.args[1] == [2, 1, 1], "as the numbers of their pictures, 12, 6 and 6"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 4 and np.isfinite(losses).all()
