@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from diffusion_jax import chips
 from diffusion_jax.flops import flops
@@ -116,7 +116,8 @@ def test_a_loop_of_unknown_length_counts_once():
 
 def test_devices_count_each():
     rows = PartitionSpec("all")
-    product = jax.shard_map(lambda x: x @ x.T, mesh=AbstractMesh((3,), ("all",)), in_specs=rows, out_specs=rows)
+    mesh = AbstractMesh((3,), ("all",), axis_types=(AxisType.Auto,))
+    product = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows)
     assert flops(jax.jit(product), shape(3 * 4, 8)) == 3 * 2 * 4 * 4 * 8
 
 
