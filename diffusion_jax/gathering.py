@@ -131,28 +131,35 @@ def _results(equation: JaxprEqn, inputs: list[Any], mark: Callable[[Array], Arra
         if primitive in FORMS:
             return [inputs[0].formed(lambda weight: apply(weight)[0])]
     if primitive is primitives.scan_p and any(isinstance(value, _Part) for value in inputs):
-        return _scan(params, inputs, mark)
+        return _scan(equation, inputs, mark)
     if primitive is primitives.remat_p and not params["differentiated"]:
         return [mark(result) for result in _checkpoint(params, inputs)]
     return [mark(result) for result in apply(*map(_whole, inputs))]
 
 
-def _scan(params: dict[str, Any], inputs: list[Any], mark: Callable[[Array], Array]) -> list[Array]:
+def _scan(equation: JaxprEqn, inputs: list[Any], mark: Callable[[Array], Array]) -> list[Array]:
     """The same scan. A weight that it takes in slices, such as that of equal layers, is gathered slice by slice."""
-    first, after = params["num_consts"], params["num_consts"] + params["num_carry"]
+    params, inner = equation.params, equation.params["jaxpr"].jaxpr
+    # constants, the carry and slices come in this order; slices alone have an axis less inside
+    after = len(inputs) - sum(map(_has_axis_less, equation.invars, inner.invars))
+    first = after - len(inner.outvars) + sum(map(_has_axis_less, equation.outvars, inner.outvars))
     sliced = [value if _has_divided_slices(value) else _whole(value) for value in inputs[after:]]
     fixed, initial = [*map(_whole, inputs[:first])], [*map(_whole, inputs[first:after])]
 
     def body(carry: list[Array], slices: list[Array]) -> tuple[list[Array], list[Array]]:
         pairs = zip(sliced, slices, strict=True)
         parts = [old._replace(part=new, axis=old.axis - 1) if isinstance(old, _Part) else new for old, new in pairs]
-        results = _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*fixed, *carry, *parts], mark)
+        results = _evaluate(inner, params["jaxpr"].consts, [*fixed, *carry, *parts], mark)
         return [*map(_whole, results[: len(carry)])], [*map(_whole, results[len(carry) :])]
 
     arrays = [value.part if isinstance(value, _Part) else value for value in sliced]
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, results = jax.lax.scan(body, initial, arrays, **options)
     return [mark(result) for result in [*carry, *results]]
+
+
+def _has_axis_less(outside: Any, inside: Any) -> bool:
+    return inside.aval.ndim < outside.aval.ndim
 
 
 def _has_divided_slices(value: Any) -> bool:
