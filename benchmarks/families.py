@@ -13,6 +13,6 @@ def _fields(config: Mapping) -> dict:
 
 
 UNET, SDXL_UNET = _fields(sizes.UNET_1), _fields(sizes.UNET_XL)  # of Stable Diffusion 1.5 and XL
-CLIP_L, CLIP_BIG_G = _fields(sizes.CLIP_L), _fields(sizes.CLIP_BIG_G)
+CLIP_L, CLIP_H, CLIP_BIG_G = map(_fields, (sizes.CLIP_L, sizes.CLIP_H, sizes.CLIP_BIG_G))
 AUTOENCODER = _fields(sizes.AUTOENCODER)
 AUTOENCODER_SIZE = {name: value for name, value in AUTOENCODER.items() if not name.endswith("_types")}

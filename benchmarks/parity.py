@@ -50,13 +50,7 @@ DPMPP = families.NOISE | {
 }
 EOS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # as published; 2 stands for the largest id
 CLIP_L = EOS | families.CLIP_L
-CLIP_H = CLIP_L | {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-    "hidden_act": "gelu",
-}
+CLIP_H = EOS | families.CLIP_H
 CLIP_BIG_G = EOS | families.CLIP_BIG_G | {"num_hidden_layers": 8}
 
 

@@ -173,9 +173,9 @@ def time_of(
     records: dict | None,
     place: Place,
     options: Options,
-    cache_left: float,
+    share: float,
 ) -> dict[str, Any]:
-    """Hours of the stages and of the cache, of which a part may be left. Nothing if FLOPs were not counted."""
+    """Hours of the stages, and of the share of the cache that is left. Nothing if FLOPs were not counted."""
     if not described or any("flops" not in stage for stage in described):
         return {"hours": None, "cache_hours": None, "source_is_slower": False}
     rate = records["rate"] if records and place.here else math.inf
@@ -188,7 +188,7 @@ def time_of(
     cache_hours = None
     if records and has_cache(config, model):
         flops = planned.encoder_flops(model) * _versions(config) / (place.chips * place.flops * options.utilisation)
-        cache_hours = cache_left * records["count"] * max(flops, 1 / rate) / 3600
+        cache_hours = share * records["count"] * max(flops, 1 / rate) / 3600
     hours = sum(stage["hours"] for stage in described) + (cache_hours or 0)
     return {"hours": hours, "cache_hours": cache_hours, "source_is_slower": slower}
 

@@ -66,25 +66,34 @@ class Stage(NamedTuple):
 def denoiser(config: ConfigDict, model: DiffusionModel, several_captions: bool) -> Stage:
     """The training of a denoiser. several_captions: whether a record has a choice of them."""
     model = train.as_in_step(model, several_captions)
-    losses = []
 
-    def arrays(params: PyTree) -> tuple[PyTree, PyTree]:
+    def objective(params: PyTree) -> tuple[Callable, PyTree, PyTree]:
         init = (lambda key: params) if "checkpoint" in config else model.network.init
-        traced = model._replace(params=params, network=model.network._replace(init=init))
-        loss, trained, frozen = train.objective(config, traced)
-        losses.append(loss)
-        return trained, frozen
+        return train.objective(config, model._replace(params=params, network=model.network._replace(init=init)))
 
-    params, frozen = jax.eval_shape(arrays, model.params)
+    loss, params, frozen = _shapes(objective, model.params)
     return Stage(
         name="denoiser",
         train=config.train,
-        loss=losses[0],
+        loss=loss,
         optimizer=build.objective.optimizer(config.optimizer, config.train.steps),
         params=params,
         frozen=frozen,
         example=_example(model, several_captions),
     )
+
+
+def _shapes(objective: Callable[..., tuple[Callable, PyTree, PyTree]], *args: PyTree) -> tuple:
+    """(loss, shapes of what is trained, shapes of what is frozen) of `objective(*args)`, which is not computed."""
+    losses = []
+
+    def arrays(*args: PyTree) -> tuple[PyTree, PyTree]:
+        loss, trained, frozen = objective(*args)
+        losses.append(loss)
+        return trained, frozen
+
+    trained, frozen = jax.eval_shape(arrays, *args)
+    return losses[0], trained, frozen
 
 
 def _example(model: DiffusionModel, several_captions: bool) -> PyTree:
@@ -111,18 +120,12 @@ def encoder_flops(model: DiffusionModel) -> float:
 def first_stage(config: ConfigDict) -> Stage:
     """The training of an autoencoder."""
     section, size = config.autoencoder, config.data.size
-    model, losses = build.model.autoencoder(config), []
-
-    def arrays() -> tuple[PyTree, PyTree]:
-        loss, params, frozen = build.objective.objective(section.loss, model, jax.random.key(config.seed))
-        losses.append(loss)
-        return params, frozen
-
-    params, frozen = jax.eval_shape(arrays)
+    model = build.model.autoencoder(config)
+    loss, params, frozen = _shapes(lambda: build.objective.objective(section.loss, model, jax.random.key(config.seed)))
     return Stage(
         name="autoencoder",
         train=section.train,
-        loss=losses[0],
+        loss=loss,
         optimizer=build.objective.optimizer(section.optimizer, section.train.steps),
         params=params,
         frozen=frozen,
