@@ -309,15 +309,15 @@ def test_a_consistency_model_has_its_own_solver_alone_and_is_not_inverted():
 
 
 def test_a_client_that_leaves_takes_its_request_with_it(client):
-    with client.stream("POST", "/api/generate", json={"prompt": "3", "steps": 1000}) as answer:
+    with client.stream("POST", "/api/generate", json={"prompt": tiny.SLOW, "steps": 1000}) as answer:
         lines = answer.iter_lines()  # kept, as it closes the answer when it is deleted
         next(lines)
         assert metric(client, "diffusion_queue_pictures") == 1
     with connect(live(client)) as socket:
         socket.recv(30)
-        socket.send(json.dumps({"prompt": "3", "steps": 1000}))
+        socket.send(json.dumps({"prompt": tiny.SLOW, "steps": 1000}))
     with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/images/generations", json={"prompt": "3", "steps": 1000}, timeout=0.3)
+        client.post("/v1/images/generations", json={"prompt": tiny.SLOW, "steps": 1000}, timeout=0.3)
     for _ in range(100):
         if metric(client, "diffusion_queue_pictures") == 0:
             break
@@ -327,7 +327,7 @@ def test_a_client_that_leaves_takes_its_request_with_it(client):
 
 def test_an_interrupt_ends_the_requests_of_web_uis_with_what_there_is(client):
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        ask = {"prompt": "3", "width": 8, "height": 8, "steps": 1000}
+        ask = {"prompt": tiny.SLOW, "width": 8, "height": 8, "steps": 1000}
         coming = pool.submit(client.post, "/sdapi/v1/txt2img", json=ask)
         while not (state := client.get("/sdapi/v1/progress").json())["current_image"]:
             time.sleep(0.02)
@@ -574,7 +574,7 @@ def test_web_uis_find_the_lists_that_they_read(client):
 def test_a_web_ui_sees_and_stops_only_its_own_requests(client):
     others = {"x-forwarded-for": "10.0.0.2"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        coming = pool.submit(client.post, "/sdapi/v1/txt2img", json={"prompt": "3", "steps": 1000})
+        coming = pool.submit(client.post, "/sdapi/v1/txt2img", json={"prompt": tiny.SLOW, "steps": 1000})
         while not client.get("/sdapi/v1/progress").json()["progress"]:
             time.sleep(0.02)
         state = client.get("/sdapi/v1/progress", headers=others).json()

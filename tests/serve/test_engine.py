@@ -14,7 +14,7 @@ from diffusion_jax.serve.worker import HELD_BACK, NOT_FINITE, Failed, Refused
 from tests.serve import tiny
 from tests.serve.tiny import ended, picture
 
-LONG = 1000  # steps, which take seconds
+LONG = 1000  # steps, ten seconds of the slow prompt
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_cancelled_request_stops_after_its_step_and_the_next_one_is_drawn(engi
     queue, run = engine
 
     async def cancel():
-        job, after = queue.submit([picture(steps=LONG)]), queue.submit([picture()])
+        job, after = queue.submit([picture(tiny.SLOW, steps=LONG)]), queue.submit([picture()])
         await begun(job)
         queue.cancel(job)
         images, error = await ended(after)
@@ -158,7 +158,7 @@ def test_a_request_that_waits_can_be_cancelled(engine):
     queue, run = engine
 
     async def cancel():
-        first, second = queue.submit([picture(steps=50)]), queue.submit([picture(steps=51)])
+        first, second = queue.submit([picture(tiny.SLOW, steps=50)]), queue.submit([picture(steps=51)])
         queue.cancel(second)
         return await ended(first), await ended(second)
 
@@ -253,11 +253,12 @@ def test_a_picture_that_is_inverted_and_sampled_with_its_own_prompt_comes_back(e
 
 def test_a_worker_that_is_killed_is_started_again_and_its_work_is_done_again(engine):
     queue, run = engine
-    (before,) = drawn(engine, picture(steps=500))
+    slow = picture(tiny.SLOW, steps=200)
+    (before,) = drawn(engine, slow)
     restarts = queue.restarts
 
     async def kill():
-        job, waiting = queue.submit([picture(steps=500)]), queue.submit([picture(steps=5)])
+        job, waiting = queue.submit([slow]), queue.submit([picture(steps=5)])
         await begun(job)
         os.kill(queue.process.pid, signal.SIGKILL)
         return await first_after_steps(job), await ended(job), await ended(waiting)
@@ -273,7 +274,7 @@ def test_work_that_kills_the_worker_twice_is_given_up(engine):
     queue, run = engine
 
     async def kill():
-        job = queue.submit([picture(steps=LONG)])
+        job = queue.submit([picture(tiny.SLOW, steps=LONG)])
         for _ in range(2):
             await begun(job)
             os.kill(queue.process.pid, signal.SIGKILL)
@@ -319,7 +320,7 @@ def test_a_worker_that_cannot_start_again_fails_what_waits(tmp_path):
         queue, run = engine
 
         async def kill():
-            job = queue.submit([picture(steps=LONG)])
+            job = queue.submit([picture(tiny.SLOW, steps=LONG)])
             os.kill(queue.process.pid, signal.SIGKILL)
             return await ended(job), await ended(queue.submit([picture()]))
 

@@ -146,14 +146,14 @@ def drop(page, selector, text):
 
 
 def test_cancel(page):
-    page.fill("#text-prompt", "5")
+    page.fill("#text-prompt", tiny.SLOW)
     page.fill("#text-steps", "1000")
     page.fill("#text-num_images", "6")
     page.click("#text .go")
     expect(page.locator("#status")).to_have_text(re.compile(r"step \d+ of 1000"), timeout=WAIT)
     page.click("#text .cancel")
     expect(page.locator("#status")).to_have_text("cancelled")
-    draw(page, steps=2, num_images=1)
+    draw(page, prompt=5, steps=2, num_images=1)
 
 
 def test_what_the_server_does_is_told_apart_from_the_request(page):

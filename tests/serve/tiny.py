@@ -1,13 +1,18 @@
-"""A model of a few thousand random weights for the worker of a server, whose prompts are the digits."""
+"""A model of a few thousand random weights for the worker of a server, whose prompts are the digits.
+
+Each step of a picture of the prompt SLOW waits, so that there is time to stop it.
+"""
 
 import asyncio
 import contextlib
 import socket
 import threading
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import uvicorn
 
 from configs import digits
@@ -20,6 +25,7 @@ from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
 
 BRIGHT = 135  # mean grey level of about half of the pictures
+SLOW, WAIT = "9", 0.01  # a prompt, and seconds that each of its steps takes
 SHARED = Shared("generate", (8, 8), "dpmpp_2m", "", steps=4)
 
 
@@ -33,12 +39,25 @@ def config(**serve):
     return result
 
 
+def _wait(label, x):
+    """0, for every x; later if there is a picture of the slow prompt."""
+    time.sleep(WAIT * bool((np.asarray(label) == int(SLOW)).any()))
+    return np.zeros_like(x)
+
+
 def load(**serve) -> Loaded:
     model = build.model.diffusion_model(config())
+    network_apply = model.network.apply
+
+    def apply(params, x, t, cond, keys=None):
+        corner = x[0, 0, 0, 0]  # as the wait depends on x, each step has its own
+        return network_apply(params, x + jax.pure_callback(_wait, corner, cond["label"], corner), t, cond, keys)
+
     leaves, tree = jax.tree.flatten(model.network.init(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return Loaded(config(**serve), model._replace(params=jax.tree.unflatten(tree, noise)), "random")
+    model = model._replace(params=jax.tree.unflatten(tree, noise), network=model.network._replace(apply=apply))
+    return Loaded(config(**serve), model, "random")
 
 
 def load_not_finite() -> Loaded:
