@@ -28,7 +28,8 @@ SKIPPED = {
     r"python main\.py .*--mode=check .*--compile": "compiles for minutes; tests/app/test_check.py compiles a small one",
     r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
     r"curl": "needs the server",
-    r"xprof": "serves until it is stopped",
+    r"xprof|python -m mkdocs serve": "serves until it is stopped",
+    r"python -m mkdocs build": "tests/test_site.py builds the site",
     r"python main\.py --config=configs/latent_cfg\.py --mode=sample --prompt .* --config\.sample\.": (
         "tests/test_command_lines.py draws its picture"
     ),
