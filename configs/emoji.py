@@ -82,6 +82,22 @@ def full() -> ConfigDict:
     return config
 
 
+def further() -> ConfigDict:
+    """The demo weights trained on for as long as there is time: small drawings, numbers, places and two things at once
+    need attention to the caption in cells of 16 pixels. The rate is constant; averages stand for its decay.
+    """
+    config = full()
+    config.name, config.weights, config.init = "further", "", f"{config.weights}/unet"
+    config.serve.live_weights = ""
+    config.model.down_block_types = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3
+    config.model.up_block_types = ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",)
+    config.optimizer = common.optimizer(6e-4, warmup=100)
+    config.optimizer.kind = "muon"
+    config.train = common.train(steps=100_000, batch_size=64, ema=0.999, every=250)
+    config.train.update(post_hoc=True, snapshot_every=1000)
+    return config
+
+
 def _emoji(name: str, size: int, prompts: tuple[str, ...]) -> ConfigDict:
     """What the presets of emoji share: both stages, as those of the demo weights."""
     config = common.latent(name, common.data("emoji", size))

@@ -5,10 +5,12 @@
 
 Presets, after a colon (`--config=configs/latent_cfg.py:full`):
   small        64 x 64 outlined drawings of 104 emoji in eleven colours, 15 minutes on 2 CPU cores
-  everyday     64 x 64 drawings of 747 emoji in four styles and eleven colours; of 608 two hours on 2 CPU cores
+  everyday     64 x 64 drawings of 756 emoji in four styles and eleven colours; of 608 two hours on 2 CPU cores
   full         128 x 128 scenes of these in sizes, places and numbers, on grounds (docs/emoji.md): the demo weights,
                weights/emoji, were trained so on the first 608, around those of everyday, 7,800 steps in two hours
                (docs/results.md)
+  further      the demo weights trained on, with attention to the caption in one more level: stop and resume it at will
+               (docs/emoji.md)
   fast         the same in one network call, or a few (--config.sample.steps): updates of the demo weights, trained
                as configs/few_step.py:lora/lcm (docs/few_steps.md)
   coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice;
@@ -31,6 +33,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         "small": emoji.small,
         "everyday": emoji.everyday,
         "full": emoji.full,
+        "further": emoji.further,
         "fast": _fast,
         "coco256": _coco256,
         "imagenet256": _imagenet256,

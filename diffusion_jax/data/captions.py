@@ -7,8 +7,9 @@ from importlib.resources import files
 import numpy as np
 
 from diffusion_jax.data.colours import COLOURS
+from diffusion_jax.data.concepts import concept_lists
 from diffusion_jax.data.plurals import is_countable, is_plural, plural
-from diffusion_jax.data.scenes import Drawing, Scene
+from diffusion_jax.data.scenes import Drawing, Scene, usual_ground
 
 STYLE_PREFIXES = {  # words for a style before the noun phrase
     "outlined": ("an outlined drawing of", "a coloured drawing with outlines of"),
@@ -46,9 +47,18 @@ def _phrases(file: str) -> dict[str, tuple[str, ...]]:
 
 
 def words_for(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
-    """All noun phrases for a concept, without their articles: everyday words, its name, aliases and paraphrases."""
+    """All noun phrases for a concept, without their articles: everyday words, its name, aliases and paraphrases. What
+    first comes to mind at another everyday thing is left out: a rabbit's face is no "rabbit".
+    """
     phrases = (*everyday_words().get(name, ()), name, *aliases, *paraphrases().get(name, ()))
-    return tuple(dict.fromkeys(without_article(phrase) for phrase in phrases))
+    words = dict.fromkeys(without_article(phrase) for phrase in phrases)
+    return tuple(word for word in words if _first_words().get(word, name) == name)
+
+
+@functools.cache
+def _first_words() -> dict[str, str]:
+    """What first comes to mind at an everyday thing -> its name."""
+    return {everyday_words().get(name, (name,))[0]: name for name in concept_lists()["everyday"]}
 
 
 def without_article(phrase: str) -> str:
@@ -60,9 +70,10 @@ def caption(scene: Scene, rng: np.random.Generator, styled: bool = False) -> str
     """A caption of the scene, such as "a small purple cat at the top on a yellow background, flat".
 
     Half of the captions use the first noun phrase that fits. The style is left out in half of the captions of outlined
-    drawings, so that a prompt without a style means one style; the article in half of those of one drawing.
+    drawings, so that a prompt without a style means one style; the article in half of those of one drawing; the usual
+    ground of white things in half of those without a second drawing.
 
-    styled: always name the style.
+    styled: always name the style, and never the usual ground.
     Raises ValueError for a colour if all noun phrases of its drawing name one too, and for several copies of a drawing
     without a plural here.
     """
@@ -79,7 +90,9 @@ def caption(scene: Scene, rng: np.random.Generator, styled: bool = False) -> str
     if other:
         second = _join_words(other.colour, _choose_phrase(_fitting_phrases(other.drawing, other.colour), rng))
         details.append(f"{other.relation} {with_article(second)}")
-    details += [f"on {with_article(scene.ground)} background"] if scene.ground else []
+    is_usual = not other and scene.ground == usual_ground(drawing, scene.colour)
+    if scene.ground and not (is_usual and (styled or rng.random() < 0.5)):
+        details.append(f"on {with_article(scene.ground)} background")
     description = " ".join([phrase, *details])
     if drawing.style == DEFAULT_STYLE and not styled and rng.random() < 0.5:
         return description

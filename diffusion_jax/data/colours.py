@@ -77,6 +77,11 @@ def main_hue(image: Float[np.ndarray, "height width 4"]) -> MainHue | None:
     return MainHue(np.median(lab[in_main_hue], axis=0), float(in_main_hue.sum() / len(lab)))
 
 
+def ink_colour(image: Float[np.ndarray, "height width 4"]) -> Float[np.ndarray, "3"]:
+    """The median colour of a drawing's ink in OKLab. image: sRGB and alpha in [0, 1], some of it opaque."""
+    return np.median(to_lab(image[image[..., 3] > 0.5][:, :3]), axis=0)
+
+
 def recoloured(
     image: Float[np.ndarray, "height width 4"], hue: MainHue, colour: str
 ) -> Float[np.ndarray, "height width 4"]:

@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion_jax.data.colours import MainHue, main_hue
+from diffusion_jax.data.colours import MainHue, ink_colour, main_hue
 from diffusion_jax.data.openmoji import Drawing, drawings, is_flag
 
 PIXELS = 192  # on a side of a drawing in the data set, more than a scene shows of it
@@ -112,10 +112,11 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder of the drawings, all in one split; `data.scenes` says what is held out.
 
     "hue", "share": the `MainHue` of a drawing, share 0 for one without.
+    "ink": its `ink_colour`.
     """
 
     name = "emoji"
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS: ClassVar = [Size(name=f"{PIXELS}px", pixels=PIXELS)]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -132,6 +133,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                     "style": tfds.features.Text(),
                     "hue": tfds.features.Tensor(shape=(3,), dtype=np.float32),
                     "share": tfds.features.Scalar(dtype=np.float32),
+                    "ink": tfds.features.Tensor(shape=(3,), dtype=np.float32),
                 }
             ),
         )
@@ -156,4 +158,5 @@ def _example(concept: Drawing, style: str, image: UInt8[np.ndarray, "size size 4
         "style": style,
         "hue": hue.lab.astype(np.float32),
         "share": np.float32(hue.share),
+        "ink": ink_colour(image / 255).astype(np.float32),
     }

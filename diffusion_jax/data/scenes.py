@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from diffusion_jax.data.colours import COLOURS, MainHue, inked, recoloured, rgb_of, to_lab
@@ -47,7 +47,7 @@ RELATIONS = {  # places of the first and of the second of two drawings
     "below": ((0.5, 1.0), (0.5, 0.0)),
 }
 IN_PAIR = 0.44  # as in SIZES, of one of two drawings
-P_COPIES, P_PAIR, P_PLACE = 0.2, 0.2, 0.15  # probability of several copies, of two drawings, of a small one at a place
+P_COPIES, P_PAIR, P_PLACE = 0.2, 0.25, 0.2  # probability of several copies, of two drawings, of a small one at a place
 PAPER = 1.0  # sRGB of a scene without a ground
 _LABS = {"": to_lab(np.full(3, PAPER))} | {name: to_lab(rgb_of(name)) for name in COLOURS}  # of grounds and colours
 MARGIN = 0.04
@@ -61,6 +61,7 @@ class Drawing(NamedTuple):
     words: what people call it, noun phrases without articles.
     style: one of `emoji.STYLES`.
     hue: its main hue.
+    ink: (3,) its median colour in OKLab.
     read: -> (size, size, 4) uint8.
     """
 
@@ -68,6 +69,7 @@ class Drawing(NamedTuple):
     words: tuple[str, ...]
     style: str
     hue: MainHue | None
+    ink: Float[np.ndarray, "3"]
     read: Callable[[], UInt8[np.ndarray, "size size 4"]]
 
     @property
@@ -152,13 +154,14 @@ def _other(drawings: Sequence[Drawing], first: Drawing, rng: np.random.Generator
 
 
 def _ground(drawing: Drawing, colour: str, other: Other | None, rng: np.random.Generator) -> str:
-    """A ground on which the whole scene can be seen: white in most scenes that can be seen on white."""
+    """A ground on which the whole scene can be seen: the usual one in most scenes."""
     visible = [name for name in ("", *COLOURS) if _stands_out(drawing, colour, name)]
     if other:
         visible = [name for name in visible if _stands_out(other.drawing, other.colour, name)]
     coloured = [name for name in visible if name]
-    on_white = "" in visible and rng.random() >= 0.25
-    return "" if on_white or not coloured else str(rng.choice(coloured))
+    usual = usual_ground(drawing, colour)
+    is_usual = usual in visible and rng.random() >= 0.25
+    return usual if is_usual or not coloured else str(rng.choice(coloured))
 
 
 def trained_scene(drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene:
@@ -185,14 +188,13 @@ def colours_of(drawing: Drawing) -> list[str]:
 
 
 def scenes_alone(drawing: Drawing) -> list[Scene]:
-    """The drawing alone, in its own colours and in each named one. The ground is white, or the first one on which the
-    drawing can be seen.
-    """
-    return [Scene(drawing, colour, _plain_ground(drawing, colour)) for colour in ("", *colours_of(drawing))]
+    """The drawing alone, in its own colours and in each named one, each on its usual ground."""
+    return [Scene(drawing, colour, usual_ground(drawing, colour)) for colour in ("", *colours_of(drawing))]
 
 
-def _plain_ground(drawing: Drawing, colour: str) -> str:
-    return "" if _stands_out(drawing, colour, "") else next(iter(grounds_of(drawing, colour)), "")
+def usual_ground(drawing: Drawing, colour: str = "") -> str:
+    """The ground of a drawing where none is asked for: white, or for white things blue, so that they can be seen."""
+    return next((name for name in ("", "blue", *COLOURS) if _stands_out(drawing, colour, name)), "")
 
 
 def grounds_of(drawing: Drawing, colour: str = "") -> list[str]:
@@ -208,8 +210,8 @@ def _stands_out(drawing: Drawing, colour: str, ground: str) -> bool:
         return False
     if drawing.style == "outlined" and not ground:
         return True
-    lab = _LABS[colour] if colour else drawing.hue and drawing.hue.lab
-    return lab is None or bool(np.linalg.norm(_LABS[ground] - lab) > MIN_CONTRAST)
+    lab = _LABS[colour] if colour else drawing.ink
+    return bool(np.linalg.norm(_LABS[ground] - lab) > MIN_CONTRAST)
 
 
 def paint(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -217,24 +219,29 @@ def paint(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
     canvas = np.ones((size, size, 3)) * (rgb_of(scene.ground) if scene.ground else PAPER)
     if scene.other:
         first, second = RELATIONS[scene.other.relation]
-        _put(canvas, scene.drawing, scene.colour, IN_PAIR, first)
-        _put(canvas, scene.other.drawing, scene.other.colour, IN_PAIR, second)
+        _put(canvas, _ink(scene.drawing, scene.colour, IN_PAIR * size), first)
+        _put(canvas, _ink(scene.other.drawing, scene.other.colour, IN_PAIR * size), second)
     elif scene.count > 1:
         side = SMALL_IN_GROUP if scene.size else IN_GROUP[scene.count]
+        ink = _ink(scene.drawing, scene.colour, side * size)
         for place in LAYOUTS[scene.count]:
-            _put(canvas, scene.drawing, scene.colour, side, place)
+            _put(canvas, ink, place)
     else:
-        _put(canvas, scene.drawing, scene.colour, SIZES[scene.size], PLACES[scene.place])
+        _put(canvas, _ink(scene.drawing, scene.colour, SIZES[scene.size] * size), PLACES[scene.place])
     return np.round(255 * canvas).astype(np.uint8)
 
 
-def _put(canvas: np.ndarray, drawing: Drawing, colour: str, side: float, place: tuple[float, float]) -> None:
-    """Draw on the canvas. side: longer side of the ink, as a part of the canvas's. place: as in `PLACES`."""
-    image, size = drawing.read() / 255, len(canvas)
+def _ink(drawing: Drawing, colour: str, side: float) -> np.ndarray:
+    """The drawing cut to its ink, in a colour, its longer side of `side` pixels, colours multiplied by alpha."""
+    image = _cropped(drawing.read()) / 255
     if colour:
         image = inked(image, colour) if drawing.style == "line" else recoloured(image, drawing.hue, colour)
-    ink = _scaled(_cropped(image), side * size)
-    height, width = ink.shape[:2]
+    return _scaled(image, side)
+
+
+def _put(canvas: np.ndarray, ink: np.ndarray, place: tuple[float, float]) -> None:
+    """Draw on the canvas. ink: as of `_ink`. place: as in `PLACES`."""
+    size, (height, width) = len(canvas), ink.shape[:2]
     margin = round(MARGIN * size)
     across, down = place
     left, top = (round(margin + part * (size - 2 * margin - side)) for part, side in ((across, width), (down, height)))

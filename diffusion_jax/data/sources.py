@@ -151,7 +151,7 @@ def emoji(
 
     description = f"{'+'.join(sorted(styles or STYLES))}/{len({drawing.name for drawing in drawings})} concepts"
     return Source(
-        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes4/{description}/{split}",
+        name=f"emoji/{PIXELS}px/{Emoji.VERSION}/scenes5/{description}/{split}",
         size=count,
         read=read_mixed if subset == "mixed" else read,
         captions=() if subset == "mixed" else Captions(count, captions),
@@ -198,6 +198,7 @@ def _drawing(record: dict) -> Drawing:
         words=words_for(name, [alias.decode() for alias in record["aliases"]]),
         style=record["style"].decode(),
         hue=hue if hue.share else None,
+        ink=record["ink"].astype(np.float64),
         read=lambda: np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")),
     )
 

@@ -17,12 +17,14 @@ from diffusion_jax.data.scenes import (
     LAYOUTS,
     PLACES,
     Drawing,
+    Other,
     Scene,
     colours_of,
     grounds_of,
     is_held_out,
     is_trained_on,
     paint,
+    usual_ground,
 )
 from diffusion_jax.data.transforms import to_float
 from diffusion_jax.evaluation import checks
@@ -38,61 +40,60 @@ NEAREST = 5  # a drawing counts as found among this many nearest ones
 SEEDS = 2  # pictures for each name, whose distance is the diversity
 
 Picture = UInt8[np.ndarray, "height width 3"]
-Draw = Callable[[Drawing, np.random.Generator], Scene | None]
+Parts = dict[str, Bool[np.ndarray, " pictures"]]
+Draw = Callable[[Drawing, Sequence[Drawing], np.random.Generator], Scene | None]
 Generate = Callable[[Sequence[str], Sequence[int]], Iterator[Picture]]
 Show = Callable[[str, Sequence[str], Sequence[Picture]], None]
 
 
-def _name(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+def _name(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
     """The drawing alone."""
-    return Scene(drawing) if is_trained_on(Scene(drawing)) else None
+    return _alone(drawing) if is_trained_on(Scene(drawing)) else None
 
 
-def _held_out_colour(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
-    # white cannot be distinguished from holes on a white ground
-    colours = [name for name in colours_of(drawing) if name != "white" and is_held_out(name, drawing.name)]
-    return Scene(drawing, str(rng.choice(colours))) if colours and is_trained_on(Scene(drawing)) else None
+def _alone(drawing: Drawing, colour: str = "") -> Scene:
+    return Scene(drawing, colour, usual_ground(drawing, colour))
 
 
-def _held_out_style(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+def _held_out_colour(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
+    colours = [name for name in _checked_colours(drawing) if is_held_out(name, drawing.name)]
+    return _alone(drawing, str(rng.choice(colours))) if colours and is_trained_on(Scene(drawing)) else None
+
+
+def _checked_colours(drawing: Drawing) -> list[str]:
+    """The colours of a drawing without white, which cannot be distinguished from holes on a white ground."""
+    return [name for name in colours_of(drawing) if name != "white"]
+
+
+def _held_out_style(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
     unseen = is_held_out(drawing.style, drawing.name) and not is_held_out(drawing.name)
-    return Scene(drawing) if unseen else None
+    return _alone(drawing) if unseen else None
 
 
-def _ground(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
-    grounds = [name for name in grounds_of(drawing) if name != "white"]
+def _ground(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
+    grounds = [name for name in grounds_of(drawing) if name not in ("white", usual_ground(drawing))]
     return Scene(drawing, ground=str(rng.choice(grounds))) if grounds and is_trained_on(Scene(drawing)) else None
 
 
-def _place(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+def _place(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
     place = str(rng.choice([name for name in PLACES if name]))
-    return Scene(drawing, size="small", place=place) if is_trained_on(Scene(drawing)) else None
+    return _alone(drawing)._replace(size="small", place=place) if is_trained_on(Scene(drawing)) else None
 
 
-def _count(drawing: Drawing, rng: np.random.Generator) -> Scene | None:
+def _count(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
     count = int(rng.choice(list(LAYOUTS)))
-    return Scene(drawing, count=count) if drawing.is_countable and is_trained_on(Scene(drawing)) else None
+    return _alone(drawing)._replace(count=count) if drawing.is_countable and is_trained_on(Scene(drawing)) else None
 
 
-class Kind(NamedTuple):
-    """A kind of case.
-
-    draw: a scene of a drawing, or None if the drawing makes no case of this kind.
-    part: the check of `parts` beside the object.
-    """
-
-    draw: Draw
-    part: str
-
-
-KINDS = {
-    "names": Kind(_name, "style"),
-    "held-out colours": Kind(_held_out_colour, "colour"),
-    "held-out styles": Kind(_held_out_style, "style"),
-    "grounds": Kind(_ground, "ground"),
-    "places": Kind(_place, "place"),
-    "counts": Kind(_count, "count"),
-}
+def _two(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
+    """The drawing and another one in its style beside it, each in a colour of its own."""
+    second = drawings[rng.integers(len(drawings))]
+    pairs = [(one, two) for one in _checked_colours(drawing) for two in _checked_colours(second) if one != two]
+    if not pairs or second.style != drawing.style or second.name == drawing.name:
+        return None
+    first_colour, second_colour = pairs[rng.integers(len(pairs))]
+    scene = Scene(drawing, first_colour, other=Other("and", second, second_colour))
+    return scene if is_trained_on(scene) else None
 
 
 class KnownDrawings(NamedTuple):
@@ -105,14 +106,12 @@ class KnownDrawings(NamedTuple):
 
 def known_drawings(drawings: Sequence[Drawing], features: Features, size: int) -> KnownDrawings:
     """All drawings in the features of a classifier. size: of the pictures to be compared, pixels on a side."""
-    single_drawings = (checks.largest(paint(Scene(drawing), size), SIDE) for drawing in drawings)
+    single_drawings = (checks.largest(paint(_alone(drawing), size), SIDE) for drawing in drawings)
     bar = tqdm(single_drawings, desc="known drawings", total=len(drawings), unit="pictures")
     return KnownDrawings(drawings, features, gallery(features(list(bar))))
 
 
-def parts(
-    pictures: Sequence[Picture], scenes: Sequence[Scene], reference: KnownDrawings
-) -> dict[str, Bool[np.ndarray, " pictures"]]:
+def parts(pictures: Sequence[Picture], scenes: Sequence[Scene], reference: KnownDrawings) -> Parts:
     """Which parts of the scene are right in each picture.
 
     object: among all drawings in the style of the scene, its own is one of the five nearest to the largest drawing of
@@ -120,19 +119,15 @@ def parts(
     style: the nearest of all drawings is in the style of the scene.
     colour, ground, place, count: as `evaluation.checks` sees them. A colour that the scene does not name is right.
     """
-    queries = reference.gallery.project(reference.features([checks.largest(picture, SIDE) for picture in pictures]))
-    similarities = queries @ reference.gallery.vectors.T
-    index_of = {(drawing.style, drawing.name): i for i, drawing in enumerate(reference.drawings)}
-    styles = np.array([drawing.style for drawing in reference.drawings])
-    target_styles = np.array([scene.drawing.style for scene in scenes])
-    target_indices = np.array([index_of[scene.drawing.style, scene.drawing.name] for scene in scenes])
+    drawings = [scene.drawing for scene in scenes]
+    similarities, styles = _similarities(pictures, reference), _styles(reference.drawings)
 
     def matches(check: Callable[[Picture], object], expected: Callable[[Scene], object]) -> np.ndarray:
         return np.array([check(picture) == expected(scene) for picture, scene in zip(pictures, scenes, strict=True)])
 
     return {
-        "object": ranks(similarities, target_indices, styles == target_styles[:, None]) < NEAREST,
-        "style": styles[similarities.argmax(axis=-1)] == target_styles,
+        "object": _are_found(similarities, drawings, reference),
+        "style": styles[similarities.argmax(axis=-1)] == _styles(drawings),
         "colour": matches(checks.colour, lambda scene: scene.colour) | np.array([not scene.colour for scene in scenes]),
         "ground": matches(checks.ground, lambda scene: scene.ground),
         "place": matches(checks.place, lambda scene: scene.place),
@@ -140,12 +135,76 @@ def parts(
     }
 
 
+def parts_of_two(pictures: Sequence[Picture], scenes: Sequence[Scene], reference: KnownDrawings) -> Parts:
+    """Which parts of scenes of two drawings side by side, each in a colour, are right in each picture.
+
+    object: each half of the picture shows another one of the two, as `parts` sees it. Which is where does not count.
+    colour: each half has the colour of the drawing that it should show.
+    """
+    halves = [[picture[:, : picture.shape[1] // 2] for picture in pictures]]
+    halves += [[picture[:, picture.shape[1] // 2 :] for picture in pictures]]
+    similarities = [_similarities(half, reference) for half in halves]
+    colours = [np.array([checks.colour(picture) for picture in half]) for half in halves]
+    wanted = [scenes, [scene.other for scene in scenes]]
+    orders = []
+    for of_halves in (wanted, wanted[::-1]):
+        objects, hues = [], []
+        for near, seen, asked in zip(similarities, colours, of_halves, strict=True):
+            objects.append(_are_found(near, [each.drawing for each in asked], reference))
+            hues.append(seen == np.array([each.colour for each in asked]))
+        orders.append((np.all(objects, axis=0), np.all(hues, axis=0)))
+    (found, coloured), (found_turned, coloured_turned) = orders
+    turned = found_turned.astype(int) + coloured_turned > found.astype(int) + coloured
+    return {"object": np.where(turned, found_turned, found), "colour": np.where(turned, coloured_turned, coloured)}
+
+
+def _similarities(pictures: Sequence[Picture], reference: KnownDrawings) -> Float[np.ndarray, "pictures drawings"]:
+    """Of the largest drawing of each picture and each known one."""
+    queries = reference.features([checks.largest(picture, SIDE) for picture in pictures])
+    return reference.gallery.project(queries) @ reference.gallery.vectors.T
+
+
+def _are_found(similarities: np.ndarray, drawings: Sequence[Drawing], reference: KnownDrawings) -> np.ndarray:
+    """Whether the drawing is one of the nearest of its style, in each row."""
+    index_of = {(drawing.style, drawing.name): i for i, drawing in enumerate(reference.drawings)}
+    targets = np.array([index_of[drawing.style, drawing.name] for drawing in drawings])
+    return ranks(similarities, targets, _styles(reference.drawings) == _styles(drawings)[:, None]) < NEAREST
+
+
+def _styles(drawings: Sequence[Drawing]) -> np.ndarray:
+    return np.array([drawing.style for drawing in drawings])
+
+
+class Kind(NamedTuple):
+    """A kind of case.
+
+    draw: (drawing, all drawings, random numbers) -> a scene of the drawing, or None if it makes no case of this kind.
+    part: what is checked beside the object.
+    check: (pictures, scenes, known drawings) -> which parts are right in each picture.
+    """
+
+    draw: Draw
+    part: str
+    check: Callable[[Sequence[Picture], Sequence[Scene], KnownDrawings], Parts] = parts
+
+
+KINDS = {
+    "names": Kind(_name, "style"),
+    "held-out colours": Kind(_held_out_colour, "colour"),
+    "held-out styles": Kind(_held_out_style, "style"),
+    "grounds": Kind(_ground, "ground"),
+    "places": Kind(_place, "place"),
+    "counts": Kind(_count, "count"),
+    "two objects": Kind(_two, "colour", parts_of_two),
+}
+
+
 def cases(drawings: Sequence[Drawing], kind: str, count: int, rng: np.random.Generator) -> list[Scene]:
     """`count` scenes of one kind, or as many as there are, each of another concept."""
     scenes: dict[str, Scene] = {}
     for i in rng.permutation(len(drawings)):
         drawing = drawings[i]
-        scene = None if drawing.name in scenes else KINDS[kind].draw(drawing, rng)
+        scene = None if drawing.name in scenes else KINDS[kind].draw(drawing, drawings, rng)
         if scene:
             scenes[drawing.name] = scene
         if len(scenes) == count:
@@ -179,9 +238,7 @@ def trials(model: DiffusionModel, reference: KnownDrawings, drawings: Sequence[D
         captions = [caption(scene, rng, styled=True) for scene in scenes]
         painted = [paint(scene, model.size[0]) for scene in scenes]
         sets = {"painted": painted, "first stage": reconstruct(painted)}
-        bounds = {
-            name: _shares(parts(pictures, scenes, reference), KINDS[kind].part) for name, pictures in sets.items()
-        }
+        bounds = {name: _shares(kind, pictures, scenes, reference) for name, pictures in sets.items()}
         result.append(Trial(kind, scenes, captions, bounds))
     return result
 
@@ -205,15 +262,19 @@ def evaluate_scenes(
         seeds = seed + np.arange(repeats * len(scenes))
         images = list(generate(captions * repeats, seeds.tolist()))
         show(kind, captions * repeats, images)
-        part = KINDS[kind].part
-        generated = _shares(parts(images, scenes * repeats, reference), part)
-        report[kind] = {"cases": len(scenes), "part": part, "generated": generated} | bounds
+        generated = _shares(kind, images, scenes * repeats, reference)
+        report[kind] = {"cases": len(scenes), "part": KINDS[kind].part, "generated": generated} | bounds
         if repeats == SEEDS:
             report[kind]["diversity"] = summary(_distances(distances, images[: len(scenes)], images[len(scenes) :]))
     return report
 
 
-def _shares(correct: dict[str, np.ndarray], part: str) -> dict[str, dict]:
+def _shares(
+    kind: str, pictures: Sequence[Picture], scenes: Sequence[Scene], reference: KnownDrawings
+) -> dict[str, dict]:
+    """The part of the pictures of a kind in which the object, the other part and both are right."""
+    part, check = KINDS[kind].part, KINDS[kind].check
+    correct = check(pictures, scenes, reference)
     measures = {"object": correct["object"], part: correct[part], "both": correct["object"] & correct[part]}
     return {name: summary(values) for name, values in measures.items()}
 

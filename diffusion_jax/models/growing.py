@@ -1,5 +1,5 @@
 """Larger U-Nets from trained ones: new outer levels for pictures of twice the size, around the trained levels
-(progressive growing, Karras et al. 2018).
+(progressive growing, Karras et al. 2018), and attention in levels that had none.
 """
 
 import re
@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 
 def grown(inner: PyTree, outer: PyTree) -> PyTree:
-    """The variables of a U-Net with a trained one inside; `inner` itself if it has as many levels.
+    """The variables of a U-Net with a trained one inside; `inner` itself if it has as many levels and attentions.
 
     inner: variables of the trained network.
     outer: new variables of the larger one. Its outer levels have the width of the inner network's first one.
@@ -20,14 +20,15 @@ def grown(inner: PyTree, outer: PyTree) -> PyTree:
     what the inner one predicts at half the size, for the same time, except at edges. For clean pictures this is right.
     For noisy ones it is only a start: the mean of four pixels has half of the noise that belongs to the time
     (Hoogeboom et al. 2023, section 3.1), and the new levels have yet to learn the noise within the four.
+    Attention in a trained level that had none starts at zero too, so it changes nothing at first.
     """
     added = _levels(outer) - _levels(inner)
-    if added <= 0 or not _levels(inner):
+    if added < 0 or not _levels(inner):
         return inner
     trained = flatten_dict({_shifted_name(name, added): part for name, part in inner["params"].items()})
     params = dict(trained)
     for path, leaf in flatten_dict(outer["params"]).items():
-        if path not in trained:
+        if path not in trained and (added or any(name.startswith("attentions_") for name in path)):
             params[path] = _initial_value(path, np.asarray(leaf))
     return {"params": unflatten_dict(params)}
 

@@ -106,7 +106,7 @@ def test_the_source_is_scenes_with_captions(monkeypatch, tmp_path, by_name):
 
 
 def test_the_lists_of_concepts_are_names(by_name):
-    assert {name: len(names) for name, names in sources.concept_lists().items()} == {"simple": 104, "everyday": 747}
+    assert {name: len(names) for name, names in sources.concept_lists().items()} == {"simple": 104, "everyday": 756}
     for names in sources.concept_lists().values():
         assert len(set(names)) == len(names) and not set(names) - by_name.keys()
     assert not sources.concept_lists().keys() & by_name.keys()

@@ -19,7 +19,8 @@ def disc(name="ball", style="flat", colour=(40, 90, 220)):
     y, x = np.mgrid[:64, :64]
     image = np.zeros((64, 64, 4), np.uint8)
     image[(y - 32) ** 2 + (x - 32) ** 2 < 20**2] = (*colour, 255)
-    return Drawing(name, (name, "round thing"), style, MainHue(to_lab(np.array(colour) / 255), 1.0), lambda: image)
+    lab = to_lab(np.array(colour) / 255)
+    return Drawing(name, (name, "round thing"), style, MainHue(lab, 1.0), lab, lambda: image)
 
 
 def ink(picture, ground=(255, 255, 255)):

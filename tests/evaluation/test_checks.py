@@ -16,7 +16,8 @@ def disc(name="ball", style="flat", colour=(40, 90, 220)):
     y, x = np.mgrid[:64, :64]
     image = np.zeros((64, 64, 4), np.uint8)
     image[((y - 32) ** 2 + (x - 32) ** 2 < 28**2) & ~((y < 32) & (abs(x - 40) < 4))] = (*colour, 255)
-    return Drawing(name, (name,), style, MainHue(to_lab(np.array(colour) / 255), 1.0), lambda: image)
+    lab = to_lab(np.array(colour) / 255)
+    return Drawing(name, (name,), style, MainHue(lab, 1.0), lab, lambda: image)
 
 
 def noisy(picture, deviation=6):

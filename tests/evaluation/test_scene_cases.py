@@ -27,7 +27,7 @@ def window(name, style):
     image = np.zeros((64, 64, 4), np.uint8)
     image[8:56, 8:56] = (40, 90, 220, 255)
     image[8:56, 8:56, 3] = np.where(holes, 0, 255)
-    return Drawing(name, (name,), style, disc().hue, lambda: image)
+    return Drawing(name, (name,), style, disc().hue, disc().ink, lambda: image)
 
 
 DRAWINGS = [window(name, style) for name in NAMES for style in STYLES]
