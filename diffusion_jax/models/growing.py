@@ -26,11 +26,12 @@ def grown(inner: PyTree, outer: PyTree) -> PyTree:
     if added < 0 or not _levels(inner):
         return inner
     trained = flatten_dict({_shifted_name(name, added): part for name, part in inner["params"].items()})
-    params = dict(trained)
-    for path, leaf in flatten_dict(outer["params"]).items():
-        if path not in trained and (added or any(name.startswith("attentions_") for name in path)):
-            params[path] = _initial_value(path, np.asarray(leaf))
-    return {"params": unflatten_dict(params)}
+    new = {
+        path: _initial_value(path, np.asarray(leaf))
+        for path, leaf in flatten_dict(outer["params"]).items()
+        if path not in trained and (added or any(name.startswith("attentions_") for name in path))
+    }
+    return {"params": unflatten_dict(trained | new)} if new else inner
 
 
 def _levels(variables: PyTree) -> int:

@@ -131,7 +131,26 @@ def test_nothing_is_hidden_on_its_ground():
 def test_white_on_white_gets_a_ground_unless_it_has_outlines():
     alone = {(drawing.style, scene.colour): scene for drawing in (disc(style="flat"), disc(style="outlined"))
              for scene in scenes.scenes_alone(drawing)}  # fmt: skip
-    assert alone["flat", "white"].ground and not alone["outlined", "white"].ground and not alone["flat", "red"].ground
+    assert alone["flat", "white"].ground == "blue"
+    assert not alone["outlined", "white"].ground and not alone["flat", "red"].ground
+
+
+def test_what_shows_is_the_colour_of_the_ink_not_of_a_tusk():
+    grey = disc(style="shaded", colour=(150, 150, 150))
+    cream = MainHue(to_lab(np.array([0.98, 0.97, 0.92])), 0.02)
+    assert scenes.usual_ground(grey._replace(hue=cream)) == ""
+    white = disc(style="shaded", colour=(250, 250, 250))._replace(hue=MainHue(to_lab(np.array([0.9, 0.2, 0.2])), 0.02))
+    assert scenes.usual_ground(white) == "blue" and "red" in scenes.grounds_of(white)
+
+
+def test_half_of_the_captions_leave_the_usual_ground_of_white_things_out():
+    rng, swan = np.random.default_rng(0), disc("swan", "shaded", (250, 250, 250))
+    share = lambda scene, **kind: np.mean(["blue background" in caption(scene, rng, **kind) for _ in range(300)])  # noqa: E731
+    assert share(Scene(swan, ground="blue")) == pytest.approx(0.5, abs=0.1)
+    assert share(Scene(swan, ground="blue"), styled=True) == 0
+    red = disc("swan", "shaded", (220, 30, 30))
+    assert share(Scene(red, ground="blue")) == share(Scene(red, ground="blue"), styled=True) == 1
+    assert share(Scene(swan, ground="blue", other=Other("and", red, ""))) == 1
 
 
 def test_captions_name_what_is_seen():
@@ -153,6 +172,16 @@ def test_things_have_their_everyday_words():
     assert set(everyday_words()) <= set(concept_lists()["everyday"])
     words = [word for several in everyday_words().values() for word in several]
     assert len(set(words)) == len(words)  # a word means one thing
+
+
+def test_a_thing_has_no_word_that_first_means_another():
+    assert "rabbit" in words_for("rabbit", ()) and "rabbit" not in words_for("rabbit face", ("rabbit", "bunny"))
+    assert "phone" not in words_for("telephone", ("phone",)) and "phone" in words_for("mobile phone", ())
+    everyday = concept_lists()["everyday"]
+    first = {name: words_for(name, ())[0] for name in everyday}
+    assert len(set(first.values())) == len(everyday)
+    said = [word for name in everyday for word in words_for(name, tuple(first.values()))]
+    assert all(said.count(word) == 1 for word in ("cup", "chair", "bus", "pear", "horse", "elephant", "sheep", "apple"))
 
 
 def test_everyday_things_are_held_out_in_pairs_alone():

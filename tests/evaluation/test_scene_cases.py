@@ -46,7 +46,10 @@ def test_cases_are_of_their_kind(kind):
         if kind == "held-out styles":
             assert is_held_out(scene.drawing.style, scene.drawing.name) and not scene.colour
         assert bool(scene.ground) == (kind == "grounds") and (scene.count > 1) == (kind == "counts")
-        assert bool(scene.place) == (kind == "places")
+        assert bool(scene.place) == (kind == "places") and bool(scene.other) == (kind == "two objects")
+        if scene.other:
+            assert scene.colour and scene.other.colour and scene.colour != scene.other.colour
+            assert scene.other.drawing.style == scene.drawing.style and scene.other.drawing.name != scene.drawing.name
 
 
 @pytest.fixture
@@ -120,3 +123,29 @@ def test_pictures_have_keys_of_their_own_and_the_codec_is_measured():
     white = model.codec._replace(decode=lambda params, x0: jax.numpy.ones_like(x0))
     back = scenes.first_stage(model._replace(codec=white))([paint(Scene(disc()), 64)] * 3)
     assert len(back) == 3 and all((picture == 255).all() for picture in back)
+
+
+def test_two_objects_are_right_in_either_order_and_in_their_own_colours():
+    asked = scenes.cases(DRAWINGS, "two objects", 12, np.random.default_rng(0))
+    compared = scenes.known_drawings(DRAWINGS, thumbnails, SIZE)
+
+    def exchanged(scene):
+        return scene._replace(colour=scene.other.colour, other=scene.other._replace(colour=scene.colour))
+
+    def turned(scene):
+        other = scene.other._replace(drawing=scene.drawing, colour=scene.colour)
+        return scene._replace(drawing=scene.other.drawing, colour=scene.other.colour, other=other)
+
+    def twice(scene):
+        return scene._replace(other=scene.other._replace(drawing=scene.drawing))
+
+    def rates(change):
+        shown = [paint(change(scene), SIZE) for scene in asked]
+        right = scenes.parts_of_two(shown, asked, compared)
+        return right["object"].mean(), right["colour"].mean(), (right["object"] & right["colour"]).mean()
+
+    assert min(rates(lambda scene: scene)) >= 0.8
+    assert rates(turned) == rates(lambda scene: scene)
+    assert rates(exchanged)[0] >= 0.8 and rates(exchanged)[2] == 0
+    assert rates(twice)[0] <= 0.1
+    assert rates(lambda scene: Scene(scene.drawing, scene.colour))[2] == 0

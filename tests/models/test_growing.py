@@ -12,12 +12,15 @@ from diffusion_jax.models.growing import grown
 from diffusion_jax.models.unet import UNet
 
 
-def unet(levels, layers=1):
+def unet(levels, layers=1, attends=False):
+    cross = "CrossAttn" if attends else ""
     return UNet(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownBlock2D",) * levels,
-        up_block_types=("UpBlock2D",) * levels,
+        down_block_types=(f"{cross}DownBlock2D",) * levels,
+        up_block_types=(f"{cross}UpBlock2D",) * levels,
+        cross_attention_dim=8,
+        attention_head_dim=4,
         block_out_channels=(*(8,) * (levels - 1), 16),
         layers_per_block=layers,
         norm_num_groups=4,
@@ -74,3 +77,20 @@ def test_a_network_of_as_many_levels_is_itself():
     params = network_of(unet(2)).init(jax.random.key(0))
     assert grown(params, params) is params
     assert grown({"params": {"encoder": 1}}, params) == {"params": {"encoder": 1}}
+
+
+@pytest.mark.slow
+def test_new_attention_changes_nothing_until_it_is_trained():
+    plain, attentive = network_of(unet(2)), network_of(unet(2, attends=True))
+    trained, fresh = shaken(plain.init(jax.random.key(0))), attentive.init(jax.random.key(1))
+    made = grown(*(jax.tree.map(np.array, tree) for tree in (trained, fresh)))
+    assert jax.tree.structure(made) == jax.tree.structure(fresh)
+    x, t = jax.random.normal(jax.random.key(2), (2, 16, 16, 3)), jnp.array([300.0, 700.0])
+    cond = {"text": jax.random.normal(jax.random.key(3), (2, 5, 8))}
+    said = jax.jit(attentive.apply)(made, x, t, cond)
+    np.testing.assert_allclose(said, jax.jit(plain.apply)(trained, x, t, {}), atol=1e-5)
+    moved = (
+        jax.jit(attentive.apply)(shaken(made), x, t, cond),
+        jax.jit(attentive.apply)(shaken(made), x, t, {"text": 0 * cond["text"]}),
+    )
+    assert jnp.abs(moved[0] - moved[1]).max() > 1e-3
