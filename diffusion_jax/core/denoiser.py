@@ -1,9 +1,11 @@
 """Denoisers: functions (x_t, level, cond, to) -> Prediction, and how to build one from a network.
 
-`to` is the next level. It is passed by name to denoisers that have a parameter `to`. An ordinary denoiser
-ignores it: its prediction is the tangent of the path at x_t, right for small steps. A flow map predicts such a pair
-(x0, eps) that alpha_to x0 + sigma_to eps is the state at `to`, however far (Boffi et al. 2025, arXiv 2505.18825). A
-consistency model is one whose `to` is clean data.
+`to` is the level that the step goes to. It is passed by name to denoisers that have a parameter `to`.
+
+- An ordinary denoiser ignores it. Its prediction is the tangent of the path at x_t, which is right for small steps.
+- A flow map predicts the pair (x0, eps) for which alpha_to x0 + sigma_to eps is the state at `to`, however far away
+  `to` is (Boffi et al. 2025, arXiv 2505.18825).
+- A consistency model is a flow map whose `to` is clean data.
 """
 
 import functools
@@ -28,8 +30,9 @@ Denoise = Callable[..., Prediction]
 
 
 def as_pytree(denoise: Denoise) -> Denoise:
-    """Make the denoiser a valid argument of a compiled function, and callable with `to=`: a plain function is wrapped,
-    and so is one without a parameter `to`, which is then called without the target.
+    """Make the denoiser a valid argument of a compiled function, and callable with `to=`.
+
+    A plain function is wrapped. So is a function without a parameter `to`, which is then called without it.
     """
     wrapped = Partial(denoise) if jax.tree_util.all_leaves([denoise]) else denoise
     return wrapped if _takes_target(denoise) else Partial(_without_target, wrapped)
@@ -49,8 +52,9 @@ def _without_target(
 
 
 def target_time(to: NoiseLevel) -> ArrayLike:
-    """The time of a target as flow maps see it, 1000 (2 / pi) arctan(sigma / alpha): 0 for clean data and 1000 for pure
-    noise, the same on every schedule.
+    """The time of a target as flow maps see it: 1000 (2 / pi) arctan(sigma / alpha).
+
+    It is 0 for clean data and 1000 for pure noise, the same on every schedule.
     """
     return 1000 * 2 / math.pi * jnp.arctan2(jnp.asarray(to.sigma, jnp.float32), jnp.asarray(to.alpha, jnp.float32))
 
@@ -105,7 +109,8 @@ def check_levels(denoise: PyTree, level: NoiseLevel) -> None:
 def check_rows(denoise: PyTree, to: NoiseLevel, x0: ArrayLike, eps: ArrayLike, past: ArrayLike) -> None:
     """Raise ValueError for rows that use a flow map's prediction at another level than the one it is for.
 
-    to: NoiseLevel of (R,), the targets. x0, eps, past: coefficients of the rows, see `solvers.Plan`.
+    to: NoiseLevel of (R,), the targets.
+    x0, eps, past: coefficients of the rows, see `solvers.Plan`.
     """
     if not any(network.flow_map for network in _networks(denoise)):
         return

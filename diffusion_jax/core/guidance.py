@@ -148,7 +148,8 @@ def _replace_x0(prediction: Prediction, x0: Array, level: NoiseLevel) -> Predict
 def rescale(denoise: Denoise, scale: ArrayLike, null_cond: PyTree, phi: float = 0.7) -> Denoise:
     """Classifier-free guidance that keeps the contrast of the conditional x0 (Lin et al. 2023, eq. 15 and 16).
 
-    x0 = phi x0_guided std(x0_conditional) / std(x0_guided) + (1 - phi) x0_guided, with std over each image.
+        x0 = phi x0_guided std(x0_conditional) / std(x0_guided) + (1 - phi) x0_guided,   with std over each image
+
     scale, null_cond: as in `classifier_free`.
     phi: in [0, 1]. 0 is plain guidance.
     """
@@ -178,9 +179,13 @@ def _rescale(
 def cfg_pp(denoise: Denoise, scale: ArrayLike, null_cond: PyTree) -> Denoise:
     """CFG++ (Chung et al. 2024, algorithm 2): x0 is guided; the noise that is added back is the unconditional one.
 
-    x0 = null + scale (conditional - null), eps = null. The pair no longer satisfies alpha x0 + sigma eps = x. Use it
-    with ddim and euler, whose steps are alpha' x0 + sigma' eps.
+        x0 = null + scale (conditional - null),   eps = null
+
+    The pair no longer satisfies alpha x0 + sigma eps = x. Use it with ddim and euler, whose steps are alpha' x0 +
+    sigma' eps.
+
     scale: in [0, 1].
+    null_cond: as in `classifier_free`.
     """
     scale_array = _checked_number(scale, "the scale of CFG++", high=1.0)
     if _is_all(scale, 0.0):
@@ -211,10 +216,13 @@ def _autoguidance(
 
 
 def interval(guided: Denoise, plain: Denoise, low: float, high: float) -> Denoise:
-    """Guidance at some noise levels only (Kynkäänniemi et al. 2024): `guided` where low < sigma / alpha <= high.
+    """Guidance at some noise levels only (Kynkäänniemi et al. 2024).
 
-    plain: the denoiser without guidance, used at all other levels. It runs the network once and not twice, unless each
-      image has its own level.
+    guided: the denoiser where low < sigma / alpha <= high.
+    plain: the denoiser without guidance, for all other levels. There the network runs once instead of twice, unless
+      each image has its own level.
+    low, high: 0 <= low < high.
+    Raises ValueError for any other interval.
     """
     if not 0 <= low < high:
         raise ValueError(f"a guidance interval must have 0 <= low < high, got {low} and {high}")
@@ -233,7 +241,10 @@ def _interval(
 
 
 def clip_x0(denoise: Denoise, limit: float = 1.0) -> Denoise:
-    """Clip the predicted x0 to [-limit, limit] and adjust eps to match (the sampler of Ho et al. 2020, for pixels)."""
+    """Clip the predicted x0, and adjust eps to match (the sampler of Ho et al. 2020). For pixel models.
+
+    limit: x0 is clipped to [-limit, limit].
+    """
     return Partial(_clip_x0, as_pytree(denoise), _checked_number(limit, "the limit of x0"))
 
 

@@ -4,12 +4,12 @@ Every parameterization is linear in the pair (x0, eps). The network is trained t
 
     out = p x0 + q eps,    and together with    x_t = alpha x0 + sigma eps    this determines the pair.
 
-name    p                   q                     reference
-eps     0                   1                     Ho et al. 2020, eq. 14
-x0      1                   0
-v       -sigma              alpha                 Salimans & Ho 2022, appendix D
-flow    -1                  1                     Liu et al. 2022, eq. 1
-edm     sigma / (s n)       -s alpha / n          Karras et al. 2022, table 1
+    name    p                   q                     reference
+    eps     0                   1                     Ho et al. 2020, eq. 14
+    x0      1                   0
+    v       -sigma              alpha                 Salimans & Ho 2022, appendix D
+    flow    -1                  1                     Liu et al. 2022, eq. 1
+    edm     sigma / (s n)       -s alpha / n          Karras et al. 2022, table 1
 
 In edm, s is sigma_data and n^2 = sigma^2 + s^2 alpha^2.
 """

@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
 
 
 def expand(scalar: ArrayLike, x: Array) -> Array:
-    """Append axes to `scalar`, () or (B,), so that it broadcasts against x (B, ...) along the batch."""
+    """Append axes to a scalar, () or (B,), so that it broadcasts against x (B, ...) along the batch."""
     scalar = jnp.asarray(scalar, jnp.float32)
     return scalar.reshape(scalar.shape + (1,) * (x.ndim - scalar.ndim)) if scalar.ndim else scalar
 
@@ -52,7 +52,12 @@ def expand(scalar: ArrayLike, x: Array) -> Array:
 def add_noise(
     x0: Float[Array, "batch *shape"], eps: Float[Array, "batch *shape"], level: NoiseLevel
 ) -> Float[Array, "batch *shape"]:
-    """Forward noising in closed form, x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 4)."""
+    """Add noise to data: x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 4).
+
+    x0: (B, ...), data.
+    eps: (B, ...), standard normal noise.
+    level: the noise level of each example, () or (B,).
+    """
     return expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * eps
 
 

@@ -140,7 +140,7 @@ def sample(
     known: Known | None = None,
     callback: Callable[[int, Array], bool | None] | None = None,
 ) -> Float[Array, "batch *shape"]:
-    """Carry x from the plan's first level to its last.
+    """Sample: carry x from the plan's first level to its last.
 
     denoise: (x (B, ...), level of scalars, cond) -> Prediction. If it has a parameter named `to`, it also gets the
       level to go to. Wrap parameters with `jax.tree_util.Partial`, as `denoiser.denoiser` and the functions of
@@ -176,12 +176,19 @@ def sample(
 def run_rows(
     denoise: Denoise, rows: Rows, x: Float[Array, "batch *shape"], keys: Key[Array, "batch"], cond: PyTree = None
 ) -> Float[Array, "batch *shape"]:
-    """`sample` with the plan as an input of your own `jax.jit`. Build rows with `rows(plan, at_least)`."""
+    """Sample inside your own `jax.jit`, with the plan as an input.
+
+    rows: from `rows(plan, at_least)`, which you call outside of the compiled function.
+    x, keys, cond: as in `sample`.
+    """
     return advance(as_pytree(denoise), rows, _start(x), x, keys, cond)[0].x
 
 
 def rows(plan: Plan, at_least: int = 0) -> Rows:
-    """The whole plan for `run_rows`, padded to at_least rows so that shorter plans reuse the same program."""
+    """The whole plan for `run_rows`.
+
+    at_least: number of rows to pad to, so that all plans of up to so many rows use the same program.
+    """
     return Rows.from_plan(plan, 0, max(plan.num_rows, at_least))
 
 

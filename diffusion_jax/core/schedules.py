@@ -227,8 +227,9 @@ class FlowSchedule:
 
 
 def from_betas(betas: Sequence | np.ndarray) -> DiscreteSchedule:
-    """The schedule of a forward chain with variances `betas` (T,), each in (0, 1): alpha_bar_t = prod(1 - beta_s).
+    """The schedule of a forward chain: alpha_bar_t = prod(1 - beta_s), s = 0..t.
 
+    betas: (T,), each in (0, 1). The variance of each step.
     Raises ValueError for betas of another shape or range.
     """
     return _from_log_alpha_bar(_log_alpha_bar(betas))
@@ -256,7 +257,10 @@ def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> D
 
 
 def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
-    """sqrt(beta) linear in t (Rombach et al. 2022; the schedule of Stable Diffusion). Arguments: as in `linear`."""
+    """sqrt(beta) linear in t (Rombach et al. 2022): the schedule of Stable Diffusion.
+
+    T, beta_start, beta_end: as in `linear`.
+    """
     return _in_steps(T, np.linspace(beta_start**0.5, beta_end**0.5, 1000) ** 2)
 
 
@@ -273,14 +277,27 @@ def _check_steps(T: int) -> None:
 
 
 def cosine(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DiscreteSchedule:
-    """alpha_bar(u) = cos^2((u + s) / (1 + s) * pi / 2), u = t / T (Nichol & Dhariwal 2021, eq. 17)."""
+    """The cosine schedule (Nichol & Dhariwal 2021, eq. 17), with u = t / T:
+
+        alpha_bar(u) = cos^2((u + s) / (1 + s) * pi / 2)
+
+    T: number of steps.
+    s: offset that keeps the first betas from being too small.
+    max_beta: upper limit of a beta.
+    """
     return _from_alpha_bar(lambda u: np.cos((u + s) / (1 + s) * np.pi / 2) ** 2, T, max_beta)
 
 
 def sigmoid(
     T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
 ) -> DiscreteSchedule:
-    """alpha_bar falls along a sigmoid from `start` to `end` at temperature `tau` (Jabri et al. 2022, algorithm 2)."""
+    """alpha_bar falls along a sigmoid (Jabri et al. 2022, algorithm 2).
+
+    T: number of steps.
+    start, end: the part of the sigmoid that is used.
+    tau: its temperature.
+    max_beta: upper limit of a beta.
+    """
 
     def s(v):
         return 1 / (1 + np.exp(-v / tau))
@@ -299,6 +316,9 @@ def zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     """The schedule rescaled so that its last step is pure noise (Lin et al. 2023, algorithm 1).
 
     sqrt(alpha_bar) is shifted to end at 0 and scaled to keep its first value. The network must predict v or x0.
+
+    schedule: of at least 2 steps, such as `linear()`.
+    Raises ValueError for any other.
     """
     if not isinstance(schedule, DiscreteSchedule) or schedule.num_steps < 2:
         raise ValueError("zero_terminal_snr needs a schedule of at least 2 steps, such as linear or scaled_linear")
@@ -315,7 +335,8 @@ def below(schedule: Schedule, ratio: float = NOISE_ALONE) -> Schedule:
     sigma / alpha, which is 20,000 at the last step of cosine and infinite at zero terminal SNR. At a ratio of 200 the
     state is pure noise in practice, so sampling may start there.
     schedule: any. A schedule of T steps keeps its first steps; their number is the new T.
-    ratio: largest sigma / alpha. Raises ValueError if every time of the schedule is noisier.
+    ratio: largest sigma / alpha.
+    Raises ValueError if every time of the schedule is noisier.
     """
     limit = -2 * np.log(ratio)
     if schedule(schedule.t_max).logsnr >= limit:
@@ -330,14 +351,20 @@ def below(schedule: Schedule, ratio: float = NOISE_ALONE) -> Schedule:
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> EDMSchedule:
-    """Variance exploding with sigma as its time (Karras et al. 2022, table 1)."""
+    """Variance exploding, alpha = 1, with sigma as its time (Karras et al. 2022, table 1).
+
+    sigma_min, sigma_max: the least and the largest sigma, 0 < sigma_min < sigma_max.
+    """
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"edm needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
     return EDMSchedule(float(sigma_min), float(sigma_max))
 
 
 def flow(shift: float = 1.0) -> FlowSchedule:
-    """Rectified flow, x_t = (1 - u) x0 + u eps (Liu et al. 2022; shift: Esser et al. 2024, eq. 23)."""
+    """Rectified flow, x_t = (1 - u) x0 + u eps (Liu et al. 2022), with u = shift t / (1 + (shift - 1) t).
+
+    shift: above 0. More than 1 spends more of the time on high noise, as for large images (Esser et al. 2024, eq. 23).
+    """
     if not shift > 0:
         raise ValueError(f"the shift of a flow schedule must be above 0, got {shift}")
     return FlowSchedule(float(shift))

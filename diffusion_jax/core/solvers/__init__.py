@@ -1,4 +1,14 @@
-"""Solvers as tables: f(schedule, steps, spacing, ...) -> Plan, built on the host in float64 (see `plan`)."""
+"""Solvers: functions (schedule, steps, spacing, ...) -> `Plan`. `sampling.sample` runs the plan.
+
+Every solver takes these arguments:
+
+schedule: from `core.schedules`. For a network that predicts eps use `schedules.below(schedule)`.
+steps: number of steps, at least 1, at most T on a schedule of T steps. Each solver says how often it calls the network.
+spacing: where the steps are: one of `SPACINGS`, or the times themselves, see `times`.
+Raises ValueError for steps, spacings and options out of range.
+
+A plan is a table in float64, made on the host. Running another solver does not recompile (see `plan`).
+"""
 
 from diffusion_jax.core.solvers.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, lms, plms, unipc
 from diffusion_jax.core.solvers.onestep import consistency, ddim, ddim_inversion, ddpm, dpmpp_1, euler, euler_ancestral

@@ -65,7 +65,8 @@ def _dpmpp_2m(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarr
 def dpmpp_2m(schedule: Schedule, steps: int, spacing: Spacing = "trailing", lower_order_final: bool = True) -> Plan:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). `steps` network calls.
 
-    r = (lambda_0 - lambda_1) / h,  x' = sigma' / sigma x - alpha' (exp(-h) - 1) (m_0 + (m_0 - m_1) / (2 r))
+        x' = sigma' / sigma x - alpha' (exp(-h) - 1) (m_0 + (m_0 - m_1) / (2 r)),   r = (lambda_0 - lambda_1) / h
+
     lower_order_final: use order 1 for the last step even if it does not end on clean data.
     """
     grid = path(schedule, steps, spacing)
@@ -81,13 +82,14 @@ def dpmpp_3m(
 ) -> Plan:
     """DPM-Solver++(3M), the multistep solver of third order (Lu et al. 2022b, section 4). `steps` network calls.
 
-    r_i = (lambda_i - lambda_{i+1}) / h,  D_10 = (m_0 - m_1) / r_0,  D_11 = (m_1 - m_2) / r_1
-    D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),  D_2 = curvature (D_10 - D_11) / (r_0 + r_1)
-    x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 + alpha' ((exp(-h) - 1) / h + 1) D_1
-         - alpha' ((exp(-h) - 1 + h) / h^2 - 1 / 2) D_2
+        r_i = (lambda_i - lambda_{i+1}) / h,  D_10 = (m_0 - m_1) / r_0,  D_11 = (m_1 - m_2) / r_1
+        D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),  D_2 = curvature (D_10 - D_11) / (r_0 + r_1)
+        x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 + alpha' ((exp(-h) - 1) / h + 1) D_1
+             - alpha' ((exp(-h) - 1 + h) / h^2 - 1 / 2) D_2
+
     lower_order_final: use orders 2 and 1 for the last two steps.
-    curvature: 2, which makes D_2 h^2 times the second derivative of m in lambda. Published code has 1, and with it
-      only second order.
+    curvature: 2 makes D_2 equal h^2 times the second derivative of m in lambda. Published code has 1, which gives only
+      second order.
     """
 
     def update(levels: Levels, next: NoiseLevel, m: list[np.ndarray]) -> np.ndarray:
@@ -113,7 +115,9 @@ def dpmpp_3m(
 def dpmpp_2m_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing", lower_order_final: bool = True) -> Plan:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5). `steps` network calls.
 
-    x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) (m_0 + (m_0 - m_1) / (2 r)) + sigma' sqrt(1 - exp(-2 h)) z
+        x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) (m_0 + (m_0 - m_1) / (2 r))
+             + sigma' sqrt(1 - exp(-2 h)) z
+
     lower_order_final: as in `dpmpp_2m`.
     """
 
@@ -140,9 +144,15 @@ def deis(
 ) -> Plan:
     """Diffusion exponential integrator, tAB-DEIS in log(sigma / alpha) (Zhang & Chen 2022, eq. 14).
 
-    x' = alpha' / alpha x - sigma' sum_j w_j e_j, exact where e is a polynomial in lambda. u = (lambda - lambda_0) / h:
-    sum_j w_j u_j^k = c_k = h int_0^1 u^k exp((1 - u) h) du;  c_0 = exp(h) - 1,  c_k = k / h c_{k-1} - 1.
-    `steps` network calls.
+    It makes `steps` network calls.
+
+        x' = alpha' / alpha x - sigma' sum_j w_j e_j
+
+    This is exact where e is a polynomial in lambda. With u = (lambda - lambda_0) / h the weights are those with
+
+        sum_j w_j u_j^k = c_k = h int_0^1 u^k exp((1 - u) h) du,   c_0 = exp(h) - 1,   c_k = k / h c_{k-1} - 1
+
+    order: 1, 2 or 3. Number of predictions used.
     lower_order_final: lower the order of the last steps, down to 1, even if they do not end on clean data.
     """
 
@@ -164,8 +174,13 @@ def deis(
 def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 4) -> Plan:
     """Linear multistep of Adams and Bashforth on d(x / alpha) / ds = e, s = sigma / alpha. `steps` network calls.
 
-    x' / alpha' = x / alpha + (s' - s) sum_j w_j e_j, exact where e is a polynomial in s.
-    With u = (s - s_0) / (s' - s_0),  sum_j w_j u_j^k = int_0^1 u^k du = 1 / (k + 1).
+        x' / alpha' = x / alpha + (s' - s) sum_j w_j e_j
+
+    This is exact where e is a polynomial in s. With u = (s - s_0) / (s' - s_0) the weights are those with
+
+        sum_j w_j u_j^k = int_0^1 u^k du = 1 / (k + 1)
+
+    order: 1 to 4. Number of predictions used.
     """
 
     def update(levels: Levels, next: NoiseLevel, e: list[np.ndarray]) -> np.ndarray:
@@ -185,9 +200,10 @@ def lms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: in
 def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", noise_alone: float = NOISE_ALONE) -> Plan:
     """Pseudo linear multistep (Liu et al. 2022, eq. 12): DDIM along the Adams-Bashforth mean of up to 4 predictions.
 
-    The first step is taken twice, the second time along (e + e_1) / 2 as in Heun's method. steps + 1 network calls;
-    `steps` if there is only one step, or if the first starts from pure noise.
-    noise_alone: sigma / alpha from which a level is pure noise.
+    The first step is taken twice, the second time along (e + e_1) / 2 as in Heun's method. It makes steps + 1 network
+    calls, or `steps` if there is only one step or the first starts from pure noise.
+
+    noise_alone: sigma / alpha from which a level counts as pure noise.
     """
     adams = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     rows, main_rows = [], []  # main_rows: the rows whose predictions later rows use
@@ -209,10 +225,15 @@ def plms(schedule: Schedule, steps: int, spacing: Spacing = "trailing", noise_al
 def unipc(schedule: Schedule, steps: int, spacing: Spacing = "trailing", order: int = 2, variant: str = "bh2") -> Plan:
     """UniPC with data prediction (Zhao et al. 2023, algorithms 5 to 8). `steps` network calls.
 
-    With r_j = (lambda_j - lambda_0) / h and D_j = (m_j - m_0) / r_j:
-      predictor x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 - alpha' B(h) sum_j a_j D_j
-      corrector the same, with D of m', the new prediction at x', added to the D_j; its r is 1.
-    variant: B(h) is -h for "bh1" and exp(-h) - 1 for "bh2". The next step starts from the same prediction at x'.
+    With r_j = (lambda_j - lambda_0) / h and D_j = (m_j - m_0) / r_j the predictor is
+
+        x' = sigma' / sigma x - alpha' (exp(-h) - 1) m_0 - alpha' B(h) sum_j a_j D_j
+
+    The corrector is the same with one more D_j: that of m', the new prediction at x', whose r is 1. The next step
+    starts from the same prediction at x'.
+
+    order: 1, 2 or 3. That of the predictor; the corrector adds one.
+    variant: "bh1" for B(h) = -h, "bh2" for B(h) = exp(-h) - 1.
     """
     _order(order, (1, 2, 3), "unipc")
     if variant not in ("bh1", "bh2"):

@@ -15,8 +15,10 @@ from diffusion_jax.core.solvers.plan import EPS, X0, Plan, Row, Spacing, Z, path
 def ddim(schedule: Schedule, steps: int, spacing: Spacing = "trailing", eta: float = 0.0) -> Plan:
     """Denoising diffusion implicit model (Song et al. 2021, eq. 12 and 16). `steps` network calls.
 
-    x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z,   s = eta times the posterior's standard deviation
-    eta 0 is deterministic, eta 1 is ancestral sampling.
+        x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z,   s = eta times the posterior's standard deviation
+
+    eta: at least 0. 0 is deterministic, 1 is ancestral sampling.
+    Raises ValueError for an eta that adds more noise than the next level has.
     """
     if not eta >= 0:
         raise ValueError(f"eta must be at least 0, got {eta}")
@@ -43,8 +45,11 @@ def _transition_std(level: NoiseLevel, next: NoiseLevel) -> float:
 def ddpm(schedule: Schedule, steps: int, spacing: Spacing = "trailing", variance: str = "small") -> Plan:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), also with fewer steps than T. `steps` network calls.
 
-    The posterior mean of q(x' | x, x0) (eq. 7) is  alpha' x0 + sqrt(sigma'^2 - s^2) eps  with s the posterior's
-    standard deviation. variance "small" adds s z; "large" adds sqrt(beta) z (section 3.2). The last step adds no noise.
+    The mean of the posterior q(x' | x, x0) (eq. 7), whose standard deviation is s, is
+
+        alpha' x0 + sqrt(sigma'^2 - s^2) eps
+
+    variance: "small" adds s z, "large" adds sqrt(beta) z (section 3.2). The last step adds no noise.
     """
     stds = {"small": _posterior_std, "large": _transition_std}
     if variance not in stds:
@@ -61,8 +66,9 @@ def ddpm(schedule: Schedule, steps: int, spacing: Spacing = "trailing", variance
 def euler(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
     """Euler's method on d(x / alpha) / d(sigma / alpha) = eps (Karras et al. 2022, algorithm 1 without correction).
 
-    x' / alpha' = x / alpha + (sigma' / alpha' - sigma / alpha) eps  is  x' = alpha' x0 + sigma' eps,  DDIM itself (Song
-    et al. 2021, eq. 14). `steps` network calls.
+        x' / alpha' = x / alpha + (sigma' / alpha' - sigma / alpha) eps
+
+    This is x' = alpha' x0 + sigma' eps, so it is DDIM itself (Song et al. 2021, eq. 14). `steps` network calls.
     """
     return ddim(schedule, steps, spacing)
 
@@ -73,9 +79,13 @@ def dpmpp_1(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Pl
 
 
 def euler_ancestral(schedule: Schedule, steps: int, spacing: Spacing = "trailing", eta: float = 1.0) -> Plan:
-    """Euler steps below the next level, then noise back up to it: DDIM with `eta`, 1 for all of the posterior's noise.
+    """Take an Euler step to below the next level, then add noise up to it: DDIM with `eta`. `steps` network calls.
 
-    With s = sigma / alpha: s_up = eta s' sqrt(1 - s'^2 / s^2), s_down^2 = s'^2 - s_up^2. `steps` network calls.
+    With s = sigma / alpha:
+
+        s_up = eta s' sqrt(1 - s'^2 / s^2),   s_down^2 = s'^2 - s_up^2
+
+    eta: as in `ddim`. 1 adds all of the posterior's noise.
     """
     return ddim(schedule, steps, spacing, eta)
 
@@ -91,10 +101,11 @@ def consistency(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -
 
 
 def ddim_inversion(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
-    """DDIM run backwards (Song et al. 2021, section 4.3): from a clean image to the noise that `ddim` turns into it.
+    """DDIM backwards (Song et al. 2021, section 4.3): from a clean image to the noise that `ddim` turns into it.
 
-    x' = alpha' x0 + sigma' eps  with rising levels. The clean image is given to the network at the least noisy level.
-    `steps` network calls.
+        x' = alpha' x0 + sigma' eps,   with rising levels
+
+    The network gets the clean image at the least noisy level. `steps` network calls.
     """
     level = [level for level, _ in reversed(path(schedule, steps, spacing))]
     first = level[0]

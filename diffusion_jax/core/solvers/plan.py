@@ -108,15 +108,17 @@ def times(schedule: Schedule, steps: int, spacing: Spacing) -> np.ndarray:
     """The times at which a solver of `steps` steps evaluates the network: (steps,) float64, falling.
 
     spacing: one of SPACINGS, or the times themselves, (steps,) strictly falling within [t_min, t_max].
-      leading   i * (T // steps), from 0 up (Ho et al. 2020; Song et al. 2021, appendix D.3)
-      linspace  evenly from t_max to t_min
-      trailing  evenly from t_max, first step kept at full noise (Lin et al. 2023, table 2)
-      karras    sigma / alpha on a rho = 7 ramp (Karras et al. 2022, eq. 5)
-      logsnr    evenly in log-SNR (Lu et al. 2022, section 3.3)
-      quadratic squares of an even ramp of sqrt(t) (Song et al. 2021, appendix D.3)
+    Raises ValueError for steps outside 1..T and for an unknown spacing.
+
+        leading    i * (T // steps), from 0 up (Ho et al. 2020; Song et al. 2021, appendix D.3)
+        linspace   evenly from t_max to t_min
+        trailing   evenly from t_max, first step kept at full noise (Lin et al. 2023, table 2)
+        karras     sigma / alpha on a rho = 7 ramp (Karras et al. 2022, eq. 5)
+        logsnr     evenly in log-SNR (Lu et al. 2022, section 3.3)
+        quadratic  squares of an even ramp of sqrt(t) (Song et al. 2021, appendix D.3)
+
     The first three are whole numbers on a schedule of T steps. In continuous time, leading goes evenly up from t_min
     and ends one step short of t_max; trailing goes down to `schedule.at(1 / steps)`.
-    Raises ValueError for steps outside 1..T and for an unknown spacing.
     """
     t_min, t_max, T = schedule.t_min, schedule.t_max, schedule.num_steps
     if not isinstance(spacing, str):
@@ -174,10 +176,13 @@ def path(schedule: Schedule, steps: int, spacing: Spacing) -> list[Step]:
 
 
 def renoised(plan: Plan, scale: float = 1.0) -> Plan:
-    """Add noise between rows: where a row starts noisier than the row before it ended, that earlier row adds the noise.
+    """Add noise between rows. Where a row starts noisier than the row before it ended, that earlier row adds the noise.
 
-    q(x_t | x_s), t noisier than s, is alpha_t / alpha_s x_s plus noise of variance sigma_t^2 - (alpha_t / alpha_s)^2
-    sigma_s^2 (Kingma et al. 2021, eq. 20).
+    From s to a noisier t (Kingma et al. 2021, eq. 20):
+
+        q(x_t | x_s) = N(alpha_t / alpha_s x_s, sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2)
+
+    plan: any.
     scale: factor on that noise, S_noise of Karras et al. 2022, algorithm 2.
     Raises ValueError if a row looks back across such a gap: predictions before it belong to another trajectory.
     """
@@ -199,10 +204,12 @@ def renoised(plan: Plan, scale: float = 1.0) -> Plan:
 
 
 def with_resampling(plan: Plan, repeats: int) -> Plan:
-    """RePaint's resampling with jumps of one step (Lugmayr et al. 2022, algorithm 1). Each step is taken `repeats`
-    times and noised back to its start in between. This makes an inpainted region match the known one better.
+    """Take each step several times (RePaint, Lugmayr et al. 2022, algorithm 1, with jumps of one step).
+
+    In between, noise takes the state back to the start of the step. An inpainted region then fits the known one better.
 
     plan: from a solver of one row a step (ddpm, ddim, euler, euler_ancestral, consistency).
+    repeats: how often each step is taken, at least 1.
     Raises ValueError for other plans and for repeats below 1.
     """
     if repeats < 1:
@@ -214,12 +221,15 @@ def with_resampling(plan: Plan, repeats: int) -> Plan:
 
 
 def strength_times(schedule: Schedule, steps: int, strength: float, spacing: Spacing = "trailing") -> np.ndarray:
-    """The times for an image that is changed with a given strength: about steps * strength of them, at least one. The
-    first is at the fraction `strength` of the way to noise. Of explicit times, the last round(steps * strength).
+    """The times at which to sample when an image is to change with a given strength, for image-to-image.
 
-    strength: 0 leaves the image as it is (no times), 1 starts from pure noise.
-    Pass the times to a solver as its spacing, and their number as its steps. A multistep solver then starts its history
-    where the image starts.
+    Pass the times to a solver as its spacing, and their number as its steps. There are about steps * strength of them,
+    at least one. The first is at the fraction `strength` of the way to noise. Of explicit times they are the last
+    round(steps * strength). A multistep solver starts its history where the image starts.
+
+    schedule, steps, spacing: as in `times`.
+    strength: in [0, 1]. 0 leaves the image as it is (no times), 1 starts from pure noise.
+    Raises ValueError for another strength, and what `times` raises.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")

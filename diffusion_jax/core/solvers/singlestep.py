@@ -1,11 +1,12 @@
 """Solvers of several stages a step. A trial state is a row like any other.
 
 A prime marks the level after a step: alpha', sigma'. lambda = log(alpha / sigma), h = lambda' - lambda. The state at
-the start of a step is not stored. It is linear in the trial state and the prediction there, and is written in them.
-Where h is infinite (to sigma' = 0, or from alpha = 0) a step is of first order and has one stage. Solvers of the noise
-prediction do the same from a level that is pure noise in practice, whose sigma / alpha is at least `noise_alone`: two
-predictions there hardly differ, and h multiplies their difference (by thousands on the cosine schedule, whose last
-sigma / alpha is 20,000).
+the start of a step is not stored. It is linear in the trial state and the prediction there, so it is written in them.
+
+Where h is infinite (to sigma' = 0, or from alpha = 0) a step has one stage and is of first order. Solvers that use the
+noise prediction also do so from a level that is pure noise in practice: its sigma / alpha is at least `noise_alone`.
+Two predictions there hardly differ, and h multiplies their difference, by thousands on the cosine schedule, whose last
+sigma / alpha is 20,000.
 """
 
 import functools
@@ -38,8 +39,11 @@ def first_order(level: NoiseLevel, next: NoiseLevel, memory: np.ndarray = X0) ->
 def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing", noise_alone: float = NOISE_ALONE) -> Plan:
     """Heun's method on d(x / alpha) / ds = eps, s = sigma / alpha (Karras et al. 2022, algorithm 1).
 
-    x_1 / alpha' = x / alpha + (s' - s) eps;   x' / alpha' = x / alpha + (s' - s) (eps + eps_1) / 2
+        x_1 / alpha' = x / alpha + (s' - s) eps
+        x' / alpha'  = x / alpha + (s' - s) (eps + eps_1) / 2
+
     2 steps - 1 network calls.
+
     noise_alone: sigma / alpha from which steps are of first order.
     """
     rows = []
@@ -60,12 +64,15 @@ def dpm_solver(
 ) -> Plan:
     """DPM-Solver of order 1, 2 or 3, singlestep (Lu et al. 2022, algorithms 1, 2 and 4). `steps` network calls.
 
-    Stages are at levels of the grid, r_i = (lambda_i - lambda) / h: `steps` levels are grouped into steps of `order`
-    stages, fewer at the end. With e, e_1, e_2 the noise predictions of the stages and phi(h) = exp(h) - 1:
-      u_1 = alpha_1 / alpha x - sigma_1 phi(r_1 h) e
-      u_2 = alpha_2 / alpha x - sigma_2 phi(r_2 h) e - sigma_2 r_2 / r_1 (phi(r_2 h) / (r_2 h) - 1) (e_1 - e)
-      2nd: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / (2 r_1) phi(h) (e_1 - e)
-      3rd: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / r_2 (phi(h) / h - 1) (e_2 - e)
+    Stages are at levels of the grid: `steps` levels are grouped into steps of `order` stages, fewer at the end. With
+    r_i = (lambda_i - lambda) / h, e, e_1, e_2 the noise predictions of the stages, and phi(h) = exp(h) - 1:
+
+        u_1 = alpha_1 / alpha x - sigma_1 phi(r_1 h) e
+        u_2 = alpha_2 / alpha x - sigma_2 phi(r_2 h) e - sigma_2 r_2 / r_1 (phi(r_2 h) / (r_2 h) - 1) (e_1 - e)
+        2nd order: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / (2 r_1) phi(h) (e_1 - e)
+        3rd order: x' = alpha' / alpha x - sigma' phi(h) e - sigma' / r_2 (phi(h) / h - 1) (e_2 - e)
+
+    order: 1, 2 or 3.
     noise_alone: sigma / alpha from which steps are of first order.
     """
     if order not in (1, 2, 3):
@@ -118,9 +125,10 @@ def _groups(steps: list[Step], order: int, can_join: Callable) -> list[list[Nois
 def dpmpp_2s(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1). `steps` network calls.
 
-    Stages are at levels of the grid, r = (lambda_1 - lambda) / h. With m and m_1 the data predictions of the stages:
-      u  = sigma_1 / sigma x - alpha_1 (exp(-r h) - 1) m
-      x' = sigma' / sigma x - alpha' (exp(-h) - 1) ((1 - 1 / (2 r)) m + 1 / (2 r) m_1)
+    Stages are at levels of the grid. With r = (lambda_1 - lambda) / h, and m, m_1 the data predictions of the stages:
+
+        u  = sigma_1 / sigma x - alpha_1 (exp(-r h) - 1) m
+        x' = sigma' / sigma x - alpha' (exp(-h) - 1) ((1 - 1 / (2 r)) m + 1 / (2 r) m_1)
     """
     rows = []
     for s, *stages, t in _groups(path(schedule, steps, spacing), 2, finite):
@@ -137,8 +145,9 @@ def dpmpp_2s(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> P
 def dpmpp_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Plan:
     """DPM-Solver++(SDE), two stages a step, the first halfway in lambda (Lu et al. 2022b, section 5, stages as in 2S).
 
-    u  = sigma_1 / sigma exp(-h / 2) x + alpha_1 (1 - exp(-h)) m + n_1
-    x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) m_1 + n'
+        u  = sigma_1 / sigma exp(-h / 2) x + alpha_1 (1 - exp(-h)) m + n_1
+        x' = sigma' / sigma exp(-h) x + alpha' (1 - exp(-2 h)) m_1 + n'
+
     with n_1 of variance sigma_1^2 (1 - exp(-h)) and n' = sigma' / sigma_1 exp(-h / 2) n_1 + sigma' sqrt(1 - exp(-h)) z.
     Both come from the same Brownian motion. 2 steps - 1 network calls.
     """
@@ -166,9 +175,14 @@ def dpmpp_sde(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> 
 def with_churn(solver: Solver, churn: float, s_min: float = 0.0, s_max: float = np.inf, s_noise: float = 1.0) -> Solver:
     """The solver with noise added before each step (Karras et al. 2022, algorithm 2).
 
-    Before a step from s = sigma / alpha in [s_min, s_max], noise of s_noise times the needed strength raises the level
-    to s (1 + gamma), gamma = min(churn / steps, sqrt(2) - 1), but not above the schedule's t_max.
+    Before each step, noise raises the level from s = sigma / alpha to
+
+        s (1 + gamma),   gamma = min(churn / steps, sqrt(2) - 1),   but not above the schedule's t_max
+
     solver: a one-step solver of this package, such as heun or euler.
+    churn: S_churn, how much noise all steps add together.
+    s_min, s_max: add noise only where s is in [s_min, s_max].
+    s_noise: factor on the standard deviation of the noise.
     """
     if churn < 0 or s_noise < 0:
         raise ValueError(f"churn and s_noise must be at least 0, got {churn} and {s_noise}")
