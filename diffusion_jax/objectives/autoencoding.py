@@ -12,7 +12,7 @@ from diffusion_jax.codec import pixels
 def kl_to_standard_normal(
     mean: Float[Array, "batch *shape"], logvar: Float[Array, "batch *shape"]
 ) -> Float[Array, "batch"]:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent (Kingma & Welling 2014, appendix B)."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over each latent (Kingma & Welling 2014, appendix B)."""
     return 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar, axis=range(1, mean.ndim))
 
 
@@ -24,15 +24,18 @@ def autoencoding(
     discriminate: Callable[[PyTree, Array], Array] | None,
     weights: dict,
 ) -> Callable:
-    """The loss |x - x'| + edges |d(x - x')| + perceptual LPIPS(x, x') + kl KL + adversarial hinge, means over pixels.
+    """The loss of a first stage, each term a mean over pixels:
+
+        l1 |x - x'| + l2 |x - x'|^2 + edges |d(x - x')| + perceptual LPIPS(x, x') + kl KL + adversarial hinge
 
     encode: (params, image (B, H, W, 3)) -> moments (B, h, w, 2C).
     sample: (moments, keys (B,)) -> z.
     decode: (params, z) -> image.
     perceptual: (frozen params, x, x') -> distance (B,), or None.
     discriminate: (params, image) -> logits, or None.
-    weights: {"l1", "l2", "edges", "perceptual", "kl", "adversarial"}. edges: of the error of differences between
-      neighbours, which are large where an outline is.
+    weights: of the terms, {"l1", "l2", "edges", "perceptual", "kl", "adversarial"}. "edges" weighs the error of the
+      differences between neighbours, which are large at outlines.
+
     Params are {"autoencoder": ...}, and {"discriminator": ...} if there is one. One optimizer step updates both,
     because the gradient of each term reaches only its own network. batch = {"image": (B, H, W, 3), uint8 or in [-1,
     1]}.

@@ -17,7 +17,9 @@ def drop_condition(cond: PyTree, null_cond: PyTree, drop: float, keys: Key[Array
     """Replace each example's condition by the null one with probability `drop` (Ho & Salimans 2022, algorithm 1).
 
     cond: leaves (B, ...).
-    null_cond: the same leaves without the batch axis; one that it lacks is never dropped.
+    null_cond: the same leaves without the batch axis. Leaves of cond that it lacks are never dropped.
+    drop: probability, in [0, 1].
+    keys: (B,), one for each example.
     """
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
 
@@ -31,17 +33,24 @@ def drop_condition(cond: PyTree, null_cond: PyTree, drop: float, keys: Key[Array
 def data_and_noise(
     model: DiffusionModel, frozen: PyTree, batch: PyTree, x0_keys: Key[Array, "batch"], eps_keys: Key[Array, "batch"]
 ) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]]:
-    """x0 and eps of a batch of records, as the losses take frozen and batch."""
+    """The data x0 and the noise eps, (B, ...) each, for a batch of records.
+
+    frozen, batch: as the loss gets them.
+    x0_keys, eps_keys: (B,) each.
+    """
     x0 = model.codec.sample(frozen["codec"], batch["latent"], x0_keys)
     return x0, jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(eps_keys)
 
 
 def denoising(model: DiffusionModel, weight: Weight, drop: float, levels: Levels = uniform) -> Callable:
-    """The loss E weight(level) |target - network(x_t, t, cond)|^2 over levels and normal eps.
+    """The loss of a denoiser, E weight(level) |target - network(x_t, t, cond)|^2 over levels and normal eps.
+
+    model: its network is trained, with its schedule, parameterization and codec.
 
     weight: (level, parameterization) -> (B,), from `objectives.levels`.
     drop: probability of training without the condition, in [0, 1].
     levels: (schedule, keys (B,)) -> NoiseLevel of (B,), from `objectives.levels`.
+
     The loss takes params as split by `model.adapter`, frozen from `frozen_parts`, and batch = {"latent": record of the
     codec (B, ...), "cond": leaves (B, ...)}.
     """

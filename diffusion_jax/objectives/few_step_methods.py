@@ -1,22 +1,22 @@
 """The methods that train a flow map (`flow_map`). Each says what the network should predict:
 
-method                    target
-distillation              two steps of the teacher (Salimans & Ho 2022; the student is the next teacher)
-consistency_distillation  the student, after one step of the teacher; to = clean data (Song et al. 2023; with guidance
-                          in the teacher, Luo et al. 2023)
-consistency_training      the student, a little further on the path; to = clean data (ECT, Geng et al. 2024)
-soflow                    the same for any `to` (Luo et al. 2025)
-shortcut                  two half steps of the student (Frans et al. 2024; Boffi et al. 2025)
-mean_flow                 the student, corrected by its derivative along the path (Geng et al. 2025)
-continuous_consistency    the same; to = clean data (sCM, Lu & Song 2024)
-lagrangian                the student, corrected by its derivative in `to` (Boffi et al. 2025)
-guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
+    method                    target
+    distillation              two steps of the teacher (Salimans & Ho 2022; the student is the next teacher)
+    consistency_distillation  the student, after one step of the teacher; to = clean data (Song et al. 2023; with
+                              guidance in the teacher, Luo et al. 2023)
+    consistency_training      the student, a little further on the path; to = clean data (ECT, Geng et al. 2024)
+    soflow                    the same for any `to` (Luo et al. 2025)
+    shortcut                  two half steps of the student (Frans et al. 2024; Boffi et al. 2025)
+    mean_flow                 the student, corrected by its derivative along the path (Geng et al. 2025)
+    continuous_consistency    the same; to = clean data (sCM, Lu & Song 2024)
+    lagrangian                the student, corrected by its derivative in `to` (Boffi et al. 2025)
+    guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
 
 consistency_training, soflow, mean_flow and continuous_consistency follow a path: the straight one from data to noise,
 or the guided teacher's.
 
-Training must also lead back to the exact map from maps near it. For a method that moves the start u of a step, an error
-e of the output, so b e of the state (see `Maps.coefficients`), changes by
+Training must also lead back to the exact map from maps near it. Take a method that moves the start u of a step. An
+error e of the output is an error b e of the state (see `Maps.coefficients`). Training changes it by
 
     -(c b' / b + c d/du) e,    c the reach of the step,
 
@@ -42,7 +42,10 @@ def _target_towards(path: Path, maps: Maps, u: Times, to: Times, state: State) -
 
 
 def distillation(segments: int) -> Method:
-    """Steps of 1 / segments of the path, each as two of the teacher (Salimans & Ho 2022, algorithm 2)."""
+    """One step of the student for two of the teacher (Salimans & Ho 2022, algorithm 2).
+
+    segments: number of steps that the student learns to take from noise to data.
+    """
 
     def method(path: Path, maps: Maps) -> Target:
         u = (_interval(path, segments) + 1) / segments
@@ -54,7 +57,10 @@ def distillation(segments: int) -> Method:
 
 
 def consistency_distillation(segments: int) -> Method:
-    """To clean data, from neighbours on a grid of `segments` steps (Song et al. 2023, algorithm 2; Luo et al. 2023)."""
+    """To clean data, from neighbours on a grid (Song et al. 2023, algorithm 2; Luo et al. 2023).
+
+    segments: number of steps of the grid.
+    """
 
     def method(path: Path, maps: Maps) -> Target:
         number = _interval(path, segments)
@@ -103,7 +109,9 @@ def consistency_training(shrinks: float = 8.0) -> Method:
 def soflow(shrinks: float = 8.0) -> Method:
     """To any level, along the path, with a gap that shrinks during training (Luo et al. 2025).
 
-    The weight makes up for a step whose end is not as far as its time, as on curved schedules (see `_reach`).
+    On curved schedules the end of a step is not as far away as its time. The weight corrects this (see `_reach`).
+
+    shrinks: as in `consistency_training`.
     """
 
     def method(path: Path, maps: Maps) -> Target:
@@ -130,10 +138,9 @@ def shortcut() -> Method:
 
 
 def mean_flow() -> Method:
-    """The state at `to` does not change as its start moves along the path (MeanFlow, Geng et al. 2025, for any
-    schedule).
+    """The state at `to` stays the same as its start moves along the path (MeanFlow, Geng et al. 2025; any schedule).
 
-    The method raises ValueError for predictions of x0; so does `continuous_consistency`.
+    The method raises ValueError for predictions of x0. So does `continuous_consistency`.
     """
     return lambda path, maps: _derivative_target(path, maps, *_random_step(path))
 
@@ -170,9 +177,7 @@ def _derivative_target(path: Path, maps: Maps, u: Times, to: Times) -> Target:
 
 
 def lagrangian() -> Method:
-    """As `to` moves, the predicted state follows the student's own flow (Lagrangian self-distillation, Boffi et al.
-    2025).
-    """
+    """Lagrangian self-distillation (Boffi et al. 2025): as `to` moves, the predicted state follows the student's flow."""
 
     def method(path: Path, maps: Maps) -> Target:
         u, to = _random_step(path)

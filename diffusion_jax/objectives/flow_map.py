@@ -1,13 +1,13 @@
 """Train a flow map: a network that takes the end of a step as input (`core.denoiser`), and samples in a few steps.
 
-All methods (`few_step_methods`) share one loss. It draws a level s, a target level `to` and x_s on the path from data
-to noise, and compares the state that the network predicts at `to` with a target that needs no gradient, the method's.
+All methods (`few_step_methods`) share one loss. It draws a level s, a target level `to`, and x_s on the path from data
+to noise. It compares the state that the network predicts at `to` with the method's target, which needs no gradient.
 
 Errors are those of the network's output, as in plain regression. `Emphasis` says which levels are drawn and how much
-their errors count. Weighted as errors of the state, those at low noise would count too little, and what is learned
+their errors count. If errors were weighted as those of the state, low noise would count too little. But what is learned
 there is the target everywhere else.
 
-Times u run from 0, clean data, to 1, the schedule's noisiest level, as `Schedule.at`.
+Times u run from 0, clean data, to 1, the schedule's noisiest level, as in `Schedule.at`.
 """
 
 import functools
@@ -65,7 +65,7 @@ class Path(NamedTuple):
         return add_noise(*self.ends(u), self.level(to))
 
     def slope(self, u: Times) -> NoiseLevel:
-        """d level / du. That of clean data is taken beside it."""
+        """d level / du. At clean data, the slope next to it is used."""
         u = jnp.maximum(u, MIN_STEP)
         return jax.jvp(self.level, (u,), (jnp.ones_like(u),))[1]
 
@@ -175,13 +175,15 @@ def flow_map(
     """The loss of a method, E weight |target - output|^2 / (|target - output|^2 + c)^robust.
 
     model: its network is a flow map, or any network for methods whose target is clean data or s itself.
+    method: from `few_step_methods`.
     total: steps of training.
     drop: probability of training without the condition. 0 for distillation with guidance.
     plain: part of the examples with plain regression, where the target level is the level itself.
-    robust: in [0, 1], how much large errors count less; 0.5 for continuous_consistency and, instead of the 1 of its eq.
-      22, for mean_flow.
+    robust: in [0, 1]. How much less large errors count: 0.5 for continuous_consistency, and also for mean_flow, whose
+      eq. 22 has 1.
     teacher: for the methods of distillation and those that follow its path.
-    emphasis: the levels that are drawn, and the weight of each; it is a factor of the loss's weight.
+    emphasis: the levels that are drawn, and the weight of each, a factor of the loss's weight.
+
     The loss takes params, frozen, batch and keys as that of `denoising.denoising`.
     """
     schedule = model.useful_schedule

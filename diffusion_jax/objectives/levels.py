@@ -19,7 +19,7 @@ Weight = Callable[[NoiseLevel, Parameterization], Float[Array, "batch"]]
 
 
 def uniform(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
-    """Uniform in the schedule's time: a step in 0..T-1, or any time in [t_min, t_max] in continuous time."""
+    """Levels uniform in the schedule's time: a step in 0..T-1, or any time in [t_min, t_max] in continuous time."""
 
     def time(key: Key[Array, ""]) -> Array:
         if schedule.num_steps:
@@ -30,17 +30,20 @@ def uniform(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
 
 
 def even(schedule: Schedule, keys: Key[Array, "batch"]) -> NoiseLevel:
-    """Any level of the schedule, as dense as the steps of a solver are: uniform in the fraction of `Schedule.at`."""
+    """Levels as dense as the steps of a solver: uniform in the fraction of `Schedule.at`."""
     return schedule(schedule.at(jax.vmap(jax.random.uniform)(keys)))
 
 
 def laplace(schedule: Schedule, keys: Key[Array, "batch"], mean: float = 0.0, scale: float = 0.5) -> NoiseLevel:
-    """Log-SNR from Laplace(mean, scale), dense around equal parts of image and noise (Hang et al. 2024, table 1)."""
+    """Log-SNR from a Laplace distribution, dense around equal parts of image and noise (Hang et al. 2024, table 1).
+
+    mean, scale: of the log-SNR.
+    """
     return _at(schedule, mean + scale * jax.vmap(jax.random.laplace)(keys))
 
 
 def lognormal(schedule: Schedule, keys: Key[Array, "batch"], mean: float = -1.2, std: float = 1.2) -> NoiseLevel:
-    """log(sigma / alpha) from N(mean, std^2), by default that of EDM (Karras et al. 2022, table 1).
+    """log(sigma / alpha) from N(mean, std^2). The default is that of EDM (Karras et al. 2022, table 1).
 
     Few-step methods use it with a mean of -1.1 and a std of 2.0 (ECT, Geng et al. 2024, appendix) and with -1.0 and 1.4
     (sCM, Lu & Song 2024, section 4.2 and appendix).
@@ -66,7 +69,7 @@ def uniform_weight(level: NoiseLevel, parameterization: Parameterization) -> Flo
 def relative_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
     """1 / (p^2 + q^2): the squared error of the output p x0 + q eps relative to its variance, for data of variance 1.
 
-    It is uniform but for edm and for v on a schedule that does not preserve the variance, where v grows like sigma.
+    It is uniform, except for edm and for v on a schedule that does not preserve the variance, where v grows like sigma.
     """
     p, q = parameterization.coefficients(level)
     return jnp.broadcast_to(1 / (p**2 + q**2), jnp.shape(level.sigma))

@@ -44,7 +44,11 @@ def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
 
 
 def noise(model: DiffusionModel, keys: Key[Array, "batch"], std: ArrayLike = 1.0) -> Float[Array, "batch h w c"]:
-    """The initial noise for images with these keys. std: standard deviation, usually `plan.initial`."""
+    """The initial noise of images.
+
+    keys: (B,), one for each image.
+    std: standard deviation, usually `plan.initial`.
+    """
     return initial_noise(keys, model.shape, NoiseLevel(0.0, 0.0, std))
 
 
@@ -58,8 +62,9 @@ def solve(
     callback: CallbackLike = None,
     known: Known | None = None,
 ) -> Float[Array, "batch h w c"]:
-    """Carry x from the plan's first level to its last. This host's devices share the batch if B is divisible by their
-    number.
+    """Carry x from the plan's first level to its last.
+
+    This host's devices share the batch if B is divisible by their number.
 
     cond: leaves (B, ...), of the kind that the model was trained with. A text may be several times as long as in the
       model's null condition, which is then repeated.

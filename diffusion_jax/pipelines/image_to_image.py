@@ -20,7 +20,7 @@ def image_to_image(
     guidance: GuidanceLike = 1.0,
     callback: CallbackLike = None,
 ) -> Float[Array, "batch height width 3"]:
-    """Add noise to the image up to `plan.start`, then denoise it (SDEdit, Meng et al. 2022, section 3).
+    """Change an image: add noise up to `plan.start`, then denoise it (SDEdit, Meng et al. 2022, section 3).
 
     image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size.
     plan: a solver on `solvers.strength_times(schedule, steps, strength)`. Strength 0 has no rows and returns the image
@@ -52,6 +52,7 @@ def invert(
 
     `from_noise` with `ddim` on the same times and cond reconstructs the image. Another cond edits it. More steps and a
     guidance of 1 reconstruct it more closely.
+
     plan: `solvers.ddim_inversion`.
     Other arguments as in `image_to_image`.
     """

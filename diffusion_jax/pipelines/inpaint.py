@@ -22,12 +22,12 @@ def inpaint(
     guidance: GuidanceLike = 1.0,
     callback: CallbackLike = None,
 ) -> Float[Array, "batch height width 3"]:
-    """Generate the image where mask is 1, and keep it where mask is 0.
+    """Generate the image where mask is 1, and keep it where mask is 0. There the result equals the image exactly.
 
     An inpainting model (`Network.known_channels`) gets the known part as a condition: the mask, 1 for generated latent
     cells, and the latent of the image without its masked pixels (Rombach et al. 2022, section 4.5). With any other
-    model the known part is replaced at every level of the plan (Lugmayr et al. 2022, algorithm 1). Where mask is 0, the
-    result equals the given image exactly.
+    model the known part is replaced at every level of the plan (Lugmayr et al. 2022, algorithm 1).
+
     image: (B, H, W, 3), uint8 or in [-1, 1], of the model's size.
     mask: (B or 1, H, W, 1), in [0, 1]. Values between blend. Every latent cell that overlaps the mask is generated.
     plan: from pure noise, or on `solvers.strength_times` to start from the old content.

@@ -19,8 +19,11 @@ def slerp(
 ) -> Float[Array, "batch *shape"]:
     """Interpolate along the great circle from a to b (Shoemake 1985), which keeps the strength of noise.
 
-    sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle between a and b. Linear if they
-    are parallel. Each image is one vector.
+        sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b,   theta the angle between a and b
+
+    It is linear if they are parallel. Each image is one vector.
+
+    a, b: (B, ...).
 
     weight: w, () or (B,). 0 gives a, 1 gives b.
     """
@@ -62,7 +65,7 @@ def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
 def variations(
     model: DiffusionModel, keys: Key[Array, "batch"], other_keys: Key[Array, "batch"], plan: Plan, strength: Weight
 ) -> Float[Array, "batch h w c"]:
-    """Noise between that of `keys` and that of `other_keys`, for `from_noise`.
+    """Noise for variations of images, for `from_noise`: between the noise of `keys` and that of `other_keys`.
 
     strength: () or (B,). 0 gives the images of `keys`, 1 those of `other_keys`.
     """

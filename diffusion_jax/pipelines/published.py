@@ -33,17 +33,19 @@ def from_published(
     dtype: DTypeLike = jnp.float32,
     tile: int = 0,
 ) -> DiffusionModel:
-    """The published model as one value.
+    """Make a model of a published pipeline.
 
-    Conditions are {"text": (B, L, D)} and the leaves that `family.prompt` adds. Prompts may have weights and
-    several chunks (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or
-    zeros in families that use zeros. In families of classes, conditions are {"label": (B,)}, and prompts are their
-    numbers or names.
+    published: from `interop.load_pipeline`.
     size: height and width of the images in pixels, the model's own by default. 0 means the model's own side.
     dtype: compute type of the networks.
     tile: see `codec.autoencoder_kl`.
     Raises ValueError for a size that the autoencoder cannot generate, for a model without tokenizers, and for one that
     needs more than a prompt.
+
+    Conditions are {"text": (B, L, D)} and the leaves that `family.prompt` adds. Prompts may have weights and
+    several chunks (`interop.prompts`). Captions of records are cut to one chunk. "No condition" is the empty prompt, or
+    zeros in families that use zeros. In families of classes, conditions are {"label": (B,)}, and prompts are their
+    numbers or names.
     """
     _check(published)
     model = _without_condition(published, size, dtype, tile)
@@ -53,7 +55,7 @@ def from_published(
 def from_shapes(
     published: PublishedPipeline, size: tuple[int, int] = (0, 0), dtype: DTypeLike = jnp.float32, tile: int = 0
 ) -> DiffusionModel:
-    """The model of a pipeline with shapes instead of weights: everything can be counted or compiled, nothing run.
+    """The model of a pipeline with shapes instead of weights. It can be counted and compiled, but not run.
 
     Arguments as in `from_published`.
     """

@@ -15,8 +15,11 @@ def text_to_image(
     guidance: GuidanceLike = 1.0,
     callback: CallbackLike = None,
 ) -> Float[Array, "batch height width 3"]:
-    """Images in about [-1, 1] for a batch of conditions. This host's devices share the batch if B is divisible by their
-    number.
+    """Generate images for a batch of conditions. Returns images in about [-1, 1].
+
+    This host's devices share the batch if B is divisible by their number.
+
+    model: from `build.weights.load_model` or `published.from_published`.
 
     cond: leaves (B, ...), of the kind that the model was trained with, e.g. from `model.conditioning.of_prompts`.
     keys: (B,), one for each image. An image depends on its key and condition, not on the batch.

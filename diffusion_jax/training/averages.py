@@ -1,8 +1,8 @@
 """Averages of the weights, whose length is chosen after training (post-hoc EMA, Karras et al. 2024, section 3).
 
 Training keeps two averages whose weight grows as a power of the step, and saves them along the run. An average of
-another length is the combination of the saved ones whose weights over the steps are nearest to its own. A length that
-they come too far from is refused.
+another length is the combination of the saved ones whose weights over the steps are nearest to its own. A length is
+refused if the saved averages cannot come near enough.
 """
 
 import itertools
@@ -38,7 +38,11 @@ def exponent(length: float) -> float:
 
 
 def updated(averages: dict[str, PyTree], params: PyTree, step: Int[Array, ""]) -> dict[str, PyTree]:
-    """The averages after one more step (eq. 5). step: number of steps before this one."""
+    """The averages after one more step (eq. 5).
+
+    params: the weights after this step.
+    step: number of steps before this one.
+    """
 
     def update(name: str, average: PyTree) -> PyTree:
         # 1 - (1 - 1 / (step + 1)) ** (exponent + 1), exact for many steps too
@@ -101,9 +105,9 @@ def load(folder: Path, step: int, length: float, like: PyTree) -> PyTree:
 
 
 def factors(folder: Path, step: int, length: float) -> dict[_Saved, np.float64]:
-    """What each saved average counts in that of a length at a step, in the order of their steps. They sum to 1.
+    """The factor of each saved average in the average of a length at a step, in the order of their steps.
 
-    They are float64, and their products with averages in half precision are too.
+    The factors sum to 1. They are float64, so their products with averages in half precision are too.
 
     step, length: as in `load`.
     Raises ValueError for a length out of range, and for one that the saved averages cannot give; FileNotFoundError
@@ -134,10 +138,10 @@ def factors(folder: Path, step: int, length: float) -> dict[_Saved, np.float64]:
 def combinations(
     averages: Sequence[tuple[int, float]], targets: Sequence[tuple[int, float]]
 ) -> tuple[Float[np.ndarray, "averages targets"], Float[np.ndarray, " targets"]]:
-    """(factors, misfits): the weighted sums of averages that are nearest to the targets in the weights over steps.
+    """(factors, misfits) of the weighted sums of averages that are nearest to the targets in the weights over steps.
 
-    They are those of Karras et al. 2024, appendix C.3, with the condition that the factors of a target sum to 1: an
-    average of weights that do not change is these weights.
+    The sums are those of Karras et al. 2024, appendix C.3, with one more condition: the factors of a target sum to 1.
+    So the average of weights that do not change is these weights.
 
     averages, targets: (step, exponent) of averages.
     misfits: the deviation from the target's weights over the steps, as a part of these, both as root mean squares.

@@ -30,7 +30,8 @@ getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage()
 class Checkpoints:
     """The checkpoints of one run, `folder`/<step>/. A checkpoint is never visible half written.
 
-    `save` writes behind the training. Use it as a context manager, which waits for the last one to be on disk.
+    `save` returns before the checkpoint is written, and training goes on meanwhile. Use this class as a context
+    manager: it waits until the last checkpoint is on disk.
 
     keep: number of newest checkpoints to keep. 0 only reads, and changes nothing in the folder.
     Raises ValueError for a path that Orbax would take for a pattern, and OSError for a folder that cannot be read.
@@ -74,9 +75,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def warn_if_slow(self, state: TrainState) -> None:
-        """Say so if a checkpoint of such a state takes longer than a spot VM has left when it is told to stop.
+        """Warn if a checkpoint of such a state takes longer than a spot VM has left after its warning.
 
-        A large state alone is worth a measurement of the disk.
+        The disk is measured only for a large state.
         """
         divided = any(map(parallel.is_divided, jax.tree.leaves(state)))
         size = disk_space(state) / (jax.process_count() if divided else 1)  # that this host writes
@@ -135,13 +136,19 @@ class Checkpoints:
             raise OSError(f"no space left on the disk, {need / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest state that is intact; `like` gives the structure, shapes and shardings."""
+        """The newest state that is intact.
+
+        like: gives the structure, shapes and shardings.
+        """
         remaining, ema = _split(like)
         restored = self._restore(state=remaining, ema=ema)
         return like._replace(**restored["state"], ema=restored["ema"])
 
     def restore_ema(self, like: PyTree) -> PyTree:
-        """The averaged weights of the newest checkpoint that is intact, as numpy; `like` gives structure and shapes."""
+        """The averaged weights of the newest checkpoint that is intact, as numpy.
+
+        like: gives structure and shapes.
+        """
         # numpy as an example asks for numpy, whatever devices the training had
         example = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), like)
         return self._restore(ema=example)["ema"]
@@ -251,7 +258,7 @@ def _split(state: TrainState) -> tuple[dict, PyTree]:
 
 
 def disk_space(tree: PyTree) -> int:
-    """The disk space of a checkpoint of these arrays, or of their shapes, bytes."""
+    """Bytes on disk of a checkpoint of these arrays, or of arrays with these shapes."""
     return sum(leaf.size * leaf.dtype.itemsize + ARRAY_DESCRIPTION for leaf in jax.tree.leaves(tree))
 
 

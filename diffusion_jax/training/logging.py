@@ -80,7 +80,8 @@ class RunLog:
     def publish(self) -> None:
         """Bring the log up to date for a checkpoint.
 
-        In a bucket `metrics.jsonl` is written anew, and TensorBoard gets another file; a local folder has them already.
+        In a bucket `metrics.jsonl` is written again, and TensorBoard gets another file. A local folder is always up to
+        date.
         """
         if not self._main:
             return
@@ -110,7 +111,7 @@ class RunLog:
         self._progress.update()
 
     def write(self, step: int) -> None:
-        """Write the means over the steps since the last call, the speed (images/s), and what else there is to tell."""
+        """Write the means over the steps since the last call, the speed (images/s), and the other fields of the log."""
         values = parallel.to_host(self._pending)
         now = time.perf_counter()
         means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}

@@ -52,9 +52,9 @@ class Task(NamedTuple):
 
 
 class Stopped(BaseException):
-    """The run received SIGTERM or SIGINT and can go on from its last checkpoint.
+    """The run received SIGTERM or SIGINT. It can be resumed from its last checkpoint.
 
-    Like KeyboardInterrupt it is no Exception, so what handles errors of libraries does not take it for one of them.
+    Like KeyboardInterrupt it is not an Exception, so code that handles errors of libraries does not catch it.
     """
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a training goes: into its steps, or into what keeps the devices from them."""
+"""Measure where the time of a training goes: into its steps, or into work during which the devices wait."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ UNITS = {"h": 3600, "min": 60, "s": 1}  # of a duration
 
 
 class Times:
-    """The seconds since this was made, by kind of work. The steps have what no other kind has.
+    """The seconds since this object was made, by kind of work. All time that no other kind has belongs to the steps.
 
-    While the devices compute a step, the host goes on, and may wait for the data of the next one without loss. So other
-    work counts from the moment when the devices have ended all steps that they were given. A thread notes these
-    moments: it waits for each step in the place of the training loop, so nobody waits once more.
+    While the devices compute a step, the host may do other work or wait for the next data, and nothing is lost. So
+    other work counts only from the moment when the devices have finished all steps that they were given. A thread notes
+    these moments. It waits for each step instead of the training loop, so measuring does not make the loop wait.
     """
 
     def __init__(self):
@@ -41,12 +41,15 @@ class Times:
         self._last: Future[tuple[int, float]] | None = None
 
     def close(self) -> None:
-        """No step follows."""
+        """End the thread. No step may follow."""
         self._thread.shutdown(wait=False)
 
     @contextlib.contextmanager
     def of(self, kind: str) -> Iterator[None]:
-        """What is done in this context is of a kind, one of `WORDS`. Traces show it by the same word."""
+        """Count the work in this context as one kind.
+
+        kind: one of `WORDS`. Traces show the work by the same word.
+        """
         start = time.perf_counter()
         with jax.profiler.TraceAnnotation(kind):
             yield
@@ -60,9 +63,9 @@ class Times:
         return self._last.result()[1] if self._last.done() else now
 
     def started(self, result: SupportsInt) -> Callable[[], int]:
-        """The devices were given a step. Returns a function that waits until they have ended it, and gives the result.
+        """Note that the devices were given a step. Returns a function that waits for its end and returns the result.
 
-        result: one of its results, a scalar.
+        result: one of the step's results, a scalar.
         """
 
         def wait() -> tuple[int, float]:
@@ -77,9 +80,11 @@ class Times:
 
 
 def measured(step: Callable, times: Times, counts_flops: bool) -> Callable:
-    """The same compiled step (state, frozen, batch), measured: its first call with each size of batch compiles.
+    """The same compiled step (state, frozen, batch), measured. Its first call with each batch size compiles.
 
-    counts_flops: add up the FLOPs in `times.flops`, which takes one more tracing for each size.
+    step: the compiled step.
+    times: where to count.
+    counts_flops: add up the FLOPs in `times.flops`. This traces the step once more for each batch size.
     """
     flops_of: dict[tuple, float] = {}
 
@@ -95,12 +100,12 @@ def measured(step: Callable, times: Times, counts_flops: bool) -> Callable:
 
 
 class Account(NamedTuple):
-    """What a run took so far, over all its starts. Of one that was killed, until the last checkpoint.
+    """What a run took so far, over all its starts. A start that was killed counts until its last checkpoint.
 
-    first: the number of steps before those that it covers; 0 if it covers the whole run.
+    first: the number of steps before those that the account covers; 0 if it covers the whole run.
     starts: how often the run was started.
     seconds: by kind of work.
-    records: how many this host has read and skipped; empty if its data do not tell.
+    records: how many records this host has read and skipped; empty if its data do not count them.
     """
 
     first: int
@@ -109,11 +114,11 @@ class Account(NamedTuple):
     records: dict[str, int]
 
     def plus(self, seconds: dict[str, float], records: dict[str, int]) -> "Account":
-        """With what came since the last start."""
+        """The account with the time and the records since the last start added."""
         return self._replace(seconds=_sum(self.seconds, seconds), records=_sum(self.records, records))
 
     def sentence(self, step: int) -> str:
-        """One line for the end of a run, after so many steps."""
+        """The summary at the end of a run, one line. step: number of steps."""
         total = sum(self.seconds.values())
         unit = next((unit for unit, size in UNITS.items() if total >= size), "s")
         shares = sorted(self.seconds.items(), key=lambda item: -item[1])
@@ -130,7 +135,11 @@ class Account(NamedTuple):
 
 
 def opened(file: Path, start: int) -> Account:
-    """The account of a run that is started after step `start`. file: where it was kept, if it was."""
+    """The account of a run that is started now.
+
+    file: where earlier starts have kept it, if there were any.
+    start: number of steps that were done before.
+    """
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         if start:
             before = Account(**json.loads(file.read_text()))

@@ -37,18 +37,22 @@ class Wanted:
         self._asked = True
 
     def begins_at(self, step: int) -> bool:
-        """Whether a trace is to begin with this step. What SIGUSR1 has asked for is then done."""
+        """Whether a trace is to begin with this step. This also answers a request by SIGUSR1."""
         asked, self._asked = self._asked, False
         return asked or step == self.first
 
     def tell_if_missed(self, name: str, start: int, steps: int) -> None:
-        """Say so if a training that goes from step `start` to `steps` does not begin the trace of --profile."""
+        """Warn if the trace of --profile does not begin in a training that goes from step `start` to `steps`."""
         if self.first and not start < self.first <= steps:
             logging.warning("%s: no trace of step %d, training goes from %d to %d", name, self.first, start + 1, steps)
 
 
 def wanted(flag: str | None) -> Wanted:
-    """What --profile asks for, STEP:COUNT or None. Raises ValueError for another text."""
+    """The steps that --profile asks for.
+
+    flag: STEP:COUNT, or None.
+    Raises ValueError for another text.
+    """
     if flag is None:
         return Wanted()
     match = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", flag)
@@ -60,7 +64,7 @@ def wanted(flag: str | None) -> Wanted:
 class Tracer:
     """The traces of this host, in workdir/profile/HOST. Use it as a context manager.
 
-    A trace that fails is told in a line; the training goes on.
+    If a trace fails, a line says so and the training goes on.
     """
 
     def __init__(self, wanted: Wanted, workdir: Path, times: Times):
@@ -77,7 +81,11 @@ class Tracer:
 
     @contextlib.contextmanager
     def step(self, number: int, name: str, previous: Callable[[], int] | None) -> Iterator[None]:
-        """The start of a step. previous: waits for the one before it, so that a trace ends with whole steps."""
+        """Begin or end a trace at the start of a step.
+
+        number, name: of the step and of its stage.
+        previous: a function that waits for the step before, so that a trace ends with whole steps.
+        """
         if self._spool and number > self._last:
             previous()
             self._end()
