@@ -47,7 +47,10 @@ def check_network(network: UNet | Transformer, channels: int, null_cond: PyTree)
 
 
 def check_updated(network: UNet | Transformer, teacher: str) -> None:
-    """Raise ValueError for a network that a LoRA of the teacher cannot be. teacher: the folder of the trained model."""
+    """Raise ValueError if a LoRA of the teacher cannot give this network.
+
+    teacher: the folder of the trained model.
+    """
     if not teacher:
         raise ValueError("config.lora updates a trained model: set config.teacher to its folder")
     for field, disabled in (("target_embedding", False), ("time_cond_proj_dim", None)):
@@ -59,7 +62,10 @@ def check_updated(network: UNet | Transformer, teacher: str) -> None:
 
 
 def condition_kind(null_cond: PyTree) -> str:
-    """none, class or text. null_cond: "no condition" of a model."""
+    """The kind of a condition: "none", "class" or "text".
+
+    null_cond: "no condition" of a model.
+    """
     kinds = {"text": "text", "label": "class"}
     return next((kind for leaf, kind in kinds.items() if leaf in null_cond), "none")
 
@@ -98,7 +104,7 @@ def check_records(train: ConfigDict, source: Source) -> None:
 
 
 def tell_cut_captions(conditioning: Conditioning, source: Source) -> None:
-    """Log how many of some captions the text encoders do not read to their end."""
+    """Log how many captions, of a sample, are longer than the text encoders read."""
     chosen = np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(int).tolist()
     captions = [first_caption(source.captions[index]) for index in chosen] if source.captions else []
     for name, tokenizer in conditioning.tokenizers().items() if captions else ():

@@ -1,4 +1,4 @@
-"""Names in a config -> entries of a table."""
+"""Look up the names in a config."""
 
 import jax.numpy as jnp
 

@@ -54,7 +54,11 @@ USE = "FOLDER@layer=last or penultimate or a number, norm=True or False, length=
 
 
 class Entry(NamedTuple):
-    """One of condition.encoders. source: `minilm` or a folder. settings: those that it has."""
+    """One entry of condition.encoders.
+
+    source: `minilm` or a folder.
+    settings: those after the @.
+    """
 
     source: str
     settings: dict[str, Any]
@@ -102,7 +106,7 @@ def text_encoders(section: ConfigDict) -> list[TextEncoder]:
     otherwise.
 
     section: all fields of config.condition.
-    Raises FileNotFoundError and ValueError for what is no text encoder, and for one that is not that of its hash.
+    Raises FileNotFoundError and ValueError for a folder without a text encoder, and for an encoder of another hash.
     """
     check_present(section)
     return [_text_encoder(entry, section) for entry in entries(section)]
@@ -121,7 +125,7 @@ def _text_encoder(entry: Entry, section: ConfigDict) -> TextEncoder:
 
 
 def tokenizers(section: ConfigDict) -> dict[str, Tokenizer]:
-    """The tokenizers of the encoders whose folders are there, by the names of these."""
+    """{`minilm` or folder: tokenizer} of the encoders, without those whose folder does not exist."""
     present = [entry for entry in entries(section) if not entry.is_folder or _exists(entry.source)]
     folders = [tokenizer_beside(entry.source) if entry.is_folder else minilm_folder() for entry in present]
     lengths = [entry.settings.get("length", section.length) for entry in present]
@@ -130,7 +134,7 @@ def tokenizers(section: ConfigDict) -> dict[str, Tokenizer]:
 
 
 def check_present(section: ConfigDict) -> None:
-    """Raise FileNotFoundError, in one line, for the folder of an encoder that is not there."""
+    """Raise FileNotFoundError for the folder of an encoder that does not exist."""
     for entry in entries(section):
         if entry.is_folder and not _exists(entry.source):
             raise FileNotFoundError(ABSENT.format(entry.source))
@@ -168,7 +172,7 @@ def _identity(entry: Entry) -> str:
 
 
 def cache_key(section: ConfigDict) -> str:
-    """Identifies all that an embedding depends on besides its text. Reads no weights of entries with a hash.
+    """A key for everything that an embedding depends on besides its text. Reads no weights of entries with a hash.
 
     section: all fields of config.condition.
     """
@@ -188,8 +192,8 @@ def _key(entry: Entry, section: ConfigDict) -> str:
 def pinned(section: ConfigDict, of_run: ConfigDict | None = None) -> tuple[str, ...]:
     """condition.encoders with absolute folders and the hash of their files, for the config of a run.
 
-    of_run: the section of the run, if it has begun. The hash of a folder that is not there is the one it has.
-    Raises FileNotFoundError for a folder that is not there if its hash is not known.
+    of_run: the section of the run, if it has begun. It gives the hash of a folder that does not exist any more.
+    Raises FileNotFoundError for a folder that does not exist and whose hash is not known.
     """
     listed = entries(section)
     begun = entries(of_run) if of_run is not None else []
@@ -256,7 +260,7 @@ def _copy(files: list[pathlib.Path], folder: Path) -> None:
 
 
 def found_in(section: ConfigDict, folder: Path) -> tuple[str, ...]:
-    """condition.encoders of the config.json in a folder: a name there that is not absolute is a folder beside it."""
+    """condition.encoders of the config.json in a folder. Names that are not absolute are folders next to that file."""
     return tuple(
         str(entry._replace(source=str(folder / entry.source)) if _is_beside(entry) else entry)
         for entry in entries(section)

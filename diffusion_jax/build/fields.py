@@ -102,13 +102,16 @@ REQUIRED_BY_KIND = {  # section -> kind -> fields that it must have
 
 
 def section(table: dict[str, Field], **values: Any) -> ConfigDict:
-    """The section that a table describes, with these values instead of its defaults."""
+    """The section that a table describes.
+
+    values: instead of the defaults.
+    """
     defaults = {name: field.default() if callable(field.default) else field.default for name, field in table.items()}
     return ConfigDict(defaults | values)
 
 
 def completed(config: ConfigDict) -> ConfigDict:
-    """The config with defaults for missing fields. A config.json of an earlier version lacks the newer fields."""
+    """The config with defaults for missing fields, because a config.json of an earlier version lacks newer fields."""
     top = RUN | (PUBLISHED if "checkpoint" in config else TRAINED)
     sections = {name: section(table, **config[name]) for name, table in TABLES.items() if name in config}
     return section(top, **dict(config) | sections)
@@ -117,7 +120,7 @@ def completed(config: ConfigDict) -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """Raise ValueError for the first field that is missing or out of range, and for fields that exclude each other.
 
-    config: as the files in `configs/` return it. Fields and sections that are in no table here pass.
+    config: as the files in `configs/` return it. Fields and sections that are in no table are not checked.
     """
     _check_complete(config)
     for path, checks in CHECKS.items():

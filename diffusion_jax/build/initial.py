@@ -14,9 +14,12 @@ NEW_EMBEDDINGS = ("to_embedding", "cond_proj")  # modules that a student may hav
 
 
 def initial(folder: str, load: Callable[[Any], tuple[Any, PyTree]], params: PyTree) -> PyTree:
-    """The weights in a folder, or the random ones if no folder is named. Those of a U-Net without the outer levels of
-    the one that is trained become its inner part (`models.growing`).
+    """The weights in a folder, or the random ones if no folder is named.
 
+    A U-Net in the folder may lack the outer levels of the one that is trained. It then becomes the inner part of that
+    (`models.growing`).
+
+    folder: "" for none.
     load: folder -> (network, its weights).
     params: the random weights of the network that is trained.
     Raises ValueError if the folder has the weights of another network.
@@ -37,8 +40,9 @@ def _check_shapes(folder: str, weights: PyTree, params: PyTree) -> PyTree:
 
 
 def from_teacher(teacher: DiffusionModel, params: PyTree) -> PyTree:
-    """The weights of a teacher for its student. A student may have more embeddings, of the target and of the guidance
-    scale, which start at zero.
+    """The weights of a teacher for its student.
+
+    A student may have more embeddings, of the target and of the guidance scale. These start at zero.
 
     params: the random weights of the student.
     Raises ValueError for a teacher of another network.

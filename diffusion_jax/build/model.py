@@ -65,7 +65,7 @@ def diffusion_model(
 ) -> DiffusionModel:
     """The model that a config describes, or the model of its checkpoint.
 
-    The weights of a model that is no checkpoint are only shapes yet; `weights.load` and training fill them in.
+    Without a checkpoint the weights are only shapes. `weights.load` and training fill them in.
 
     sides: height and width of its images, pixels; 0 for data.size, and where that is 0 for the checkpoint's own size.
     training: make a checkpoint's variables float32, and use config.remat.
@@ -99,8 +99,9 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 
 
 def described_model(config: ConfigDict) -> DiffusionModel | None:
-    """The model for training of a checkpoint that is named by its short name, such as "sd15", and of which only the
-    sizes are known: its weights are shapes. None for another config.
+    """The model for training of a checkpoint with a short name, such as "sd15". None for another config.
+
+    Only the sizes of such a checkpoint are known, so its weights are shapes.
     """
     pipeline = described(config.get("checkpoint", ""), _weights_type(config, training=True))
     return pipeline and _of_pipeline(from_shapes, pipeline, config, (0, 0), training=True)
@@ -178,7 +179,7 @@ def lora_scale(config: ConfigDict) -> float:
 
 
 def network(config: ConfigDict, null_cond: PyTree = MappingProxyType({})) -> UNet | Transformer:
-    """The untrained network of config.model, whose `kind` is that of NETWORKS, by default a U-Net.
+    """The untrained network of config.model. Its `kind` is one of NETWORKS, by default a U-Net.
 
     null_cond: of its condition. A network whose cross_attention_dim is None reads texts as wide as these.
     """
@@ -228,7 +229,7 @@ def _untrained_codec(config: ConfigDict) -> Codec:
 def conditioning(config: ConfigDict, texts: Path | None = None) -> Conditioning:
     """The condition of the denoiser, from config.condition.
 
-    texts: a local folder for the conditions of prompts. Folders of text encoders are read only for what is not there.
+    texts: a local folder that keeps the conditions of prompts. Text encoders are read only for prompts that it lacks.
     """
     kinds = {
         "none": conditionings.unconditional,

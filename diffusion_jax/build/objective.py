@@ -73,7 +73,7 @@ def objective(
     teacher: DiffusionModel | None = None,
     start: Callable[[Key[Array, ""]], PyTree] | None = None,
 ) -> tuple[Callable, PyTree, dict]:
-    """(loss, initial params, frozen inputs) of a training stage.
+    """What a training stage needs: (loss, initial params, frozen inputs).
 
     section: config.objective for a DiffusionModel, config.autoencoder.loss for a first stage.
     steps: of the training.
@@ -113,7 +113,11 @@ def _denoising(section: ConfigDict, model: DiffusionModel) -> Callable:
 
 
 def emphasis(method: str, levels: str = "", weight: str = "") -> flow_map.Emphasis:
-    """The levels and the weight of few-step training, those of the method where they are not named."""
+    """The levels and the weight of few-step training.
+
+    method: gives the default of each.
+    levels, weight: names, "" for the default.
+    """
     default_levels, default_weight = EMPHASIS[method]
     return _emphasis(levels or default_levels, weight or default_weight)
 

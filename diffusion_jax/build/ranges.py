@@ -1,4 +1,4 @@
-"""What the value of a config's field may be."""
+"""Checks of the values of config fields."""
 
 import math
 import numbers

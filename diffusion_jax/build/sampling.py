@@ -44,12 +44,15 @@ def plan_and_guidance(
 
 
 def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
-    """Whether the model has guidance of one scale built in, as one distilled from a guided teacher."""
+    """Whether the model has guidance of one scale built in, because it was distilled from a guided teacher."""
     return "objective" in config and config.objective.scale != 1 and not model.network.takes_scale
 
 
 def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:
-    """The solver of config.sample as a plan. strength: how much of a starting image changes."""
+    """The solver of config.sample as a plan.
+
+    strength: in [0, 1]. How much of a starting image changes.
+    """
     section = config.sample
     published = model.published_solvers.get(section.solver)
     table = _plan(section, model, strength) if published is None else _published_plan(section, published, strength)
@@ -93,12 +96,15 @@ def is_consistency(config: ConfigDict) -> bool:
 
 
 def is_edm(model: DiffusionModel) -> bool:
-    """Whether the schedule's time is sigma itself, for which steps even in time are a bad choice."""
+    """Whether the schedule's time is sigma itself. Steps even in time are then a bad choice."""
     return isinstance(model.schedule, schedules.EDMSchedule)
 
 
 def guidance(config: ConfigDict, negative: PyTree) -> Guidance:
-    """The guidance of config.sample. negative: the condition of its negative prompt, or None."""
+    """The guidance of config.sample.
+
+    negative: the condition of its negative prompt, or None.
+    """
     section = config.sample
     return Guidance(
         scale=section.guidance,

@@ -35,8 +35,10 @@ def first_stage_folder(workdir: Path) -> Path:
 
 
 def trained_codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
-    """The codec of a model. If the config has an autoencoder of its own, with the weights of
-    config.autoencoder.checkpoint or of the work directory.
+    """The codec of a model.
+
+    If the config has its own autoencoder, the weights are those of config.autoencoder.checkpoint or of the work
+    directory.
     """
     if "checkpoint" in config or config.autoencoder.kind != "kl":
         return untrained
@@ -45,7 +47,7 @@ def trained_codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
 
 
 def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The config with the model that `load` finds: without a checkpoint, that of the folder config.weights."""
+    """The config of the model that `load` finds. Without a checkpoint it is that of the folder config.weights."""
     if not config.get("weights") or Checkpoints(workdir / "checkpoints").latest_step() is not None:
         return config
     file = shipped.find(config.weights) / "config.json"
@@ -121,8 +123,10 @@ def shared_condition(config: ConfigDict, teacher: ConfigDict, model: DiffusionMo
 def model_of_run(config: ConfigDict, workdir: Path, training: bool = False) -> tuple[ConfigDict, DiffusionModel]:
     """The config of a run with its text encoders `pinned`, and its model as `diffusion_model` makes it.
 
-    Text encoders are loaded only for prompts that the run's cache lacks. One that is not here has the hash in the run's
-    config.json. Raises what `diffusion_model` raises, and ValueError if the run has a checkpoint and other encoders.
+    Text encoders are loaded only for prompts that the run's cache lacks. If the folder of one does not exist, its hash
+    is that in the run's config.json.
+
+    Raises what `diffusion_model` raises, and ValueError if the run has a checkpoint and other encoders.
     """
     if not has_text_encoders(config):
         return config, diffusion_model(config, training=training)
@@ -185,7 +189,10 @@ def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel |
 
 
 def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
-    """The averaged weights of the newest checkpoint. Raises ValueError for LoRAs that it was not trained with."""
+    """The averaged weights of the newest checkpoint.
+
+    Raises ValueError for LoRAs that it was not trained with.
+    """
     if "loras" in config and "lora" not in config:
         trained_loras = json.loads((workdir / "config.json").read_text())["loras"]
         if list(config.loras) != trained_loras:

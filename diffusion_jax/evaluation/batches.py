@@ -1,4 +1,4 @@
-"""Functions of batches, run over any number of items, and the good records of a source."""
+"""Run functions of batches over any number of items, and read the good records of a source."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

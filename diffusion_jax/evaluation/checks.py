@@ -46,7 +46,7 @@ def colour(picture: Picture) -> str | None:
 
 
 def place(picture: Picture) -> str | None:
-    """One of `PLACES`, by the middle of the ink, or None without ink."""
+    """The place of the ink, one of `PLACES`, judged by its middle. None without ink."""
     ink_mask = ink(picture)
     if not ink_mask.any():
         return None
@@ -61,7 +61,10 @@ def count(picture: Picture) -> int:
 
 
 def largest(picture: Picture, size: int) -> UInt8[np.ndarray, "size size"]:
-    """The largest of the separate drawings in grey on white, its longer side the whole picture's. White without ink."""
+    """The largest of the separate drawings, in grey on white, enlarged to the whole picture. White without ink.
+
+    size: side of the result, pixels.
+    """
     parts = _parts(picture)
     if not parts:
         return np.full((size, size), 255, np.uint8)

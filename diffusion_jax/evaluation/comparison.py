@@ -1,7 +1,7 @@
-"""Generated pictures beside real ones: distances of both to a reference set, in the features of one network.
+"""Compare generated pictures with real ones: the distances of both to a reference set, in the features of one network.
 
-A distance alone can be gamed and depends on the number of pictures, so each comes with that of as many real pictures
-which are not in the reference, and the ratio of the two: 1 is as good as real.
+A distance alone can be gamed, and depends on the number of pictures. So each comes with the distance of as many real
+pictures that are not in the reference, and with the ratio of the two: 1 is as good as real.
 """
 
 import zipfile
@@ -59,8 +59,11 @@ class Collected:
         return np.concatenate(self._features)
 
     def add(self, outputs: dict[str, Float[np.ndarray, "pictures _"]]) -> None:
-        """Add a batch of pictures. outputs: as `FeatureNetwork.extract` returns. Raises ValueError for features
-        that are not finite."""
+        """Add a batch of pictures.
+
+        outputs: what `FeatureNetwork.extract` returns.
+        Raises ValueError for features that are not finite.
+        """
         check_finite(outputs["features"])
         groups = (self.count + np.arange(len(outputs["features"]))) % GROUPS
         _add(self.moments, moments, outputs["features"], groups)
@@ -220,8 +223,8 @@ def alignment(
     """How well pictures fit their prompts, in the features of CLIP.
 
     clip_score: 100 max(cos, 0) of a picture and its prompt (Hessel et al. 2021, eq. 1, w = 100).
-    retrieval: whether no other of 100 prompts is nearer to the picture (R-precision, Xu et al. 2018): its own and the
-      99 that follow, of fewer prompts all.
+    retrieval: whether its own prompt is the nearest of 100 to the picture (R-precision, Xu et al. 2018). The others are
+      the 99 that follow it, or all if there are fewer.
     """
     pictures, texts = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (pictures, texts))
     choices = min(CHOICES, len(texts))

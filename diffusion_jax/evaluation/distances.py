@@ -1,7 +1,7 @@
-"""Distances between two sets of pictures, from their features: in float64, equal to the trusted implementations.
+"""Distances between two sets of pictures, from their features. In float64, equal to the trusted implementations.
 
-Features are (N, D), of any network; a distance means nothing without the network's name beside it. All of these have a
-bias that depends on the number of pictures, so compare sets of one size only.
+Features are (N, D), of any network. A distance means nothing without the network's name. All distances have a bias that
+depends on the number of pictures, so compare only sets of one size.
 """
 
 import functools
@@ -89,10 +89,11 @@ def gaussian(mean: Float[np.ndarray, " features"], covariance: Float[np.ndarray,
 
 
 def frechet(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): the Frechet distance of two Gaussians (Dowson & Landau
-    1982; FID in the features of Inception-v3, Heusel et al. 2017).
+    """The Frechet distance of two Gaussians (Dowson & Landau 1982). In Inception-v3: FID (Heusel et al. 2017).
 
-    The last trace is the sum of the singular values of F_a^T F_b with C = F F^T, which is exact also for covariances of
+        |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    The last trace is the sum of the singular values of F_a^T F_b with C = F F^T. This is exact, also for covariances of
     fewer pictures than features.
     """
     if a.mean.shape != b.mean.shape:
@@ -104,8 +105,12 @@ def frechet(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
 
 
 def kernel(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> Estimate:
-    """The squared maximum mean discrepancy of the kernel (x . y / D + 1)^3, without bias (KID, Binkowski et al. 2018,
-    section 4). It may be negative. Its standard error is that of drawing x, to first order.
+    """The kernel distance, KID in the features of Inception-v3 (Binkowski et al. 2018, section 4).
+
+    It is the unbiased squared maximum mean discrepancy of the kernel (x . y / D + 1)^3, so it may be negative. Its
+    standard error is that of drawing x, to first order.
+
+    x, y: (N, D) and (M, D), features.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
@@ -146,14 +151,15 @@ def guesses(logits: Float[np.ndarray, "pictures classes"]) -> Guesses:
 
 
 def inception_score(sums: Guesses) -> float:
-    """exp of the mean divergence of a picture's classes from those of all pictures (Salimans et al. 2016)."""
+    """The Inception Score (Salimans et al. 2016): exp of the mean divergence of a picture's classes from all."""
     p = sums.p / sums.count
     return float(np.exp(sums.p_log_p / sums.count + entr(p).sum()))
 
 
 class Neighbours(NamedTuple):
-    """How two sets overlap. Each picture has a ball that reaches to its k-th neighbour in its own set. A measure is the
-    mean of one of these fields.
+    """How two sets overlap. A measure is the mean of one of these fields.
+
+    Each picture has a ball that reaches to its k-th neighbour in its own set.
 
     precision: whether a generated picture is in a ball of a real one (Kynkaanniemi et al. 2019).
     recall: whether a real picture is in a ball of a generated one.
@@ -168,7 +174,11 @@ class Neighbours(NamedTuple):
 
 
 def neighbours(real: Float[np.ndarray, "n features"], generated: Float[np.ndarray, "m features"], k: int) -> Neighbours:
-    """Precision, recall, density and coverage, by picture. k: 3 is usual for the first two, 5 for the others."""
+    """Precision, recall, density and coverage of each picture.
+
+    real, generated: (N, D) and (M, D), features.
+    k: number of neighbours. 3 is usual for the first two, 5 for the others.
+    """
     if k >= min(len(real), len(generated)):
         raise ValueError(f"the {k}-th neighbour needs more than {k} pictures, got {len(real)} and {len(generated)}")
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
@@ -184,7 +194,7 @@ def neighbours(real: Float[np.ndarray, "n features"], generated: Float[np.ndarra
 
 
 def nearest(real: Float[np.ndarray, "n features"], pictures: Float[np.ndarray, "m features"], count: int) -> np.ndarray:
-    """The indices (m, count) of the real pictures that are nearest to each picture, the nearest first."""
+    """The real pictures that are nearest to each picture: their indices (M, count), the nearest first."""
     closest = [np.argsort(distances, axis=1)[:, :count] for _, distances in _blocks(pictures, real)]
     return np.concatenate(closest)
 

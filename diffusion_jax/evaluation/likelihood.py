@@ -30,13 +30,16 @@ def check_section(section, schedule: Schedule) -> None:
 
 
 def evaluate_likelihood(model: DiffusionModel, source: Source, transform: Transform, section) -> dict:
-    """Report the likelihood of a source under a model, given the captions or classes. "flow" is the negative log
-    likelihood by the probability flow. "bound" is the variational bound with its terms. Both are a mean over images
-    with its standard error.
+    """Report the likelihood of a source under a model, given the captions or classes. Lower is better.
 
-    A pixel model: bits/dim, lower is better. Both are upper bounds on those of the image, the flow's because of uniform
-    dequantization. A latent model: nats for each value of the latent, for one sample of the first stage's posterior,
-    and with a Gaussian decoder in the bound. Such a model has no density of pixels.
+    "flow" is the negative log likelihood by the probability flow. "bound" is the variational bound with its terms. Both
+    are means over images with their standard errors.
+
+    - A model of pixels: bits/dim. Both are upper bounds on those of the image, the flow's because of uniform
+      dequantization.
+    - A model of latents: nats for each value of the latent, for one sample of the first stage's posterior, with a
+      Gaussian decoder in the bound. Such a model has no density of pixels.
+
     No guidance is used, because a guided prediction has no density. x0 is clipped to the range of pixels in the bound,
     as in sampling, but not in the flow, which differentiates it.
 

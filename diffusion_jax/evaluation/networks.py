@@ -51,9 +51,10 @@ class FeatureNetwork(NamedTuple):
 
 
 def feature_network(name: str, allow_pickle: bool = False) -> FeatureNetwork:
-    """The network of a name: "alexnet" or "vgg16", which come with the installation (their weights are those of
-    LPIPS), "inception:FILE", "encoder:FOLDER"; "pixels", for tiny pictures, has the pixels themselves as features.
+    """The network of a name.
 
+    name: "alexnet" or "vgg16", which come with the installation (their weights are those of LPIPS); "inception:FILE";
+      "encoder:FOLDER"; or "pixels", for tiny pictures, whose features are the pixels themselves.
     allow_pickle: read weights in .pth and .bin files.
     Raises ValueError for another name, and what the loaders raise.
     """

@@ -20,8 +20,10 @@ Picture = UInt8[np.ndarray, "height width 3"]
 def evaluate_reconstruction(
     reconstruct: Callable[[Images], Images], batches: Iterable[Record], distances: dict | None = None
 ) -> dict:
-    """Report reconstructions, clipped to pixel range: "psnr" in dB, averaged over images, and "lpips", the LPIPS
-    distance to the image. "styles" has both for each style, if the records name theirs.
+    """Report how near reconstructions, clipped to pixel range, are to their images.
+
+    "psnr" is in dB, averaged over images. "lpips" is the LPIPS distance. "styles" has both for each style, if the
+    records name theirs.
 
     reconstruct: images in [-1, 1] -> the same through the first stage.
     batches: records with "image" (B, H, W, 3) uint8, perhaps with "style" (B,).

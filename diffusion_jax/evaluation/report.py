@@ -1,4 +1,4 @@
-"""A report to look at: one HTML page of tables, curves and pictures that needs nothing else."""
+"""Make a report to look at: one HTML file with tables, curves and pictures, which needs no other file."""
 
 import base64
 import html

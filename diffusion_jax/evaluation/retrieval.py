@@ -1,4 +1,4 @@
-"""Retrieval: whether the nearest of many known pictures, in the features of a classifier, is the right one."""
+"""Retrieval: find the nearest of many known pictures, in the features of a classifier."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -72,8 +72,8 @@ def ranks(
 ) -> Int[np.ndarray, " queries"]:
     """How many candidates are more similar to each query than its target.
 
-    similarities: of each query and each known picture.
-    targets: the known picture that a query should be nearest to.
+    similarities: of each query to each known picture.
+    targets: the known picture that each query should be nearest to.
     candidates: which of the known pictures count.
     """
     threshold = similarities[np.arange(len(similarities)), targets][:, None]

@@ -1,7 +1,7 @@
-"""Whether generated pictures of emoji scenes show what their captions ask for, each part checked by a program.
+"""Check by program whether generated pictures of emoji scenes show what their captions ask for.
 
 Each kind of case asks for something that training has never shown, or for one part of a scene. The same checks are made
-on the painted scenes themselves, and on these after the model's first stage: no model can be expected to score more.
+on the painted scenes, and on these after the model's first stage. No model can be expected to score more.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -200,7 +200,10 @@ KINDS = {
 
 
 def cases(drawings: Sequence[Drawing], kind: str, count: int, rng: np.random.Generator) -> list[Scene]:
-    """`count` scenes of one kind, or as many as there are, each of another concept."""
+    """Scenes of one kind, each of another concept.
+
+    count: how many; fewer if there are not so many concepts.
+    """
     scenes: dict[str, Scene] = {}
     for i in rng.permutation(len(drawings)):
         drawing = drawings[i]
@@ -246,9 +249,9 @@ def trials(model: DiffusionModel, reference: KnownDrawings, drawings: Sequence[D
 def evaluate_scenes(
     trials: Sequence[Trial], reference: KnownDrawings, generate: Generate, distances: dict, seed: int, show: Show
 ) -> dict:
-    """For each kind of case, the part of the pictures in which the object, the other part and both are right: of
-    generated pictures, of painted ones, and of painted ones after the first stage.
+    """For each kind of case, the fraction of the pictures in which the object, the other part and both are right.
 
+    The report has this for generated pictures, for painted ones, and for painted ones after the first stage.
     "diversity" of the names: the LPIPS distance of two pictures of one caption.
 
     generate: captions and seeds -> pictures.

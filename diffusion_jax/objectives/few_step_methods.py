@@ -177,7 +177,7 @@ def _derivative_target(path: Path, maps: Maps, u: Times, to: Times) -> Target:
 
 
 def lagrangian() -> Method:
-    """Lagrangian self-distillation (Boffi et al. 2025): as `to` moves, the predicted state follows the student's flow."""
+    """Lagrangian self-distillation (Boffi et al. 2025): as `to` moves, the predicted state follows its flow."""
 
     def method(path: Path, maps: Maps) -> Target:
         u, to = _random_step(path)
