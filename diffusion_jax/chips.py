@@ -1,4 +1,4 @@
-"""Peaks of the accelerators that training and sampling are planned for, as their makers state them.
+"""Memory and peak speed of accelerators, as their makers state them, to plan training and sampling for them.
 
 TPU: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "Key chip specifications": peak compute per chip (bf16) and HBM
 capacity. GPU: NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPU: GPU memory and BFLOAT16 Tensor Core
@@ -12,7 +12,11 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """memory: bytes. flops: bfloat16 FLOP/s at peak."""
+    """An accelerator.
+
+    memory: bytes.
+    flops: bfloat16 FLOP/s at peak.
+    """
 
     memory: float
     flops: float
@@ -53,11 +57,11 @@ def of_kind(device_kind: str) -> Chip | None:
 
 
 def tpu_bytes(shape: Sequence[int], itemsize: int) -> int:
-    """The bytes of an array in a TPU's memory, where it is padded to whole tiles.
+    """Bytes of an array in a TPU's memory, where it is padded to whole tiles.
 
-    An array of one axis is padded to a power of two from 512 bytes on, or to multiples of 1024 elements. Of the last
-    two axes in memory one is padded to 128, the other to 2, 4 or a multiple of 8. The TPU compiler (libtpu 0.0.42)
-    chooses these two so that the padding is least.
+    An array of one axis is padded to a power of two from 512 bytes on, or to multiples of 1024 elements. Otherwise the
+    last two axes in memory are padded: one to 128, the other to 2, 4 or a multiple of 8. The TPU compiler (libtpu
+    0.0.42) chooses these two so that the padding is least.
     """
     if len(shape) < 2:
         count = max(math.prod(shape), 512 // itemsize)

@@ -19,9 +19,9 @@ Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.nd
 class Codec(NamedTuple):
     """Images (B, H, W, 3) <-> x0 (B, H / factor, W / factor, channels).
 
-    cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
+    cache_key: () -> identifies the weights, part of the key of cached records. "" if records should not be cached.
     encode: (params, images, uint8 or in [-1, 1]) -> record (B, ...), which can be stored, see `stored`.
-    sample: (stats, record, keys (B,)) -> x0, float32, of about unit variance. With keys None, its mean.
+    sample: (stats, record, keys (B,)) -> x0, float32, of about unit variance. If keys is None, the mean of x0.
     stats: numbers for `sample`.
     decode: (params, x0) -> images, about [-1, 1].
     params: weights for `encode` and `decode`.
@@ -42,7 +42,7 @@ class Codec(NamedTuple):
 
 
 def stored(record: Array | np.ndarray) -> Array | np.ndarray:
-    """A record as a cache keeps it: bfloat16 instead of float32, half the size. Pixels stay as they are."""
+    """A record as a cache keeps it: bfloat16 instead of float32, which is half the size. Pixels stay as they are."""
     return record.astype(jnp.bfloat16) if jnp.issubdtype(record.dtype, jnp.floating) else record
 
 
@@ -81,8 +81,9 @@ def identity() -> Codec:
 
 
 def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Codec:
-    """The codec of a KL autoencoder: records are mean and standard deviation of z on the last axis, and
-    x0 = (z - shift_factor) scaling_factor.
+    """The codec of a KL autoencoder.
+
+    Records are mean and standard deviation of z on the last axis, and x0 = (z - shift_factor) scaling_factor.
 
     tile: pixels on a side, 0 for no tiles. Larger images are decoded in tiles of this size, which overlap by a quarter
       and are blended. This saves memory. Faint seams may be visible, because each tile is normalised by itself.

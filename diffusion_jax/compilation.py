@@ -28,13 +28,13 @@ def configure(low_memory: bool = True) -> None:
 
 
 def backend() -> str:
-    """ "cpu", "gpu" or "tpu": what networks choose the form of their operations by."""
+    """The backend that programs are made for, by which networks choose their operations: "cpu", "gpu" or "tpu"."""
     return _planned[-1] if _planned else jax.default_backend()
 
 
 @contextlib.contextmanager
 def planned_for(backend: str) -> Iterator[None]:
-    """In this context programs are made for a backend that this machine need not have, to be compiled or counted."""
+    """In this context programs are made for another backend, which this machine need not have, to compile or count."""
     _planned.append(backend)
     try:
         yield

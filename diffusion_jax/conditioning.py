@@ -21,17 +21,17 @@ EMBEDDINGS = ("text", "text_embeds")  # the leaves of a cond that text encoders 
 class Conditioning(NamedTuple):
     """Records and prompts -> the condition of the denoiser.
 
-    cache_key: () -> identifies the weights, part of the key of cached records; "" if caching does not pay.
+    cache_key: () -> identifies the weights, part of the key of cached records. "" if records should not be cached.
     of_records: stacked records -> inputs of `embed`, such as tokens, or a cond, leaves (B, ...).
     of_prompts: prompts -> cond, leaves (B, ...).
     null: "no condition"; leaves without the batch axis.
     embed: (params, inputs from `of_records`) -> cond. A cond is returned in float32, see `stored`. A pure function.
-    params: () -> weights of `embed`, which may be loaded then.
+    params: () -> weights of `embed`. The call may load them.
     words: learned words that prompts may use (textual inversion), and how many vectors each has.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
     tokenizers: () -> the tokenizers of captions, which cut long ones, by name.
     sizes: the leaf of cond with original size, corner of the crop and size of each image, (B, 6) float32, see
-      `data.crops.crop`; "" if the network is not told. Training keeps it where it drops the condition.
+      `data.crops.crop`. "" if the network does not read them. Training keeps it where it drops the condition.
     """
 
     cache_key: Callable[[], str]
@@ -46,7 +46,7 @@ class Conditioning(NamedTuple):
     sizes: str = ""
 
     def with_sizes(self, cond: PyTree, cropped: Record) -> PyTree:
-        """cond with the true sizes of pictures, if the network is told them.
+        """cond with the true sizes of pictures, if the network reads them.
 
         cropped: stacked records with "sizes", (B, 6), or one with (6,).
         """
@@ -90,8 +90,10 @@ def text(
     keep: Callable[[OfPrompts], OfPrompts] = lambda of_prompts: of_prompts,
     tokenizers: Callable[[], Mapping[str, Tokenizer]] = dict,
 ) -> Conditioning:
-    """Captions through one or several text encoders: "text", an embedding for each token, "mask", the mask of tokens,
-    and "text_embeds", the vectors of the encoders with `pooled` one after the other.
+    """A condition of captions, by one or several text encoders.
+
+    It has the leaves "text", an embedding for each token; "mask", the mask of tokens; and "text_embeds", the
+    concatenated vectors of the encoders with `pooled`.
 
     Records give tokens, which are embedded in the cache, or in the training step if a record has several captions.
 
@@ -151,8 +153,9 @@ def _joinable(encoders: Sequence[TextEncoder], on_tokens: bool) -> Sequence[Text
 
 
 def stored(cond: PyTree) -> PyTree:
-    """A cond as a cache keeps it: embeddings of texts in bfloat16, half the size. What counts, such as the sizes of an
-    image in pixels, would become another number, and stays as it is.
+    """A cond as a cache keeps it: embeddings of texts in bfloat16, which is half the size.
+
+    Numbers that count, such as the sizes of an image in pixels, would change, so they stay as they are.
     """
     return {name: leaf.astype(jnp.bfloat16) if name in EMBEDDINGS else leaf for name, leaf in cond.items()}
 

@@ -1,4 +1,4 @@
-"""FLOPs of a computation, counted before it is compiled."""
+"""Count the FLOPs of a computation before it is compiled."""
 
 import math
 from collections.abc import Callable
@@ -12,12 +12,14 @@ from jaxtyping import PyTree
 
 
 def flops(function: Callable, *args: PyTree) -> float:
-    """The FLOPs of `function(*args)` on all devices: two for each multiplication of a matrix product or a convolution,
-    what is computed again for a gradient included. All else, about a hundredth for a network, does not count.
+    """The FLOPs of `function(*args)` on all devices: two for each multiplication of a matrix product or a convolution.
 
-    A scan counts as often as it runs; a loop whose length is known only at run time counts once. Of the branches of a
-    condition the most expensive counts. A convolution's multiplications by padding do not count.
-    As networks choose the form of their operations by the backend, so do the FLOPs depend on it.
+    - What is computed again for a gradient counts again.
+    - Other operations do not count. They are about a hundredth for a network.
+    - A scan counts as often as it runs. A loop whose length is known only at run time counts once.
+    - The most expensive branch of a condition counts.
+    - A convolution's multiplications by padding do not count.
+    - The FLOPs depend on the backend, because networks choose the form of their operations by it.
 
     args: arrays or their shapes (`jax.ShapeDtypeStruct`).
     """

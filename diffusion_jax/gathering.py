@@ -65,11 +65,13 @@ def _whole(value: Any) -> Any:
 
 
 def gathering(axes: PyTree, whole: PyTree, loss: Callable) -> Callable:
-    """The loss of arrays that are divided along `axes`. It gathers each where it is used, and again for the
-    gradient instead of keeping it. A device then holds few whole weights at a time. All else is kept for the gradient;
-    of what is in a `jax.checkpoint` of the loss, such as a block of a network with `remat`, only the results.
+    """The loss of arrays that are divided over devices.
 
-    axes: of each array the axis along which it is divided, or WHOLE.
+    It gathers each array where it is used, and gathers it again for the gradient instead of keeping it. So a device
+    holds few whole weights at a time. Everything else is kept for the gradient. From within a `jax.checkpoint` of the
+    loss, such as a block of a network with `remat`, only the results are kept.
+
+    axes: the axis along which each array is divided, or WHOLE.
     whole: the arrays or their shapes before they were divided.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)

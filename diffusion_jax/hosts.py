@@ -44,11 +44,12 @@ def connect(
     process: int | None = None,
     stop_together: bool = True,
 ) -> None:
-    """Make this process one host of several, if it is. Call this before JAX finds its devices.
+    """Connect this process to the other hosts of the run, if there are any. Call this before JAX finds its devices.
 
-    wanted: True: the cluster says which host this is. False: one host. None: True if `several_found`.
-    coordinator, processes, process: HOST:PORT of host 0, the number of hosts, and that of this host from 0. All or none
-      of them. They replace what the cluster says.
+    wanted: True if there are several hosts, and the cluster says which one this is. False for one host. None means
+      `several_found`.
+    coordinator, processes, process: HOST:PORT of host 0, the number of hosts, and the number of this host from 0. Give
+      all or none of them. They replace what the cluster says.
     stop_together: SIGTERM, which may reach only one host, is recorded for
       `multihost_utils.reached_preemption_sync_point`. Otherwise it ends the process as usual.
 
@@ -112,7 +113,7 @@ def _checked_place(
 
 
 def several() -> bool:
-    """Whether this process is one host of several, by `connect`. JAX need not have found its devices."""
+    """Whether `connect` made this process one host of several. Works before JAX finds its devices."""
     return jax.distributed.is_initialized()
 
 
@@ -123,7 +124,7 @@ def meet(name: str) -> None:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise OSError on every host if one has an error, so that none of them waits for it. Every host calls this."""
+    """Raise OSError on every host if one has an error, so that no host waits for it. Every host must call this."""
     if not several():
         if error:
             raise error
@@ -137,7 +138,8 @@ def raise_together(error: Exception | None) -> None:
 def check_same(value: str, what: str, advice: str = "start every host with the same command") -> None:
     """Raise ValueError, on every host, unless the value is the same on all of them.
 
-    what, advice: for the message, a name of the value and what to do.
+    value: compared between the hosts.
+    what, advice: for the message: a name of the value, and what to do.
     """
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
     rows = _rows(digest)
@@ -156,7 +158,7 @@ def _rows(array: np.ndarray) -> np.ndarray:
 
 
 def finish(status: int) -> None:
-    """Wait for all hosts at the end of their work. If one is gone by then, that is no error.
+    """Wait for all hosts at the end of their work. It is not an error if one has already ended.
 
     status: exit status that follows.
     """
@@ -167,8 +169,9 @@ def finish(status: int) -> None:
 
 
 def leave(status: int, message: str) -> NoReturn:
-    """Print the message and end this process soon, without waiting for the other hosts: they may be waiting for this
-    one. They have a moment, because they may be about to end with the same message, which says more than `LOST`.
+    """Print the message and end this process soon, without waiting for the other hosts, which may be waiting for it.
+
+    The others get a moment first. They may be about to end with the same message, which says more than `LOST`.
     """
     _ending.acquire()
     print(message, file=sys.stderr)

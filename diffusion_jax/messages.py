@@ -35,10 +35,10 @@ class Progress:
     """A progress bar that says "compiling" until the first update, and counts time and speed from there.
 
     name, unit: texts of the bar.
-    total: what is to do, None if that is not known.
-    start: what is done already.
+    total: number of units to do, None if it is not known.
+    start: number of units that are already done.
     shown: False for no bar.
-    on_screen: how many bars are drawn now, without an end of line. What is printed past them begins with one.
+    on_screen: how many bars are drawn now, without an end of line. Other output must begin with an end of line.
     """
 
     on_screen = 0
@@ -72,7 +72,11 @@ class Progress:
         return self._bar.n
 
     def update(self, count: int = 1, about: str = "") -> None:
-        """Add what is done. The first time, it must have ended on the device. about: text behind the bar."""
+        """Count what is done.
+
+        count: number of units. The first ones must be finished on the device.
+        about: text behind the bar.
+        """
         if not self._compiling:
             self._bar.update(count)
         elif count:

@@ -37,8 +37,8 @@ class Network(NamedTuple):
     known_channels: channels of cond["known"], the known part of the image, for an inpainting network; see `inpaint`.
     flow_map: whether it takes the end of a step as cond["to"]; see `core.denoiser`.
     takes_scale: whether it takes the guidance scale as cond["guidance"], because guidance is built in.
-    step: height and width of x are best multiples of it, which the network can halve as often as it does.
-    cell: height and width of x must be multiples of it, the patches of a transformer.
+    step: height and width of x should be multiples of it, so that the network can halve them as often as it does.
+    cell: height and width of x must be multiples of it: the side of a transformer's patches.
     """
 
     apply: Callable[..., Array]
@@ -76,7 +76,7 @@ class DiffusionModel(NamedTuple):
     codec: images <-> x0.
     conditioning: prompts and records -> cond, with "no condition".
     size: height and width of an image, pixels.
-    adapter: which of the variables are trained.
+    adapter: says which of the variables are trained.
     published_solvers: name -> (steps, strength) -> Plan, the solvers published with the model.
     published_times: name -> steps -> times, the spacings published with the model, for any solver.
     held_back: images -> whether the model's safety checker holds each of them back.

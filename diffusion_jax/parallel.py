@@ -42,7 +42,7 @@ def is_main() -> bool:
 
 
 def num_devices() -> int:
-    """The number of devices of all hosts, that a global batch is divided over."""
+    """The number of devices of all hosts. A global batch is divided over them."""
     return jax.device_count()
 
 
@@ -53,9 +53,7 @@ def peak_flops() -> float | None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes on the fullest of this host's devices, "used" now and at the "peak" so far. Empty if devices do not tell,
-    such as CPUs.
-    """
+    """Bytes on the fullest of this host's devices: "used" now, "peak" so far. Empty where unknown, as on CPUs."""
     told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"used": "bytes_in_use", "peak": "peak_bytes_in_use"}
     return {name: max(stats.get(key, 0) for stats in told) for name, key in names.items()} if told else {}
@@ -128,7 +126,7 @@ class Strategy(NamedTuple):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.sharding(a)), tree)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Copy to each device its part of every array. Nothing is sent: all hosts must have the same pytree."""
+        """Copy to each device its part of every array. Nothing is sent between hosts: all must have the same pytree."""
 
         def placed(leaf: Any) -> Array:
             whole = np.asarray(leaf)
@@ -168,7 +166,7 @@ def _by_host(devices: list) -> list:
 
 
 def group(name: str, count: int) -> int:
-    """The number of devices, of `count` in all, that divide one copy of the state. Raises what `strategy` raises."""
+    """How many of `count` devices divide one copy of the state. Raises what `strategy` raises."""
     if name == "pmap":
         return 1
     match = re.fullmatch(r"fsdp(?:=([1-9]\d*))?", name)
@@ -266,10 +264,12 @@ def _division(mesh: Mesh | AbstractMesh, leaf: Any) -> NamedSharding:
 
 
 def bytes_held(tree: PyTree, name: str, count: int, padded: bool = False) -> int:
-    """The bytes of a state, of frozen inputs, or of their shapes, that each of `count` devices holds.
+    """Bytes of a state or of frozen inputs that each device holds.
 
+    tree: the arrays or their shapes.
     name: of the strategy.
-    padded: as TPUs do.
+    count: number of all devices.
+    padded: count the padding of TPUs.
     """
     mesh = AbstractMesh((count // group(name, count), group(name, count)), (DATA, SHARDS))
     parts = [(_division(mesh, leaf).shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
@@ -277,11 +277,11 @@ def bytes_held(tree: PyTree, name: str, count: int, padded: bool = False) -> int
 
 
 class Machine(NamedTuple):
-    """What this machine, or all hosts together, compute with.
+    """The devices of this machine, or of all hosts together.
 
-    kind: of a device, as JAX names it.
-    count: of devices.
-    memory: of a device, bytes; for CPUs that of the host.
+    kind: JAX's name for a device.
+    count: number of devices.
+    memory: bytes of a device; for CPUs, of the host.
     """
 
     kind: str
@@ -318,13 +318,13 @@ def slice_devices(topology: str) -> list:
 
 
 def compiler(devices: list | None = None) -> str:
-    """What the result of compiling for these devices, by default all, depends on besides the program."""
+    """Everything besides the program that the result of compiling for these devices, by default all, depends on."""
     devices = jax.devices() if devices is None else devices
     return f"{devices[0].device_kind} {devices[0].client.platform_version} {len(devices)}"
 
 
 def of_one_host(devices: list | None = None) -> list:
-    """Those of the devices that one host samples with, by default all of this host."""
+    """The devices that one host samples with, by default all of this host."""
     if devices is None:
         return jax.local_devices()
     return [device for device in devices if device.process_index == devices[0].process_index]
@@ -374,9 +374,9 @@ def spread(tree: PyTree, batch: int) -> PyTree:
 
 
 def whole(tree: PyTree, batch: int = 0) -> PyTree:
-    """Copy a pytree to every device that `spread` uses for such a batch. Neither data already there is moved
-    nor what `local` divided.
+    """Copy a pytree to every device that `spread` uses for such a batch.
 
+    Data that is already there is not moved, and neither is what `local` divided.
     batch: 0 for any batch that the devices can share.
     """
     placement = _placements(batch)[1]

@@ -53,7 +53,7 @@ def is_outage(error: BaseException | None) -> bool:
 
 
 def at(path: str | os.PathLike) -> Path:
-    """The path as an object: a pathlib.Path, or of a bucket an epath.Path with the same methods.
+    """The path as an object: a pathlib.Path, or in a bucket an epath.Path with the same methods.
 
     Raises ValueError for another kind of address, ModuleNotFoundError without gcsfs, and OSError for a bucket that does
     not exist or cannot be read.
@@ -92,7 +92,7 @@ def absolute(path: str | os.PathLike) -> Path:
 
 
 def beside(folder: str | os.PathLike, name: str) -> pathlib.Path:
-    """The place for what belongs to a folder and must be on a local disk, such as a lock or files to map into memory.
+    """A local place for files that belong to a folder, such as a lock or files to map into memory.
 
     It is folder/name, or for a folder in a bucket a place under ~/.cache/diffusion_jax that depends on its path.
     """
@@ -101,8 +101,8 @@ def beside(folder: str | os.PathLike, name: str) -> pathlib.Path:
 
 
 def matching(pattern: str) -> list[tuple[Path, int, str]]:
-    """The files that match a glob pattern, sorted: (path, size in bytes, version), which changes with the file. Raises
-    FileNotFoundError for a link that leads nowhere.
+    """The files that match a glob pattern, sorted: (path, size in bytes, version, which changes with the file).
+    Raises FileNotFoundError for a link that leads nowhere.
     """
     if in_bucket(at(pattern)):
         found = _filesystem().glob(pattern, detail=True).items()
@@ -123,12 +123,12 @@ def download(path: str | os.PathLike, file: pathlib.Path) -> None:
 
 
 def free_space(folder: str | os.PathLike) -> float:
-    """Bytes that can still be written in a folder. A bucket has no end."""
+    """Bytes that can still be written in a folder. Infinite in a bucket."""
     return math.inf if in_bucket(folder) else shutil.disk_usage(folder).free
 
 
 def seconds_to_write(folder: str | os.PathLike, size: int) -> float:
-    """How long it takes until `size` bytes of a new file in the folder are kept, by trying. Leaves nothing there."""
+    """Seconds to write `size` bytes of a new file to the folder, measured. The file is removed."""
     trial, start = at(folder) / f"trial-{secrets.token_hex(4)}", time.monotonic()
     try:
         if in_bucket(folder):
@@ -197,7 +197,7 @@ def copy_into(folder: str | os.PathLike, source: str | pathlib.Path) -> None:
 
 
 def replace_folder(folder: str | os.PathLike, source: str | pathlib.Path) -> None:
-    """Let a folder have the files of a local one and no others. The old ones go when all of the new ones are there."""
+    """Replace the files of a folder by those of a local one. The old files are deleted once all new ones are there."""
     folder = at(folder)
     if in_bucket(folder):
         copy_into(folder, source)
@@ -216,10 +216,12 @@ def replace_folder(folder: str | os.PathLike, source: str | pathlib.Path) -> Non
 
 
 def fetched(path: str | os.PathLike, levels: int = 1) -> pathlib.Path:
-    """The local path of a file or folder to read. What is in a bucket is copied to ~/.cache/diffusion_jax/copies, and
-    copied again only if it has changed there. The new copy replaces the old one.
+    """The local path of a file or folder to read.
 
-    levels: of a folder, how deep its files are copied: 1 for those that are directly in it.
+    From a bucket it is copied to ~/.cache/diffusion_jax/copies, and copied again only if it has changed there. The new
+    copy replaces the old one.
+
+    levels: how deep the files of a folder are copied. 1 means those that are directly in it.
     Raises FileNotFoundError if there is nothing at the path of a bucket, and OSError without space for the copy.
     """
     path = at(path)
