@@ -1,4 +1,6 @@
-"""Guidance: functions denoiser -> denoiser. Solvers know nothing of guidance.
+"""Guidance: functions denoiser -> denoiser. A guided denoiser works with every solver, unless noted.
+
+denoise: in every function here, the denoiser to guide.
 
 Levels are () or (B,), so guidance also works inside a loss that has one noise level for each image.
 """
