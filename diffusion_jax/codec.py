@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from diffusion_jax.data.transforms import to_float
-from diffusion_jax.models.autoencoder import AutoencoderKL, mean_and_std, sample_gaussian
+from diffusion_jax.models.autoencoder import AutoencoderKL, fold, mean_and_std, mode, sample_gaussian, unfold
 
 Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.ndarray, "batch height width 3"]
 
@@ -85,6 +85,10 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Co
 
     Records are mean and standard deviation of z on the last axis, and x0 = (z - shift_factor) scaling_factor.
 
+    With patch_size, records are the mean alone, folded, and x0 = (z - mean) / sqrt(variance + batch_norm_eps) by the
+    statistics of each channel (FLUX.2).
+
+    variables: of the model, or their shapes.
     tile: pixels on a side, 0 for no tiles. Larger images are decoded in tiles of this size, which overlap by a quarter
       and are blended. This saves memory. Faint seams may be visible, because each tile is normalised by itself.
     Raises ValueError for a tile that is not a multiple of four latent cells.
@@ -92,35 +96,57 @@ def autoencoder_kl(model: AutoencoderKL, variables: PyTree, tile: int = 0) -> Co
     factor = model.factor
     if tile < 0 or tile % (4 * factor):
         raise ValueError(f"tile must be a multiple of {4 * factor} pixels, or 0 for none, got {tile}")
-    stats = {"scale": jnp.float32(model.scaling_factor), "shift": jnp.float32(model.shift_factor or 0.0)}
+    stats = _scale_and_shift(model, variables)
     return Codec(
         cache_key=functools.partial(fingerprint, variables),
         encode=jax.jit(functools.partial(_encode_images, model)),
-        sample=_sample_latent,
+        sample=_sample_latent if model.patch_size is None else _scaled,
         stats=stats,
-        decode=functools.partial(_decode_latent, model, tile // factor),
+        decode=functools.partial(_decode_latent, model, tile),
         params=stats | {"variables": variables},
         factor=factor,
-        channels=model.latent_channels,
+        channels=model.channels,
         limit=None,
     )
 
 
+def _scale_and_shift(model: AutoencoderKL, variables: PyTree) -> dict[str, Array | jax.ShapeDtypeStruct]:
+    """x0 = (z - shift) scale."""
+    if model.patch_size is None:
+        return {"scale": jnp.float32(model.scaling_factor), "shift": jnp.float32(model.shift_factor or 0.0)}
+
+    def of_channels(mean: Array, variance: Array) -> dict[str, Array]:
+        return {"scale": (jnp.float32(variance) + model.batch_norm_eps) ** -0.5, "shift": jnp.float32(mean)}
+
+    statistics = variables["params"]["bn"]
+    values = statistics["running_mean"], statistics["running_var"]
+    is_known = not any(isinstance(value, jax.ShapeDtypeStruct) for value in values)
+    return of_channels(*values) if is_known else jax.eval_shape(of_channels, *values)
+
+
 def _encode_images(model: AutoencoderKL, params: PyTree, images: Images) -> Array:
+    moments = model.apply(params["variables"], pixels(images), method="encode")
+    if model.patch_size:
+        return fold(mode(moments), model.patch_size)
     # rounding the log variance to bfloat16 would change the standard deviation by up to 3 %, rounding that by 0.4 %
-    return jnp.concatenate(mean_and_std(model.apply(params["variables"], pixels(images), method="encode")), axis=-1)
+    return jnp.concatenate(mean_and_std(moments), axis=-1)
 
 
 def _sample_latent(stats: PyTree, record: Array, keys: Array | None) -> Array:
     mean, std = jnp.split(record.astype(jnp.float32), 2, axis=-1)
-    z = mean if keys is None else sample_gaussian(mean, std, keys)
-    return (z - stats["shift"]) * stats["scale"]
+    return _scaled(stats, mean if keys is None else sample_gaussian(mean, std, keys), keys)
+
+
+def _scaled(stats: PyTree, z: Array, keys: Array | None) -> Array:
+    return (z.astype(jnp.float32) - stats["shift"]) * stats["scale"]
 
 
 def _decode_latent(model: AutoencoderKL, tile: int, params: PyTree, x0: Array) -> Array:
-    z = x0 / params["scale"] + params["shift"]
+    z, cell = x0 / params["scale"] + params["shift"], model.factor
+    if model.patch_size:
+        z, cell = unfold(z, model.patch_size), cell // model.patch_size[0]
     decode = functools.partial(model.apply, params["variables"], method="decode")
-    return in_tiles(decode, z, tile) if tile and max(z.shape[1:3]) > tile else decode(z)
+    return in_tiles(decode, z, tile // cell) if tile and max(z.shape[1:3]) > tile // cell else decode(z)
 
 
 def in_tiles(

@@ -67,11 +67,12 @@ def denoiser(config: ConfigDict, model: DiffusionModel, several_captions: bool) 
     """The training of a denoiser. several_captions: whether a record has a choice of them."""
     model = train.as_in_step(model, several_captions)
 
-    def objective(params: PyTree) -> tuple[Callable, PyTree, PyTree]:
-        init = (lambda key: params) if "checkpoint" in config else model.network.init
-        return train.objective(config, model._replace(params=params, network=model.network._replace(init=init)))
+    def objective(params: PyTree, stats: PyTree) -> tuple[Callable, PyTree, PyTree]:
+        network = model.network._replace(init=lambda key: params) if "checkpoint" in config else model.network
+        codec = model.codec._replace(stats=stats)
+        return train.objective(config, model._replace(params=params, network=network, codec=codec))
 
-    loss, params, frozen = _shapes(objective, model.params)
+    loss, params, frozen = _shapes(objective, model.params, model.codec.stats)
     return Stage(
         name="denoiser",
         train=config.train,

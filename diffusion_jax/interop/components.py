@@ -19,7 +19,7 @@ def _normal(rng: np.random.Generator, *shape: int) -> Array:
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def _side(module: UNet | AutoencoderKL) -> int:
+def _side(module: UNet) -> int:
     return 4 * 2 ** (len(module.block_out_channels) - 1)
 
 
@@ -61,7 +61,7 @@ def _text_inputs(encoder: ClipTextEncoder) -> dict[str, Array]:
 
 
 def _autoencoder_inputs(autoencoder: AutoencoderKL) -> dict[str, Array]:
-    side = _side(autoencoder)
+    side = 4 * autoencoder.factor
     return {"x": _normal(np.random.default_rng(0), 1, side, side, autoencoder.in_channels)}
 
 
@@ -89,10 +89,10 @@ TRANSFORMER = Component(
 )
 AUTOENCODER = Component(
     library="diffusers",
-    class_name=lambda module: "AutoencoderKL",
+    class_name=folders.autoencoder_class,
     weights=folders.WEIGHTS,
     build=folders.autoencoder_of,
-    tensors=lambda tensors, module: modern(tensors),
+    tensors=lambda tensors, module: folders.autoencoder_tensors(tensors),
     save=folders.save_autoencoder,
     depth=2,
     inputs=_autoencoder_inputs,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax import paths
-from diffusion_jax.interop.names import from_torch, to_torch
+from diffusion_jax.interop.names import from_torch, modern, to_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
 from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
@@ -36,6 +37,7 @@ DEFAULTS = {
         up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
     ),
     "AutoencoderKL": dict(block_out_channels=(64,), layers_per_block=1, sample_size=32),
+    "AutoencoderKLFlux2": dict(latent_channels=32, sample_size=1024, patch_size=(2, 2)),
     "DiTTransformer2DModel": dict(
         sample_size=32, num_embeds_ada_norm=1000, norm_eps=1e-5, modulation="own", freq_shift=1
     ),
@@ -56,7 +58,8 @@ FOREIGN = {
         "projection_class_embeddings_input_dim",
         "time_cond_proj_dim",
     },
-    "AutoencoderKL": set(),
+    "AutoencoderKL": {"patch_size", "batch_norm_eps", "decoder_block_out_channels"},
+    "AutoencoderKLFlux2": {"scaling_factor", "shift_factor"},
     "DiTTransformer2DModel": {
         "mlp_ratio",
         "modulation",
@@ -87,9 +90,14 @@ FIXED = {
     "time_embedding_type": ("positional",),
     "norm_type": ("ada_norm_zero",),
 }
-NO_EFFECT = {"addition_embed_type_num_heads", "num_train_timesteps", "norm_num_groups", "upcast_attention"}
+NO_EFFECT = {
+    *("addition_embed_type_num_heads", "num_train_timesteps", "norm_num_groups", "upcast_attention"),
+    *("batch_norm_momentum", "scaling_factor", "shift_factor"),
+}
 DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name in the published config.json
 TRANSFORMERS = (*DIT, "Transformer")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
+COUNTER = "bn.num_batches_tracked"  # of torch's batch norm, in files of AutoencoderKLFlux2
 
 
 def load_unet(folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False) -> tuple[UNet, PyTree]:
@@ -126,7 +134,13 @@ def load_autoencoder(
 ) -> tuple[AutoencoderKL, PyTree]:
     """The autoencoder of a folder and its variables. Arguments as in `load_unet`."""
     autoencoder, like = autoencoder_of(*read_config(folder))
-    return autoencoder, from_torch(*read_tensors(folder, WEIGHTS, allow_pickle), like, dtype)
+    tensors, source = read_tensors(folder, WEIGHTS, allow_pickle)
+    return autoencoder, from_torch(autoencoder_tensors(tensors), source, like, dtype)
+
+
+def autoencoder_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors with current names, without the counter of a batch norm."""
+    return modern({name: tensor for name, tensor in tensors.items() if name != COUNTER})
 
 
 def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
@@ -165,9 +179,10 @@ def transformer_of(config: Mapping, source: str | Path, scan: bool = False) -> t
 
 def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
     """The autoencoder that a config.json describes, and the shapes of its variables. Arguments as in `unet_of`."""
-    if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{source}: expected an AutoencoderKL, got {config.get('_class_name')}")
-    levels = np.size(config.get("block_out_channels", (64,)))
+    name = config.get("_class_name")
+    if name not in AUTOENCODERS:
+        raise ValueError(f"{source}: expected an {' or '.join(AUTOENCODERS)}, got {name}")
+    levels = np.size((DEFAULTS[name] | config).get("block_out_channels", AutoencoderKL.block_out_channels))
     types = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     for field, block_type in types.items():
         if list(np.ravel(config.get(field, (block_type,) * levels))) != [block_type] * levels:
@@ -176,7 +191,9 @@ def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, 
             )
     config = {name: value for name, value in config.items() if name not in types}
     fields = _fields(AutoencoderKL, config, source)
-    for field, is_optional in (("scaling_factor", False), ("shift_factor", True)):
+    if name == "AutoencoderKLFlux2" and not fields["patch_size"]:
+        raise ValueError(f"{source}: patch_size: expected height and width of a patch, got {fields['patch_size']!r}")
+    for field, is_optional in (("scaling_factor", False), ("shift_factor", True), ("batch_norm_eps", False)):
         value = fields.get(field, 1.0)
         if not (is_optional and value is None) and not (isinstance(value, int | float) and math.isfinite(value)):
             raise ValueError(f"{source}: {field}: expected a finite number, got {value!r}")
@@ -217,7 +234,13 @@ def save_autoencoder(
     """Write a folder that `load_autoencoder` and diffusers read. dtype: of the stored tensors."""
     levels = len(autoencoder.block_out_channels)
     types = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
-    _save("AutoencoderKL", autoencoder, types, variables, folder, dtype)
+    counter = {COUNTER: np.zeros((), np.int64)} if autoencoder.patch_size else {}
+    _save(autoencoder_class(autoencoder), autoencoder, types, variables, folder, dtype, counter)
+
+
+def autoencoder_class(autoencoder: AutoencoderKL) -> str:
+    """The name of the autoencoder's class in diffusers."""
+    return AUTOENCODERS[1 if autoencoder.patch_size else 0]
 
 
 def read_config(folder: str | Path) -> tuple[dict, Path]:
@@ -256,7 +279,7 @@ def _as_tuple(value):
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
-def _save(class_name, module, extra, variables, folder, dtype):
+def _save(class_name, module, extra, variables, folder, dtype, more_tensors=MappingProxyType({})):
     folder = paths.at(folder)
     names = {field.name for field in dataclasses.fields(module)} - RUNTIME_FIELDS - FOREIGN[class_name]
     fields = {name: getattr(module, name) for name in sorted(names)}
@@ -264,5 +287,5 @@ def _save(class_name, module, extra, variables, folder, dtype):
         fields.pop("target_embedding", None)  # unknown to diffusers
     config = {"_class_name": class_name, **fields, **extra}
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables), dtype)
+    write_file(folder / f"{WEIGHTS}.safetensors", to_torch(variables) | more_tensors, dtype)
     write_json(folder / "config.json", config)  # last: a folder that has it is complete

@@ -1,6 +1,7 @@
 """The image autoencoder of latent diffusion (Rombach et al. 2022, section 3.1)."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -80,6 +81,17 @@ class Decoder(nn.Module):
         return Conv(self.out_channels, name="conv_out", dtype=jnp.float32)(x)
 
 
+class Statistics(nn.Module):
+    """Mean and variance of each channel, named as torch's BatchNorm2d names them. No gradient reaches them."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "channels"], Float[Array, "channels"]]:
+        mean = self.param("running_mean", nn.initializers.zeros, (self.channels,))
+        return mean, self.param("running_var", nn.initializers.ones, (self.channels,))
+
+
 class AutoencoderKL(nn.Module):
     """Images -> Gaussian moments of latents, and latents -> images. The fields are those of diffusers' config.json.
 
@@ -88,6 +100,11 @@ class AutoencoderKL(nn.Module):
     latent_channels: C.
     scaling_factor, shift_factor: a diffusion model sees (z - shift_factor)·scaling_factor. Stored here, not applied.
     force_upcast: the weights overflow in float16, so compute in float32 when dtype is float16.
+    patch_size: (height, width) of the patches of z that a diffusion model sees as one cell (`fold`), each channel with
+      its own mean and variance, stored in `bn`, instead of shift_factor and scaling_factor (FLUX.2). None for no
+      patches. Stored here, not applied.
+    batch_norm_eps: added to that variance.
+    decoder_block_out_channels: block_out_channels of the decoder, None for the same.
     dtype, remat, attention_implementation: as in `UNet`. Parameters, moments and images are float32.
     """
 
@@ -104,6 +121,9 @@ class AutoencoderKL(nn.Module):
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     force_upcast: bool = True
+    patch_size: tuple[int, int] | None = None
+    batch_norm_eps: float = 1e-4
+    decoder_block_out_channels: tuple[int, ...] | None = None
 
     dtype: DTypeLike = jnp.float32
     remat: bool = False
@@ -111,10 +131,16 @@ class AutoencoderKL(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels on a side of one latent cell."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        """Pixels on a side of one cell that a diffusion model sees."""
+        return 2 ** (len(self.block_out_channels) - 1) * (self.patch_size or (1,))[0]
+
+    @property
+    def channels(self) -> int:
+        """Channels of such a cell."""
+        return self.latent_channels * math.prod(self.patch_size or (1,))
 
     def setup(self):
+        self._check_fields()
         groups, eps = self.norm_num_groups, 1e-6
         dtype = jnp.float32 if self.force_upcast and jnp.dtype(self.dtype) == jnp.float16 else self.dtype
         shared = dict(
@@ -128,11 +154,14 @@ class AutoencoderKL(nn.Module):
             dtype=dtype,
         )
         self.encoder = Encoder(self.block_out_channels, self.layers_per_block, 2 * self.latent_channels, **shared)
-        self.decoder = Decoder(self.block_out_channels[::-1], self.layers_per_block + 1, self.out_channels, **shared)
+        widths = self.decoder_block_out_channels or self.block_out_channels
+        self.decoder = Decoder(widths[::-1], self.layers_per_block + 1, self.out_channels, **shared)
         if self.use_quant_conv:
             self.quant_conv = PointwiseConv(2 * self.latent_channels)
         if self.use_post_quant_conv:
             self.post_quant_conv = PointwiseConv(self.latent_channels)
+        if self.patch_size:
+            self.bn = Statistics(self.channels)
 
     def encode(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w moments"]:
         """Image in [-1, 1] -> mean and log variance of its latent on the last axis. Log variance is clipped to [-30,
@@ -163,12 +192,40 @@ class AutoencoderKL(nn.Module):
 
     def example_image(self) -> Float[Array, "1 height width channels"]:
         """The smallest valid input of `init`, all zeros."""
-        size = 2 ** (len(self.block_out_channels) - 1)
-        return jnp.zeros((1, size, size, self.in_channels))
+        return jnp.zeros((1, self.factor, self.factor, self.in_channels))
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """Reconstruct x from the mean of its latent. Uses every parameter, so `init` calls it."""
+        if self.patch_size:
+            self.bn()
         return self.decode(mode(self.encode(x)))
+
+    def _check_fields(self) -> None:
+        if self.patch_size and self.patch_size[0] != self.patch_size[1]:
+            raise ValueError(f"AutoencoderKL: expected square patches, got patch_size = {self.patch_size}")
+        widths = self.decoder_block_out_channels or self.block_out_channels
+        if len(widths) != len(self.block_out_channels):
+            raise ValueError(
+                f"AutoencoderKL: expected {len(self.block_out_channels)} levels of the decoder, as many as of the "
+                f"encoder, got decoder_block_out_channels = {widths}"
+            )
+
+
+def fold(z: Float[Array, "batch h w c"], size: tuple[int, int]) -> Float[Array, "batch rows columns channels"]:
+    """Every patch of z as one cell, whose channels are those of z, each with its values row by row (FLUX.2).
+
+    size: height and width of a patch. They divide those of z.
+    """
+    (b, h, w, c), (rows, columns) = z.shape, size
+    z = z.reshape(b, h // rows, rows, w // columns, columns, c).transpose(0, 1, 3, 5, 2, 4)
+    return z.reshape(b, h // rows, w // columns, c * rows * columns)
+
+
+def unfold(x: Float[Array, "batch rows columns channels"], size: tuple[int, int]) -> Float[Array, "batch h w c"]:
+    """The inverse of `fold`."""
+    (b, h, w, _), (rows, columns) = x.shape, size
+    x = x.reshape(b, h, w, -1, rows, columns).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(b, h * rows, w * columns, -1)
 
 
 def mode(moments: Float[Array, "batch h w moments"]) -> Float[Array, "batch h w latent"]:

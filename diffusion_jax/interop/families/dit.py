@@ -7,7 +7,7 @@ from diffusion_jax.models.transformer import Transformer
 
 
 def _fits(transformer: Transformer, autoencoder: AutoencoderKL) -> str:
-    channels = autoencoder.latent_channels
+    channels = autoencoder.channels
     if transformer.in_channels == channels and (transformer.out_channels or channels) in (channels, 2 * channels):
         return ""
     return (

@@ -161,7 +161,7 @@ def has_linear_maps(unet: Tensors) -> bool:
 
 def fits(unet: UNet, autoencoder: AutoencoderKL) -> str:
     """What is wrong with a U-Net and an autoencoder together."""
-    channels = autoencoder.latent_channels
+    channels = autoencoder.channels
     if unet.in_channels not in (channels, 2 * channels + 1):
         return "expected a U-Net whose input is the noisy latents, or for inpainting also a mask and the known latents"
     if unet.out_channels != channels:
