@@ -33,7 +33,7 @@ SIDE, BATCH, UTILISATION = 256, 64, 0.4
 LATENT = 2, 32, 32, 8  # versions, height, width, mean and standard deviation of four channels
 SIZES = {"256x256": (256, 256), "500x375": (500, 375), "2000x1500": (2000, 1500)}
 PEAKS = {"v5e-8": 8 * 197e12, "v6e-8": 8 * 918e12, "8 x H100": 8 * 989e12}  # bfloat16 FLOP/s, as the makers state
-PRESETS = "latent_cfg:imagenet256", "latent_cfg:coco256", "cifar10:"
+PRESETS = "latent_cfg:imagenet256/unet", "latent_cfg:coco256", "cifar10:"
 CORES = len(os.sched_getaffinity(0))
 
 

@@ -120,3 +120,23 @@ def autoencoder(
             "train": train(steps, batch_size, ema=0.995, every=500),
         }
     )
+
+
+def trained_autoencoder(**fields) -> ConfigDict:
+    """A first stage that is not trained here: name its folder as config.autoencoder.checkpoint. fields: of its network,
+    so that shapes are known without it.
+    """
+    return ConfigDict({"kind": "kl", "checkpoint": "", "model": fields})
+
+
+def large_unet(**fields) -> ConfigDict:
+    """The U-Net of the 256 x 256 presets: bfloat16, recomputing its blocks in the backward pass."""
+    shared = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (192, 384, 768, 768),
+        "layers_per_block": 2,
+        "dtype": "bfloat16",
+        "remat": True,
+    }
+    return ConfigDict(shared | fields)

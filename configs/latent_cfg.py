@@ -15,28 +15,36 @@ Presets, after a colon (`--config=configs/latent_cfg.py:full`):
                as configs/few_step.py:lora/lcm (docs/few_steps.md)
   coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice;
                --config.condition.encoders="('FOLDER',)" takes CLIP or T5 instead of MiniLM (docs/text.md)
-  imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, for a TPU slice: 6 GB a chip on v5e-8, 8 h
-               estimated from the compiled FLOPs at 40 % utilisation; not trained yet
+  imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, by a transformer in the latents of FLUX.2's
+               autoencoder (--config.autoencoder.checkpoint=FOLDER): v5e-8, 3.1 GB of state a chip, 16 h at 40 %
+               utilisation by arithmetic; not trained yet (docs/transformers.md)
+  imagenet256/S, B (the same), L, XL    its size: 4.1 h, 16 h, 55 h and 80 h
+  imagenet256/unet  by a U-Net in the latents of a first stage of its own: v5e-8, 7.5 GB of state a chip, 8.1 h and 13 h
+               for the first stage; not trained yet
 All presets of emoji use the trained first stage in weights/emoji/vae (docs/results.md);
 --config.autoencoder.checkpoint="" trains one from nothing.
 """
 
+import functools
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common, emoji, few_step
+from configs import common, emoji, few_step, imagenet
 
 
 def get_config(preset: str = "small") -> ConfigDict:
     """preset: one of the list above."""
     presets = {
+        **{f"imagenet256/{size}": functools.partial(imagenet.transformer, size) for size in imagenet.SIZES},
+        "imagenet256": imagenet.transformer,
+        "imagenet256/unet": imagenet.unet,
         "small": emoji.small,
         "everyday": emoji.everyday,
         "full": emoji.full,
         "further": emoji.further,
         "fast": _fast,
         "coco256": _coco256,
-        "imagenet256": _imagenet256,
     }
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of latent_cfg; known: {', '.join(presets)}")
@@ -59,7 +67,7 @@ def _coco256() -> ConfigDict:
     config.autoencoder = common.autoencoder(
         channels=(128, 256, 512, 512), layers=2, groups=32, learning_rate=1e-4, steps=200_000, batch_size=64
     )
-    config.model = _large_unet(
+    config.model = common.large_unet(
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=placeholder(int),  # the width of the text encoders
@@ -75,37 +83,3 @@ def _coco256() -> ConfigDict:
     )
     config.sample = common.sample(prompts, solver="dpmpp_2m", steps=25, guidance=5.0, num_images=4)
     return config
-
-
-def _imagenet256() -> ConfigDict:
-    config = common.latent("imagenet256", common.data("tfds:imagenet2012", size=256, flip=True))
-    config.data.upscale = True
-    config.condition = common.by_class(1000)
-    config.autoencoder = common.autoencoder(
-        channels=(128, 256, 512, 512), layers=2, groups=32, learning_rate=1e-4, steps=200_000, batch_size=64
-    )
-    config.model = _large_unet(
-        down_block_types=("AttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        mid_block_type="UNetMidBlock2D",
-        up_block_types=("UpBlock2D",) + ("AttnUpBlock2D",) * 3,
-        attention_head_dim=64,
-        num_class_embeds=1001,
-    )
-    config.optimizer = common.optimizer(1e-4, warmup=5000)
-    config.train = common.train(steps=500_000, batch_size=256, ema=0.9999, every=5000)
-    prompts = ("207", "281", "388", "933")  # golden retriever, tabby, giant panda, cheeseburger
-    config.sample = common.sample(prompts, solver="dpmpp_2m", steps=25, guidance=3.0, num_images=4)
-    return config
-
-
-def _large_unet(**fields) -> ConfigDict:
-    """The U-Net of the 256 x 256 presets: bfloat16, recomputing its blocks in the backward pass."""
-    shared = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (192, 384, 768, 768),
-        "layers_per_block": 2,
-        "dtype": "bfloat16",
-        "remat": True,
-    }
-    return ConfigDict(shared | fields)

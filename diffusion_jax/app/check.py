@@ -148,7 +148,9 @@ def _stages(
     config: ConfigDict, workdir: Path, model: DiffusionModel | None, several: bool
 ) -> Iterator[Callable[[], Stage]]:
     """What makes the trainings that are still to do."""
-    if not build.model.has_denoiser(config) or first_stage.is_missing(config, workdir):
+    if not build.model.has_denoiser(config) or (
+        first_stage.is_missing(config, workdir) and first_stage.is_trained_here(config)
+    ):
         yield lambda: planned.first_stage(config)
     if model:
         yield lambda: planned.denoiser(config, model, several)
@@ -178,6 +180,8 @@ def _conditions_here(
         yield lambda: encoders.check_present(config.condition)
     if model and _lacks_weights(config):
         yield lambda: _raise(f"{config.checkpoint}: its weights are not here, only its sizes are known")
+    if first_stage.is_missing(config, workdir) and not first_stage.is_trained_here(config):
+        yield lambda: _raise(first_stage.NOT_NAMED)
     if source is not None:
         for stage in stages:
             yield functools.partial(agreement.check_records, stage.train, source)

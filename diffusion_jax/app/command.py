@@ -91,7 +91,13 @@ def main(_: list[str]) -> int:
 
 def _check_options() -> Options:
     return Options(
-        _TOPOLOGY.value, _HOURS.value, _UTILISATION.value, _COMPILE.value, _LARGEST.value, _EFFORT.value, _JSON.value
+        _TOPOLOGY.value,
+        _HOURS.value,
+        _UTILISATION.value,
+        _COMPILE.value,
+        _LARGEST.value,
+        _EFFORT.value or "",
+        _JSON.value,
     )
 
 

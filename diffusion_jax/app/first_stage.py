@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import PyTree
@@ -22,13 +23,17 @@ from diffusion_jax.evaluation.reconstruction import evaluate_reconstruction
 from diffusion_jax.interop import load_autoencoder, save_autoencoder
 from diffusion_jax.interop.lpips import load_lpips
 from diffusion_jax.messages import as_json
-from diffusion_jax.models.autoencoder import AutoencoderKL, mode
+from diffusion_jax.models.autoencoder import AutoencoderKL, fold, mode
 from diffusion_jax.paths import Path
 from diffusion_jax.training.loop import Task, check_division, check_resumed, fit
 from diffusion_jax.training.tracing import Wanted
 
 BATCH = 64  # images in one call of the autoencoder
 SHOWN = 8  # held-out images in a snapshot of the first stage
+NOT_NAMED = (
+    "this config trains no first stage of its own: name the folder of a trained autoencoder as "
+    "config.autoencoder.checkpoint"
+)
 SCALE_IMAGES = 1024  # images to estimate the standard deviation of the latents
 
 
@@ -39,6 +44,11 @@ def is_missing(config: ConfigDict, workdir: Path) -> bool:
     return not (build.weights.first_stage_folder(workdir) / "config.json").exists()
 
 
+def is_trained_here(config: ConfigDict) -> bool:
+    """Whether the config says how to train its first stage, or takes only one that is trained already."""
+    return "train" in config.autoencoder
+
+
 def task(config: ConfigDict, folder: Path) -> Task:
     """The training task of a first stage in `folder`. Writes nothing yet.
 
@@ -47,6 +57,8 @@ def task(config: ConfigDict, folder: Path) -> Task:
     section, size = config.autoencoder, config.data.size
     if section.kind != "kl" or section.checkpoint:
         raise ValueError("no first stage to train: config.autoencoder must have kind=kl and an empty checkpoint")
+    if not is_trained_here(config):
+        raise ValueError(NOT_NAMED)
     check_division(section.train)
     model = build.model.autoencoder(config)
     check_size((size, size), model.factor)
@@ -80,12 +92,13 @@ def train(task: Task, config: ConfigDict, folder: Path, traces: Wanted | None = 
     size, model = config.data.size, build.model.autoencoder(config)
     variables = fit(task, folder, config.autoencoder.train, config.seed, traces)["autoencoder"]
     # every host measures, so that none waits long for another; the first writes
-    scale = 1 / _latent_std(model, variables, build.data.source(config, "train", size), _resize(config), config.seed)
+    latents = _latents(model, variables, build.data.source(config, "train", size), _resize(config), config.seed)
+    model, variables = normalized(model, variables, latents)
     report = evaluate_reconstruction(functools.partial(model.apply, variables), _held_out(config))
     if parallel.is_main():
         logging.info("autoencoder: PSNR %.2f dB on %d held-out images", report["psnr"]["mean"], report["images"])
         paths.write(folder / "validation.json", as_json(report) + "\n")
-        save_autoencoder(model.clone(scaling_factor=scale), variables, folder)
+        save_autoencoder(model, variables, folder)
     hosts.meet("first stage")
     wait_for(folder / "config.json")
 
@@ -134,13 +147,22 @@ def _images_only(transform: Transform) -> Transform:
     return lambda record, rng: {"image": transform(record, rng)["image"]}
 
 
-def _latent_std(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform, seed: int) -> float:
-    """Standard deviation of the latent means, whose inverse is the scale (Rombach et al. 2022, appendix D.1). The
-    images are shuffled by the seed, because a source may be sorted.
-    """
+def _latents(model: AutoencoderKL, variables: PyTree, source: Source, transform: Transform, seed: int) -> np.ndarray:
+    """Means of the latents of SCALE_IMAGES images. They are shuffled by the seed, because a source may be sorted."""
     encode = jax.jit(lambda images: mode(model.apply(variables, to_float(images), method="encode")))
-    latents = [encode(batch["image"]) for batch in _some_records(source, transform, SCALE_IMAGES, seed)]
-    return float(np.std(np.concatenate(latents)))
+    batches = _some_records(source, transform, SCALE_IMAGES, seed)
+    return np.concatenate([encode(batch["image"]) for batch in batches])
+
+
+def normalized(model: AutoencoderKL, variables: PyTree, latents: np.ndarray) -> tuple[AutoencoderKL, PyTree]:
+    """The autoencoder with what gives its latents unit variance: one scale, the inverse of their standard deviation
+    (Rombach et al. 2022, appendix D.1), or with patch_size mean and variance of each channel.
+    """
+    if model.patch_size is None:
+        return model.clone(scaling_factor=1 / float(np.std(latents))), variables
+    cells = fold(jnp.asarray(latents), model.patch_size)
+    statistics = {"running_mean": cells.mean(axis=(0, 1, 2)), "running_var": cells.var(axis=(0, 1, 2))}
+    return model, {"params": variables["params"] | {"bn": statistics}}
 
 
 def _some_records(source: Source, transform: Transform, count: int, seed: int | None = None) -> Iterator[Record]:

@@ -93,12 +93,13 @@ TABLES = {
 } | COMPLETE_SECTIONS
 CHECKS = {path: {name: field.check for name, field in table.items()} for path, table in TABLES.items()} | {
     "model": NETWORK,
-    "autoencoder.model": NETWORK,
+    "autoencoder.model": NETWORK | {"patch_size": optional(each(whole(1), 2))},
 }
 REQUIRED_BY_KIND = {  # section -> kind -> fields that it must have
     "condition": {"class": ("num_classes",), "text": ("length",)},
-    "autoencoder": {"kl": ("checkpoint", "flip", "model", "loss", "optimizer", "train")},
+    "autoencoder": {"kl": ("checkpoint", "model")},
 }
+TRAINED_FIRST_STAGE = ("flip", "loss", "optimizer", "train")  # fields of an autoencoder that has the last
 
 
 def section(table: dict[str, Field], **values: Any) -> ConfigDict:
@@ -151,6 +152,8 @@ def _check_complete(config: ConfigDict) -> None:
         values = _find(config, path)
         kind = values.get("kind")
         needed = COMPLETE_SECTIONS[path] if path in COMPLETE_SECTIONS else REQUIRED_BY_KIND[path].get(kind, ())
+        if path == "autoencoder" and kind == "kl" and "train" in values:
+            needed += TRAINED_FIRST_STAGE
         missing = [name for name in needed if name not in values]
         if values and missing:
             of_kind = f" for kind={kind}" if kind else ""

@@ -29,12 +29,14 @@ LEVELS = {
     "lognormal": levels.lognormal,
     "lognormal_ect": functools.partial(levels.lognormal, mean=-1.1, std=2.0),  # Geng et al. 2024
     "lognormal_scm": functools.partial(levels.lognormal, mean=-1.0, std=1.4),  # Lu & Song 2024
+    "lognormal_jit": functools.partial(levels.lognormal, mean=0.8, std=0.8),  # Li & He 2025
     "logit_normal": levels.logit_normal,
 }
 WEIGHTS = {
     "uniform": levels.uniform_weight,
     "relative": levels.relative_weight,
     "inverse_noise": levels.inverse_noise_weight,
+    "velocity": levels.velocity_weight,
     "min_snr": levels.min_snr_weight,
     "truncated": levels.truncated_snr_weight,
 }

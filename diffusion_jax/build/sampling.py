@@ -17,10 +17,22 @@ CONSISTENCY = "consistency"  # the solver whose every network call goes to clean
 SOLVERS = {
     name: getattr(solvers, name)
     for name in (
-        *("ddpm", "ddim", "euler", "euler_ancestral", CONSISTENCY, "heun", "dpm_solver", "dpmpp_1", "dpmpp_2s"),
+        *(
+            "ddpm",
+            "ddim",
+            "euler",
+            "euler_ancestral",
+            CONSISTENCY,
+            "heun",
+            "flow_heun",
+            "dpm_solver",
+            "dpmpp_1",
+            "dpmpp_2s",
+        ),
         *("dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "unipc", "deis", "plms", "lms"),
     )
 }
+OPTIONS = ("order", "eta", "floor")  # fields of config.sample that only some solvers have
 
 
 def plan_and_guidance(
@@ -60,7 +72,7 @@ def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Pl
 
 
 def _published_plan(section: ConfigDict, solver: Callable[[int, float], Plan], strength: float) -> Plan:
-    for name in ("order", "eta", "spacing"):
+    for name in (*OPTIONS, "spacing"):
         if section[name] not in (None, ""):
             raise ValueError(
                 f"sample.{name}: solver={section.solver} is as the model's authors set it, got {name}={section[name]}; "
@@ -71,7 +83,7 @@ def _published_plan(section: ConfigDict, solver: Callable[[int, float], Plan], s
 
 def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
     solver, options = choose(SOLVERS | dict(model.published_solvers), section.solver, "solver"), {}
-    for name in ("order", "eta"):
+    for name in OPTIONS:
         if section[name] is not None:
             supporting = sorted(
                 solver_name for solver_name, f in SOLVERS.items() if name in inspect.signature(f).parameters

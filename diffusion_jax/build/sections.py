@@ -179,13 +179,14 @@ OBJECTIVE = {
     "weight": Field(
         "",
         text,
-        "Weight of the error at each noise level: uniform, relative, inverse_noise, min_snr or truncated; empty: "
-        "uniform, and for few steps that of the method.",
+        "Weight of the error at each noise level: uniform, relative, inverse_noise, velocity, min_snr or truncated; "
+        "empty: uniform, and for few steps that of the method.",
     ),
     "levels": Field(
         "",
         text,
-        "Noise levels in training: uniform, even, laplace, lognormal, lognormal_ect, lognormal_scm, logit_normal; "
+        "Noise levels in training: uniform, even, laplace, lognormal, lognormal_ect, lognormal_scm, lognormal_jit, "
+        "logit_normal; "
         "empty: lognormal on edm, else uniform, and for few steps those of the method.",
     ),
     "drop": Field(0.1, number(0, 1), "Probability of training without the condition, for guidance."),
@@ -235,6 +236,11 @@ SAMPLE = {
     "steps": Field(20, whole(1, STEPS), "Steps of the solver, at most those of the schedule."),
     "order": Field(functools.partial(placeholder, int), optional(whole(1)), "Order; None for the solver's."),
     "eta": Field(functools.partial(placeholder, float), optional(number(0)), "Added noise; None for the solver's."),
+    "floor": Field(
+        functools.partial(placeholder, float),
+        optional(number(0, 1)),
+        "flow_heun: least noise by which its velocity divides; None for 0.",
+    ),
     "spacing": Field(
         "",
         text,

@@ -46,7 +46,8 @@ def lognormal(schedule: Schedule, keys: Key[Array, "batch"], mean: float = -1.2,
     """log(sigma / alpha) from N(mean, std^2). The default is that of EDM (Karras et al. 2022, table 1).
 
     Few-step methods use it with a mean of -1.1 and a std of 2.0 (ECT, Geng et al. 2024, appendix) and with -1.0 and 1.4
-    (sCM, Lu & Song 2024, section 4.2 and appendix).
+    (sCM, Lu & Song 2024, section 4.2 and appendix). On the straight path it is logit(u), which JiT draws with a mean
+    of 0.8 and a std of 0.8 (Li & He 2025).
     """
     return _at(schedule, -2 * (mean + std * jax.vmap(jax.random.normal)(keys)))
 
@@ -78,6 +79,16 @@ def relative_weight(level: NoiseLevel, parameterization: Parameterization) -> Fl
 def inverse_noise_weight(level: NoiseLevel, parameterization: Parameterization) -> Float[Array, "batch"]:
     """alpha / sigma on the squared error of x0 (the 1 / t of ECT, Geng et al. 2024, section 3.2)."""
     return _on_x0(level.alpha / level.sigma, level, parameterization)
+
+
+def velocity_weight(
+    level: NoiseLevel, parameterization: Parameterization, floor: float = 0.05
+) -> Float[Array, "batch"]:
+    """1 / max(u, floor)^2 on the squared error of x0, u = sigma / (alpha + sigma): that of the velocity (z - x0) / u on
+    the straight path, bounded near clean data (Li & He 2025, JiT; JLT, arXiv 2605.27102).
+    """
+    u = level.sigma / (level.alpha + level.sigma)
+    return _on_x0(1 / jnp.maximum(u, floor) ** 2, level, parameterization)
 
 
 def min_snr_weight(level: NoiseLevel, parameterization: Parameterization, gamma: float = 5.0) -> Float[Array, "batch"]:

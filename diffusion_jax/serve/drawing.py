@@ -107,10 +107,10 @@ def _passes(check, name: str) -> bool:
 
 
 def changed(config: ConfigDict, **values) -> ConfigDict:
-    """The config with these values of config.sample. Another solver has its own order and eta."""
+    """The config with these values of config.sample. Another solver has its own options."""
     config = ConfigDict(config).copy_and_resolve_references()
     if values.get("solver", config.sample.solver) != config.sample.solver:
-        values |= {"order": None, "eta": None}
+        values |= dict.fromkeys(build.sampling.OPTIONS)
     config.sample.update(values)
     return config
 

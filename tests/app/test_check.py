@@ -13,10 +13,22 @@ import jax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from configs import autoencoder, cifar10, digits, few_step, latent_cfg, lora, stable_diffusion
+from configs import (
+    autoencoder,
+    cifar10,
+    common,
+    digits,
+    few_step,
+    imagenet,
+    latent_cfg,
+    lora,
+    stable_diffusion,
+    transformer,
+)
 from diffusion_jax import build, chips, parallel, paths
 from diffusion_jax.app import account, check, estimate, planned, programs
 from diffusion_jax.app.estimate import Place
+from diffusion_jax.interop import save_autoencoder
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.step import init_state
 from tests import command_line
@@ -56,12 +68,20 @@ def saved(config, workdir, step):
 
 
 def test_imagenet256_fits_v5e_8(tmp_path):
-    found, line, status = checked(latent_cfg.get_config("imagenet256"), tmp_path, "v5e:2x4")
+    found, line, status = checked(latent_cfg.get_config("imagenet256"), tmp_path, "v5e:2x4", hours=True)
+    (stage,) = found["stages"]
+    assert stage["parameters"] == pytest.approx(130.5e6, rel=0.001)
+    assert stage["hours"] == pytest.approx(15.6, abs=0.1), "docs/transformers.md"
+    assert line.startswith("state fits: 3.1 GB of 16.0 GB a chip, and --compile says") and status == 0
+
+
+def test_the_unet_of_imagenet256_fits_v5e_8(tmp_path):
+    found, line, status = checked(latent_cfg.get_config("imagenet256/unet"), tmp_path, "v5e:2x4")
     first, stage = found["stages"]
     assert (first["name"], stage["name"]) == ("autoencoder", "denoiser")
     assert stage["parameters"] == pytest.approx(232e6, rel=0.005)
-    assert stage["arguments"] == pytest.approx(3.73e9, abs=5e6), "as the TPU compiler says, docs/scaling.md"
-    assert line.startswith("state fits: 4.7 GB of 16.0 GB a chip, and --compile says") and status == 0
+    assert stage["arguments"] == pytest.approx(5.60e9, abs=5e6), "as the TPU compiler says, docs/scaling.md"
+    assert line.startswith("state fits: 7.5 GB of 16.0 GB a chip, and --compile says") and status == 0
 
 
 @pytest.mark.parametrize("name, whole, eighth", [("sd15", "17.2", "2.2"), ("sdxl", "51.4", "6.5")])
@@ -101,6 +121,26 @@ def test_a_source_slower_than_the_step(tmp_path, monkeypatch):
     assert status == 0 and line.endswith("on a fast chip at 40%; the source is slower than the step")
     assert found["records"]["rate"] < 100 * os.cpu_count() + 100
     assert found["hours"] == pytest.approx(1000 * 64 / found["records"]["rate"] / 3600)
+
+
+def test_a_first_stage_that_is_trained_elsewhere(tmp_path):
+    """Its network is enough to plan with; to train, its folder is named."""
+    config = digits.get_config()
+    config.autoencoder = common.trained_autoencoder(
+        patch_size=(2, 2), block_out_channels=(4, 8), layers_per_block=1, latent_channels=2, norm_num_groups=2
+    )
+    config.model = transformer.get_config().model
+    config.model.update(in_channels=8, out_channels=8, num_layers=1)
+    found, _, status = checked(config, tmp_path, "v5e:1x1", hours=True)
+    assert status == 0 and [stage["name"] for stage in found["stages"]] == ["denoiser"]
+    assert found["notes"][-1].startswith("this config trains no first stage of its own: name the folder of a trained")
+    _, line, status = checked(config, tmp_path)
+    assert status == 3 and line == f"does not work: {found['notes'][-1]}"
+    module = build.model.autoencoder(config)
+    save_autoencoder(module, module.init(jax.random.key(0), module.example_image()), tmp_path / "vae")
+    config.autoencoder.checkpoint = str(tmp_path / "vae")
+    _, line, status = checked(config, tmp_path, hours=True)
+    assert status == 0, line
 
 
 def test_a_missing_encoder(tmp_path):
@@ -152,7 +192,10 @@ def test_a_slice_that_is_none(topology):
 
 PRESETS = {  # name -> config, the slice that its header names or a machine of its size
     "cifar10": (cifar10.get_config, "v5e:2x2"),
-    "imagenet256": (lambda: latent_cfg.get_config("imagenet256"), "v5e:2x4"),
+    **{
+        name: (lambda name=name: latent_cfg.get_config(name), "v5e:2x4")
+        for name in ("imagenet256/unet", *(f"imagenet256/{size}" for size in imagenet.SIZES))
+    },
     "coco256": (lambda: latent_cfg.get_config("coco256"), "v5e:2x4"),
     "stable_diffusion": (lambda: published("sd15", train__parallel="fsdp"), "v5e:2x4"),
     "sd21": (lambda: published("sd21", train__parallel="fsdp"), "v5e:2x4"),

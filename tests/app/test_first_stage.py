@@ -9,10 +9,11 @@ import pytest
 
 from configs import digits, latent_cfg
 from diffusion_jax import build
+from diffusion_jax import codec as codecs
 from diffusion_jax.app import first_stage
 from diffusion_jax.data.sources import Source
 from diffusion_jax.interop import save_autoencoder
-from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.autoencoder import AutoencoderKL, fold
 
 
 @pytest.fixture
@@ -81,10 +82,22 @@ def test_the_scale_of_latents_is_estimated_on_images_drawn_by_the_seed(config, m
 
     monkeypatch.setattr(AutoencoderKL, "apply", moments)  # the latent is the image
 
-    def std(seed):
-        return first_stage._latent_std(AutoencoderKL(), {}, source, lambda record, rng: record, seed)
+    def scale(seed):
+        latents = first_stage._latents(AutoencoderKL(), {}, source, lambda record, rng: record, seed)
+        return first_stage.normalized(AutoencoderKL(), {}, latents)[0].scaling_factor
 
-    assert abs(std(0) - 1) < 0.1 and std(0) == std(0) != std(1)
+    assert abs(scale(0) - 1) < 0.1 and scale(0) == scale(0) != scale(1)
+
+
+def test_the_cells_of_patches_have_mean_0_and_variance_1_in_every_channel():
+    rng = np.random.default_rng(0)
+    latents = rng.normal(3, 2, size=(16, 4, 6, 2)).astype(np.float32) * [1, 0.1]
+    model = AutoencoderKL(latent_channels=2, patch_size=(2, 2))
+    model, variables = first_stage.normalized(model, {"params": {}}, latents.astype(np.float32))
+    codec = codecs.autoencoder_kl(model, variables)
+    x0 = codec.sample(codec.stats, fold(jnp.asarray(latents, jnp.float32), (2, 2)), None)
+    np.testing.assert_allclose(x0.mean(axis=(0, 1, 2)), np.zeros(8), atol=1e-4)
+    np.testing.assert_allclose(x0.var(axis=(0, 1, 2)), np.ones(8), rtol=5e-3)  # 1e-4 is added to 0.04
 
 
 def test_half_of_its_images_are_mirrored_and_no_others(config, tmp_path):

@@ -41,6 +41,7 @@ DETERMINISTIC = {
     "ddim": Case(solvers.ddim, 1),
     "euler": Case(solvers.euler, 1),
     "heun": Case(solvers.heun, 2, two_stages),
+    "flow_heun": Case(solvers.flow_heun, 2, two_stages),
     "dpm_solver 1": Case(partial(solvers.dpm_solver, order=1), 1),
     "dpm_solver 2": Case(partial(solvers.dpm_solver, order=2), 2),
     "dpm_solver 3": Case(partial(solvers.dpm_solver, order=3), 3),

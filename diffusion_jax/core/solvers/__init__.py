@@ -21,7 +21,7 @@ from diffusion_jax.core.solvers.plan import (
     times,
     with_resampling,
 )
-from diffusion_jax.core.solvers.singlestep import dpm_solver, dpmpp_2s, dpmpp_sde, heun, with_churn
+from diffusion_jax.core.solvers.singlestep import dpm_solver, dpmpp_2s, dpmpp_sde, flow_heun, heun, with_churn
 
 __all__ = [
     "HISTORY",
@@ -42,6 +42,7 @@ __all__ = [
     "dpmpp_sde",
     "euler",
     "euler_ancestral",
+    "flow_heun",
     "heun",
     "lms",
     "plms",

@@ -55,6 +55,37 @@ def heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing", noise_al
     return stack(rows)
 
 
+def flow_heun(schedule: Schedule, steps: int, spacing: Spacing = "trailing", floor: float = 0.0) -> Plan:
+    """Heun's method on the velocity of the straight path from data to noise (Li & He 2025, JiT; JLT, arXiv 2605.27102).
+
+    With z = x / (alpha + sigma) and u = sigma / (alpha + sigma), z = (1 - u) x0 + u eps on any schedule, and
+      v = dz / du = (z - x0) / u
+      z_1 = z + (u' - u) v;   z' = z + (u' - u) (v + v_1) / 2;   the last step, to u' = 0, is z_1
+    u ends at 1 where sigma / alpha is infinite, so the first step, too, is of second order. 2 steps - 1 network calls.
+    floor: of the u that v is divided by, in [0, 1]. Above the last u, it makes the last step a part of the way to x0
+      and leaves the rest of the noise, (1 - u / floor) u. See docs/samplers.md.
+    """
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must be in [0, 1], got {floor}")
+
+    def scale(level: NoiseLevel) -> float:
+        return level.alpha + level.sigma
+
+    def velocity(level: NoiseLevel) -> np.ndarray:
+        """(z - x0) / max(u, floor)."""
+        u = level.sigma / scale(level)
+        return (state(level) / scale(level) - X0) / max(u, floor)
+
+    rows = []
+    for level, next in path(schedule, steps, spacing):
+        du, v = next.sigma / scale(next) - level.sigma / scale(level), velocity(level)
+        rows.append(Row(level, next, scale(next) * (state(level) / scale(level) + du * v), v))
+        if next.sigma > 0:
+            v1 = velocity(next)
+            rows.append(Row(next, next, state(next) + scale(next) * du * (v1 - PAST[0]) / 2, v1))
+    return stack(rows)
+
+
 def dpm_solver(
     schedule: Schedule,
     steps: int,
