@@ -29,11 +29,7 @@ CONFIGS = {
     **{f"few_step:{p}": lambda p=p: few_step.get_config(p) for p in ("shortcut", "digits/lcm", "lora/ect", "scale")},
     **{
         f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p)
-<<<<<<< HEAD
-        for p in ("small", "everyday", "full", "further", "fast", "coco256", "imagenet256")
-=======
-        for p in ("small", "everyday", "full", "fast", "coco256", "imagenet256", "imagenet256/unet")
->>>>>>> c65f0fb (The recipe of JLT for ImageNet-256: a transformer that predicts x0 in FLUX.2's latents)
+        for p in ("small", "everyday", "full", "further", "fast", "coco256", "imagenet256", "imagenet256/unet")
     },
 }
 
