@@ -86,14 +86,15 @@ def _count(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generat
 
 
 def _two(drawing: Drawing, drawings: Sequence[Drawing], rng: np.random.Generator) -> Scene | None:
-    """The drawing and another one in its style beside it, each in a colour of its own."""
-    second = drawings[rng.integers(len(drawings))]
-    pairs = [(one, two) for one in _checked_colours(drawing) for two in _checked_colours(second) if one != two]
-    if not pairs or second.style != drawing.style or second.name == drawing.name:
-        return None
-    first_colour, second_colour = pairs[rng.integers(len(pairs))]
-    scene = Scene(drawing, first_colour, other=Other("and", second, second_colour))
-    return scene if is_trained_on(scene) else None
+    """The drawing beside another one in its style, each in a colour of its own; None if a few tries find none."""
+    colours = _checked_colours(drawing)
+    for second in (drawings[i] for i in rng.integers(len(drawings), size=20)):
+        if second.style == drawing.style and second.name != drawing.name and colours and _checked_colours(second):
+            first_colour, second_colour = str(rng.choice(colours)), str(rng.choice(_checked_colours(second)))
+            scene = Scene(drawing, first_colour, other=Other("and", second, second_colour))
+            if first_colour != second_colour and is_trained_on(scene):
+                return scene
+    return None
 
 
 class KnownDrawings(NamedTuple):
@@ -141,21 +142,24 @@ def parts_of_two(pictures: Sequence[Picture], scenes: Sequence[Scene], reference
     object: each half of the picture shows another one of the two, as `parts` sees it. Which is where does not count.
     colour: each half has the colour of the drawing that it should show.
     """
-    halves = [[picture[:, : picture.shape[1] // 2] for picture in pictures]]
-    halves += [[picture[:, picture.shape[1] // 2 :] for picture in pictures]]
-    similarities = [_similarities(half, reference) for half in halves]
-    colours = [np.array([checks.colour(picture) for picture in half]) for half in halves]
-    wanted = [scenes, [scene.other for scene in scenes]]
-    orders = []
-    for of_halves in (wanted, wanted[::-1]):
-        objects, hues = [], []
-        for near, seen, asked in zip(similarities, colours, of_halves, strict=True):
-            objects.append(_are_found(near, [each.drawing for each in asked], reference))
-            hues.append(seen == np.array([each.colour for each in asked]))
-        orders.append((np.all(objects, axis=0), np.all(hues, axis=0)))
-    (found, coloured), (found_turned, coloured_turned) = orders
-    turned = found_turned.astype(int) + coloured_turned > found.astype(int) + coloured
-    return {"object": np.where(turned, found_turned, found), "colour": np.where(turned, coloured_turned, coloured)}
+    middle = pictures[0].shape[1] // 2
+    halves = [[picture[:, side] for picture in pictures] for side in (slice(0, middle), slice(middle, None))]
+    seen = [(_similarities(half, reference), np.array([checks.colour(part) for part in half])) for half in halves]
+
+    def right(*asked: Sequence[Scene | Other]) -> tuple[np.ndarray, np.ndarray]:
+        """Whether both halves show the object, and whether both have the colour, that is asked of them."""
+        objects = [
+            _are_found(near, [each.drawing for each in of_half], reference)
+            for (near, _), of_half in zip(seen, asked, strict=True)
+        ]
+        colours = [hue == [each.colour for each in of_half] for (_, hue), of_half in zip(seen, asked, strict=True)]
+        return np.all(objects, axis=0), np.all(colours, axis=0)
+
+    others = [scene.other for scene in scenes]
+    straight, turned = right(scenes, others), right(others, scenes)
+    is_turned = np.sum(turned, axis=0) > np.sum(straight, axis=0)
+    objects, colours = np.where(is_turned, turned, straight)
+    return {"object": objects, "colour": colours}
 
 
 def _similarities(pictures: Sequence[Picture], reference: KnownDrawings) -> Float[np.ndarray, "pictures drawings"]:
