@@ -31,6 +31,12 @@ def save_animation(
     _save(path, first, pnginfo=_info(texts), save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
 
 
+def save_gif(file: BytesIO, images: Sequence[UInt8[np.ndarray, "height width 3"]]) -> None:
+    """Write an animated GIF as `save_animation` does a PNG, in 256 colours and without texts."""
+    first, *others = map(Image.fromarray, [*images, *images[-2:0:-1]])
+    first.save(file, "GIF", save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
+
+
 def _save(path: str | Path | BytesIO, image: Image.Image, **options) -> None:
     if isinstance(path, BytesIO):
         image.save(path, "PNG", **options)

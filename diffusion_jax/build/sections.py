@@ -309,6 +309,7 @@ SERVE = {
     ),
     "max_upload": Field(20_000_000, whole(1000), "Bytes of a request."),
     "max_pixels": Field(16_000_000, whole(64), "Pixels of an uploaded picture."),
+    "save": Field("", text, "Folder that also gets every picture, beside the answer; empty for none."),
     "live_weights": Field(
         "", text, "A model of few steps whose teacher is the one that is served: it draws the live canvas."
     ),

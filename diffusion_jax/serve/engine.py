@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from diffusion_jax.serve import worker
-from diffusion_jax.serve.drawing import Picture
+from diffusion_jax.serve.drawing import Picture, Shared
 from diffusion_jax.serve.loading import Facts, Loaded
 from diffusion_jax.serve.worker import Batch, Cancel, Compiled, Drawn, Failed, Refused, Step
 
@@ -34,6 +34,17 @@ class Queued(NamedTuple):
     """The request waits. position: how many are before it."""
 
     position: int
+
+
+class Preparing(NamedTuple):
+    """Programs for the request's size are compiled before its first step.
+
+    size: height and width that are drawn, pixels.
+    seconds: that this takes, about; 0 if unknown.
+    """
+
+    size: tuple[int, int]
+    seconds: float
 
 
 class Progress(NamedTuple):
@@ -61,7 +72,7 @@ class Ended(NamedTuple):
     error: Refused | Failed | None = None
 
 
-Event = Queued | Progress | PictureDone | Ended
+Event = Queued | Preparing | Progress | PictureDone | Ended
 
 
 class Full(Exception):
@@ -127,6 +138,7 @@ class Engine:
         self.turn = 0  # of the last request that was begun
         self.seconds = 1.0  # a batch of the own size takes, on average
         self.compiled = Compiled(0, 1)
+        self.prepared: set[Shared] = set()  # kinds of pictures of other sizes whose programs are compiled
         self.restarts = self.starts = 0
         self.facts: Facts | None = None  # None while the worker loads its model
         self.stopped = False
@@ -197,6 +209,13 @@ class Engine:
     def _running(self) -> list[tuple[Job, int]]:
         return [entry for lane in self.lanes.values() for entry in lane.running]
 
+    def seconds_before(self, job: Job) -> float:
+        """How long the pictures before a waiting request take, about."""
+        first = self._ordered()[: max(job.position, 0)]
+        running = {other for other, _ in self._running if not other.ended}
+        pictures = sum(other.left for other in {*first, *running} - {job})
+        return math.ceil(pictures / self.facts.batch_size) * self.seconds if self.facts else 0.0
+
     def check_room(self, client: str | None = None) -> None:
         """Raise Full if as many requests wait as may, of all clients or of this one."""
         own = sum(job.client == client for job in self.queue)
@@ -256,15 +275,21 @@ class Engine:
             if not job.waiting:
                 self.queue.remove(job)
         self.turn = max(self.turn, first.turn)
+        if not self._has_own_size(first) and _kind(shared) not in self.prepared:
+            for job in dict.fromkeys(job for job, _ in lane.running):
+                job.tell(Preparing(shared.size, self.compiled.seconds))
         self.number += 1
         lane.number, lane.started = self.number, monotonic()
         requested = {job.previews for job, _ in lane.running}
         previews = next(name for name in ("all", "some", "none") if name in requested)
         self._send(Batch(lane.number, [job.pictures[i] for job, i in lane.running], previews))
 
-    def _tell_positions(self) -> None:
+    def _ordered(self) -> list[Job]:
         """Requests of other sizes come after those of the own size."""
-        for position, job in enumerate(sorted(self.queue, key=self._has_own_size, reverse=True)):
+        return sorted(self.queue, key=self._has_own_size, reverse=True)
+
+    def _tell_positions(self) -> None:
+        for position, job in enumerate(self._ordered()):
             if job.position != position and job.left == len(job.pictures):
                 job.position = position
                 job.tell(Queued(position))
@@ -311,6 +336,9 @@ class Engine:
             job.tell(PictureDone(number, outcome))
             if not job.left:
                 job.tell(Ended())
+        if any(isinstance(outcome, np.ndarray) for outcome in result.outcomes):
+            first, number = lane.running[0]
+            self.prepared.add(_kind(first.pictures[number].shared))
         lane.running = []
         self._next()
 
@@ -331,6 +359,7 @@ class Engine:
         retried = [job for job in interrupted if not job.ended]
         self.queue = retried + [job for job in self.queue if job not in interrupted]
         self.lanes = {True: Lane(), False: Lane()}
+        self.prepared.clear()
         if self.starts >= STARTS:
             for job in self.queue:
                 job.tell(Ended(GONE))
@@ -340,3 +369,8 @@ class Engine:
         self._spawn()
         self._listen()
         self._tell_positions()
+
+
+def _kind(shared: Shared) -> Shared:
+    """What one compiled program draws: the plan is an input of it."""
+    return shared._replace(solver="", spacing="", steps=0, strength=1.0)

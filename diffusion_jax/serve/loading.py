@@ -13,7 +13,7 @@ from diffusion_jax.compilation import configure
 from diffusion_jax.core.solvers import SPACINGS
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path
-from diffusion_jax.serve import sizes
+from diffusion_jax.serve import sizes, suggestions
 from diffusion_jax.serve.drawing import INVERTIBLE, Picture, Shared, usable_solvers, usable_tasks
 
 SAMPLING = ("solver", "spacing", "steps", "guidance")
@@ -46,6 +46,7 @@ class Facts(NamedTuple):
     words: learned words that prompts may use, and how many vectors each has.
     batch_size, live_size: images drawn at once, also for a frame of the live canvas.
     curves: the noise schedule: t, alpha, sigma.
+    vocabulary, examples: see `suggestions`.
     live: the same of the model of the live canvas; None if it is this one.
     """
 
@@ -63,6 +64,8 @@ class Facts(NamedTuple):
     batch_size: int
     live_size: int
     curves: dict[str, list[float]]
+    vocabulary: dict[str, tuple[str, ...]]
+    examples: tuple[str, ...]
     live: "Facts | None" = None
 
 
@@ -115,6 +118,8 @@ def facts(loaded: Loaded) -> Facts:
         batch_size=parallel.divisible(serve.batch_size),
         live_size=parallel.divisible(1),
         curves={name: np.asarray(values).tolist() for name, values in curves.items()},
+        vocabulary=suggestions.vocabulary(config, model.conditioning.words),
+        examples=suggestions.examples(loaded.origin),
         live=loaded.live and facts(loaded.live),
     )
 

@@ -56,8 +56,8 @@ class Request(BaseModel):
     other_prompt: str = Field(
         "", max_length=LETTERS, title="Other prompt", description="style: what the image shows. morph: where it ends."
     )
-    solver: str = Field("", title="Solver", description="The method that removes the noise.")
-    spacing: str = Field("", title="Spacing", description="Where its steps are; empty for the usual place.")
+    solver: str = Field("", title="Method", description="The solver, which removes the noise step by step.")
+    spacing: str = Field("", title="How the steps are spread", description="Empty: as is usual for the method.")
     steps: int = Field(20, ge=1, title="Steps", description="More steps take longer and are more exact.")
     guidance: float = Field(1.0, title="Guidance", description="How closely the picture follows the prompt.")
     strength: float = Field(0.6, ge=0, le=1, title="Strength", description="How much of the image changes.")
@@ -225,6 +225,9 @@ def texts(request: Request, picture: Picture, weights: str) -> dict[str, str]:
         del settings["strength"]
     if picture.shared.size != (request.height, request.width):
         settings["drawn"] = sizes.written(picture.shared.size)
+    shared = picture.shared
+    if shared.live or shared.mask:
+        settings["made_with"] = "live canvas" if shared.live else "mask"
     if request.task == "morph":
         settings["other_seed"] = picture.other_seed
     return {"prompt": request.prompt, "seed": str(picture.seed), **{k: str(v) for k, v in settings.items()}} | {
@@ -240,6 +243,11 @@ def png(image: np.ndarray, about: dict[str, str]) -> str:
 def animation(images: Sequence[np.ndarray], about: dict[str, str]) -> str:
     """The images as an animated PNG with its settings, in base64."""
     return _encoded(pictures.save_animation, images, about)
+
+
+def gif(images: Sequence[np.ndarray]) -> str:
+    """The images as an animated GIF in base64."""
+    return _encoded(pictures.save_gif, images)
 
 
 def _encoded(save: Callable, *arguments: Any) -> str:

@@ -18,10 +18,11 @@ from starlette.websockets import WebSocket
 
 from diffusion_jax.serve import description, openai, webui
 from diffusion_jax.serve.bodies import error_answer, event_text, json_object
-from diffusion_jax.serve.engine import Ended, PictureDone, Progress, Queued
+from diffusion_jax.serve.engine import Ended, PictureDone, Preparing, Progress, Queued
 from diffusion_jax.serve.guard import Guard, client_of
 from diffusion_jax.serve.live import live
-from diffusion_jax.serve.schema import Problem, animation, png
+from diffusion_jax.serve.samplers import SAMPLERS, SCHEDULERS
+from diffusion_jax.serve.schema import Problem, png
 from diffusion_jax.serve.service import QueuedRequest, Service, problem
 
 PAGE = Path(__file__).parent / "page"
@@ -78,7 +79,8 @@ def _routes(service: Service) -> list[BaseRoute]:
         facts = service.facts._replace(live=None)._asdict()
         first, *other_prompts = [*service.sample.prompts, "", ""]
         defaults = {"prompt": first, "other_prompt": other_prompts[0], "live_steps": service.live_steps}
-        return JSONResponse(facts | defaults)
+        names = {"solver_names": SAMPLERS, "spacing_names": SCHEDULERS, "prompts": list(service.sample.prompts)}
+        return JSONResponse(facts | defaults | names)
 
     async def canvas(socket: WebSocket) -> None:
         await live(service, socket)
@@ -107,12 +109,17 @@ def _routes(service: Service) -> list[BaseRoute]:
 
 
 async def _events(service: Service, http: Http, queued: QueuedRequest) -> AsyncIterator[str]:
-    """A request's events as server-sent events: queued, progress, picture, animation (of a morph), done or error."""
+    """A request's events as server-sent events: queued, preparing, progress, picture, animation (of a morph), done or
+    error.
+    """
     job, frames = queued.job, {}
     async for event in service.follow(http.is_disconnected, queued):
         match event:
             case Queued(position=position):
-                yield event_text("queued", {"position": position})
+                seconds = round(service.engine.seconds_before(job), 1)
+                yield event_text("queued", {"position": position, "seconds": seconds})
+            case Preparing(size=(height, width), seconds=seconds):
+                yield event_text("preparing", {"height": height, "width": width, "seconds": round(seconds)})
             case Progress(done=done, total=total, previews=previews):
                 pngs = {number: await asyncio.to_thread(png, image, {}) for number, image in previews.items()}
                 yield event_text("progress", {"done": done, "total": total, "left": job.left, "previews": pngs})
@@ -124,8 +131,7 @@ async def _events(service: Service, http: Http, queued: QueuedRequest) -> AsyncI
             case Ended(error=None):
                 if queued.request.task == "morph":
                     ordered = [frames[number] for number in sorted(frames)]
-                    animated = await asyncio.to_thread(animation, ordered, service.texts(queued, 0))
-                    yield event_text("animation", {"image": animated})
+                    yield event_text("animation", await service.animation(queued, ordered))
                 yield event_text("done", {})
             case Ended(error=error):
                 failure = problem(error)

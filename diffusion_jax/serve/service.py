@@ -1,16 +1,20 @@
 """What all APIs of the server do: check a request, queue it, and follow it to its end."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import base64
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
+import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from diffusion_jax.serve import schema
 from diffusion_jax.serve.engine import Ended, Engine, Event, Full, Job, PictureDone, Progress
 from diffusion_jax.serve.loading import Facts
 from diffusion_jax.serve.metrics import Metrics
+from diffusion_jax.serve.saving import Album
 from diffusion_jax.serve.schema import Problem, Request
 from diffusion_jax.serve.sizes import Frame
 from diffusion_jax.serve.worker import Failed, Refused
@@ -46,6 +50,7 @@ class Service:
         self.model = schema.of_model(facts, config.serve)
         self.live_model = schema.of_model(self.live_facts, config.serve, "LiveRequest")
         self.metrics = Metrics(engine)
+        self.album = Album(config.serve.save) if config.serve.save else None
 
     async def ask(self, client: str, values: Any, live: bool = False) -> QueuedRequest:
         """Check a request and queue it. Raises Problem.
@@ -95,7 +100,26 @@ class Service:
 
     async def png(self, queued: QueuedRequest, event: PictureDone) -> str:
         """A picture with its settings, PNG in base64."""
-        return await asyncio.to_thread(schema.png, event.image, self.texts(queued, event.number))
+        picture, texts = queued.job.pictures[event.number], self.texts(queued, event.number)
+        content = await asyncio.to_thread(schema.png, event.image, texts)
+        if queued.request.task in ("generate", "style") and not picture.shared.live:
+            await self._save(texts, content)
+        return content
+
+    async def animation(self, queued: QueuedRequest, images: Sequence[np.ndarray]) -> dict[str, str]:
+        """The pictures of a morph as an animated PNG with its settings and as a GIF, both in base64."""
+        texts = self.texts(queued, 0)
+        animated = await asyncio.to_thread(schema.animation, images, texts)
+        await self._save(texts, animated)
+        return {"image": animated, "gif": await asyncio.to_thread(schema.gif, images)}
+
+    async def _save(self, texts: dict[str, str], content: str) -> None:
+        """Write a PNG, in base64, to the folder serve.save. It is answered also if that fails."""
+        if self.album:
+            try:
+                await asyncio.to_thread(self.album.add, texts, base64.b64decode(content))
+            except OSError as error:
+                logging.error("config.serve.save: a picture was not written: %s", error)
 
     def texts(self, queued: QueuedRequest, number: int) -> dict[str, str]:
         """The settings of a picture, for its PNG text chunk."""

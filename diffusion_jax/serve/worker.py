@@ -26,6 +26,7 @@ from diffusion_jax.serve.loading import Facts, Loaded, facts, to_warm
 
 Show = Callable[["Step"], bool]  # shows a step, and returns whether to stop
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event that one program was compiled
+SAVED = "/jax/compilation_cache/compile_time_saved_sec"  # and of the seconds that its cache saved
 SHARE = 4  # a preview is shown after this many times the time that it takes
 
 
@@ -88,10 +89,14 @@ class Drawn(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """How many programs this process has compiled, and how many are still to be compiled before the first request."""
+    """How many programs this process has compiled, and how many are still to be compiled before the first request.
+
+    seconds: that a further kind of picture takes the first time, without a cache of compiled programs; 0 if unknown.
+    """
 
     programs: int
     left: int
+    seconds: float = 0.0
 
 
 def main(connection: Connection, load: Callable[[], Loaded]) -> None:
@@ -100,8 +105,8 @@ def main(connection: Connection, load: Callable[[], Loaded]) -> None:
     load: runs in this process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process
-    programs = collections.Counter()
-    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: programs.update([event]))
+    durations = collections.defaultdict(list)
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration, **_: durations[event].append(duration))
     try:
         loaded = load()
         model_facts, artists = facts(loaded), _artists(loaded)
@@ -115,7 +120,7 @@ def main(connection: Connection, load: Callable[[], Loaded]) -> None:
             artists,
             model_facts,
             to_warm(model_facts, next(iter(loaded.config.sample.prompts), "")),
-            programs,
+            durations,
         )
 
 
@@ -175,16 +180,22 @@ def _answer(
     artists: Mapping[bool, Artist],
     model_facts: Facts,
     warming: list[Picture],
-    programs: Mapping[str, int],
+    durations: Mapping[str, list[float]],
 ) -> None:
-    """Draw what the server sends. Other sizes have a thread of their own, so that nobody waits while one compiles."""
+    """Draw what the server sends. Other sizes have a thread of their own, so that nobody waits while one compiles.
+
+    durations: seconds of JAX's events, which are added while it runs.
+    """
     link = _Link(connection, model_facts.size)
     draw = functools.partial(_draw, artists, model_facts)
     threading.Thread(target=link.read, daemon=True).start()
     threading.Thread(target=_answer_others, args=(link, draw), daemon=True).start()
+    seconds = 0.0
     while True:
         if warming and link.own.empty():
+            start, saved = monotonic(), sum(durations[SAVED])
             draw(Batch(0, [warming.pop(0)], "all"), lambda step: False)
+            seconds = seconds or monotonic() - start + sum(durations[SAVED]) - saved
         else:
             batch = link.own.get()
             if batch is None:
@@ -192,7 +203,7 @@ def _answer(
             link.idle.clear()
             link.send(Drawn(batch.number, draw(batch, link.show)))
             link.idle.set()
-        link.send(Compiled(programs[COMPILED], len(warming)))
+        link.send(Compiled(len(durations[COMPILED]), len(warming), seconds))
 
 
 def _answer_others(link: _Link, draw: Callable[[Batch, Show], list[Outcome]]) -> None:

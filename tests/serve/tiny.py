@@ -45,7 +45,7 @@ def _wait(label, x):
     return np.zeros_like(x)
 
 
-def load(**serve) -> Loaded:
+def load(origin="random", **serve) -> Loaded:
     model = build.model.diffusion_model(config())
     network_apply = model.network.apply
 
@@ -57,7 +57,7 @@ def load(**serve) -> Loaded:
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     model = model._replace(params=jax.tree.unflatten(tree, noise), network=model.network._replace(apply=apply))
-    return Loaded(config(**serve), model, "random")
+    return Loaded(config(**serve), model, origin)
 
 
 def load_not_finite() -> Loaded:
@@ -133,12 +133,12 @@ async def ended(job):
 
 
 @contextlib.contextmanager
-def served(load=load, token="", hosts=(), **serve):
-    """(address, service): an HTTP server of its own thread on a free port of the loopback."""
+def served(load=load, token="", hosts=(), port=0, **serve):
+    """(address, service): an HTTP server of its own thread on a port of the loopback, by default a free one."""
     settings = config(**serve)
     engine = Engine(load, settings.serve.queue)
     service = Service(engine, engine.start(), settings)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", port)) as listening:
         app = application(service, token, hosts)
         options = connections.settings(app, service.facts.size, settings.serve.max_upload, log_level="error")
         server = uvicorn.Server(options)
