@@ -15,6 +15,7 @@ from diffusion_jax.build import fields
 from diffusion_jax.paths import Path
 from diffusion_jax.serve import connections, loading
 from diffusion_jax.serve.engine import Engine
+from diffusion_jax.serve.saving import Album
 from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
 
@@ -37,13 +38,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"config.serve.host={section.host} can be reached by others: set config.serve.token_file to a file with a "
             "token that they must send, or leave the host out"
         )
-    names = _names(section)
+    names, album = _names(section), Album(section.save) if section.save else None
     listening = _listening(section.host, section.port)
     engine = Engine(functools.partial(loading.load, config, workdir), section.queue)
     try:
         facts = engine.start()
         logging.info("weights: %s", facts.origin)
-        app = application(Service(engine, facts, config), token, () if token else names)
+        app = application(Service(engine, facts, config, album), token, () if token else names)
         logging.info("open %s", _address(section.host, listening.getsockname()[1], token))
         settings = connections.settings(app, facts.size, section.max_upload, log_level="warning")
         server = uvicorn.Server(settings)

@@ -12,7 +12,7 @@ from diffusion_jax.serve.webui_bodies import ImageToImage, Options, PictureInfo,
 
 TEMPLATE = "#/components/schemas/{model}"
 NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-EVENTS = "Server-sent events: queued, progress, picture, animation, done, error."
+EVENTS = "Server-sent events: queued, preparing, progress, picture, animation, done, error."
 READ = {  # what can be read -> what it is
     "/api/model": "The model: its size, solvers and noise schedule.",
     "/health": "Whether the server draws: 200 if so, else 503.",

@@ -40,9 +40,10 @@ class Service:
     """An engine, and the requests that it takes.
 
     config: its sections sample and serve are used.
+    album: gets every picture, too, unless it is None.
     """
 
-    def __init__(self, engine: Engine, facts: Facts, config: ConfigDict):
+    def __init__(self, engine: Engine, facts: Facts, config: ConfigDict, album: Album | None = None):
         self.engine, self.facts, self.limits = engine, facts, config.serve
         self.sample = config.sample
         self.live_facts = facts.live or facts
@@ -50,7 +51,7 @@ class Service:
         self.model = schema.of_model(facts, config.serve)
         self.live_model = schema.of_model(self.live_facts, config.serve, "LiveRequest")
         self.metrics = Metrics(engine)
-        self.album = Album(config.serve.save) if config.serve.save else None
+        self.album = album
 
     async def ask(self, client: str, values: Any, live: bool = False) -> QueuedRequest:
         """Check a request and queue it. Raises Problem.

@@ -25,6 +25,7 @@ def paths(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield {
             "EMPTY": str(tmp_path / "empty.txt"),
+            "FILE": str(tmp_path / "empty.txt"),
             "NONE": str(tmp_path / "none.txt"),
             "TAKEN": listening.getsockname()[1],
         }
@@ -41,6 +42,7 @@ BAD = {
     ],
     "config.serve.port must be in [0, 65535], got 70000": [*DEMO, "--config.serve.port=70000"],
     "config.serve has no field 'prot'; known: batch_size, ": [*DEMO, "--config.serve.prot=1"],
+    "config.serve.save: cannot write to ": [*DEMO, "--config.serve.save=FILE"],
     "no checkpoint in ": [*TINY, "--mode=serve", "--config.serve.port=0"],
     "has no denoiser": ["--config=configs/autoencoder.py", "--mode=serve", "--config.serve.port=0"],
 }

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from diffusion_jax.serve.engine import CANCELLED, Ended, Engine, Full, Queued
-from diffusion_jax.serve.worker import Batch, Cancel, Drawn
+from diffusion_jax.serve.engine import CANCELLED, Ended, Engine, Full, PictureDone, Preparing, Queued
+from diffusion_jax.serve.worker import Batch, Cancel, Compiled, Drawn
 from tests.serve.tiny import picture
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
@@ -86,7 +86,8 @@ def test_other_sizes_are_drawn_beside_the_own_size_and_wait_for_nothing_of_it(en
 def test_a_client_that_leaves_while_its_size_compiles_stops_nobody(engine, worker):
     large = engine.submit([picture(steps=1, size=(16, 16))])
     engine.cancel(large)
-    assert large.events.get_nowait() == Ended(CANCELLED) and worker.sent[-1] == Cancel(1)
+    assert [large.events.get_nowait() for _ in range(2)] == [Preparing((16, 16), 0), Ended(CANCELLED)]
+    assert worker.sent[-1] == Cancel(1)
     waiting, small = engine.submit([picture(steps=2, size=(16, 16))]), engine.submit([picture(steps=3)])
     assert worker.batches()[1:] == [(3, 8)]
     worker.finish()
@@ -94,3 +95,27 @@ def test_a_client_that_leaves_while_its_size_compiles_stops_nobody(engine, worke
     engine.cancel(waiting)
     worker.finish(0)
     assert engine.pictures_waiting == 0 and len(worker.batches()) == 2
+
+
+def test_a_size_is_prepared_once_for_each_kind_of_picture(engine, worker):
+    engine._take(Compiled(9, 0, 30.0))
+
+    def first_event(**shared):
+        job = engine.submit([picture(size=(16, 16), **shared)])
+        worker.finish()
+        return job.events.get_nowait()
+
+    assert first_event() == Preparing((16, 16), 30.0)
+    assert first_event() == first_event(steps=9, solver="ddim", strength=0.3) == PictureDone(0, IMAGE)
+    assert first_event(image=True) == Preparing((16, 16), 30.0)
+    own = engine.submit([picture()])
+    worker.finish()
+    assert own.events.get_nowait() == PictureDone(0, IMAGE)
+
+
+def test_a_request_knows_how_long_those_before_it_take(engine, worker):
+    engine.seconds = 2.0
+    jobs = [engine.submit([picture(steps=steps)] * 3) for steps in (1, 2, 3)]
+    assert [engine.seconds_before(job) for job in jobs[1:]] == [6.0, 12.0]
+    worker.finish()
+    assert [engine.seconds_before(job) for job in jobs[1:]] == pytest.approx([2 * engine.seconds, 5 * engine.seconds])

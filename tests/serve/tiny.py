@@ -21,6 +21,7 @@ from diffusion_jax.serve import connections
 from diffusion_jax.serve.drawing import Picture, Shared
 from diffusion_jax.serve.engine import Ended, Engine, PictureDone
 from diffusion_jax.serve.loading import Loaded
+from diffusion_jax.serve.saving import Album
 from diffusion_jax.serve.server import application
 from diffusion_jax.serve.service import Service
 
@@ -137,7 +138,7 @@ def served(load=load, token="", hosts=(), port=0, **serve):
     """(address, service): an HTTP server of its own thread on a port of the loopback, by default a free one."""
     settings = config(**serve)
     engine = Engine(load, settings.serve.queue)
-    service = Service(engine, engine.start(), settings)
+    service = Service(engine, engine.start(), settings, Album(settings.serve.save) if settings.serve.save else None)
     with socket.create_server(("127.0.0.1", port)) as listening:
         app = application(service, token, hosts)
         options = connections.settings(app, service.facts.size, settings.serve.max_upload, log_level="error")

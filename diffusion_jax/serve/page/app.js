@@ -82,6 +82,7 @@ async function run(tab, values, take, preview = () => {}, animation = () => {}) 
   form.cancel.onclick = () => stop.abort();
   form.progress(0);
   form.say("waiting");
+  if (matchMedia("(max-width: 52rem)").matches) find(`#${tab} .stage`).scrollIntoView();
   try {
     for await (const [event, data] of generate(values, stop.signal)) {
       if (event === "queued" && begun) form.say("The process that draws ended. It is started again, then this is drawn again.");
@@ -279,7 +280,8 @@ const viewer = new Viewer(find("dialog"), properties, model, {
   remove,
   send: ({ image, settings }, tab) => {
     paints[tab].open(source(image));
-    if (tab === "style") forms.style.enter({ other_prompt: settings.prompt ?? "" });
+    const prompt = settings.prompt ?? "", style = model.vocabulary.styles.find((word) => prompt.endsWith(`, ${word}`));
+    if (tab === "style") forms.style.enter({ other_prompt: style ? prompt.slice(0, -style.length - 2) : prompt });
     select(tab);
   },
 });

@@ -122,6 +122,7 @@ export class Form {
     const input = this.inputs[field];
     if (input && !input.closest(".field").hidden) this.wrong(input, message.replace(`${field}: `, ""));
     else this.say(message, true);
+    this.message.scrollIntoView({ block: "nearest" });
   }
 
   /** What is entered, as a request. */

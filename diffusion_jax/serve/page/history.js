@@ -55,7 +55,8 @@ export function caption({ settings }, older, names) {
   const isNew = !older || older.settings.prompt !== settings.prompt;
   const differs = Object.keys(NAMED).filter((name) => name === "seed" ? settings.seed !== undefined : !isNew && (settings[name] ?? "") !== (older.settings[name] ?? ""));
   const told = differs.map((name) => NAMED[name](settings[name], { ...names.solver_names, ...names.spacing_names })).filter(Boolean);
-  return [...(isNew ? [settings.prompt || "no prompt"] : []), ...told].join(" · ");
+  const prompt = [settings.prompt || "no prompt", settings.task === "morph" && settings.other_prompt].filter(Boolean).join(" → ");
+  return [...(isNew ? [prompt] : []), ...told].join(" · ");
 }
 
 /** A name for the file of a picture: "a red apple", 7 -> "a-red-apple-7". */
