@@ -128,18 +128,6 @@ def test_scanned_blocks_give_the_same_values_and_gradients(network):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradient_of_scanned, expected)
 
 
-@pytest.mark.slow
-def test_remat_of_single_blocks_changes_neither_value_nor_gradient():
-    variables = randomised(CROSS)
-
-    def value_and_gradient(network):
-        return jax.jit(jax.value_and_grad(lambda v: jnp.sum(jnp.sin(network.apply(v, *inputs(network))))))(variables)
-
-    plain, rematted = value_and_gradient(CROSS), value_and_gradient(CROSS.clone(remat=True))
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), plain, rematted)
-
-
 def test_a_scanned_network_is_no_longer_a_program_for_more_blocks():
     def lines(depth, scan):
         network = JOINT.clone(num_layers=depth, scan=scan)
