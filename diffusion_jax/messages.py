@@ -18,6 +18,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= 0.1 * scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def as_json(report: Any, indent: int | None = None) -> str:
     """A report as JSON. Numbers that are not finite become null, because JSON cannot write them."""
     return json.dumps(_finite(report), indent=indent, allow_nan=False)

@@ -25,6 +25,7 @@ from typing import Any
 
 from absl import logging
 
+from diffusion_jax import messages
 from diffusion_jax.messages import first_line
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # else epath uses TensorFlow for buckets wherever it is installed
@@ -235,7 +236,7 @@ def fetched(path: str | os.PathLike, levels: int = 1) -> pathlib.Path:
     copy = CACHE / "copies" / _digest([str(path), levels]) / _digest(version) / path.name
     if not copy.exists():
         size = sum(facts["size"] for facts in objects.values())
-        logging.info("copying %s, %.1f MB, to %s", path, size / 1e6, copy)
+        logging.info("copying %s, %s, to %s", path, messages.size(size), copy)
         _copy({name: name[len(root) :].lstrip("/") for name in objects}, size, copy)
     return copy
 
@@ -251,7 +252,7 @@ def _copy(places: dict[str, str], size: int, copy: pathlib.Path) -> None:
     """
     copy.parent.parent.mkdir(parents=True, exist_ok=True)
     if (free := free_space(copy.parent.parent)) < size:
-        raise OSError(f"no space left for {copy}: {size / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
+        raise OSError(f"no space left for {copy}: {messages.size(size)} needed and {messages.size(free)} free")
     earlier = [folder for folder in copy.parent.parent.iterdir() if not folder.name.startswith(COPYING)]
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix=COPYING, dir=copy.parent.parent))
     try:

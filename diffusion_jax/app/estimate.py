@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from diffusion_jax import parallel
 from diffusion_jax.app.planned import Stage
+from diffusion_jax.messages import size
 
 OK, NOT = 0, 3  # exit statuses
 KEPT, WRITTEN = 2, 1  # checkpoints
@@ -89,14 +90,6 @@ def divided(stage: Stage, place: Place) -> tuple[str, int] | None:
         if chips > 1 and need <= place.memory:
             return f"fsdp={chips}", need
     return None
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= 0.1 * scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def hours(count: float) -> str:

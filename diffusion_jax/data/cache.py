@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from diffusion_jax import paths
+from diffusion_jax import messages, paths
 from diffusion_jax.data.batching import filled_batches
 from diffusion_jax.data.cache_files import Arrays, Rows, Shards
 from diffusion_jax.data.loader import Reader, ahead, stack
@@ -148,10 +148,10 @@ class Cache:
         free = paths.free_space(self.folder)
         if size > free:
             raise OSError(
-                f"the cache of {name} needs {size / 1e9:.3g} GB, and {self.folder} has room for {free / 1e9:.3g} GB: "
-                "make room, or name another folder"
+                f"the cache of {name} needs {messages.size(size)}, and {self.folder} has room for {messages.size(free)}"
+                ": make room, or name another folder"
             )
-        logging.info("caching %d records of %s, %.3g GB, in %s", records, name, size / 1e9, self.folder)
+        logging.info("caching %d records of %s, %s, in %s", records, name, messages.size(size), self.folder)
 
 
 def first_version(read_batch: Callable[[np.ndarray, np.ndarray], Record]) -> Callable[[int], Record]:

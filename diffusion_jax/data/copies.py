@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from diffusion_jax import paths
+from diffusion_jax import messages, paths
 
 THREADS = 4  # copies made at a time
 UNFINISHED = ".partial"
@@ -90,8 +90,8 @@ class Copies:
         try:
             if (free := paths.free_space(self._folder)) < size:
                 raise OSError(
-                    f"no space left in {self._folder}: {size / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free; free "
-                    "some, or name another disk by config.data.cache"
+                    f"no space left in {self._folder}: {messages.size(size)} needed and {messages.size(free)} free; "
+                    "free some, or name another disk by config.data.cache"
                 )
             yield
         finally:

@@ -9,8 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jaxtyping import PyTree
 
-from diffusion_jax import hosts, parallel, paths
-from diffusion_jax.messages import first_line
+from diffusion_jax import hosts, messages, parallel, paths
 from diffusion_jax.paths import Path
 from diffusion_jax.training.averages import flat_leaves
 from diffusion_jax.training.step import TrainState
@@ -56,7 +55,7 @@ class Checkpoints:
         except Exception as error:  # several libraries take part in a request
             if not paths.in_bucket(self.folder):
                 raise
-            raise OSError(f"cannot read {self.folder} ({first_line(error)}): {paths.ROLES}") from error
+            raise OSError(f"cannot read {self.folder} ({messages.first_line(error)}): {paths.ROLES}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -86,9 +85,9 @@ class Checkpoints:
         seconds = size / PROBE * paths.seconds_to_write(self.folder, PROBE)
         if seconds > NOTICE:
             logging.warning(
-                "a checkpoint of %.1f GB takes about %.0f s in %s, and a spot VM ends %d s after its warning: "
+                "a checkpoint of %s takes about %.0f s in %s, and a spot VM ends %d s after its warning: "
                 "the steps since the last checkpoint would be lost, lower train.checkpoint_every to lose fewer",
-                *(size / 1e9, seconds, self.folder, NOTICE),
+                *(messages.size(size), seconds, self.folder, NOTICE),
             )
 
     def save(self, state: TrainState) -> None:
@@ -127,13 +126,13 @@ class Checkpoints:
     def _not_saved(self, step: int, error: Exception) -> OSError:
         last = self.latest_step()
         earlier = "there was none before" if last is None else f"the checkpoint of step {last} is intact"
-        reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
+        reason = "no space left on the disk" if "No space left" in str(error) else messages.first_line(error)
         return OSError(f"could not save step {step} to {self.folder}: {reason}; {earlier}")
 
     def _check_free_space(self, state: TrainState) -> None:
         need, free = disk_space(state), paths.free_space(self.folder)
         if free < need:
-            raise OSError(f"no space left on the disk, {need / 1e6:.1f} MB needed and {free / 1e6:.1f} MB free")
+            raise OSError(f"no space left on the disk, {messages.size(need)} needed and {messages.size(free)} free")
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest state that is intact.
@@ -199,7 +198,7 @@ class Checkpoints:
             except NOT_DAMAGE:
                 raise
             except Exception as error:  # Orbax passes on any error of its readers
-                damaged[step] = first_line(error)
+                damaged[step] = messages.first_line(error)
                 if hosts.several():
                     raise ValueError(
                         f"the checkpoint of step {step} in {self.folder} is damaged ({damaged[step]}): move its folder "
