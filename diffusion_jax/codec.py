@@ -19,7 +19,7 @@ Images = UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.nd
 class Codec(NamedTuple):
     """Images (B, H, W, 3) <-> x0 (B, H / factor, W / factor, channels).
 
-    cache_key: () -> identifies the weights, part of the key of cached records. "" if records should not be cached.
+    cache_key: () -> identifies the weights, part of the key of cached records. None if records should not be cached.
     encode: (params, images, uint8 or in [-1, 1]) -> record (B, ...), which can be stored, see `stored`.
     sample: (stats, record, keys (B,)) -> x0, float32, of about unit variance. If keys is None, the mean of x0.
     stats: numbers for `sample`.
@@ -30,7 +30,7 @@ class Codec(NamedTuple):
     limit: x0 lies within [-limit, limit]. None if there is no limit.
     """
 
-    cache_key: Callable[[], str]
+    cache_key: Callable[[], str] | None
     encode: Callable[[PyTree, Any], Any]
     sample: Callable[[PyTree, Array, Array | None], Array]
     stats: PyTree
@@ -68,7 +68,7 @@ def pixels(images: Images) -> Float[Array | np.ndarray, "batch height width 3"]:
 def identity() -> Codec:
     """The codec of pixel models: records are the images, x0 is in [-1, 1]."""
     return Codec(
-        cache_key=lambda: "",
+        cache_key=None,
         encode=lambda params, images: images,
         sample=lambda stats, record, keys: pixels(record),
         stats={},

@@ -21,7 +21,7 @@ EMBEDDINGS = ("text", "text_embeds")  # the leaves of a cond that text encoders 
 class Conditioning(NamedTuple):
     """Records and prompts -> the condition of the denoiser.
 
-    cache_key: () -> identifies the weights, part of the key of cached records. "" if records should not be cached.
+    cache_key: () -> identifies the weights, part of the key of cached records. None if records should not be cached.
     of_records: stacked records -> inputs of `embed`, such as tokens, or a cond, leaves (B, ...).
     of_prompts: prompts -> cond, leaves (B, ...).
     null: "no condition"; leaves without the batch axis.
@@ -34,7 +34,7 @@ class Conditioning(NamedTuple):
       `data.crops.crop`. "" if the network does not read them. Training keeps it where it drops the condition.
     """
 
-    cache_key: Callable[[], str]
+    cache_key: Callable[[], str] | None
     of_records: Callable[[Record], PyTree]
     of_prompts: OfPrompts
     null: PyTree
@@ -55,7 +55,7 @@ class Conditioning(NamedTuple):
 
 def unconditional() -> Conditioning:
     """No condition. The number of prompts sets the number of images."""
-    return Conditioning(lambda: "", lambda records: {}, lambda prompts: {}, {})
+    return Conditioning(None, lambda records: {}, lambda prompts: {}, {})
 
 
 def class_labels(num_classes: int, names: Mapping[str, int] = MappingProxyType({})) -> Conditioning:
@@ -75,7 +75,7 @@ def class_labels(num_classes: int, names: Mapping[str, int] = MappingProxyType({
         return int(prompt)
 
     return Conditioning(
-        cache_key=lambda: "",
+        cache_key=None,
         of_records=lambda records: {"label": records["label"]},
         of_prompts=lambda prompts: {"label": np.array([*map(of_prompt, prompts)], np.int32)},
         null={"label": np.int32(num_classes)},

@@ -101,6 +101,11 @@ class DiffusionModel(NamedTuple):
         return height // self.codec.factor, width // self.codec.factor, self.codec.channels
 
     @property
+    def is_cached(self) -> bool:
+        """Whether training computes outputs of its frozen networks once, into a cache."""
+        return self.codec.cache_key is not None or self.conditioning.cache_key is not None
+
+    @property
     def useful_schedule(self) -> Schedule:
         """The schedule for plans, without levels that magnify the network's errors too much."""
         noisiest = self.schedule(np.float64(self.schedule.t_max))

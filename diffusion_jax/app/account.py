@@ -17,7 +17,7 @@ from diffusion_jax import conditioning as conditionings
 from diffusion_jax.app import estimate, planned, programs
 from diffusion_jax.app.estimate import Options, Place
 from diffusion_jax.app.planned import Stage
-from diffusion_jax.build import agreement, weights
+from diffusion_jax.build import weights
 from diffusion_jax.data.loader import one_epoch
 from diffusion_jax.data.sources import Source
 from diffusion_jax.model import DiffusionModel
@@ -34,7 +34,7 @@ def records(config: ConfigDict, model: DiffusionModel | None, source: Source) ->
     how many were read to measure it. Raises ValueError for a source without a good record.
     """
     size = model.size if model else (config.data.size, config.data.size)
-    transform = build.data.variants(config, size) if has_cache(config, model) else build.data.transform(config, size)
+    transform = build.data.variants(config, size) if has_cache(model) else build.data.transform(config, size)
     count = min(MEASURED, len(source))
     batch = max(1, count // 10)
     start = time.perf_counter()
@@ -44,11 +44,9 @@ def records(config: ConfigDict, model: DiffusionModel | None, source: Source) ->
     return {"count": len(source), "rate": read / seconds, "measured": read}
 
 
-def has_cache(config: ConfigDict, model: DiffusionModel | None) -> bool:
-    """Whether outputs of frozen networks are computed once before the training."""
-    return model is not None and (
-        "checkpoint" in config or model.codec.factor > 1 or agreement.has_text_encoders(config)
-    )
+def has_cache(model: DiffusionModel | None) -> bool:
+    """Whether outputs of frozen networks are computed once before the training. None is an autoencoder alone."""
+    return model is not None and model.is_cached
 
 
 def described(stage: Stage, workdir: Path, config: ConfigDict, place: Place, options: Options) -> dict[str, Any]:
@@ -58,6 +56,7 @@ def described(stage: Stage, workdir: Path, config: ConfigDict, place: Place, opt
     found = {
         "name": stage.name,
         "strategy": section.parallel,
+        "from_cache": has_cache(stage.model),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(stage.params)),
         "chips": place.chips,
         "memory": place.memory,
@@ -84,9 +83,7 @@ def described(stage: Stage, workdir: Path, config: ConfigDict, place: Place, opt
     return found
 
 
-def compiled(
-    stage: Stage, model: DiffusionModel | None, config: ConfigDict, devices: list | None, options: Options
-) -> dict[str, Any]:
+def compiled(stage: Stage, config: ConfigDict, devices: list | None, options: Options) -> dict[str, Any]:
     """What the compiler says of a stage's step; of sampling, for a denoiser; and the largest batch, if asked for."""
     strategy = parallel.strategy(stage.train.parallel, devices)
     chips, micro = len(devices) if devices else parallel.num_devices(), stage.train.accumulate
@@ -99,9 +96,9 @@ def compiled(
     found = {"compiled": train_step(start)}
     if options.largest:
         found["largest"] = micro * programs.largest(lambda count: not train_step(count)["error"], start, LIMIT)
-    if model and stage.name == "denoiser":
+    if stage.model:
         host = parallel.of_one_host(devices)
-        run, *arrays = planned.sampling_of(config, model, len(host))
+        run, *arrays = planned.sampling_of(config, stage.model, len(host))
         shapes = parallel.sampling_shapes(*arrays, stage.train.parallel, host)
         found["sampling"] = cost(jax.jit(run).lower(*shapes))
     return found
@@ -126,7 +123,7 @@ def memory_and_disks(
     folders = [folder_of(stage, workdir, config) / "checkpoints" for stage in stages]
     disks = [_disk("checkpoints", workdir, need, sum(map(on_disk, folders)))]
     found = {"checkpoint": max(checkpoints, default=0), "averages": averages, "cache": 0, "cache_left": 0}
-    if records and has_cache(config, model):
+    if records and has_cache(model):
         folder = build.data.cache_folder(config.data, workdir)
         found["cache"] = records["count"] * _cached_bytes(config, model, stages[-1])
         disks.append(_disk("the cache", folder, found["cache"], on_disk(folder)))
@@ -181,12 +178,11 @@ def time_of(
     rate = records["rate"] if records and place.here else math.inf
     slower = False
     for stage in described:
-        from_source = stage["name"] != "denoiser" or not has_cache(config, model)
-        slowed = max(1, stage["needs"] / rate) if from_source else 1
+        slowed = 1 if stage["from_cache"] else max(1, stage["needs"] / rate)
         slower |= slowed > 1
         stage["hours"] = stage["steps"] * stage["seconds"] * slowed / 3600
     cache_hours = None
-    if records and has_cache(config, model):
+    if records and has_cache(model):
         flops = planned.encoder_flops(model) * _versions(config) / (place.chips * place.flops * options.utilisation)
         cache_hours = share * records["count"] * max(flops, 1 / rate) / 3600
     hours = sum(stage["hours"] for stage in described) + (cache_hours or 0)
@@ -195,7 +191,7 @@ def time_of(
 
 def folder_of(stage: Stage, workdir: Path, config: ConfigDict) -> Path:
     """Where a stage has its checkpoints."""
-    own = stage.name == "denoiser" or not build.model.has_denoiser(config)
+    own = stage.model is not None or not build.model.has_denoiser(config)
     return workdir if own else weights.first_stage_folder(workdir)
 
 

@@ -84,7 +84,7 @@ def measured_flops() -> float:
 def report(config: ConfigDict, workdir: Path, options: Options) -> dict[str, Any]:
     """All that is known about the run, as numbers and texts: what `estimate` makes a table and a verdict of."""
     place, wrong, absent = place_of(options.topology), [], []
-    with compilation.planned_for(_backend(options.topology)), parallel.on_host():
+    with compilation.planned_for(_backend(options.topology), place.chips), parallel.on_host():
         model = _tried(wrong, lambda: _model(config, workdir))
         split, side = ("train", max(model.size)) if model else ("first_stage", config.data.size)
         source = _tried(absent, lambda: build.data.source(config, split, side, prepare=False))
@@ -99,7 +99,7 @@ def report(config: ConfigDict, workdir: Path, options: Options) -> dict[str, Any
         if options.compile and not wrong:
             devices = parallel.slice_devices(options.topology) if options.topology else None
             for stage, of_stage in zip(stages, described, strict=True):
-                of_stage |= account.compiled(stage, model, config, devices, options)
+                of_stage |= account.compiled(stage, config, devices, options)
         sizes = account.memory_and_disks(stages, workdir, config, model, place, records, described)
         share = sizes["cache_left"] / max(sizes["cache"], 1)
         hours = account.time_of(config, model, described, records, place, options, share)

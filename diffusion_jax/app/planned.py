@@ -28,6 +28,7 @@ class Stage(NamedTuple):
     loss, optimizer: as of `loop.Task`.
     params, frozen: shapes of what is trained, and of what else the loss takes.
     example: shapes of one example of a batch.
+    model: whose denoiser it trains; None for an autoencoder.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage(NamedTuple):
     params: PyTree
     frozen: PyTree
     example: PyTree
+    model: DiffusionModel | None = None
 
     @property
     def state(self) -> TrainState:
@@ -65,7 +67,7 @@ class Stage(NamedTuple):
 
 def denoiser(config: ConfigDict, model: DiffusionModel, several_captions: bool) -> Stage:
     """The training of a denoiser. several_captions: whether a record has a choice of them."""
-    model = train.as_in_step(model, several_captions)
+    whole, model = model, train.as_in_step(model, several_captions)
 
     def objective(params: PyTree, stats: PyTree) -> tuple[Callable, PyTree, PyTree]:
         network = model.network._replace(init=lambda key: params) if "checkpoint" in config else model.network
@@ -81,6 +83,7 @@ def denoiser(config: ConfigDict, model: DiffusionModel, several_captions: bool) 
         params=params,
         frozen=frozen,
         example=_example(model, several_captions),
+        model=whole,
     )
 
 

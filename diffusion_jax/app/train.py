@@ -158,9 +158,8 @@ def _training_records(
     The outputs of frozen networks are computed once for each augmented version of a record, if that pays. For a record
     with several captions, one of them is drawn each time.
     """
-    keys = {"codec": model.codec.cache_key(), "conditioning": model.conditioning.cache_key()}
-    if any(keys.values()):
-        return _cached_records(config, workdir, source, model, keys), None
+    if model.is_cached:
+        return _cached_records(config, workdir, source, model), None
     conditioning, crop = model.conditioning, build.data.transform(config, model.size)
 
     def to_training(record: dict, rng: np.random.Generator) -> dict:
@@ -172,10 +171,8 @@ def _training_records(
     return with_captions(source) if has_several_captions(source) else source, to_training
 
 
-def _cached_records(
-    config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel, keys: dict[str, str]
-) -> Source:
-    """Records {"latent", "cond"} from the cache, which is built first. keys: of the frozen networks."""
+def _cached_records(config: ConfigDict, workdir: Path, source: Source, model: DiffusionModel) -> Source:
+    """Records {"latent", "cond"} from the cache, which is built first."""
     codec, conditioning = model.codec, model.conditioning
     batch_size = parallel.divisible(ENCODE_BATCH)
     encode = jax.jit(lambda params, images: codecs.stored(codec.encode(params, images)))
@@ -213,6 +210,8 @@ def _cached_records(
     fields |= {"sizes": lambda batch: batch["sizes"]} if conditioning.sizes else {}
     told = ("buckets", "cache", "cache_gb")  # by the records and their size, or nothing
     data = {name: value for name, value in config.data.to_dict().items() if name not in told}
+    frozen = {"codec": codec.cache_key, "conditioning": conditioning.cache_key}
+    keys = {name: identify() if identify else "" for name, identify in frozen.items()}
     key = {"data": data, "size": model.size, "decoder": DECODER, **keys}
     folder = build.data.cache_folder(config.data, workdir)
     records = built(Cache(source, folder, key, fields, batch_size, build.data.variants(config, model.size)))
