@@ -10,7 +10,8 @@ from diffusion_jax import paths
 
 CACHE = paths.CACHE / "xla"
 CONCURRENCY = "xla_cpu_enable_concurrency_optimized_scheduler"
-_planned: list[str] = []
+DATA = "data"  # the axis of a mesh whose devices hold different examples and the same weights
+_planned: list[tuple[str, int]] = []  # backend and number of devices
 
 
 def configure(low_memory: bool = True) -> None:
@@ -29,13 +30,25 @@ def configure(low_memory: bool = True) -> None:
 
 def backend() -> str:
     """The backend that programs are made for, by which networks choose their operations: "cpu", "gpu" or "tpu"."""
-    return _planned[-1] if _planned else jax.default_backend()
+    return _planned[-1][0] if _planned else jax.default_backend()
+
+
+def is_undivided() -> bool:
+    """Whether the program that is being traced has whole arrays: in a training step, which every device runs on its own
+    arrays, and on a single device. Elsewhere the compiler divides arrays over devices.
+    """
+    with contextlib.suppress(NameError):  # no such axis
+        return jax.lax.axis_size(DATA) > 0
+    return (_planned[-1][1] if _planned else jax.local_device_count()) == 1
 
 
 @contextlib.contextmanager
-def planned_for(backend: str) -> Iterator[None]:
-    """In this context programs are made for another backend, which this machine need not have, to compile or count."""
-    _planned.append(backend)
+def planned_for(backend: str, devices: int = 1) -> Iterator[None]:
+    """In this context programs are made for other devices, which this machine need not have, to compile or count.
+
+    devices: their number.
+    """
+    _planned.append((backend, devices))
     try:
         yield
     finally:

@@ -46,6 +46,8 @@ def _repeats(name: str, params: dict[str, Any]) -> int:
     """How often what is inside an operation is computed, over all devices."""
     if name == "scan":
         return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
         return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return 1

@@ -22,10 +22,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from jaxtyping import Array, Int, PyTree
 
 from diffusion_jax import chips
+from diffusion_jax.compilation import DATA
 from diffusion_jax.gathering import SHARDS, WHOLE, gathering
 from diffusion_jax.messages import first_line
 
-DATA = "data"  # the axis of the mesh whose devices hold different examples and the same weights
 SMALL = 1 << 14  # elements; to gather a smaller array costs more than to hold it
 WITHOUT_TPU = {  # the environment in which the TPU compiler starts on any machine
     "TPU_SKIP_MDS_QUERY": "1",

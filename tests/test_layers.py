@@ -32,6 +32,7 @@ OF_DEVICES = {  # what places arrays or counts what they are placed on
     *("devices", "local_devices", "device_count", "local_device_count", "axis_index"),
     *("Mesh", "NamedSharding", "PartitionSpec", "SingleDeviceSharding"),
 }
+COUNTED_BY = {"compilation": {"local_device_count"}}  # whether programs need be divided
 FILES = {str(file.relative_to(ROOT)): file.read_text() for file in sorted(ROOT.rglob("*.py"))}
 
 
@@ -69,7 +70,8 @@ def offences(file: str, source: str) -> list[str]:
     names = imported(tree)
     uses = [name.rpartition(".")[2] for name in names]
     uses += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    of_devices = [use for use in uses if use in OF_DEVICES and importer != "parallel"]
+    allowed = OF_DEVICES if importer == "parallel" else COUNTED_BY.get(importer, set())
+    of_devices = [use for use in uses if use in OF_DEVICES - allowed]
     return [name for name in names if not may_import(importer, name)] + of_devices
 
 

@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from diffusion_jax.compilation import backend
+from diffusion_jax.compilation import backend, is_undivided
+from diffusion_jax.models import fused
 from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
 from diffusion_jax.models.token_layers import Rotation, rotate
 
 BLOCK = 512  # queries in one block of "blocks"
 SCORES = 2**21  # of all heads at a time in "blocks", unless one head has more: they then stay in the processor's cache
+ON_CHIP = 2**25  # scores of all images and heads, 128 MiB in float32, for which a TPU's own memory is too small
 LARGE = 2**29  # scores, 2 GiB in float32, that a TPU does not hold at once
 TOKENS = 1024  # at a time in `FeedForward` on CPU
-IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "blocks", "xla", "cudnn", "flash")
 ACTIVATIONS = {  # name in diffusers -> the function, and whether its result multiplies another map
     "geglu": (functools.partial(nn.gelu, approximate=False), True),
     "swiglu": (nn.silu, True),
@@ -38,8 +40,9 @@ def attention(
 
     mask: True for the keys that queries may attend to. None is all keys.
     implementation: "xla", one softmax over the whole score matrix. "blocks", a few heads and at most 512 queries at a
-      time; the backward pass recomputes the scores, so memory grows linearly with the number of queries. "cudnn", the
-      fused kernel. "auto", blocks on CPU and for long sequences on TPU, cudnn on GPU if possible, xla elsewhere.
+      time; the backward pass recomputes the scores, so memory grows linearly with the number of queries. "cudnn" and
+      "flash", the fused kernels of GPUs and TPUs; the compiler cannot divide that of TPUs over devices. "auto", blocks
+      on CPU, cudnn on GPU if possible, flash on TPU for more scores than the chip keeps, xla elsewhere.
     Raises ValueError for another implementation.
     """
     if implementation == "auto":
@@ -48,9 +51,8 @@ def attention(
         return _whole(q, k, v, mask)
     if implementation == "blocks":
         return _in_blocks(q, k, v, mask)
-    if implementation == "cudnn":
-        mask = None if mask is None else mask[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    if implementation in KERNELS:
+        return KERNELS[implementation](q, k, v, *(() if mask is None else (mask,)))
     raise ValueError(f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
 
 
@@ -59,15 +61,17 @@ def _best_implementation(q, k) -> str:
     if on == "cpu":
         return "blocks"
     if on == "tpu":  # by the compiler's account, docs/tpu.md
-        images, queries, heads, width = q.shape
-        scores = queries * k.shape[1]
-        is_faster = scores >= 4096**2 and (width > 64 or queries > 4096)
-        return "blocks" if is_faster or images * heads * scores >= LARGE else "xla"
+        images, queries, heads, _ = q.shape
+        keys = k.shape[1]
+        scores = images * heads * queries * keys
+        if scores >= ON_CHIP and keys >= 1024 and is_undivided():
+            return "flash"
+        return "blocks" if scores >= LARGE else "xla"
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if on == "gpu" and fused else "xla"
 
 
-def _whole(q, k, v, mask):
+def _whole(q, k, v, mask=None):
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
@@ -110,6 +114,12 @@ def _group_in_blocks(q, k, v, mask, blocks):
 
 def _largest_divisor(number, limit):
     return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(limit, 1))
+
+
+KERNELS = {
+    "cudnn": fused.with_derivatives(fused.cudnn, _whole),
+    "flash": fused.with_derivatives(fused.flash, _whole),
+}
 
 
 class Attention(nn.Module):

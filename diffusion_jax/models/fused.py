@@ -1,0 +1,76 @@
+"""Attention in one kernel, which keeps the scores in the processor: cuDNN's on GPU, JAX's Pallas kernel on TPU.
+
+The arguments are those of `attention.attention`. The kernels come with a gradient of their own, but not with a forward
+derivative, which some methods of training for few steps need.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import linear_call
+from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
+
+LANES = 128  # numbers in a row of a TPU's registers
+TILES = (
+    512,
+    384,
+    256,
+    128,
+)  # tokens at a time in the Pallas kernel; its own default, 128, makes 16 times as many steps
+
+
+def cudnn(q, k, v, mask=None):
+    """cuDNN's kernel."""
+    mask = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def flash(q, k, v, mask=None):
+    """The Pallas kernel (Dao et al. 2022). Sequences, and heads wider than 128, are padded to multiples of 128."""
+    queries, width = q.shape[1], q.shape[-1]
+    if mask is None and k.shape[1] % LANES:
+        mask = jnp.ones(k.shape[:2], bool)
+    q, k, v = (_padded(h, (1, 3) if width > LANES else (1,)).swapaxes(1, 2) for h in (q, k, v))
+    segments = None
+    if mask is not None:  # queries attend to the keys of their own segment
+        segments = SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), _padded(mask.astype(jnp.int32), (1,)))
+    sizes = _tiles(q.shape[2], k.shape[2])
+    out = flash_attention(q, k, v, segment_ids=segments, sm_scale=1 / math.sqrt(width), block_sizes=sizes)
+    return out.swapaxes(1, 2)[:, :queries, :, :width]
+
+
+def _padded(x, axes):
+    """x with zeros at the end of these axes, up to multiples of 128."""
+    return jnp.pad(x, [(0, -size % LANES if axis in axes else 0) for axis, size in enumerate(x.shape)])
+
+
+def _tiles(queries, keys):
+    """Tiles of queries and of keys: of the forward pass, of the gradient of keys and values, of that of queries."""
+    q, k = (next(tile for tile in TILES if count % tile == 0) for count in (queries, keys))
+    return BlockSizes(q, k, k, 1, *(q, k, k, q), *(k, k, q))
+
+
+def with_derivatives(kernel: Callable, plain: Callable) -> Callable:
+    """A kernel with its own gradient, and the forward derivative of `plain`, which is the same function."""
+
+    @jax.custom_jvp
+    def attend(q, k, v, *mask):
+        return kernel(q, k, v, *mask)
+
+    @attend.defjvp
+    def jvp(primals, tangents):
+        inputs, mask = primals[:3], primals[3:]
+        out, pullback = jax.vjp(lambda *inputs: kernel(*inputs, *mask), *inputs)
+
+        def forward(kept, changes):
+            _, inputs, mask = kept
+            return jax.jvp(lambda *inputs: plain(*inputs, *mask), inputs, changes)[1]
+
+        def backward(kept, change):
+            return kept[0](change)
+
+        return out, linear_call(forward, backward, (pullback, inputs, mask), tangents[:3])
+
+    return attend
