@@ -22,9 +22,12 @@ TILES = (
 
 
 def cudnn(q, k, v, mask=None):
-    """cuDNN's kernel."""
-    mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    """cuDNN's kernel. It wants a mask whole, and then sequences of even length."""
+    queries = q.shape[1]
+    if mask is not None:
+        q, k, v, mask = (_padded(x, (1,), 2) for x in (q, k, v, mask))
+        mask = jnp.broadcast_to(mask[:, None, None, :], (len(q), 1, q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :queries]
 
 
 def flash(q, k, v, mask=None):
@@ -41,9 +44,9 @@ def flash(q, k, v, mask=None):
     return out.swapaxes(1, 2)[:, :queries, :, :width]
 
 
-def _padded(x, axes):
-    """x with zeros at the end of these axes, up to multiples of 128."""
-    return jnp.pad(x, [(0, -size % LANES if axis in axes else 0) for axis, size in enumerate(x.shape)])
+def _padded(x, axes, multiple=LANES):
+    """x with zeros at the end of these axes, up to multiples of a number."""
+    return jnp.pad(x, [(0, -size % multiple if axis in axes else 0) for axis, size in enumerate(x.shape)])
 
 
 def _tiles(queries, keys):

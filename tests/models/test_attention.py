@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas
 
 from diffusion_jax import compilation
+from diffusion_jax.flops import flops
 from diffusion_jax.models.attention import BLOCK, attention
 
 
@@ -50,6 +51,46 @@ def test_the_kernel_of_tpus_equals_one_softmax(queries, keys, masked, monkeypatc
     monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
     q, k, v, mask = inputs(queries, keys)
     check_same("flash", q, k, v, mask if masked else None)
+
+
+@pytest.mark.parametrize("queries, keys, masked", [(64, 64, False), (63, 77, True)])
+def test_the_kernel_of_gpus_has_both_derivatives(queries, keys, masked, monkeypatch):
+    """Lowered for a GPU, without one."""
+    kernels = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{kernels}.check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(f"{kernels}.check_compute_capability", lambda capability: True)
+    *heads, mask = inputs(queries, keys, jnp.bfloat16)
+
+    def attend(*heads):
+        return attention(*heads, mask if masked else None, "cudnn")
+
+    def program(function):
+        return jax.jit(function).trace(*heads).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert jax.eval_shape(attend, *heads).shape == heads[0].shape
+    forward = program(lambda *heads: jax.jvp(attend, heads, heads))
+    gradient = program(jax.grad(lambda *heads: attend(*heads).astype(jnp.float32).sum(), (0, 1, 2)))
+    name = "__cudnn$fmhaScaleBiasSoftmax" if masked else "__cudnn$fmhaSoftmax"
+    assert name in forward and f"{name}Backward" not in forward
+    assert name in gradient and f"{name}Backward" in gradient
+    assert "dot_general" not in gradient, "all products are in the kernel"
+
+
+def test_a_gpu_that_is_not_here_can_be_counted():
+    q = jax.ShapeDtypeStruct((2, 64, 4, 8), jnp.bfloat16)
+    with compilation.planned_for("gpu", devices=8):
+        assert flops(attention, q, q, q) == 2 * 2 * 2 * 4 * 64 * 64 * 8
+
+
+def test_the_kernel_of_tpus_counts_its_products():
+    q = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16)
+    product = 2.0 * 2 * 4 * 1024 * 1024 * 64
+
+    def loss(*heads):
+        return attention(*heads, implementation="flash").astype(jnp.float32).sum()
+
+    assert flops(loss, q, q, q) == 2 * product
+    assert flops(jax.grad(loss, (0, 1, 2)), q, q, q) == 9 * product, "both gradients compute the scores again"
 
 
 def test_the_kernel_of_tpus_takes_wide_heads(monkeypatch):
