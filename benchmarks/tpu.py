@@ -4,6 +4,7 @@ Import this before JAX finds its devices: it then looks for no TPU.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -58,8 +59,18 @@ def cost(compiled) -> Cost:
     )
 
 
-def cycles(program: str) -> int:
-    """The sum of the estimates in a compiled program's text."""
+def is_product(line: str) -> bool:
+    """Whether an operation multiplies matrices or convolves."""
+    return "kind=kOutput" in line or " convolution(" in line
+
+
+def is_move(line: str) -> bool:
+    """Whether an operation computes nothing: it copies, pads, repeats or cuts."""
+    return bool(re.search(r" (copy|pad|broadcast|slice|transpose|concatenate|reshape|convert)\(", line))
+
+
+def cycles(program: str, counts: Callable[[str], bool] = lambda line: True) -> int:
+    """The sum of the estimates in a compiled program's text. counts: of which operations."""
     computations, name = {}, None
     for line in program.splitlines():
         if head := re.match(r"(ENTRY )?%([\w.\-]+) ", line):
@@ -86,6 +97,6 @@ def cycles(program: str) -> int:
         if called := re.search(r" call\(.*to_apply=%([\w.\-]+)", line):
             return cycles_of(called[1])
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-        return int(estimate[1]) if estimate else 0
+        return int(estimate[1]) if estimate and counts(line) else 0
 
     return cycles_of("ENTRY")
