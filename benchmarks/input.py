@@ -3,8 +3,8 @@
     pip install -r requirements-peer.txt
     python -m benchmarks.input --turns 5
 
-First the need: FLOPs of the gradient of one record, from the lowered program, and the records a second at which slices
-run at 40 % of their bfloat16 peak. Then the supply, in shuffled batches of 64, with a thread or a worker for each core:
+First the need: FLOPs of a training step for each record, and the records a second at which slices run at 40 % of their
+bfloat16 peak. Then the supply, in shuffled batches of 64, with a thread or a worker for each core:
 
 JPEGs      of three sizes, decoded, resized by Lanczos and cropped to 256 x 256: from a folder by this project, from a
            folder by torch's DataLoader, from an ArrayRecord file by Grain
@@ -158,35 +158,21 @@ def serve(side: str, folder: Path, kind: str, count: int, batches: int) -> None:
 
 
 def flops(preset: str) -> float:
-    """FLOPs of the gradient of one record of a batch, from the program before the compiler has changed it."""
+    """FLOPs of a training step for each record, as --mode=check counts them."""
     import importlib
 
-    import jax
-    import jax.numpy as jnp
+    from ml_collections import FrozenConfigDict
 
     from diffusion_jax import build
+    from diffusion_jax.app import planned
+    from diffusion_jax.compilation import planned_for
 
     module, _, name = preset.partition(":")
     get_config = importlib.import_module(f"configs.{module}").get_config
-    config = get_config(name) if name else get_config()
-    model, losses = build.model.diffusion_model(config, training=True), []
-
-    def arrays() -> tuple:
-        loss, *rest = build.objective.objective(config.objective, model, jax.random.key(0))
-        losses.append(loss)
-        return tuple(rest)
-
-    def batched(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((BATCH, *leaf.shape), leaf.dtype)
-
-    params, frozen = jax.eval_shape(arrays)
-    images = jax.ShapeDtypeStruct((BATCH, *model.size, 3), jnp.uint8)
-    latent = jax.eval_shape(model.codec.encode, model.codec.params, images)
-    batch = {"latent": latent, "cond": jax.tree.map(batched, model.conditioning.null)}
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
-    gradient = jax.jit(jax.grad(losses[0], has_aux=True))
-    inputs = frozen | {"step": jax.ShapeDtypeStruct((), jnp.int32), "ema": params}
-    return gradient.lower(params, inputs, batch, keys).cost_analysis()["flops"] / BATCH
+    config = FrozenConfigDict(get_config(name) if name else get_config())
+    with planned_for("tpu"):
+        model = build.model.diffusion_model(config, training=True)
+        return planned.denoiser(config, model, several_captions=False).flops(devices=1) / config.train.batch_size
 
 
 def print_needs(presets: tuple[str, ...]) -> None:
