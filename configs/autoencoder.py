@@ -4,6 +4,11 @@
     python main.py --config=configs/autoencoder.py --mode=sample      # held-out images above their reconstructions
 
 Then use it in a latent config: --config.autoencoder.checkpoint=runs/autoencoder
+
+What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
+
+    autoencoder.py          v5e:1x1  58.1 MB  under a minute
+    autoencoder.py:coco256  v5e:2x4  1.7 GB  13 h
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,10 @@
 TFDS prepares `cifar10` once (`pip install tensorflow` for that step alone, then
 `tfds.builder("cifar10", file_format="array_record").download_and_prepare()`); training reads it without TensorFlow.
 The paper reaches FID 3.17 after 800k steps. This config has not been trained to the end yet.
+
+What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
+
+    cifar10.py  v5e:2x2  0.7 GB  2.9 h
 """
 
 from ml_collections import ConfigDict

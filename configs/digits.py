@@ -2,6 +2,10 @@
 
 python main.py --config=configs/digits.py --mode=train
 python main.py --config=configs/digits.py --mode=sample --prompt "3; 7"
+
+What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
+
+digits.py  v5e:1x1  25.8 MB  under a minute
 """
 
 from ml_collections import ConfigDict

@@ -20,6 +20,11 @@ lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, 
   taught_ect *, taught_scm *, taught_soflow, taught_mean_flow
                the same, and instead of data they follow the teacher's guided path
 Those from ect on are for two and more calls; for one, add --config.objective.levels=even to the training.
+
+What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
+
+    few_step.py:shortcut  v5e:1x1  0.2 GB  under a minute
+    few_step.py:lora/lcm  v5e:1x1  0.2 GB  under a minute
 """
 
 from ml_collections import ConfigDict

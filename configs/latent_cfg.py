@@ -16,13 +16,26 @@ Presets, after a colon (`--config=configs/latent_cfg.py:full`):
   coco256      256 x 256 photographs with captions, TFDS coco_captions, for a TPU slice;
                --config.condition.encoders="('FOLDER',)" takes CLIP or T5 instead of MiniLM (docs/text.md)
   imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, by a transformer in the latents of FLUX.2's
-               autoencoder (--config.autoencoder.checkpoint=FOLDER): v5e-8, 3.1 GB of state a chip, 16 h at 40 %
-               utilisation by arithmetic; not trained yet (docs/transformers.md)
-  imagenet256/S, B (the same), L, XL    its size: 4.1 h, 16 h, 55 h and 80 h
-  imagenet256/unet  by a U-Net in the latents of a first stage of its own: v5e-8, 7.5 GB of state a chip, 8.1 h and 13 h
-               for the first stage; not trained yet
+               autoencoder (--config.autoencoder.checkpoint=FOLDER); not trained yet (docs/transformers.md)
+  imagenet256/S, B (the same), L, XL    its size
+  imagenet256/unet  by a U-Net in the latents of a first stage of its own; not trained yet
 All presets of emoji use the trained first stage in weights/emoji/vae (docs/results.md);
 --config.autoencoder.checkpoint="" trains one from nothing.
+
+What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
+coco256 and imagenet256/unet train a first stage too, for 13 h of these.
+
+    latent_cfg.py:small             v5e:1x1  0.2 GB  under a minute
+    latent_cfg.py:everyday          v5e:1x1  0.2 GB  under a minute
+    latent_cfg.py:full              v5e:1x1  0.2 GB  under a minute
+    latent_cfg.py:further           v5e:1x1  0.2 GB  under a minute
+    latent_cfg.py:fast              v5e:1x1  0.2 GB  under a minute
+    latent_cfg.py:coco256           v5e:2x4  6.2 GB  23 h
+    latent_cfg.py:imagenet256/S     v5e:2x4  0.8 GB  4.1 h
+    latent_cfg.py:imagenet256       v5e:2x4  3.1 GB  16 h
+    latent_cfg.py:imagenet256/L     v5e:2x4  1.6 GB  55 h
+    latent_cfg.py:imagenet256/XL    v5e:2x4  2.3 GB  80 h
+    latent_cfg.py:imagenet256/unet  v5e:2x4  7.5 GB  21 h
 """
 
 import functools

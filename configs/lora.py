@@ -8,6 +8,10 @@
 Later, or with somebody else's file: --config=configs/stable_diffusion.py --config.loras="('FILE@0.8',)".
 The weights of the checkpoint do not change and stay in config.dtype. Only the updates have gradients, optimizer state
 and average. This was tried on a small model (docs/results.md), not yet on a published one.
+
+What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
+
+    lora.py --config.checkpoint=sd15  v5e:1x1  3.5 GB  1.9 min
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,10 @@ python main.py --config=configs/transformer.py --mode=sample --prompt "3; 7"
 
 Every pixel is a token. The blocks are compiled once for all (scan), and their variables keep the names of single blocks
 in an export.
+
+What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
+
+transformer.py  v5e:1x1  0.1 MB  under a minute
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 TPU: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "Key chip specifications": peak compute per chip (bf16) and HBM
 capacity. GPU: GPU memory and BFLOAT16 Tensor Core of NVIDIA's data sheets of the A100 (number 1758950), H100 and H200
-Tensor Core GPU. The last two state 1,979 TFLOPS with sparsity (H100 PCIe: 1,513), twice the rate without. A GB of memory
-is 10^9 bytes there.
+Tensor Core GPU. The last two state 1,979 TFLOPS with sparsity (H100 PCIe: 1,513), twice the rate without. A GB of
+memory is 10^9 bytes there.
 """
 
 import itertools

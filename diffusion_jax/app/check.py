@@ -85,11 +85,11 @@ def report(config: ConfigDict, workdir: Path, options: Options) -> dict[str, Any
     """All that is known about the run, as numbers and texts: what `estimate` makes a table and a verdict of."""
     place, wrong, absent = place_of(options.topology), [], []
     with compilation.planned_for(_backend(options.topology), place.chips), parallel.on_host():
-        model = _tried(wrong, lambda: _model(config, workdir))
+        model = _tried(wrong, lambda: model_of(config, workdir))
         split, side = ("train", max(model.size)) if model else ("first_stage", config.data.size)
         source = _tried(absent, lambda: build.data.source(config, split, side, prepare=False))
         several = source is not None and train.has_several_captions(source)
-        stages = [stage for make in _stages(config, workdir, model, several) if (stage := _tried(wrong, make))]
+        stages = [stage for make in stages_of(config, workdir, model, several) if (stage := _tried(wrong, make))]
         for attempt in _agreements(config, workdir, model, stages, place):
             _tried(wrong, attempt)
         for attempt in _conditions_here(config, workdir, model, source, stages):
@@ -131,7 +131,8 @@ def _tried(errors: list[str], action: Callable[[], Any]) -> Any:
         return None
 
 
-def _model(config: ConfigDict, workdir: Path) -> DiffusionModel | None:
+def model_of(config: ConfigDict, workdir: Path) -> DiffusionModel | None:
+    """The model that a config trains; None if that is an autoencoder alone. Its weights may be shapes."""
     if not build.model.has_denoiser(config):
         return None
     if _lacks_weights(config) and (described := build.model.described_model(config)):
@@ -144,7 +145,7 @@ def _lacks_weights(config: ConfigDict) -> bool:
     return "checkpoint" in config and not paths.at(config.checkpoint).exists()
 
 
-def _stages(
+def stages_of(
     config: ConfigDict, workdir: Path, model: DiffusionModel | None, several: bool
 ) -> Iterator[Callable[[], Stage]]:
     """What makes the trainings that are still to do."""

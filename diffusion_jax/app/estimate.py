@@ -94,6 +94,8 @@ def divided(stage: Stage, place: Place) -> tuple[str, int] | None:
 
 def hours(count: float) -> str:
     """Hours for people."""
+    if count < 1 / 60:
+        return "under a minute"
     return f"{count:.0f} h" if count >= 10 else f"{count:.1f} h" if count >= 0.1 else f"{60 * count:.1f} min"
 
 

@@ -1,0 +1,47 @@
+"""What the headers of the configs say that a run costs."""
+
+import importlib
+import re
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from configs import few_step
+from tests.command_line import ROOT
+
+ROW = re.compile(
+    r"^ *(?P<file>\w+)\.py(?P<preset>:\S+)?(?P<flags>( --config\S+)*) +(?P<slice>v\w+:\S+) +(?P<memory>[\d.]+ [kMG]B)"
+    r" +(?P<time>[\d.]+ (h|min)|under a minute)$",
+    re.MULTILINE,
+)
+CONFIGS = {
+    file.stem: module
+    for file in sorted((ROOT / "configs").glob("*.py"))
+    if hasattr(module := importlib.import_module(f"configs.{file.stem}"), "get_config")
+}
+
+
+class Row(NamedTuple):
+    """A line of a header: the command's words after configs/, and what it says."""
+
+    words: str
+    slice: str
+    memory: str
+    time: str
+
+
+ROWS = [
+    Row(f"{row['file']}.py{row['preset'] or ''}{row['flags']}", row["slice"], row["memory"], row["time"])
+    for module in CONFIGS.values()
+    for row in ROW.finditer(module.__doc__)
+]
+EVERY = {row.words: row.slice for row in ROWS} | {f"few_step.py:{name}": "v5e:1x1" for name in few_step.METHODS}
+
+
+def config_of(words: str) -> ConfigDict:
+    """The config that main.py makes of --config=configs/ and these words."""
+    path, *flags = words.split()
+    file, _, preset = path.partition(".py")
+    config = CONFIGS[file].get_config(*filter(None, [preset.removeprefix(":")]))
+    config.update_from_flattened_dict(dict(flag.removeprefix("--config.").split("=") for flag in flags))
+    return config
