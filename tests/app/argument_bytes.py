@@ -1,4 +1,4 @@
-"""Print a line of JSON for each stage of each preset and each strategy: the preset, the strategy, and the bytes of the
+"""Print a line of JSON for each stage of each preset that a header tells of, and each strategy: the preset, the strategy, and the bytes of the
 arguments of a step on one of eight devices, as the check counts them and as the compiler does.
 
 python -m tests.app.argument_bytes PLATFORM [PRESET...]
@@ -45,7 +45,7 @@ def print_bytes(words: str, platform: str, devices: list) -> None:
 def main() -> None:
     platform, *chosen = sys.argv[1:]
     devices = parallel.slice_devices("v5e:2x4") if platform == "tpu" else jax.devices()
-    for words in chosen or presets.EVERY:
+    for words in chosen or [row.words for row in presets.ROWS]:
         print_bytes(words, platform, devices)
 
 

@@ -35,7 +35,7 @@ ROWS = [
     for module in CONFIGS.values()
     for row in ROW.finditer(module.__doc__)
 ]
-EVERY = {row.words: row.slice for row in ROWS} | {f"few_step.py:{name}": "v5e:1x1" for name in few_step.METHODS}
+OTHERS = sorted({f"few_step.py:{name}" for name in few_step.METHODS} - {row.words for row in ROWS})
 
 
 def config_of(words: str) -> ConfigDict:
