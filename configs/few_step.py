@@ -15,9 +15,10 @@ lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, 
   soflow       any step, from data, without derivatives
   shortcut     any step, as two of its halves
   mean_flow    any step, from data, by the derivative along the way
+  imf          the same, by the derivative along the student's own way
   scm *        consistency training in continuous time
   lsd          any step, by the derivative in its end
-  taught_ect *, taught_scm *, taught_soflow, taught_mean_flow
+  taught_ect *, taught_scm *, taught_soflow, taught_mean_flow, taught_imf
                the same, and instead of data they follow the teacher's guided path
 Those from ect on are for two and more calls; for one, add --config.objective.levels=even to the training.
 
@@ -41,6 +42,7 @@ METHODS = {  # -> objective, solver
     "soflow": ({"name": "soflow", "plain": 0.5}, "ddim"),
     "shortcut": ({"name": "shortcut", "plain": 0.5}, "ddim"),
     "mean_flow": ({"name": "mean_flow", "plain": 0.5, "robust": 0.5}, "ddim"),
+    "imf": ({"name": "improved_mean_flow", "plain": 0.5, "robust": 0.5}, "ddim"),
     "scm": ({"name": "continuous_consistency", "robust": 0.5}, "consistency"),
     "lsd": ({"name": "lagrangian", "plain": 0.5}, "ddim"),
 }

@@ -45,6 +45,7 @@ FLOW_MAPS = {
     "soflow": lambda section: few_step_methods.soflow(section.shrinks),
     "shortcut": lambda section: few_step_methods.shortcut(),
     "mean_flow": lambda section: few_step_methods.mean_flow(),
+    "improved_mean_flow": lambda section: few_step_methods.improved_mean_flow(),
     "continuous_consistency": lambda section: few_step_methods.continuous_consistency(section.warm_up),
     "lagrangian": lambda section: few_step_methods.lagrangian(),
 }
@@ -54,7 +55,13 @@ CLEAN_TARGET_METHODS = (  # an ordinary network can learn these
     "consistency_distillation",
     "guidance_distillation",
 )
-PATH_METHODS = ("consistency_training", "soflow", "mean_flow", "continuous_consistency")  # these follow a path
+PATH_METHODS = (
+    "consistency_training",
+    "soflow",
+    "mean_flow",
+    "improved_mean_flow",
+    "continuous_consistency",
+)  # these follow a path
 DISTILLATIONS = {
     "distillation": lambda section: few_step_methods.distillation(section.segments),
     "consistency_distillation": lambda section: few_step_methods.consistency_distillation(section.segments),

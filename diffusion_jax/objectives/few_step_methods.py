@@ -8,12 +8,13 @@
     soflow                    the same for any `to` (Luo et al. 2025)
     shortcut                  two half steps of the student (Frans et al. 2024; Boffi et al. 2025)
     mean_flow                 the student, corrected by its derivative along the path (Geng et al. 2025)
-    continuous_consistency    the same; to = clean data (sCM, Lu & Song 2024)
+    improved_mean_flow        the same, with the student's own velocity in the network's derivative (Geng et al. 2025b)
+    continuous_consistency    mean_flow; to = clean data (sCM, Lu & Song 2024)
     lagrangian                the student, corrected by its derivative in `to` (Boffi et al. 2025)
     guidance_distillation     the guided teacher, at s itself (Meng et al. 2023)
 
-consistency_training, soflow, mean_flow and continuous_consistency follow a path: the straight one from data to noise,
-or the guided teacher's.
+consistency_training, soflow, mean_flow, improved_mean_flow and continuous_consistency follow a path: the straight one
+from data to noise, or the guided teacher's.
 
 Training must also lead back to the exact map from maps near it. Take a method that moves the start u of a step. An
 error e of the output is an error b e of the state (see `Maps.coefficients`). Training changes it by
@@ -140,9 +141,31 @@ def shortcut() -> Method:
 def mean_flow() -> Method:
     """The state at `to` stays the same as its start moves along the path (MeanFlow, Geng et al. 2025; any schedule).
 
-    The method raises ValueError for predictions of x0. So does `continuous_consistency`.
+    The method raises ValueError for predictions of x0. So do `improved_mean_flow` and `continuous_consistency`.
     """
     return lambda path, maps: _derivative_target(path, maps, *_random_step(path))
+
+
+def improved_mean_flow() -> Method:
+    """`mean_flow` whose derivative of the network follows the student's own velocity, its output where a step has no
+    length (iMF, Geng et al. 2025b, arXiv 2512.02012, eq. 12 and algorithm 1; any schedule).
+
+    The velocity of the path is that of one pair of data and noise, so it varies much. Here it is only the target of a
+    plain regression. On flow, with V = u + (t - r) sg(du/dt), the loss is |V - (eps - x0)|^2. The student learns its
+    own velocity from the examples of `plain`.
+    """
+
+    def method(path: Path, maps: Maps) -> Target:
+        u, to = _random_step(path)
+        x, level, slope = path.at(u), path.level(u), path.slope(u)
+        own = maps.parameterization.predict(x, maps.output(x, u, u), level)
+        target = _derivative_target(path._replace(ends=lambda u: own), maps, u, to)
+        a, b = maps.coefficients(u, to)
+        gain = a * _reach(path, u, to, moving=u) / b
+        error = add_noise(*path.ends(u), slope) - add_noise(*own, slope)
+        return target._replace(out=target.out - expand(gain, error) * error)
+
+    return method
 
 
 def continuous_consistency(warm_up: float = 0.5) -> Method:
@@ -165,8 +188,8 @@ def continuous_consistency(warm_up: float = 0.5) -> Method:
 def _derivative_target(path: Path, maps: Maps, u: Times, to: Times) -> Target:
     if maps.parameterization == NAMED["x0"]:  # any constant x0 satisfies the derivative
         raise ValueError(
-            "mean_flow and continuous_consistency need a network that predicts eps, v, flow or edm, got x0: set "
-            "objective.prediction"
+            "mean_flow, improved_mean_flow and continuous_consistency need a network that predicts eps, v, flow or "
+            "edm, got x0: set objective.prediction"
         )
 
     def student_from(start: Times) -> tuple[State, State]:

@@ -28,11 +28,13 @@ METHODS = {
     "soflow": (few_step_methods.soflow(), {}),
     "shortcut": (few_step_methods.shortcut(), {"plain": 0.25}),
     "mean_flow": (few_step_methods.mean_flow(), {}),
+    "improved_mean_flow": (few_step_methods.improved_mean_flow(), {"plain": 0.25}),
     "continuous_consistency": (few_step_methods.continuous_consistency(), {}),
     "lagrangian": (few_step_methods.lagrangian(), {"plain": 0.5}),
     "consistency_training, taught": (few_step_methods.consistency_training(), {}),
     "soflow, taught": (few_step_methods.soflow(), {}),
     "mean_flow, taught": (few_step_methods.mean_flow(), {}),
+    "improved_mean_flow, taught": (few_step_methods.improved_mean_flow(), {"plain": 0.25}),
     "continuous_consistency, taught": (few_step_methods.continuous_consistency(), {}),
     "guidance_distillation": (few_step_methods.guidance_distillation(), {}),
 }
@@ -145,7 +147,7 @@ def gradients(name, method, batch=32768, step=99):
 
 def is_tied(name, method):
     """Whether the method has a say in every part of the output."""
-    along = method.split(",")[0] in ("mean_flow", "continuous_consistency")
+    along = method.split(",")[0] in ("mean_flow", "improved_mean_flow", "continuous_consistency")
     return not (along and SCHEDULES[name][1] is parameterization.x0)
 
 
@@ -228,6 +230,7 @@ def contraction(angle, c1, c2, weight):
     [
         ("mean_flow", 0.0),
         ("mean_flow", 0.3),
+        ("improved_mean_flow", 0.3),
         ("continuous_consistency", 0.0),
         ("consistency_training", 0.0),
         ("soflow", 0.0),
@@ -332,6 +335,39 @@ def test_a_short_training_leads_back_to_the_exact_map(name, method, steps=400, b
         return float(np.max(moments))
 
     assert distance(after) < 0.25 * distance(params), (distance(params), distance(after))
+
+
+def test_the_target_of_improved_mean_flow_is_that_of_its_paper():
+    """On flow, of any student, for data of a mixture: V = u + (t - r) du/dt along (v, 1, 0), v = u(z, t, t), should be
+    eps - x0 (Geng et al. 2025b, eq. 12).
+    """
+    size, keys = 64, jax.random.split(jax.random.key(0), 3)
+    means = jnp.array([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.5]])
+    x0 = means[jax.random.randint(keys[0], (size,), 0, 3)] + 0.3 * jax.random.normal(keys[1], (size, 2))
+    eps = jax.random.normal(keys[2], (size, 2))
+    level, says = level_function(schedules.flow()), parameterization.flow
+
+    def student(z, t, r):
+        return jnp.sin(2 * z[:, ::-1]) * jnp.cos(3 * t)[:, None] + (r**2)[:, None] * z
+
+    maps = flow_map.Maps(student, says, lambda u, to: says.step(level(u), level(to)), None)
+    path = flow_map.Path(
+        x0,
+        eps,
+        lambda u: (x0, eps),
+        level,
+        lambda ratio: ratio / (1 + ratio),
+        lambda keys: jax.vmap(jax.random.uniform)(keys),
+        jax.random.split(jax.random.key(1), size),
+        jnp.float32(0.5),
+    )
+    target = few_step_methods.improved_mean_flow()(path, maps)
+    t, r = target.u, target.to
+    z = (1 - t)[:, None] * x0 + t[:, None] * eps
+    out, change = jax.jvp(student, (z, t, r), (student(z, t, t), jnp.ones_like(t), jnp.zeros_like(t)))
+    V = out + (t - r)[:, None] * change
+    np.testing.assert_allclose(out - target.out, V - (eps - x0), atol=5e-4)
+    assert np.abs(few_step_methods.mean_flow()(path, maps).out - target.out).max() > 0.1
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
