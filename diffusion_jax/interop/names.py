@@ -80,6 +80,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def torch_names(params: PyTree) -> set[str]:
+    """The names in a torch state dict of all Flax variables, arrays or shapes."""
+    return {torch_name(path) for path, _ in _leaves(params)}
+
+
 class Differences(NamedTuple):
     """Tensors that do not fit a network, by name, and both shapes of the misshapen ones."""
 

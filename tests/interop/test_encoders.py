@@ -16,6 +16,7 @@ from diffusion_jax.interop.tensors import read_tensors, write_file
 from diffusion_jax.models.text.bert import BertEncoder
 from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.text.embedding import mean_of_tokens
+from diffusion_jax.models.text.qwen3 import Qwen3Encoder
 from diffusion_jax.models.text.t5 import T5Encoder
 
 CLIP = ClipTextEncoder(9, 8, 12, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=6, eos_token_id=1)
@@ -25,6 +26,7 @@ ENCODERS = {
     "T5EncoderModel": T5Encoder(9, 8, 4, 12, 2, 2),
     "UMT5EncoderModel": T5Encoder(9, 8, 4, 12, 2, 2, own_biases=True),
     "BertModel": BertEncoder(9, 8, 2, 2, 12, 6),
+    "Qwen3Model": Qwen3Encoder(9, 8, 12, 3, 4, 2, 6),
 }
 
 
@@ -78,6 +80,7 @@ def test_all_namings_are_one(name, rename, extra, tmp_path):
 T5_CONFIG = dict(vocab_size=50, d_model=24, d_kv=5, d_ff=40, num_layers=2, num_heads=3)
 BERT_CONFIG = dict(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
 CLIP_CONFIG = BERT_CONFIG | dict(max_position_embeddings=9, eos_token_id=49, bos_token_id=48, projection_dim=10)
+QWEN3_CONFIG = BERT_CONFIG | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10)
 PICTURES = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=8)
 
 
@@ -92,6 +95,7 @@ PICTURES = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_a
         ("UMT5ForConditionalGeneration", T5_CONFIG, "encoder"),
         ("BertForMaskedLM", BERT_CONFIG, "bert"),
         ("BertForPreTraining", BERT_CONFIG, "bert"),
+        ("Qwen3ForCausalLM", QWEN3_CONFIG, "model"),
         ("CLIPModel", {"text_config": CLIP_CONFIG, "vision_config": PICTURES | {"patch_size": 4}}, "text_model"),
     ],
 )
@@ -158,7 +162,7 @@ def test_half_precision(tmp_path):
         (
             "CLIPTextModel",
             {"architectures": ["GPT2Model"]},
-            "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel, .*, BertForPreTraining; got GPT2Model",
+            "CLIPTextModelWithProjection, CLIPModel, T5EncoderModel, .*, Qwen3ForCausalLM; got GPT2Model",
         ),
         ("CLIPTextModel", {"architectures": None}, "expected the architecture of a text encoder, .*; got None"),
         ("CLIPTextModel", {"architectures": 5}, "expected the architecture of a text encoder, .*; got 5"),
@@ -172,6 +176,11 @@ def test_half_precision(tmp_path):
             "feed_forward_proj: expected 'gated-gelu' or 'relu', got 'gelu'",
         ),
         ("T5EncoderModel", {"d_kv": 8}, "misshapen"),
+        ("Qwen3Model", {"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+        ("Qwen3Model", {"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads = 3, got 4"),
+        ("Qwen3Model", {"rope_scaling": {"type": "yarn"}}, "rope_type: expected 'default', got 'yarn'"),
+        ("Qwen3Model", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ("Qwen3Model", {"head_dim": 4}, "misshapen"),
     ],
 )
 def test_what_cannot_be_honoured_is_one_line(name, changes, message, tmp_path):
@@ -266,6 +275,32 @@ def test_t5_behind_the_seam(tmp_path):
     assert np.abs(tokens - expected).max() > 1e-3, "the last layer but one is another"
 
 
+def test_qwen3_behind_the_seam(tmp_path):
+    """Only the layers that are used are read: the others may be missing."""
+    words = write_tokenizer(tmp_path / "tokenizer", "bpe", ["$A"])
+    folder = saved("Qwen3Model", tmp_path / "encoder")
+    whole, params = ENCODERS["Qwen3Model"], variables("Qwen3Model")
+    last = text_encoder(folder, words)
+    ids, mask = last.tokenize(["a b", "c"])
+    np.testing.assert_array_equal(ids, [[3, 4, 0, 0, 0, 0], [5, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(mask, ids > 0)
+    out = jax.jit(whole.apply)(params, ids, mask)
+    np.testing.assert_allclose(jax.jit(last.apply)(last.params, ids, mask).tokens, out, atol=1e-5)
+
+    tensors, _ = read_tensors(folder, "model")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(("layers.2.", "norm."))}
+    write_file(folder / "model.safetensors", kept)
+    early = text_encoder(folder, words, layer="penultimate")
+    assert sorted(early.params["params"]) == ["embed_tokens", "layers_0", "layers_1"]
+    states = jax.jit(whole.clone(outputs=(0, 2)).apply)(params, ids, mask)
+    tokens, vector = jax.jit(early.apply)(early.params, ids, mask)
+    np.testing.assert_allclose(tokens, states[..., 8:], atol=1e-5)
+    np.testing.assert_allclose(vector, mean_of_tokens(tokens, jnp.asarray(mask)), atol=1e-6)
+    assert (early.length, early.width) == (6, 8)
+    with pytest.raises(ValueError, match=r"lacks 12 tensors: layers.2.input_layernorm.weight, "):
+        text_encoder(folder, words)
+
+
 def test_bert_behind_the_seam(tmp_path):
     """With the pooler and the names of a model for another task, and with its tokenizer in the same folder."""
     folder = saved("BertModel", tmp_path)
@@ -296,6 +331,7 @@ UNIGRAM = "unigram", ["$A", "</s>"]
     [
         ("CLIPTextModel", UNIGRAM, "abcdef", "expected one of BPE, got Unigram"),
         ("T5EncoderModel", BPE, "abcdef", "expected one of Unigram, got BPE"),
+        ("Qwen3Model", UNIGRAM, "abcdef", "expected one of BPE, got Unigram"),
         ("UMT5EncoderModel", UNIGRAM, "a", "it has 4 tokens, and the encoder has embeddings of 9"),
         ("BertModel", UNIGRAM, "abcdefg", "it has 10 tokens, and the encoder has embeddings of 9"),
         (

@@ -160,6 +160,10 @@ class BertEncoder(nn.Module):
         )
         return Encoder(layer, self.num_hidden_layers, name="encoder")(x, mask)
 
+    def cut(self, skipped: int, norm: bool) -> "BertEncoder":
+        """The encoder without its last layers. norm: not used, as there is no final norm."""
+        return self.clone(num_hidden_layers=self.num_hidden_layers - skipped)
+
     def example_inputs(self) -> tuple[Int[Array, "1 1"], Bool[Array, "1 1"]]:
         """The smallest valid arguments of `init`."""
         return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)

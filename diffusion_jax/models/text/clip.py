@@ -191,6 +191,10 @@ class ClipTextEncoder(nn.Module):
             pooled = Dense(self.projection_dim, use_bias=False, name="text_projection")(pooled)
         return TextFeatures(tokens, pooled, states)
 
+    def cut(self, skipped: int, norm: bool) -> "ClipTextEncoder":
+        """The encoder itself: the embedding of the text comes after all layers."""
+        return self
+
     def example_inputs(self) -> tuple[Int[Array, "1 1"]]:
         """The smallest valid arguments of `init`."""
         return (jnp.zeros((1, 1), jnp.int32),)

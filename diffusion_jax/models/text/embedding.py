@@ -10,11 +10,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from diffusion_jax.models.text.bert import BertEncoder
 from diffusion_jax.models.text.clip import ClipTextEncoder
 from diffusion_jax.models.text.encoder import TextEmbedding
+from diffusion_jax.models.text.qwen3 import Qwen3Encoder
 from diffusion_jax.models.text.t5 import T5Encoder
 
+Encoder = ClipTextEncoder | T5Encoder | BertEncoder | Qwen3Encoder
 
-def embedding(module: ClipTextEncoder | T5Encoder | BertEncoder, skipped: int, norm: bool) -> Callable:
-    """(params, ids (B, L), mask (B, L)) -> TextEmbedding, a pure function.
+
+def embedding(module: Encoder, skipped: int, norm: bool) -> Callable:
+    """(params, ids (B, L), mask (B, L)) -> TextEmbedding, a pure function. params: those of `module.cut` suffice.
 
     The vector of CLIP is that of its end token after all layers, of the others it is `mean_of_tokens`.
     skipped: how many layers come after the one whose tokens are used.
@@ -22,11 +25,7 @@ def embedding(module: ClipTextEncoder | T5Encoder | BertEncoder, skipped: int, n
     """
     if isinstance(module, ClipTextEncoder):
         return functools.partial(_of_clip, module, skipped, norm)
-    if isinstance(module, T5Encoder):
-        module = module.clone(num_layers=module.num_layers - skipped, final_norm=norm)
-    else:
-        module = module.clone(num_hidden_layers=module.num_hidden_layers - skipped)
-    return functools.partial(_of_tokens, module)
+    return functools.partial(_of_tokens, module.cut(skipped, norm))
 
 
 def _of_clip(
@@ -46,7 +45,10 @@ def _of_clip(
 
 
 def _of_tokens(
-    module: T5Encoder | BertEncoder, params: PyTree, ids: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+    module: T5Encoder | BertEncoder | Qwen3Encoder,
+    params: PyTree,
+    ids: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
 ) -> TextEmbedding:
     tokens = module.apply(params, ids, mask).astype(jnp.float32)
     return TextEmbedding(tokens, mean_of_tokens(tokens, mask))

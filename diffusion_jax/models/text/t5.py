@@ -207,6 +207,10 @@ class T5Encoder(nn.Module):
         x = nn.Embed(self.vocab_size, self.d_model, name="shared")(ids)
         return Stack(block, self.num_layers, eps, self.own_biases, self.final_norm, name="encoder")(x, mask)
 
+    def cut(self, skipped: int, norm: bool) -> "T5Encoder":
+        """The encoder without its last layers. norm: whether the final norm follows the others."""
+        return self.clone(num_layers=self.num_layers - skipped, final_norm=norm)
+
     def example_inputs(self) -> tuple[Int[Array, "1 1"], Bool[Array, "1 1"]]:
         """The smallest valid arguments of `init`."""
         return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
