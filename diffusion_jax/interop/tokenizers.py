@@ -1,4 +1,4 @@
-"""Tokenizers of CLIP, T5 and BERT from the tokenizer folder of a checkpoint."""
+"""Tokenizers of CLIP, T5, BERT and Qwen from the tokenizer folder of a checkpoint."""
 
 import itertools
 import tempfile
@@ -9,6 +9,7 @@ from tokenizers import (
     BertWordPieceTokenizer,
     Regex,
     Tokenizer,
+    decoders,
     models,
     normalizers,
     pre_tokenizers,
@@ -29,26 +30,34 @@ CLIP_ROLES = {
 }
 T5_ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 BERT_ROLES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
+QWEN_ROLES = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 FILES = ("tokenizer.json", "vocab.json", "spiece.model", "vocab.txt")  # a folder of a tokenizer has one of them
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 ALL_FILES = (*FILES, "merges.txt", *SETTINGS)
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # CLIP's words: its start and end token, English endings, runs of letters, single digits, runs of other characters.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# Qwen's: English endings, a run of letters with the sign before it, single digits, runs of other signs, of line breaks,
+# of spaces. Nothing is left out, and a space belongs to the word after it.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 UNKNOWN_LENGTH = 10**6  # transformers writes a larger number if the length is unknown
 
 
 def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     """The tokenizer of a folder. It cuts and pads every prompt to `length` tokens, with start and end token.
 
-    It is read from tokenizer.json, or built from vocab.json and merges.txt (CLIP, Radford et al. 2021: byte pairs),
-    spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018) or vocab.txt (BERT, Devlin et al. 2019).
+    It is read from tokenizer.json, or built from vocab.json and merges.txt (byte pairs: those of CLIP, Radford et al.
+    2021, and of Qwen, Yang et al. 2025), spiece.model (T5, Raffel et al. 2020: the unigram model of Kudo 2018) or
+    vocab.txt (BERT, Devlin et al. 2019).
     tokenizer_config.json and special_tokens_map.json name the padding token: the end token in OpenAI's CLIP, "!" in
     OpenCLIP. Special tokens are recognised anywhere in a prompt, so every "!" becomes padding there. The reference does
     the same, and the networks were trained with it. So are added tokens, such as learned words, in
     tokenizer_config.json, or in added_tokens.json of older versions of transformers.
 
-    length: None is model_max_length of tokenizer_config.json, else 77 for CLIP and 512 for T5 and BERT.
+    length: None is model_max_length of tokenizer_config.json, else 77 for CLIP and 512 for others; of Qwen, whose
+      model_max_length is that of a conversation, at most 512.
     Raises FileNotFoundError for a folder without a tokenizer, and ValueError for malformed files or too small a length.
     """
     folder = paths.fetched(folder)
@@ -59,11 +68,13 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
         if length is None:
             model_max_length = int(settings.get("model_max_length", UNKNOWN_LENGTH))
             length = model_max_length if model_max_length < UNKNOWN_LENGTH else default_length
+            length = min(length, default_length) if roles is QWEN_ROLES else length
+        side = settings.get("padding_side", "right")
     except FileNotFoundError:
         raise
     except Exception as error:  # each file format fails in its own way
         reason = first_line(error)
-        raise ValueError(f"{folder}: expected the files of a CLIP, T5 or BERT tokenizer, but {reason}") from None
+        raise ValueError(f"{folder}: expected the files of a CLIP, T5, BERT or Qwen tokenizer, but {reason}") from None
 
     num_special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
     if length <= num_special_tokens:
@@ -71,38 +82,41 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
             f"length: expected more than {num_special_tokens} tokens, the number of start and end tokens, got {length}"
         )
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    tokenizer.enable_padding(direction=side, length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a tokenizer of `load_tokenizer` to a folder that it and transformers read.
 
-    Of CLIP, also vocab.json with merges.txt for readers that support only those.
+    Of byte pairs, also vocab.json with merges.txt for readers that support only those.
     """
     folder, unknown = paths.at(folder), T5_ROLES["unk_token"]
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save(f"{temporary}/tokenizer.json")
-        if _is_clip(tokenizer):
+        if isinstance(tokenizer.model, models.BPE):
             tokenizer.model.save(temporary)
             unknown = tokenizer.model.unk_token
         paths.copy_into(folder, temporary)
-    *begin, end = tokenizer.encode("").tokens[: tokenizer.num_special_tokens_to_add(is_pair=False)]
-    roles = {"bos_token": begin[0]} if begin else {}
-    roles |= {"eos_token": end, "unk_token": unknown, "pad_token": tokenizer.padding["pad_token"]}
+    ends = tokenizer.encode("").tokens[: tokenizer.num_special_tokens_to_add(is_pair=False)]
+    names = ("bos_token", "eos_token")[2 - len(ends) :]
+    roles = {"unk_token": unknown, "pad_token": tokenizer.padding["pad_token"]} | dict(zip(names, ends, strict=True))
     length = tokenizer.truncation["max_length"]
-    settings = {"tokenizer_class": tokenizer_class(tokenizer), "model_max_length": length, **roles}
+    settings = {"tokenizer_class": tokenizer_class(tokenizer), "model_max_length": length}
+    settings |= {"padding_side": tokenizer.padding["direction"]} | {name: role for name, role in roles.items() if role}
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def tokenizer_class(tokenizer: Tokenizer) -> str:
     """The name of a tokenizer's class in transformers."""
-    names = {models.BPE: "CLIPTokenizer", models.WordPiece: "BertTokenizerFast"}
-    return names.get(type(tokenizer.model), "T5TokenizerFast")
+    if isinstance(tokenizer.model, models.BPE):
+        return "Qwen2TokenizerFast" if _is_qwen(tokenizer) else "CLIPTokenizer"
+    return {models.WordPiece: "BertTokenizerFast"}.get(type(tokenizer.model), "T5TokenizerFast")
 
 
-def _is_clip(tokenizer):
-    return isinstance(tokenizer.model, models.BPE)
+def _is_qwen(tokenizer):
+    """Whether its byte pairs are those of whole texts: the last one of a word has no ending of its own."""
+    return isinstance(tokenizer.model, models.BPE) and not tokenizer.model.end_of_word_suffix
 
 
 def _settings(folder):
@@ -127,7 +141,10 @@ def _build(folder, settings):
     if tokenizer_file.is_file():
         tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
     elif vocab.is_file() and merges.is_file():
-        tokenizer = _clip(read_json(vocab), merges.read_text(encoding="utf-8"), settings)
+        vocab, lines = read_json(vocab), merges.read_text(encoding="utf-8").split("\n")
+        pairs = [tuple(line.split()) for line in lines["#version" in lines[0] :] if line]
+        is_clip = any(word.endswith("</w>") for word in vocab)
+        tokenizer = _clip(vocab, pairs, settings) if is_clip else _qwen(vocab, pairs)
     elif pieces.is_file():
         tokenizer = _t5(pieces.read_bytes(), settings)
     elif words.is_file():
@@ -136,6 +153,8 @@ def _build(folder, settings):
         raise FileNotFoundError(
             f"{folder}: expected tokenizer.json, vocab.json with merges.txt, spiece.model or vocab.txt there"
         )
+    if _is_qwen(tokenizer):
+        return tokenizer, QWEN_ROLES, 512
     roles, length = {models.BPE: (CLIP_ROLES, 77), models.WordPiece: (BERT_ROLES, 512)}.get(
         type(tokenizer.model), (T5_ROLES, 512)
     )
@@ -149,10 +168,21 @@ def _bert(words, settings):
     return BertWordPieceTokenizer(str(words), lowercase=lowercase, strip_accents=strip_accents)._tokenizer
 
 
-def _clip(vocab, merges, settings):
+def _qwen(vocab, pairs):
+    """Byte pairs of whole texts, with their spaces and capitals. No token starts or ends a text."""
+    if missing := set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys():
+        raise ValueError(f"vocab.json lacks {len(missing)} of the 256 bytes")
+    tokenizer = Tokenizer(models.BPE(vocab, pairs))
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _clip(vocab, pairs, settings):
     """Byte pairs of lower-case words. The last piece of a word ends in "</w>"."""
-    lines = merges.splitlines()
-    pairs = [tuple(line.split()) for line in lines["#version" in lines[0] :] if line]
     bos, eos, unk = (
         _content(settings.get(role) or CLIP_ROLES[role]) for role in ("bos_token", "eos_token", "unk_token")
     )

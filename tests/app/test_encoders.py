@@ -41,7 +41,7 @@ CASES = {
     "t5": ["('T5@layer=penultimate,norm=True',)", "--config.condition.null=zeros"],
     "sdxl": ["('CLIP@layer=penultimate,pooled=True', 'PROJECTED@layer=penultimate,pooled=True')", *POOLED],
     "sd3": ["('CLIP@length=5', 'T5', 'minilm@length=9')", "--config.condition.join=tokens"],
-    "half": ["('UMT5', 'BERT')", "--config.condition.dtype=bfloat16"],
+    "half": ["('UMT5', 'BERT', 'QWEN3@layer=1')", "--config.condition.dtype=bfloat16"],
 }
 
 
@@ -68,9 +68,11 @@ def folder(tmp_path_factory):
         "T5": "T5EncoderModel",
         "UMT5": "UMT5EncoderModel",
         "BERT": "BertModel",
+        "QWEN3": "Qwen3Model",
     }.items():
         saved(kind, folder / name / "text_encoder")
-        model, template = ("bpe", ["<s>", "$A", "</s>"]) if "CLIP" in kind else ("unigram", ["$A", "</s>"])
+        model = "bpe" if kind.startswith(("CLIP", "Qwen3")) else "unigram"
+        template = {"CLIP": ["<s>", "$A", "</s>"], "Qwen": ["$A"]}.get(kind[:4], ["$A", "</s>"])
         write_tokenizer(folder / name / "tokenizer", model, template)
     return folder
 
@@ -81,7 +83,7 @@ def condition(*listed, **settings):
 
 
 def flags(folder, encoders, *others, mode="train", workdir="run"):
-    for name in ("CLIP", "PROJECTED", "UMT5", "T5", "BERT"):
+    for name in ("CLIP", "PROJECTED", "UMT5", "T5", "BERT", "QWEN3"):
         encoders = encoders.replace(f"'{name}", f"'{folder}/{name}/text_encoder")
     base = [f"--config={folder}/letters.py", f"--mode={mode}", f"--workdir={workdir}", "--config.data.path=pictures"]
     return [*base, f"--config.condition.encoders={encoders}", *others]

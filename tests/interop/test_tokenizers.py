@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from diffusion_jax.interop.prompts import spelled
-from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
+from diffusion_jax.interop.tokenizers import QWEN_WORDS, load_tokenizer, save_tokenizer, tokenizer_class
 from diffusion_jax.models.text.encoder import tokenize
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -135,6 +136,32 @@ def t5_families(pieces):
     return [(None, None), (roles | sentinels, old), (roles | sentinels, old | {"added_tokens_decoder": listed})]
 
 
+@pytest.fixture(scope="module")
+def byte_pairs():
+    """(vocab.json, merges.txt) of byte pairs of whole texts, as Qwen has them."""
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts(2000), trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet))
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], "#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n"
+
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def qwen_folder(folder, byte_pairs, **changes):
+    """A folder in Qwen's layout: <think> is a token of its own, and not a special one."""
+    vocab, merges = byte_pairs
+    listed = {str(len(vocab) + i): token(name, special=True) for i, name in enumerate(SPECIAL)}
+    listed |= {str(len(vocab) + 3 + i): token(name, special=False) for i, name in enumerate(("<think>", "</think>"))}
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "added_tokens_decoder": listed}
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131072, "unk_token": None, "bos_token": None}
+    return write_folder(folder, None, config | changes, **{"vocab.json": vocab, "merges.txt": merges})
+
+
 def assert_equal(folder, peer, strings):
     """Our and transformers' ids and masks of 77 tokens, ours read from the folder's own and transformers' files."""
     theirs = peer.from_pretrained(folder)
@@ -161,6 +188,25 @@ def test_t5_equals_the_reference(family, count, pieces, tmp_path):
     assert_equal(folder, transformers.T5Tokenizer, texts(count))
 
 
+@pytest.mark.parametrize("changes", [{}, {"padding_side": "left"}], ids=["as published", "padded on the left"])
+def test_qwen_equals_the_reference(changes, byte_pairs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = qwen_folder(tmp_path / "qwen", byte_pairs, **changes)
+    marked = [f"<|im_start|>user\n{text}<|im_end|>\n<think>\n\n</think>\n\n" for text in texts(500)]
+    assert_equal(folder, transformers.Qwen2Tokenizer, [*texts(2000), *marked])
+
+
+def test_qwen(byte_pairs, tmp_path):
+    """Capitals, spaces and line breaks count; no token starts or ends a text; 512 tokens at most by default."""
+    tokenizer = load_tokenizer(qwen_folder(tmp_path / "qwen", byte_pairs))
+    encoded = tokenizer.encode(" The  fox\n<|im_end|>")
+    assert tokenizer.decode(encoded.ids) == " The  fox\n"
+    first, pad = len(byte_pairs[0]), tokenizer.token_to_id("<|endoftext|>")
+    assert (pad, encoded.ids[-1], tokenizer.truncation["max_length"]) == (first, pad, 512)
+    assert first + 2 in encoded.ids and tokenizer.encode("").ids == [pad] * 512
+    assert load_tokenizer(tmp_path / "qwen", 5).encode("the quick brown fox is quick").attention_mask == [1] * 5
+
+
 @pytest.mark.parametrize("family", CLIP_FAMILIES)
 def test_clip(family, clip_folder, caplog):
     pad = CLIP_FAMILIES[family][2]
@@ -175,12 +221,15 @@ def test_clip(family, clip_folder, caplog):
     assert [record.getMessage().split(",")[0] for record in caplog.records] == ["cut 1 of 4 prompts to 77 tokens"]
 
 
-@pytest.mark.parametrize("kind", ["clip", "t5"])
+@pytest.mark.parametrize("kind", ["clip", "t5", "qwen"])
 def test_a_saved_tokenizer_is_the_same_to_all_readers(kind, request, pieces, tmp_path):
     """Its class is the one that transformers reads it by."""
     transformers = pytest.importorskip("transformers")
     if kind == "clip":
         first, expected = load_tokenizer(request.getfixturevalue("clip_folder")("Stable Diffusion 2")), "CLIPTokenizer"
+    elif kind == "qwen":
+        folder = qwen_folder(tmp_path / "qwen", request.getfixturevalue("byte_pairs"))
+        first, expected = load_tokenizer(folder, 77), "Qwen2TokenizerFast"
     else:
         folder = write_folder(tmp_path / "t5", *t5_families(pieces)[0], **{"spiece.model": pieces})
         first, expected = load_tokenizer(folder, 77), "T5TokenizerFast"
@@ -277,7 +326,7 @@ def test_lengths(pieces, tmp_path):
 )
 def test_settings_of_another_type_are_one_line(config, pieces, tmp_path):
     folder = write_folder(tmp_path / "t5", None, config, **{"spiece.model": pieces})
-    with pytest.raises(ValueError, match="expected the files of a CLIP, T5 or BERT tokenizer, but") as error:
+    with pytest.raises(ValueError, match="expected the files of a CLIP, T5, BERT or Qwen tokenizer, but") as error:
         load_tokenizer(folder)
     assert "\n" not in str(error.value)
 
@@ -285,15 +334,15 @@ def test_settings_of_another_type_are_one_line(config, pieces, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer.json": "{}"}, "malformed|expected the files of a CLIP, T5 or BERT tokenizer"),
+        ({"tokenizer.json": "{}"}, "malformed|expected the files of a CLIP, T5, BERT or Qwen tokenizer"),
         (
             {"vocab.json": {"a": 0}, "merges.txt": "#version\na b\n"},
-            "expected the files of a CLIP, T5 or BERT tokenizer",
+            "expected the files of a CLIP, T5, BERT or Qwen tokenizer",
         ),
-        ({"vocab.json": {"a": 0}, "merges.txt": ""}, "expected the files of a CLIP, T5 or BERT tokenizer"),
+        ({"vocab.json": {"a": 0}, "merges.txt": ""}, "but vocab.json lacks 255 of the 256 bytes"),
         ({"vocab.json": "[", "merges.txt": ""}, "vocab.json: expected JSON"),
-        ({"spiece.model": b"no model"}, "expected the files of a CLIP, T5 or BERT tokenizer"),
-        ({"spiece.model": b""}, "expected the files of a CLIP, T5 or BERT tokenizer"),
+        ({"spiece.model": b"no model"}, "expected the files of a CLIP, T5, BERT or Qwen tokenizer"),
+        ({"spiece.model": b""}, "expected the files of a CLIP, T5, BERT or Qwen tokenizer"),
     ],
 )
 def test_malformed_files_are_one_line(files, message, tmp_path):
