@@ -132,9 +132,9 @@ CONDITION = {
         ("minilm",),
         each(text),
         "For kind=text: minilm, or folders of text encoders (CLIP, T5, UMT5, BERT, Qwen3) as transformers saves them, "
-        "with their tokenizer in them or beside them. FOLDER@layer=penultimate,norm=True,length=77,pooled=True sets for one "
-        "which layer it gives (last, penultimate, or a number of layers after it), whether its final norm follows, its "
-        "tokens and whether its vector joins.",
+        "their tokenizer in them or beside them. FOLDER@layer=penultimate,norm=True,length=77,pooled=True sets for "
+        "one which layer it gives (last, penultimate, or a number of layers after it), whether its final norm follows, "
+        "its tokens and whether its vector joins.",
     ),
     "join": Field("channels", text, "For several encoders: channels, token by token, or tokens, one after the other."),
     "null": Field("prompt", text, "No condition: prompt, the empty one, or zeros."),

@@ -193,11 +193,13 @@ class EDMSchedule:
 class FlowSchedule:
     """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [1/1000, t_max].
 
-    The network sees 1000 t, as in published flow models, because sinusoidal time embeddings are scaled for 0 to 1000.
+    The network sees `unit` t, by default 1000 t as in published flow models, because sinusoidal time embeddings are
+    scaled for 0 to 1000.
     """
 
     shift: float
     t_max: float = 1.0
+    unit: float = 1000.0
     t_min = 1e-3
     resolution = 1e-3
     num_steps = None
@@ -206,7 +208,7 @@ class FlowSchedule:
         """t, any shape -> NoiseLevel of that shape."""
         t = _time(t)
         clean, noisy = 1 - t, self.shift * t  # a form that is exact at t = 1
-        return NoiseLevel(1000 * t, clean / (clean + noisy), noisy / (clean + noisy))
+        return NoiseLevel(self.unit * t, clean / (clean + noisy), noisy / (clean + noisy))
 
     def t_of_logsnr(self, logsnr: ArrayLike) -> ArrayLike:
         """t = 1 / (1 + shift exp(logsnr / 2)), clipped to [t_min, t_max]."""
@@ -360,11 +362,12 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> EDMSchedule:
     return EDMSchedule(float(sigma_min), float(sigma_max))
 
 
-def flow(shift: float = 1.0) -> FlowSchedule:
+def flow(shift: float = 1.0, unit: float = 1000.0) -> FlowSchedule:
     """Rectified flow, x_t = (1 - u) x0 + u eps (Liu et al. 2022), with u = shift t / (1 + (shift - 1) t).
 
     shift: above 0. More than 1 spends more of the time on high noise, as for large images (Esser et al. 2024, eq. 23).
+    unit: the time of pure noise as the network sees it.
     """
     if not shift > 0:
         raise ValueError(f"the shift of a flow schedule must be above 0, got {shift}")
-    return FlowSchedule(float(shift))
+    return FlowSchedule(float(shift), unit=float(unit))

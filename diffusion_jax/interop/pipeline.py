@@ -23,13 +23,13 @@ from tokenizers import Tokenizer
 
 from diffusion_jax import paths
 from diffusion_jax.core import schedules
-from diffusion_jax.core.schedules import DiscreteSchedule
+from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.interop import families
 from diffusion_jax.interop.encoders import without_last_layers
 from diffusion_jax.interop.family import Description, Family
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.safety import SafetyChecker
-from diffusion_jax.interop.schedulers import with_defaults
+from diffusion_jax.interop.schedulers import is_flow, with_defaults
 from diffusion_jax.interop.single_file import read_checkpoint
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
@@ -63,7 +63,7 @@ class PublishedPipeline(NamedTuple):
     family: its card.
     parts: folder of each network -> the network, as the card names them.
     tokenizers: one for each text encoder; of a single file none.
-    schedule, prediction: of the denoiser; "eps", "v" or "x0".
+    schedule, prediction: of the denoiser; "eps", "v" or "x0", and for a flow schedule "flow".
     scheduler: scheduler_config.json, where timestep_spacing, steps_offset and the like say how its authors sample.
     index: model_index.json without the parts, such as force_zeros_for_empty_prompt.
     safety_checker: None if it has none, or is not to be used. `save_pipeline` does not write it.
@@ -72,7 +72,7 @@ class PublishedPipeline(NamedTuple):
     family: Family
     parts: Mapping[str, Part]
     tokenizers: tuple[Tokenizer, ...]
-    schedule: DiscreteSchedule
+    schedule: Schedule
     prediction: str
     scheduler: Mapping = MappingProxyType({})
     index: Mapping = MappingProxyType({})
@@ -294,8 +294,8 @@ def _family_and_configs(path: Path) -> tuple[Family, dict[str, dict]]:
     return family, {name: configs[name] for name in family.parts if name in configs}
 
 
-def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, str]:
-    """The noise schedule and the prediction ("eps", "v" or "x0") of the content of a scheduler_config.json.
+def schedule_of(config: Mapping, source: str | Path) -> tuple[Schedule, str]:
+    """The noise schedule and the prediction ("eps", "v", "x0" or "flow") of the content of a scheduler_config.json.
 
     source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind, and for a
       network whose time is not the step of the schedule.
@@ -307,6 +307,8 @@ def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, 
         )
     try:
         config = with_defaults(config)
+        if is_flow(config):
+            return schedules.flow(unit=config["num_train_timesteps"]), "flow"
         kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start"), config.get("beta_end")
         if config.get("trained_betas") is not None:
@@ -326,8 +328,10 @@ def schedule_of(config: Mapping, source: str | Path) -> tuple[DiscreteSchedule, 
         raise ValueError(f"{source}: no noise schedule can be made from it: {first_line(error)}") from None
 
 
-def scheduler_config(config: Mapping, schedule: DiscreteSchedule, prediction: str) -> dict:
+def scheduler_config(config: Mapping, schedule: Schedule, prediction: str) -> dict:
     """The content of a scheduler_config.json: `config`, with a table of betas if its schedule is another one."""
+    if is_flow(config):
+        return dict(config)
     config = dict(config or {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False})
     config["prediction_type"] = {name: diffusers_name for diffusers_name, name in PREDICTIONS.items()}[prediction]
     schedule_fields = {"beta_schedule", "trained_betas"} & config.keys()

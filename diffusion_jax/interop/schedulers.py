@@ -10,13 +10,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import betaincinv
 
 from diffusion_jax.core import solvers
 from diffusion_jax.core.process import CLEAN, NoiseLevel
-from diffusion_jax.core.schedules import DiscreteSchedule
+from diffusion_jax.core.schedules import DiscreteSchedule, Schedule
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.core.solvers.plan import X0, Row, Step, Z, joined, stack, state
+from diffusion_jax.interop.flow_schedulers import flow_euler, flow_heun, flow_path, ramp_of
 
 # diffusers does not limit steps from pure noise
 heun, dpm_solver, plms = (
@@ -26,26 +26,29 @@ FEW_STEPS = 15  # with fewer steps, multistep solvers lower their order at the e
 ALMOST_NOISE = (2.0**24 - 1) ** 0.5  # sigma / alpha that solvers in sigma use instead of infinity
 
 
-def published_plan(config: Mapping, schedule: DiscreteSchedule, steps: int, strength: float = 1.0) -> Plan:
+def published_plan(config: Mapping, schedule: Schedule, steps: int, strength: float = 1.0) -> Plan:
     """The plan of a scheduler_config.json.
 
-    config: the content of the file, of one of the classes of SCHEDULERS.
+    config: the content of the file, of one of the classes of SCHEDULERS or FLOWS. For those of FLOWS also what a
+      pipeline of diffusers gives to `set_timesteps`: `mu`, the shift of an image's size, and `sigmas`, the levels that
+      are shifted.
     schedule: the noise schedule of the file.
     steps: number of steps, counted as in diffusers.
     strength: in [0, 1]. To change an image: the plan has only the last int(steps * strength) of the steps.
     Raises ValueError for steps outside 1..T, for another class and for a setting that is not supported.
     """
     name = config.get("_class_name", "DDIMScheduler")
-    if name not in SCHEDULERS:
+    if name not in SCHEDULERS | FLOWS:
         raise ValueError(
             f"the model's own scheduler is a {name}, which is not supported: choose a solver by its name; known "
-            f"schedulers: {', '.join(SCHEDULERS)}"
+            f"schedulers: {', '.join([*SCHEDULERS, *FLOWS])}"
         )
-    if not 1 <= steps <= schedule.num_steps:
-        raise ValueError(f"steps must be in 1..{schedule.num_steps}, the schedule's number of steps, got {steps}")
+    most = schedule.num_steps or config.get("num_train_timesteps", 1000)
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps must be in 1..{most}, the schedule's number of steps, got {steps}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    scheduler = SCHEDULERS[name]
+    scheduler = (SCHEDULERS | FLOWS)[name]
     config = DEFAULTS | scheduler.defaults | {field: config[field] for field in config.keys() & scheduler.reads}
     for field, values in (SUPPORTED | scheduler.supported).items():
         _check(config, field, values)
@@ -66,7 +69,9 @@ def with_defaults(config: Mapping) -> dict:
     Raises ValueError for a field of another type than its default value.
     """
     name = config.get("_class_name")
-    for field, default in (DEFAULTS | BETAS | {"_class_name": "", "num_train_timesteps": 1000}).items():
+    if is_flow(config):
+        config = {**FLOW_FIELDS, **config}
+    for field, default in (DEFAULTS | BETAS | FLOW_FIELDS | {"_class_name": ""}).items():
         _check_type(field, config.get(field, default), default)
     for field, default in OPTIONAL.items():
         if config.get(field) is not None:
@@ -74,6 +79,11 @@ def with_defaults(config: Mapping) -> dict:
     if name in SCHEDULERS:
         return {"beta_schedule": "linear", **BETAS, **SCHEDULERS[name].defaults, **config}
     return {**BETAS, **config}
+
+
+def is_flow(config: Mapping) -> bool:
+    """Whether a scheduler_config.json is that of a rectified flow."""
+    return config.get("_class_name") in FLOWS
 
 
 def _check_type(field: str, value: Any, default: bool | float | str) -> None:
@@ -145,25 +155,12 @@ def _table(schedule: DiscreteSchedule) -> np.ndarray:
     return level.sigma / np.where(level.alpha > 0, level.alpha, level.sigma / ALMOST_NOISE)
 
 
-def _ramp(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | None:
-    """The levels of s from high to low that the config sets; None if it uses those of the time steps."""
-    high, low = config.get("sigma_max") or high, config.get("sigma_min") or low
-    part = np.linspace(0, 1, steps)
-    if config.get("use_karras_sigmas"):
-        return (high ** (1 / 7) + part * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    if config.get("use_exponential_sigmas") or config.get("use_lu_lambdas"):
-        return np.exp(np.log(high) + part * (np.log(low) - np.log(high)))
-    if config.get("use_beta_sigmas"):
-        return low + (high - low) * betaincinv(0.6, 0.6, 1 - part)
-    return None
-
-
 def _euler_path(config: Mapping, schedule: DiscreteSchedule, steps: int) -> list[Step]:
     """The path of solvers of d(x / alpha) / d(sigma / alpha). Times may be fractional; s is interpolated."""
     table, steps_of_table = _table(schedule), np.arange(schedule.num_steps)
     t = _times(config, schedule.num_steps, steps)
     s = np.interp(t, steps_of_table, table)
-    ramp = _ramp(config, s[0], s[-1], steps)
+    ramp = ramp_of(config, s[0], s[-1], steps)
     if ramp is not None:
         s, t = ramp, np.interp(np.log(ramp), np.log(table), steps_of_table)
     return _in_sigma(s, t, table[0] if config["final_sigmas_type"] == "sigma_min" else 0.0)
@@ -182,7 +179,7 @@ def _dpm_path(
     t = np.round(_times(config, schedule.num_steps, steps, extra=1, skipped=too_noisy))
     s = np.interp(t, np.arange(len(table)), table)
     least_noisy = table[0]
-    ramp = _ramp(config, table[-1], table[0], steps)
+    ramp = ramp_of(config, table[-1], table[0], steps)
     if ramp is not None:
         t = np.interp(np.log(ramp), np.log(table), np.arange(len(table)))
         near = config.get("use_karras_sigmas") or config.get("use_lu_lambdas")
@@ -261,8 +258,8 @@ class Scheduler(NamedTuple):
     supported: field -> the values that can be used, the first one by default, beside `SUPPORTED`.
     """
 
-    path: Callable[[Mapping, DiscreteSchedule, int], list[Step]]
-    solver: Callable[[Mapping, DiscreteSchedule, list[Step], int], Plan]
+    path: Callable[[Mapping, Schedule, int], list[Step]]
+    solver: Callable[[Mapping, Schedule, list[Step], int], Plan]
     reads: frozenset[str]
     defaults: Mapping[str, Any] = MappingProxyType({})
     supported: Mapping[str, tuple] = MappingProxyType({})
@@ -280,7 +277,7 @@ DEFAULTS = {
     "algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True,
 }
 FLAGS = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr"]
-OPTIONAL = {"sigma_min": 0.0, "sigma_max": 0.0} | dict.fromkeys(FLAGS, False)  # may be null
+OPTIONAL = {"sigma_min": 0.0, "sigma_max": 0.0, "shift_terminal": 0.0} | dict.fromkeys(FLAGS, False)  # may be null
 SUPPORTED = {
     "thresholding": (False,), "use_flow_sigmas": (False,), "clip_sample": (False,), "euler_at_final": (False,),
     "interpolation_type": ("linear",), "timestep_type": ("discrete",), "predict_x0": (True,),
@@ -333,5 +330,18 @@ SCHEDULERS = {
     "DPMSolverSinglestepScheduler":    Scheduler(_dpm_path,   _dpm_singlestep,       SINGLE,   PAIRS,     SINGLESTEP),
     "UniPCMultistepScheduler":         Scheduler(ON_RAMP,     _unipc,                UNIPC,    {},        LOWERED),
     "DEISMultistepScheduler":          Scheduler(ON_RAMP,     _deis,                 DEIS,     NOISY),
+}
+
+FLOW_FIELDS = {
+    "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential",
+    "stochastic_sampling": False, "invert_sigmas": False,
+}
+NO_TERMINAL = FLOW_FIELDS | {"shift_terminal": None}
+FLOW = _reads(f"{' '.join(NO_TERMINAL)} use_karras_sigmas use_exponential_sigmas use_beta_sigmas mu sigmas")
+FLOW_HEUN = _reads("num_train_timesteps shift")
+FORWARD = {"invert_sigmas": (False,), "time_shift_type": ("exponential", "linear")}
+FLOWS = {  # of rectified flows: their schedule is `schedules.flow`, and their network predicts eps - x0
+    "FlowMatchEulerDiscreteScheduler": Scheduler(flow_path,  flow_euler,           FLOW,  NO_TERMINAL,  FORWARD),
+    "FlowMatchHeunDiscreteScheduler":  Scheduler(flow_path,  flow_heun,            FLOW_HEUN, NO_TERMINAL),
 }
 # fmt: on
