@@ -16,6 +16,7 @@ from diffusion_jax.interop.names import from_torch, modern, to_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
 from diffusion_jax.messages import first_line
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.flux2 import Flux2Transformer
 from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_fields import BLOCK_TYPES
@@ -42,6 +43,9 @@ DEFAULTS = {
         sample_size=32, num_embeds_ada_norm=1000, norm_eps=1e-5, modulation="own", freq_shift=1
     ),
     "Transformer": {},
+    "Flux2Transformer2DModel": dict(
+        num_layers=8, num_single_layers=48, num_attention_heads=48, joint_attention_dim=15360, guidance_embeds=True
+    ),
 }
 # Fields that exist in only one of the two classes of diffusers, left out when saving the other.
 FOREIGN = {
@@ -76,6 +80,7 @@ FOREIGN = {
         "target_embedding",
     },
     "Transformer": set(),
+    "Flux2Transformer2DModel": {"sample_size"},
 }
 # Fields of diffusers that our networks lack: only one value is supported, or the field changes nothing here.
 FIXED = {
@@ -95,7 +100,8 @@ NO_EFFECT = {
     *("batch_norm_momentum", "scaling_factor", "shift_factor"),
 }
 DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name in the published config.json
-TRANSFORMERS = (*DIT, "Transformer")
+TRANSFORMERS = dict.fromkeys((*DIT, "Transformer"), Transformer) | {"Flux2Transformer2DModel": Flux2Transformer}
+AnyTransformer = Transformer | Flux2Transformer
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
 COUNTER = "bn.num_batches_tracked"  # of torch's batch norm, in files of AutoencoderKLFlux2
 
@@ -114,7 +120,7 @@ def load_unet(folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: 
 
 def load_transformer(
     folder: str | Path, dtype: DTypeLike = jnp.float32, allow_pickle: bool = False, scan: bool = False
-) -> tuple[Transformer, PyTree]:
+) -> tuple[AnyTransformer, PyTree]:
     """The transformer of a folder and its variables. Arguments as in `load_unet`.
 
     scan: compile one block for all, see `Transformer`.
@@ -161,20 +167,22 @@ def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
     return module_and_shapes(UNet, fields, source, lambda unet: unet.example_inputs())
 
 
-def transformer_of(config: Mapping, source: str | Path, scan: bool = False) -> tuple[Transformer, PyTree]:
+def transformer_of(config: Mapping, source: str | Path, scan: bool = False) -> tuple[AnyTransformer, PyTree]:
     """The transformer that a config.json describes, and the shapes of its variables. Arguments as in `unet_of`.
 
     scan: compile one block for all, see `Transformer`.
     """
     name = config.get("_class_name")
     if name not in TRANSFORMERS:
-        raise ValueError(f"{source}: expected a DiTTransformer2DModel or Transformer, got {name}")
+        raise ValueError(f"{source}: expected one of {', '.join(TRANSFORMERS)}, got {name}")
     if name in DIT:
         config = {**config, "_class_name": DIT[0]}
-    fields = _fields(Transformer, config, source)
+    fields = _fields(TRANSFORMERS[name], config, source)
     if name in DIT and transformer_class(Transformer(**fields)) != DIT[0]:
         raise ValueError(f"{source}: a {DIT[0]} has classes, and norms without learned scales")
-    return module_and_shapes(Transformer, fields | {"scan": scan}, source, lambda module: module.example_inputs())
+    return module_and_shapes(
+        TRANSFORMERS[name], fields | {"scan": scan}, source, lambda module: module.example_inputs()
+    )
 
 
 def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
@@ -214,14 +222,16 @@ def unet_class(unet: UNet) -> str:
 
 
 def save_transformer(
-    transformer: Transformer, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
+    transformer: AnyTransformer, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32
 ) -> None:
     """Write a folder that `load_transformer` reads, and diffusers if it has this network. dtype: of the tensors."""
     _save(transformer_class(transformer), transformer, {}, variables, folder, dtype)
 
 
-def transformer_class(transformer: Transformer) -> str:
+def transformer_class(transformer: AnyTransformer) -> str:
     """The name of the transformer's class in diffusers, or Transformer if it has none."""
+    if isinstance(transformer, Flux2Transformer):
+        return "Flux2Transformer2DModel"
     defaults = {field.name: field.default for field in dataclasses.fields(Transformer)} | DEFAULTS[DIT[0]]
     is_dit = all(getattr(transformer, name) == defaults[name] for name in FOREIGN[DIT[0]])
     has_more = transformer.norm_elementwise_affine or transformer.num_embeds_ada_norm is None

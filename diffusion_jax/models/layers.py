@@ -111,10 +111,12 @@ class TimestepEmbedding(nn.Module):
     """Two linear maps with a SiLU between. Float32, because it is small and every residual block depends on it.
 
     init: of the second map.
+    bias: whether the maps have one.
     """
 
     width: int
     init: Callable = kernel_init
+    bias: bool = True
 
     @nn.compact
     def __call__(
@@ -123,8 +125,8 @@ class TimestepEmbedding(nn.Module):
         """cond: another embedding. A linear map of it, without bias, is added to x."""
         if cond is not None:
             x = x + Dense(x.shape[-1], use_bias=False, init=nn.initializers.zeros, name="cond_proj")(cond)
-        x = Dense(self.width, name="linear_1")(x)
-        return Dense(self.width, init=self.init, name="linear_2")(nn.silu(x))
+        x = Dense(self.width, use_bias=self.bias, name="linear_1")(x)
+        return Dense(self.width, use_bias=self.bias, init=self.init, name="linear_2")(nn.silu(x))
 
 
 class GroupNorm(nn.Module):

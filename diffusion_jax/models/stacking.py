@@ -4,15 +4,35 @@ A module whose name ends in EACH has the variables of all layers of a list. Ever
 layer has a name of its own: `transformer_blocks_each` is transformer_blocks_0, transformer_blocks_1, ….
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 EACH = "_each"
 
 Path = tuple[str, ...]
+
+
+def through(blocks: Sequence[nn.Module] | nn.Module, count: int, carry: PyTree, *inputs: PyTree) -> PyTree:
+    """The carry after `count` equal blocks, each called as block(carry, *inputs).
+
+    blocks: all of them, or one module, which is compiled once for all and whose variables are then stacked.
+    """
+    if isinstance(blocks, nn.Module):
+        one_after_the_other = nn.scan(
+            lambda block, carry, _: (block(carry, *inputs), None),
+            variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=count,
+        )
+        return one_after_the_other(blocks, carry, None)[0]
+    for block in blocks:
+        carry = block(carry, *inputs)
+    return carry
 
 
 def is_stacked(path: Path) -> bool:
