@@ -104,7 +104,8 @@ class Guard:
             return answer
         if path == "/":
             return PlainTextResponse("This server needs its token: open the address that it printed.", 401)
-        asked = {"www-authenticate": 'Basic realm="diffusion_jax"'}
+        # the page tells what is wrong by itself, without the browser's window for a password
+        asked = {} if "x-requested-with" in headers else {"www-authenticate": 'Basic realm="diffusion_jax"'}
         return error_answer(path, Problem(401, "the token is missing or wrong"), asked)
 
     def _is_known(self, headers: Headers) -> bool:

@@ -4,8 +4,9 @@ const GONE = "The server does not answer. Is it still running?";
 const TOKEN = "The server does not know this browser any more: open the address with the token that it printed, then go on here.";
 const AGAIN = 2000; // milliseconds until a lost live canvas is opened again
 
-async function ask(path, options) {
-  const answer = await fetch(path, options).catch((error) => {
+async function ask(path, options = {}) {
+  const headers = { ...options.headers, "x-requested-with": "fetch" }; // so that the browser asks for no password itself
+  const answer = await fetch(path, { ...options, headers }).catch((error) => {
     throw error.name === "AbortError" ? error : new Error(GONE);
   });
   if (answer.status === 401) throw new Error(TOKEN);

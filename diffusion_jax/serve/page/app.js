@@ -158,7 +158,7 @@ async function remove(record) {
   removed = record;
   await history.remove(record);
   for (const made of document.querySelectorAll(".stage .pictures button")) if (made.record === record) made.remove();
-  current[selected] = current[selected]?.filter((other) => other !== record);
+  for (const tab of Object.keys(current)) current[tab] = current[tab].filter((other) => other !== record);
   showList();
 }
 
@@ -254,6 +254,7 @@ find("#live .keep").onclick = async () => {
 const examples = model.examples.map((image) => ({ image, settings: settingsOf(bytes(image).buffer, model) }));
 
 function showExample(example) {
+  forms.text.cancel.onclick?.();
   forms.text.enter(example.settings, false);
   stages.text.begin(1, ...model.size.toReversed());
   stages.text.set(0, card(example.image, "an example", () => viewer.open([example], 0)));
@@ -359,3 +360,4 @@ async function watch() {
   setTimeout(watch, 4000);
 }
 watch();
+document.body.ariaBusy = "false";

@@ -146,13 +146,16 @@ export class Form {
 
   /** Everything that the form shows, for `restore`. */
   state() {
-    const locked = Object.keys(this.inputs).filter((name) => this.inputs[name].locked?.());
-    return { values: this.values(), locked, open: this.more.open };
+    const names = (has) => Object.keys(this.inputs).filter((name) => has(this.inputs[name]));
+    return { values: this.values(), locked: names((input) => input.locked?.()), fresh: names((input) => input.fresh), open: this.more.open };
   }
 
-  restore({ values, locked, open }) {
+  restore({ values, locked, fresh, open }) {
     this.enter(values, false);
-    for (const name of locked) this.inputs[name]?.lock?.();
+    for (const [name, input] of Object.entries(this.inputs)) {
+      input.lock?.(locked.includes(name));
+      input.fresh = fresh.includes(name);
+    }
     this.more.open = open;
   }
 

@@ -28,7 +28,7 @@ export class Stage {
   }
 
   set(number, made) {
-    this.cards[number].replaceWith(made);
+    this.cards[number]?.replaceWith(made);
     this.cards[number] = made;
   }
 

@@ -26,7 +26,7 @@ export class Viewer {
     dialog.onkeydown = ({ key }) => {
       if (key === "ArrowLeft") this.step(-1);
       if (key === "ArrowRight") this.step(1);
-      if (key === "Delete" && this.picture.id) this.leave(remove);
+      if (key === "Delete" && this.picture.at) this.leave(remove);
     };
   }
 
@@ -54,7 +54,7 @@ export class Viewer {
   }
 
   show() {
-    const of = (name) => find(name, this.dialog), { image, gif, id, settings } = this.picture;
+    const of = (name) => find(name, this.dialog), { image, gif, at, settings } = this.picture;
     Object.assign(of("img"), { src: source(image), alt: settings.prompt || "no prompt" });
     of(".zoom").ariaPressed = "false";
     of("h2").textContent = settings.prompt || "no prompt";
@@ -62,7 +62,7 @@ export class Viewer {
     of(".before").disabled = !this.index;
     of(".after").disabled = this.index === this.list.length - 1;
     of(".gif").hidden = !gif;
-    of(".delete").hidden = !id;
+    of(".delete").hidden = !at;
     const words = { ...this.names.spacing_names, ...this.names.solver_names };
     const rows = Object.entries(settings).filter(([name, value]) => value !== "" && name !== "prompt");
     of("dl").replaceChildren(...rows.flatMap(([name, value]) => [
