@@ -210,6 +210,8 @@ def test_a_token_is_asked_for():
     with tiny.served(token="secret") as (address, _), httpx.Client(base_url=address) as client:
         assert client.get("/health").status_code == 401 and client.get("/").status_code == 401
         assert client.get("/?token=wrong").status_code == 401
+        assert client.get("/health").headers["www-authenticate"].startswith("Basic")
+        assert "www-authenticate" not in client.get("/health", headers={"x-requested-with": "fetch"}).headers
         for value in ("Bearer secret", f"Basic {basic}"):
             assert client.get("/health", headers={"authorization": value}).status_code == 200
         for value in ("Bearer other", "Basic zz", "Bearer", "secret"):

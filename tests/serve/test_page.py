@@ -231,7 +231,7 @@ def test_captions_say_what_differs(page):
     draw(page, seed=12)
     draw(page, seed=12, solver="unipc")
     page.click("#tab-how")
-    expect(page.locator("#gallery .pictures span")).to_have_text(["12 · UniPC", "12", "5 · 11"])
+    expect(page.locator("#gallery .pictures span")).to_have_text(["seed 12 · UniPC", "seed 12", "5 · seed 11"])
 
 
 def test_pictures_are_deleted_brought_back_and_saved_together(page):

@@ -6,7 +6,7 @@ const done = (request) => new Promise((resolve, reject) => {
   request.onsuccess = () => resolve(request.result);
   request.onerror = () => reject(request.error);
 });
-const NAMED = { seed: (value) => value, solver: (value, names) => names[value] ?? value, spacing: (value, names) => names[value] || value || "automatic", steps: (value) => `${value} steps`, guidance: (value) => `guidance ${value}`, strength: (value) => `strength ${value}`, negative_prompt: (value) => `not ${value || "anything"}`, width: (value) => `${value} wide`, height: (value) => `${value} high`, task: (value) => value, made_with: (value) => value };
+const NAMED = { seed: (value) => `seed ${value}`, solver: (value, names) => names[value] ?? value, spacing: (value, names) => names[value] || value || "automatic", steps: (value) => `${value} steps`, guidance: (value) => `guidance ${value}`, strength: (value) => `strength ${value}`, negative_prompt: (value) => `not ${value || "anything"}`, width: (value) => `${value} wide`, height: (value) => `${value} high`, task: (value) => value, made_with: (value) => value };
 
 let database = null;
 const store = (name, mode) => database.transaction(name, mode).objectStore(name);
