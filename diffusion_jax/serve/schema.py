@@ -57,7 +57,9 @@ class Request(BaseModel):
         "", max_length=LETTERS, title="Other prompt", description="style: what the image shows. morph: where it ends."
     )
     solver: str = Field("", title="Method", description="The solver, which removes the noise step by step.")
-    spacing: str = Field("", title="How the steps are spread", description="Automatic, or empty in a request: as usual for the method.")
+    spacing: str = Field(
+        "", title="How the steps are spread", description="Automatic, or empty in a request: as usual for the method."
+    )
     steps: int = Field(20, ge=1, title="Steps", description="More steps take longer and are more exact.")
     guidance: float = Field(1.0, title="Guidance", description="How closely the picture follows the prompt.")
     strength: float = Field(0.6, ge=0, le=1, title="Strength", description="How much of the image changes.")

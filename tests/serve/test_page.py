@@ -542,8 +542,15 @@ def test_what_the_server_does_is_told_apart_from_the_request(page):
     ready(page)
     expect(page.locator("#server")).to_contain_text("preparing")
     draw(page, prompt="5", steps=2)
+    page.click("#tab-live")
+    expect(page.locator("#live .result")).to_be_visible(timeout=WAIT)
+    page.route("**/health", lambda route: route.fulfill(json={"status": "starting"}))
+    says(page, "the model is loaded again", "live")
     page.unroute("**/health")
     expect(page.locator("#server")).to_have_text("", timeout=WAIT)
+    page.fill("#live-prompt", "5")
+    says(page, "", "live")
+    page.click("#tab-text")
     says(page, "done")
 
 

@@ -357,6 +357,7 @@ async function watch() {
   const { status, message } = await json("/health").catch((error) => error);
   const words = { warming: "preparing: the first pictures take longer", starting: "the model is loaded again", failed: "the server cannot draw: its log says why" };
   find("#server").textContent = message ?? words[status] ?? "";
+  if (selected === "live" && ["starting", "failed"].includes(status)) forms.live.say(words[status], true); // until the next frame
   setTimeout(watch, 4000);
 }
 watch();
