@@ -1,5 +1,7 @@
-"""Print a line of JSON for each stage of each preset that a header tells of, and each strategy: the preset, the strategy, and the bytes of the
-arguments of a step on one of eight devices, as the check counts them and as the compiler does.
+"""Print a line of JSON for each stage of the presets that the headers tell of and each strategy.
+
+It has the preset, the strategy, and the bytes of a step's arguments on one of eight devices, as the check counts them
+and as the compiler does.
 
 python -m tests.app.argument_bytes PLATFORM [PRESET...]
 PLATFORM: cpu, of this machine, or tpu, without one.
