@@ -33,9 +33,9 @@ coco256 and imagenet256/unet train a first stage too, for 13 h of these.
     latent_cfg.py:coco256           v5e:2x4  6.2 GB  23 h
     latent_cfg.py:imagenet256/S     v5e:2x4  0.8 GB  4.1 h
     latent_cfg.py:imagenet256       v5e:2x4  3.1 GB  16 h
-    latent_cfg.py:imagenet256/L     v5e:2x4  1.6 GB  55 h
-    latent_cfg.py:imagenet256/XL    v5e:2x4  2.3 GB  80 h
-    latent_cfg.py:imagenet256/unet  v5e:2x4  7.5 GB  21 h
+    latent_cfg.py:imagenet256/L     v5e:2x4  1.4 GB  55 h
+    latent_cfg.py:imagenet256/XL    v5e:2x4  2.0 GB  80 h
+    latent_cfg.py:imagenet256/unet  v5e:2x4  7.5 GB  22 h
 """
 
 import functools

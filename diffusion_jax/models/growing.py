@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 
 def grown(inner: PyTree, outer: PyTree) -> PyTree:
@@ -27,7 +27,7 @@ def grown(inner: PyTree, outer: PyTree) -> PyTree:
         return inner
     trained = flatten_dict({_shifted_name(name, added): part for name, part in inner["params"].items()})
     new = {
-        path: _initial_value(path, np.asarray(leaf))
+        path: _initial_value(path, leaf)
         for path, leaf in flatten_dict(outer["params"]).items()
         if path not in trained and (added or any(name.startswith("attentions_") for name in path))
     }
@@ -43,10 +43,10 @@ def _shifted_name(name: str, added: int) -> str:
     return re.sub(r"^down_blocks_(\d+)", lambda match: f"down_blocks_{int(match[1]) + added}", name)
 
 
-def _initial_value(path: tuple[str, ...], leaf: np.ndarray) -> np.ndarray:
-    """The initial value of a variable of a new level."""
+def _initial_value(path: tuple[str, ...], leaf: Array | np.ndarray) -> Array | np.ndarray:
+    """The initial value of a variable of a new level. leaf: the random one, of which only the shape may be known."""
     if path[-1] == "kernel" and {"downsamplers_0", "upsamplers_0", "conv_shortcut"} & set(path):
-        kernel, identity = np.zeros_like(leaf), np.eye(*leaf.shape[2:])
+        kernel, identity = np.zeros(leaf.shape, leaf.dtype), np.eye(*leaf.shape[2:])
         if "downsamplers_0" in path:
             kernel[1:, 1:] = identity / 4
         else:

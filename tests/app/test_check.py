@@ -173,6 +173,13 @@ def test_a_data_set_of_another_machine_is_a_note(tmp_path):
     assert status == 0 and 'TFDS has not prepared "cifar10"' in found["notes"][0]
 
 
+def test_gpus_of_another_machine(tmp_path):
+    found, line, status = checked(latent_cfg.get_config("imagenet256/S"), tmp_path, "h100:8", hours=True)
+    assert status == 0 and line.endswith(f"; {estimate.hours(found['hours'])} on h100-8 at 40%")
+    (stage,) = found["stages"]
+    assert stage["seconds"] == pytest.approx(stage["flops"] / (8 * 989e12 * 0.4))
+
+
 @pytest.mark.parametrize("topology", ["v5e", "v5e:2*4", "v2:2x4", "v5e:0x4", "v5e-8"])
 def test_a_slice_that_is_none(topology):
     with pytest.raises(ValueError, match=r"--topology: expected v4, v5e, .* such as v5e:2x4; got"):
