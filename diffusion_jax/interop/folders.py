@@ -20,6 +20,7 @@ from diffusion_jax.models.flux2 import Flux2Transformer
 from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_fields import BLOCK_TYPES
+from diffusion_jax.models.z_image import ZImageTransformer
 from diffusion_jax.paths import Path
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -46,6 +47,7 @@ DEFAULTS = {
     "Flux2Transformer2DModel": dict(
         num_layers=8, num_single_layers=48, num_attention_heads=48, joint_attention_dim=15360, guidance_embeds=True
     ),
+    "ZImageTransformer2DModel": dict(axes_lens=(1024, 512, 512)),
 }
 # Fields that exist in only one of the two classes of diffusers, left out when saving the other.
 FOREIGN = {
@@ -81,6 +83,7 @@ FOREIGN = {
     },
     "Transformer": set(),
     "Flux2Transformer2DModel": {"sample_size"},
+    "ZImageTransformer2DModel": {"sample_size"},
 }
 # Fields of diffusers that our networks lack: only one value is supported, or the field changes nothing here.
 FIXED = {
@@ -97,11 +100,15 @@ FIXED = {
 }
 NO_EFFECT = {
     *("addition_embed_type_num_heads", "num_train_timesteps", "norm_num_groups", "upcast_attention"),
-    *("batch_norm_momentum", "scaling_factor", "shift_factor"),
+    *("batch_norm_momentum", "scaling_factor", "shift_factor", "n_kv_heads"),
 }
 DIT = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is its name in the published config.json
-TRANSFORMERS = dict.fromkeys((*DIT, "Transformer"), Transformer) | {"Flux2Transformer2DModel": Flux2Transformer}
-AnyTransformer = Transformer | Flux2Transformer
+TRANSFORMERS = {
+    **dict.fromkeys((*DIT, "Transformer"), Transformer),
+    "Flux2Transformer2DModel": Flux2Transformer,
+    "ZImageTransformer2DModel": ZImageTransformer,
+}
+AnyTransformer = Transformer | Flux2Transformer | ZImageTransformer
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
 COUNTER = "bn.num_batches_tracked"  # of torch's batch norm, in files of AutoencoderKLFlux2
 
@@ -230,8 +237,8 @@ def save_transformer(
 
 def transformer_class(transformer: AnyTransformer) -> str:
     """The name of the transformer's class in diffusers, or Transformer if it has none."""
-    if isinstance(transformer, Flux2Transformer):
-        return "Flux2Transformer2DModel"
+    if not isinstance(transformer, Transformer):
+        return next(name for name, module in TRANSFORMERS.items() if isinstance(transformer, module))
     defaults = {field.name: field.default for field in dataclasses.fields(Transformer)} | DEFAULTS[DIT[0]]
     is_dit = all(getattr(transformer, name) == defaults[name] for name in FOREIGN[DIT[0]])
     has_more = transformer.norm_elementwise_affine or transformer.num_embeds_ada_norm is None

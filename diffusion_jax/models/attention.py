@@ -126,7 +126,7 @@ KERNELS = {
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or to a context.
 
-    bias: whether the maps to q, k and v have a bias. The output map always has one.
+    bias, out_bias: whether the maps to q, k and v have a bias, and the output map.
     out_init: initializer of the output map.
     qk_norm: function from name to a norm of each head of q and of k; None for none.
     pairs: channels that a rotation turns together, see `token_layers.rotate`.
@@ -139,6 +139,7 @@ class Attention(nn.Module):
     out_init: Callable = kernel_init
     qk_norm: Callable[..., nn.Module] | None = None
     pairs: str = "adjacent"
+    out_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -158,7 +159,7 @@ class Attention(nn.Module):
         if turn is not None:
             q, k = rotate(q, turn, self.pairs), rotate(k, turn, self.pairs)
         h = attention(q, k, v, mask, self.implementation).reshape(*x.shape[:2], self.heads * width)
-        return Dense(x.shape[-1], self.dtype, init=self.out_init, name="to_out_0")(h)
+        return Dense(x.shape[-1], self.dtype, self.out_bias, self.out_init, name="to_out_0")(h)
 
 
 class AttentionBlock2D(nn.Module):
