@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,8 +16,6 @@ from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import NOISE_ALONE, Schedule, below
 from diffusion_jax.models.adapters import WHOLE, Adapter
 from diffusion_jax.models.applied import Applied
-from diffusion_jax.models.transformer import Transformer
-from diffusion_jax.models.unet import UNet
 
 
 def _no_variables(key: Key[Array, ""]) -> PyTree:
@@ -50,9 +48,10 @@ class Network(NamedTuple):
     cell: int = 1
 
 
-def network_of(module: UNet | Transformer, init: Callable[[Key[Array, ""]], PyTree] | None = None) -> Network:
-    """A U-Net or a transformer as training and sampling call it.
+def network_of(module: Any, init: Callable[[Key[Array, ""]], PyTree] | None = None) -> Network:
+    """A network of `models` as training and sampling call it.
 
+    module: a `UNet`, a `Transformer` or another one with the same properties: step, cell, reads and so on.
     init: key -> its variables, by default random ones.
     """
     return Network(
@@ -77,8 +76,8 @@ class DiffusionModel(NamedTuple):
     conditioning: prompts and records -> cond, with "no condition".
     size: height and width of an image, pixels.
     adapter: says which of the variables are trained.
-    published_solvers: name -> (steps, strength) -> Plan, the solvers published with the model.
-    published_times: name -> steps -> times, the spacings published with the model, for any solver.
+    published_solvers: name -> (steps, strength, size) -> Plan, the solvers published with the model.
+    published_times: name -> (steps, size) -> times, the spacings published with the model, for any solver.
     held_back: images -> whether the model's safety checker holds each of them back.
     """
 

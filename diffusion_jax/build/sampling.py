@@ -1,7 +1,6 @@
 """Config -> how images are sampled: plan and guidance."""
 
 import inspect
-from collections.abc import Callable
 
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -66,19 +65,19 @@ def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Pl
     strength: in [0, 1]. How much of a starting image changes.
     """
     section = config.sample
-    published = model.published_solvers.get(section.solver)
-    table = _plan(section, model, strength) if published is None else _published_plan(section, published, strength)
+    make = _published_plan if section.solver in model.published_solvers else _plan
+    table = make(section, model, strength)
     return table if section.resample == 1 else solvers.with_resampling(table, section.resample)
 
 
-def _published_plan(section: ConfigDict, solver: Callable[[int, float], Plan], strength: float) -> Plan:
+def _published_plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
     for name in (*OPTIONS, "spacing"):
         if section[name] not in (None, ""):
             raise ValueError(
                 f"sample.{name}: solver={section.solver} is as the model's authors set it, got {name}={section[name]}; "
                 "leave it out, or choose another solver"
             )
-    return solver(section.steps, strength)
+    return model.published_solvers[section.solver](section.steps, strength, model.size)
 
 
 def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
@@ -97,7 +96,7 @@ def _plan(section: ConfigDict, model: DiffusionModel, strength: float) -> Plan:
     whole_steps = section.solver == CONSISTENCY or model.network.flow_map  # the last one, too, is as long as others
     spacing = section.spacing or ("karras" if is_edm(model) and not whole_steps else "trailing")
     if spacing in model.published_times:
-        spacing = model.published_times[spacing](section.steps)
+        spacing = model.published_times[spacing](section.steps, model.size)
     times = solvers.strength_times(schedule, section.steps, strength, spacing)
     return solver(schedule, len(times), spacing=times, **options)
 

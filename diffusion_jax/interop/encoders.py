@@ -177,7 +177,7 @@ def load_text_encoder(
     tensors = canonical(tensors, encoder)
     if part is not None:
         encoder, whole, like = part, like, shapes_of(part)
-        tensors = {name: tensors[name] for name in tensors.keys() - (torch_names(whole) - torch_names(like))}
+        tensors = part_of(tensors, whole, like)
     return encoder, from_torch(tensors, source, like, dtype)
 
 
@@ -198,6 +198,12 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[Encoder, PyTre
     known_fields = {field.name for field in dataclasses.fields(published.module)} - RUNTIME_FIELDS
     fields = {**published.defaults, **{field: config[field] for field in known_fields & config.keys()}}
     return module_and_shapes(published.module, fields, source, lambda encoder: encoder.example_inputs())
+
+
+def part_of(tensors: Tensors, whole: PyTree, part: PyTree) -> dict[str, np.ndarray]:
+    """The tensors without those that only the whole encoder has. whole, part: variables or their shapes."""
+    unused = torch_names(whole) - torch_names(part)
+    return {name: tensor for name, tensor in tensors.items() if name not in unused}
 
 
 def shapes_of(encoder: Encoder) -> PyTree:

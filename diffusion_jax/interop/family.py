@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.interop.prompts import chunked_for_each
+from diffusion_jax.interop.prompts import chunked_for_each, in_one_chunk
 
 Tensors = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]  # content of a JSON file
@@ -31,8 +31,8 @@ class Component(NamedTuple):
     tensors: (tensors, module) -> the tensors under the names of the module's own variables (`names.torch_name`).
     save: (module, variables, folder, dtype), writes config.json and weights.
     depth: how deep inside the network `verify` compares submodules.
-    inputs: module -> random inputs of it by name, for `verify`. "x", "t" and "ids" are arguments of its `apply`, the
-      others its condition.
+    inputs: module -> random inputs of it by name, for `verify`. "x", "t", "ids" and "mask" are arguments of its
+      `apply`, the others its condition.
     run: (torch module, the same inputs as tensors, channels first) -> None. Calls the module.
     qualified: path of a submodule in that library -> its path in ours.
     """
@@ -52,8 +52,10 @@ class Component(NamedTuple):
 class Prompt(NamedTuple):
     """How prompts become the condition of the denoiser.
 
+    embed: (module of a text encoder, variables, ids (B * chunks, L), weights (B, chunks, L)) -> its output, and the
+      text (B, chunks * L, D). The texts of several encoders are concatenated on D.
     tokens: (prompts, tokenizers) -> for each text encoder ids and weights, each (B, chunks, L).
-    text: output of a text encoder -> (B * chunks, L, D). The embeddings of several encoders are concatenated on D.
+    captions: likewise of captions of records, one chunk each.
     added: (outputs of the text encoders for the first chunk, (height, width)) -> further leaves (B, ...) of the
       condition.
     sizes: the leaf of `added` that tells the network original size, corner of the crop and size of the image, "" if it
@@ -62,8 +64,9 @@ class Prompt(NamedTuple):
     null_is_zeros: model_index.json -> whether "no condition" is zeros instead of the empty prompt.
     """
 
-    text: Callable[[Any], Array]
+    embed: Callable[..., tuple[Any, Array]]
     tokens: Callable[..., Sequence[tuple[np.ndarray, np.ndarray]]] = chunked_for_each
+    captions: Callable[..., Sequence[tuple[np.ndarray, np.ndarray]]] = in_one_chunk
     added: Callable[[Sequence[Any], tuple[int, int]], dict[str, Array]] = lambda outputs, size: {}
     sizes: str = ""
     can_skip_layers: bool = False
@@ -115,6 +118,8 @@ class Family(NamedTuple):
     index: module of the denoiser -> model_index.json without the parts.
     fits: (denoiser, autoencoder) -> what is wrong with them together, "" if nothing.
     scheduler_changes: fields of scheduler_config.json that diffusers overrides when it loads such a pipeline.
+    levels: (cells of an image that the denoiser sees, steps) -> what a pipeline of flow gives to its scheduler, see
+      `schedulers.published_plan`.
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
     single_file: None if there is no such layout.
     lora: names in files of low-rank updates.
@@ -135,6 +140,7 @@ class Family(NamedTuple):
     classes: Callable[[Any], int] = lambda denoiser: 0
     fits: Callable[[Any, Any], str] = lambda denoiser, autoencoder: ""
     scheduler_changes: Config = MappingProxyType({})
+    levels: Callable[[int, int], Config] = lambda cells, steps: {}
     safety_checker: Callable[[Path, bool], Any] | None = None
     single_file: SingleFile | None = None
     lora: LoraNames = LoraNames()

@@ -17,13 +17,16 @@ and 1.3::word, is read as text with a warning. Learned words (`embeddings`) may 
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 from tokenizers import Tokenizer
+
+from diffusion_jax.models.text.encoder import tokenize
 
 EMPHASIS = 1.1
 ROUND, SQUARE = "()", "[]"
@@ -238,6 +241,33 @@ def chunked_for_each(
     ]
 
 
+def in_one_chunk(
+    texts: Sequence[str], tokenizers: Sequence[Tokenizer]
+) -> list[tuple[Int[np.ndarray, "batch 1 _"], Float[np.ndarray, "batch 1 _"]]]:
+    """Token ids of plain texts, without this module's grammar, cut to one chunk, and their weights, 1."""
+
+    def of_one(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        plain = [spelled(text, tokenizer) for text in texts]
+        ids = tokenize(plain, tokenizer, tokenizer.padding["length"], warn=False)[0][:, None]
+        return ids, np.ones(ids.shape, np.float32)
+
+    return [of_one(tokenizer) for tokenizer in tokenizers]
+
+
+def chats(
+    texts: Sequence[str], tokenizers: Sequence[Tokenizer], thinking: bool, warn: bool = True
+) -> list[tuple[Int[np.ndarray, "batch 1 _"], Float[np.ndarray, "batch 1 _"]]]:
+    """Token ids of texts, each as what a user says to Qwen3, with the beginning of the answer; weight 0 is padding.
+
+    thinking: whether the answer may begin with thoughts; otherwise it begins with none.
+    warn: whether to warn of texts that are cut.
+    """
+    end = "" if thinking else "<think>\n\n</think>\n\n"
+    chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{end}" for text in texts]
+    of_each = [tokenize(chats, tokenizer, tokenizer.padding["length"], warn) for tokenizer in tokenizers]
+    return [(ids[:, None], mask[:, None].astype(np.float32)) for ids, mask in of_each]
+
+
 def chunked(
     prompts: Sequence[str], tokenizer: Tokenizer, at_least: int = 1
 ) -> tuple[Int[np.ndarray, "batch chunks length"], Float[np.ndarray, "batch chunks length"]]:
@@ -262,6 +292,19 @@ def chunked(
         for i in range(2)
     )
     return ids, weights
+
+
+def emphasised(text: Callable[[Any], Array]) -> Callable[..., tuple[Any, Array]]:
+    """`Prompt.embed` of encoders that read ids alone, with the weights of `emphasise`.
+
+    text: output of an encoder -> its tokens (rows, L, D).
+    """
+
+    def embed(encoder: Any, variables: PyTree, ids: Array, weights: Array) -> tuple[Any, Array]:
+        output = encoder.apply(variables, ids)
+        return output, emphasise(text(output).astype(jnp.float32), weights)
+
+    return embed
 
 
 def emphasise(

@@ -74,7 +74,7 @@ def _our_outputs(module, variables, inputs, depth):
 
     def run(variables, inputs):
         selected = lambda block, _: 0 < len(block.path) <= depth  # noqa: E731
-        arguments = [inputs.pop(key) for key in ("x", "t", "ids") if key in inputs]
+        arguments = [inputs.pop(key) for key in ("x", "t", "ids", "mask") if key in inputs]
         cond = [inputs] if inputs else []
         return module.apply(variables, *arguments, *cond, capture_intermediates=selected, mutable=["intermediates"])[1]
 

@@ -1,6 +1,7 @@
 """Convert published pipelines to models of this library, by the cards of their families."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,9 @@ from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.interop.pipeline import PublishedPipeline
-from diffusion_jax.interop.prompts import emphasise, learned_words, spelled
-from diffusion_jax.interop.schedulers import published_plan
+from diffusion_jax.interop.prompts import learned_words
+from diffusion_jax.interop.schedulers import is_flow, published_plan
 from diffusion_jax.model import DiffusionModel, network_of, none_held_back
-from diffusion_jax.models.text.encoder import tokenize
 from diffusion_jax.pipelines.generate import noise, with_guidance_scale
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
@@ -109,19 +109,34 @@ def _own_size(sample_size: Any, factor: int) -> list[int]:
     return np.broadcast_to(factor * sides, 2).tolist()
 
 
-def sampler(published: PublishedPipeline) -> Callable[[int, float], Plan]:
-    """(steps, strength) -> the plan of the model's own scheduler, with the corrections that diffusers makes to the
-    scheduler of such a pipeline when it loads one.
+def sampler(published: PublishedPipeline) -> Callable[..., Plan]:
+    """(steps, strength=1, size=(0, 0)) -> the plan of the model's own scheduler for images of a size, with the
+    corrections that diffusers makes to the scheduler of such a pipeline when it loads one.
     """
-    config = {**published.scheduler, **published.family.scheduler_changes}
-    return functools.partial(published_plan, config, published.schedule)
+
+    def plan(steps: int, strength: float = 1.0, size: tuple[int, int] = (0, 0)) -> Plan:
+        levels = published.family.levels(_cells(published, size), steps) if is_flow(published.scheduler) else {}
+        config = {**published.scheduler, **published.family.scheduler_changes, **levels}
+        return published_plan(config, published.schedule, steps, strength)
+
+    return plan
 
 
-def published_times(published: PublishedPipeline, steps: int) -> np.ndarray:
+def _cells(published: PublishedPipeline, size: tuple[int, int]) -> int:
+    """Cells of an image that the denoiser sees. size: as in `from_published`."""
+    denoiser, factor = published.denoiser.module, published.autoencoder.module.factor
+    sides = size if all(size) else _own_size(denoiser.sample_size, factor)
+    return math.prod(side // (factor * denoiser.cell) for side in sides)
+
+
+def published_times(published: PublishedPipeline, steps: int, size: tuple[int, int] = (0, 0)) -> np.ndarray:
     """The times that the model's scheduler_config.json sets for a solver of `steps` steps: (steps,), falling.
 
+    size: of the images, as in `from_published`; flow models may be shifted by it.
     Raises ValueError for steps outside 1..T, and for steps at which steps_offset leaves the schedule.
     """
+    if is_flow(published.scheduler):
+        return np.unique(sampler(published)(steps, size=size).level.sigma)[::-1]
     spacing = published.scheduler.get("timestep_spacing", "leading")
     times = solvers.times(published.schedule, steps, spacing)
     offset = published.scheduler.get("steps_offset", 0) if spacing == "leading" else 0
@@ -192,15 +207,11 @@ def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeL
     encoders = [part.module.clone(dtype=dtype) for part in published.text_encoders]
 
     def embed(params: Sequence[PyTree], ids: Sequence, weights: Sequence) -> PyTree:
-        outputs = [
-            encoder.apply(variables, jnp.reshape(rows, (-1, rows.shape[-1])))
-            for encoder, variables, rows in zip(encoders, params, ids, strict=True)
+        embedded = [
+            prompt.embed(encoder, variables, jnp.reshape(rows, (-1, rows.shape[-1])), of_tokens)
+            for encoder, variables, rows, of_tokens in zip(encoders, params, ids, weights, strict=True)
         ]
-        texts = [
-            emphasise(prompt.text(output).astype(jnp.float32), of_tokens)
-            for output, of_tokens in zip(outputs, weights, strict=True)
-        ]
-        chunks = ids[0].shape[1]
+        (outputs, texts), chunks = zip(*embedded, strict=True), ids[0].shape[1]
         first = jax.tree.map(lambda leaf: leaf[::chunks], outputs)
         return {"text": jnp.concatenate(texts, axis=-1), **prompt.added(first, size)}
 
@@ -223,12 +234,7 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         return embed_in_batches(prompt.tokens(prompts, published.tokenizers))
 
     def of_captions(captions: Sequence[str]) -> PyTree:
-        def ids_of(tokenizer: Tokenizer) -> np.ndarray:
-            texts = [spelled(caption, tokenizer) for caption in captions]
-            return tokenize(texts, tokenizer, tokenizer.padding["length"], warn=False)[0]
-
-        ids = map(ids_of, published.tokenizers)
-        return embed_in_batches([(rows[:, None], np.ones(rows[:, None].shape, np.float32)) for rows in ids])
+        return embed_in_batches(prompt.captions(captions, published.tokenizers))
 
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))
     if prompt.null_is_zeros(published.index):

@@ -4,7 +4,7 @@ A new family is a card in a file of its own, listed in FAMILIES, and what it nee
 card that recognises a folder or a file describes it.
 """
 
-from diffusion_jax.interop.families import dit, stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
+from diffusion_jax.interop.families import dit, flux2_klein, stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
 from diffusion_jax.interop.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -13,4 +13,5 @@ FAMILIES: tuple[Family, ...] = (
     stable_diffusion_2.FAMILY,
     stable_diffusion_1.FAMILY,
     dit.FAMILY,
+    flux2_klein.FAMILY,
 )

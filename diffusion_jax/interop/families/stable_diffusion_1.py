@@ -4,6 +4,7 @@ from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
 from diffusion_jax.interop.families import latent_diffusion, sizes
 from diffusion_jax.interop.families.latent_diffusion import Layout, has_linear_maps, has_vector
 from diffusion_jax.interop.family import Family, Prompt, SingleFile
+from diffusion_jax.interop.prompts import emphasised
 from diffusion_jax.interop.safety import load_safety_checker
 
 LAYOUT = Layout(
@@ -22,7 +23,7 @@ FAMILY = Family(
     denoiser="unet",
     autoencoder="vae",
     tokenizers={"text_encoder": "tokenizer"},
-    prompt=Prompt(text=lambda output: output.last_hidden_state, can_skip_layers=True),
+    prompt=Prompt(embed=emphasised(lambda output: output.last_hidden_state), can_skip_layers=True),
     index=latent_diffusion.index_of("StableDiffusion", has_safety_checker=True),
     fits=latent_diffusion.fits,
     scheduler_changes={"clip_sample": False, "steps_offset": 1},

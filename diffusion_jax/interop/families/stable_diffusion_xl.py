@@ -9,6 +9,7 @@ from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
 from diffusion_jax.interop.families import latent_diffusion, sizes
 from diffusion_jax.interop.families.latent_diffusion import Layout, clip, has_vector, open_clip
 from diffusion_jax.interop.family import Config, Family, Prompt, SingleFile
+from diffusion_jax.interop.prompts import emphasised
 
 
 def _added(outputs: Sequence, size: tuple[int, int]) -> dict[str, Array]:
@@ -51,7 +52,7 @@ FAMILY = Family(
     autoencoder="vae",
     tokenizers={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
     prompt=Prompt(
-        text=lambda output: output.penultimate,
+        embed=emphasised(lambda output: output.penultimate),
         added=_added,
         sizes="time_ids",
         null_is_zeros=lambda index: index.get("force_zeros_for_empty_prompt", True),

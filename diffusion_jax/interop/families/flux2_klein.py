@@ -1,0 +1,122 @@
+"""FLUX.2 klein: prompts in Qwen3's chat form, a transformer of flow on the latents of FLUX.2's autoencoder."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from diffusion_jax.interop import encoders
+from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, TOKENS, TRANSFORMER
+from diffusion_jax.interop.family import Config, Family, Prompt, Tensors
+from diffusion_jax.interop.prompts import chats
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.flux2 import Flux2Transformer
+from diffusion_jax.models.text.qwen3 import Qwen3Encoder
+
+STATES = (9, 18, 27)  # of Qwen3, joined on channels: the text
+
+
+def _encoder_of(config: Config, source: str | Path) -> tuple[Qwen3Encoder, PyTree]:
+    encoder, _ = encoders.text_encoder_of(config, source)
+    if not isinstance(encoder, Qwen3Encoder) or encoder.num_hidden_layers < STATES[-1]:
+        raise ValueError(f"{source}: expected Qwen3 with at least {STATES[-1]} layers")
+    encoder = encoder.clone(outputs=STATES)
+    return encoder, encoders.shapes_of(encoder)
+
+
+def _used(tensors: Tensors, encoder: Qwen3Encoder) -> Tensors:
+    named, whole = encoders.canonical(tensors, encoder), encoders.shapes_of(encoder.clone(outputs=None))
+    return encoders.part_of(named, whole, encoders.shapes_of(encoder))
+
+
+def _refuse_to_save(encoder: Qwen3Encoder, variables: PyTree, folder: Path, dtype: Any) -> None:
+    raise ValueError(
+        f"{folder}: FLUX.2 klein loads only the layers of its text encoder that it reads, so it cannot save it: save "
+        "the pipeline without that part, and copy text_encoder and tokenizer from the folder that it was loaded from"
+    )
+
+
+def _latent_inputs(transformer: Flux2Transformer) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, 4, 6, transformer.in_channels), "text": (1, TOKENS, transformer.joint_attention_dim)}
+    return {"t": jnp.array([500.0])} | {
+        name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()
+    }
+
+
+def _run_transformer(model: Any, inputs: Mapping[str, Any]) -> None:
+    import torch
+
+    x, text = inputs["x"], inputs["text"]
+    rows, columns = map(torch.arange, x.shape[2:])
+    zero, words = torch.zeros(1), torch.arange(text.shape[1])
+    model(
+        x.flatten(2).transpose(1, 2),
+        encoder_hidden_states=text,
+        timestep=inputs["t"] / 1000,
+        img_ids=torch.cartesian_prod(zero, rows, columns, zero),
+        txt_ids=torch.cartesian_prod(zero, zero, zero, words),
+    )
+
+
+def _text_inputs(encoder: Qwen3Encoder) -> dict[str, Array]:
+    ids = np.random.default_rng(0).integers(encoder.vocab_size, size=(1, TOKENS))
+    return {"ids": jnp.asarray(ids), "mask": jnp.arange(TOKENS)[None] < TOKENS - 3}
+
+
+def _embed(encoder: Qwen3Encoder, variables: PyTree, ids: Array, weights: Array) -> tuple[None, Array]:
+    return None, encoder.apply(variables, ids, weights.reshape(ids.shape) > 0)
+
+
+def _levels(cells: int, steps: int) -> Config:
+    """Even levels, and the shift of `compute_empirical_mu` of diffusers: a line in the steps through those of 10 and of
+    200 steps, each a line in the size of the image; that of 200 for large images.
+    """
+    mu_10, mu_200 = 8.73809524e-05 * cells + 1.89833333, 0.00016927 * cells + 0.45666666
+    mu = mu_200 if cells > 4300 else mu_200 + (mu_200 - mu_10) / 190 * (steps - 200)
+    return {"mu": mu, "sigmas": np.linspace(1, 1 / steps, steps)}
+
+
+def _fits(transformer: Flux2Transformer, autoencoder: AutoencoderKL) -> str:
+    if transformer.in_channels == autoencoder.channels == (transformer.out_channels or transformer.in_channels):
+        return ""
+    return (
+        f"expected a transformer of {autoencoder.channels} input and output channels, those of the autoencoder, got "
+        f"{transformer.in_channels} and {transformer.out_channels or transformer.in_channels}"
+    )
+
+
+FAMILY = Family(
+    name="FLUX.2 klein",
+    licence="Apache 2.0 (4B), FLUX Non-Commercial License (9B)",
+    source="black-forest-labs/flux2",
+    recognises=lambda index, configs: index.get("_class_name") == "Flux2KleinPipeline",
+    parts={
+        "text_encoder": TEXT_ENCODER._replace(
+            build=_encoder_of,
+            tensors=_used,
+            save=_refuse_to_save,
+            depth=2,
+            inputs=_text_inputs,
+            run=lambda model, inputs: model(inputs["ids"].long(), attention_mask=inputs["mask"]),
+            qualified=lambda path: path,
+        ),
+        "transformer": TRANSFORMER._replace(inputs=_latent_inputs, run=_run_transformer),
+        "vae": AUTOENCODER,
+    },
+    denoiser="transformer",
+    autoencoder="vae",
+    tokenizers={"text_encoder": "tokenizer"},
+    prompt=Prompt(
+        embed=_embed,
+        tokens=functools.partial(chats, thinking=False),
+        captions=functools.partial(chats, thinking=False, warn=False),
+    ),
+    index=lambda transformer: {"_class_name": "Flux2KleinPipeline"},
+    fits=_fits,
+    levels=_levels,
+)

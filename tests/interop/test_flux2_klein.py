@@ -1,0 +1,162 @@
+"""FLUX.2 klein: whole pictures equal those of diffusers' pipeline."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.interop import load_pipeline, save_pipeline, verify
+from diffusion_jax.interop.families import flux2_klein
+from diffusion_jax.interop.pipeline import schedule_of
+from diffusion_jax.interop.schedulers import published_plan
+from diffusion_jax.interop.tensors import read_json, write_json
+from diffusion_jax.pipelines import from_noise
+from diffusion_jax.pipelines.published import from_published, published_times
+from tests.interop.test_flux2 import SMALL as TRANSFORMER
+from tests.interop.test_flux2_autoencoder import SMALL as AUTOENCODER
+from tests.interop.test_flux2_autoencoder import theirs  # noqa: F401  (a fixture)
+from tests.interop.test_folders import peer  # noqa: F401  (a fixture)
+from tests.interop.test_tokenizers import byte_pairs, qwen_folder  # noqa: F401  (a fixture)
+
+CHAT = (  # what Qwen3's own template makes of one message
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+PROMPTS = ["the quick (brown) fox's <|endoftext|> don't", " 日本語\n12 345 "]
+SIZE = (16, 24)
+SCHEDULER = {"use_dynamic_shifting": True, "shift": 3.0}
+
+
+@pytest.fixture(scope="module")
+def klein(peer, theirs, byte_pairs, tmp_path_factory):  # noqa: F811
+    """diffusers' pipeline, and its folder."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    diffusers, folder = pytest.importorskip("diffusers"), tmp_path_factory.mktemp("klein")
+    config = transformers.Qwen3Config(
+        vocab_size=len(byte_pairs[0]) + 8,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=28,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    encoder = transformers.Qwen3ForCausalLM(config).eval()
+    for parameter in encoder.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    tokens = qwen_folder(folder / "words", byte_pairs, chat_template=CHAT)
+    pipeline = diffusers.Flux2KleinPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        theirs(AUTOENCODER),
+        encoder,
+        transformers.Qwen2TokenizerFast.from_pretrained(tokens),
+        peer.make("Flux2Transformer2DModel", TRANSFORMER | {"in_channels": 12, "joint_attention_dim": 24}),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder / "pipeline")
+    return pipeline, folder / "pipeline"
+
+
+def test_whole_pictures_equal_those_of_diffusers(klein, peer):  # noqa: F811
+    """Of the base model by guidance, and of the distilled one without; Qwen3's last layer is not read."""
+    theirs, folder = klein  # noqa: F811
+    published = load_pipeline(folder)
+    assert published.family == flux2_klein.FAMILY and published.prediction == "flow"
+    assert "layers_27" not in published.text_encoders[0].params["params"]
+    model = from_published(published, SIZE)
+    assert model.shape == (4, 6, 12)
+    noise = np.random.default_rng(0).normal(size=(2, *model.shape)).astype(np.float32)
+    cond, keys = model.conditioning.of_prompts(PROMPTS), jax.random.split(jax.random.key(0), 2)
+    for is_distilled, steps, guidance in ((False, 5, 4.0), (True, 4, 1.0)):
+        theirs.register_to_config(is_distilled=is_distilled)
+        expected = theirs(
+            prompt=PROMPTS,
+            height=SIZE[0],
+            width=SIZE[1],
+            num_inference_steps=steps,
+            guidance_scale=4.0,
+            latents=peer.tensor(noise),
+            output_type="np",
+        ).images
+        plan = model.published_solvers["published"](steps, size=model.size)
+        np.testing.assert_allclose(theirs.scheduler.sigmas[:-1], plan.level.sigma, rtol=1e-6)
+        np.testing.assert_allclose(published_times(published, steps, SIZE), plan.level.sigma)
+        pictures = np.clip(from_noise(model, jnp.asarray(noise), cond, keys, plan, guidance) / 2 + 0.5, 0, 1)
+        assert expected.std() > 0.05 and np.abs(pictures - expected).max() < 1e-4
+
+
+def test_the_text_is_that_of_diffusers(klein):
+    """Padding too, which the transformer attends to; and captions are read like prompts."""
+    theirs, folder = klein  # noqa: F811
+    model = from_published(load_pipeline(folder), SIZE)
+    expected = theirs.encode_prompt([*PROMPTS, ""])[0].detach().numpy()
+    for cond in (
+        model.conditioning.of_prompts([*PROMPTS, ""]),
+        model.conditioning.of_records({"caption": [*PROMPTS, ""]}),
+    ):
+        assert cond["text"].shape == (3, 512, 24)
+        assert np.abs(cond["text"] - expected).max() < 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(model.conditioning.null["text"], expected[2], atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("cells", "steps", "sigmas"),
+    [
+        (4096, 4, [1, 0.967384, 0.908144, 0.767200]),
+        (1024, 4, [1, 0.958085, 0.883982, 0.717497]),
+    ],
+)
+def test_published_sizes_have_their_shift(cells, steps, sigmas):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **SCHEDULER}
+    plan = published_plan(config | flux2_klein.FAMILY.levels(cells, steps), schedule_of(config, "test")[0], steps)
+    np.testing.assert_allclose(plan.level.sigma, sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50, 300])
+def test_the_shift_is_that_of_diffusers(steps):
+    peers = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2_klein")
+    for cells in (16, 1024, 4096, 4301, 16384):
+        assert flux2_klein.FAMILY.levels(cells, steps)["mu"] == pytest.approx(peers.compute_empirical_mu(cells, steps))
+
+
+def test_another_size_has_another_shift(klein):
+    model = from_published(load_pipeline(klein[1]), SIZE)
+    plans = [model.published_solvers["published"](4, 1.0, size) for size in (SIZE, (64, 64))]
+    assert plans[1].level.sigma[1] > plans[0].level.sigma[1]
+    with pytest.raises(ValueError, match="multiples of 4 pixels, got 18 and 16"):
+        model.resized((18, 16))
+
+
+def test_verify_compares_every_block(klein, capsys):
+    assert verify.main([str(klein[1])]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    compared = {(part, block): float(number) for part, block, number in (line for line in lines if len(line) == 3)}
+    assert {
+        ("transformer:", "single_transformer_blocks.1"),
+        ("transformer:", "proj_out"),
+        ("text_encoder:", "layers.26"),
+    } <= compared.keys()
+    assert max(compared.values()) < 2e-5
+
+
+def test_what_is_missing_or_does_not_fit_is_one_line(klein, tmp_path):
+    folder = shutil.copytree(klein[1], tmp_path / "klein")
+    published = load_pipeline(folder)
+    with pytest.raises(ValueError, match="copy text_encoder and tokenizer from the folder") as error:
+        save_pipeline(published, tmp_path / "saved")
+    assert "\n" not in str(error.value)
+    wider = published.denoiser._replace(module=published.denoiser.module.clone(in_channels=16))
+    with pytest.raises(ValueError, match=r"a transformer of 12 input and output channels, .* got 16 and 16"):
+        from_published(published.with_denoiser(wider))
+    config = read_json(folder / "text_encoder" / "config.json")
+    write_json(folder / "text_encoder" / "config.json", config | {"num_hidden_layers": 20, "layer_types": None})
+    with pytest.raises(ValueError, match=r"text_encoder/config.json: expected Qwen3 with at least 27 layers"):
+        load_pipeline(folder)
+    write_json(folder / "text_encoder" / "config.json", config)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ValueError, match="expected a tokenizer for each of 1 text encoders, got 0"):
+        from_published(load_pipeline(folder))
