@@ -84,10 +84,10 @@ def check_condition(null_cond: PyTree, source: Source) -> None:
         return
     num_classes = int(null_cond["label"])  # the class after the last is none
     if source.num_classes != num_classes:
-        has = f"{source.num_classes} classes" if source.num_classes else "no labels: set config.condition.kind"
+        has = f"{source.num_classes} classes" if source.num_classes else "no labels"
         raise ValueError(
-            f"config.condition.num_classes must be the number of classes of the data, got {num_classes}, and "
-            f"{source.name} has {has}"
+            f"the model has {num_classes} classes and {source.name} has {has}: set config.condition.kind and "
+            "config.condition.num_classes; a checkpoint needs data with its own number of classes"
         )
 
 

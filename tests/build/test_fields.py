@@ -241,7 +241,7 @@ DISAGREEING = {
         "--config.autoencoder.train.batch_size=16",
         "--mode=train",
     ],
-    "the number of classes of the data, got 9, and digits-train has 10 classes": [
+    "the model has 9 classes and digits-train has 10 classes: set config.condition.kind and": [
         DIGITS,
         "--config.condition.num_classes=9",
         "--mode=train",
