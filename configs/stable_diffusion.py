@@ -33,7 +33,7 @@ What a run costs, by --mode=check: what a chip holds without activations, and th
 
     stable_diffusion.py --config.checkpoint=sd15 --config.train.parallel=fsdp  v5e:2x4  2.2 GB  0.1 h
     stable_diffusion.py --config.checkpoint=sd21 --config.train.parallel=fsdp  v5e:2x4  2.2 GB  0.3 h
-    stable_diffusion.py --config.checkpoint=sdxl --config.train.parallel=fsdp  v5e:2x4  6.5 GB  1 min
+    stable_diffusion.py --config.checkpoint=sdxl --config.train.parallel=fsdp  v5e:2x4  6.5 GB  0.9 h
 """
 
 from ml_collections import ConfigDict

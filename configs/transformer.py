@@ -8,7 +8,7 @@ in an export.
 
 What a run costs, by --mode=check: what a chip holds without activations, and the training at 40 % of its peak.
 
-transformer.py  v5e:1x1  0.1 MB  under a minute
+transformer.py  v5e:1x1  8.8 MB  under a minute
 """
 
 from ml_collections import ConfigDict
