@@ -10,6 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from diffusion_jax import build
 from diffusion_jax.app import check, estimate
+from diffusion_jax.build import agreement
 from diffusion_jax.messages import size
 from tests import device_flags
 from tests.app import presets
@@ -36,7 +37,15 @@ def test_every_config_says_what_it_costs():
     assert {row.words.partition(".py")[0] for row in presets.ROWS} == presets.CONFIGS.keys()
 
 
-@pytest.mark.parametrize("row", presets.ROWS, ids=lambda row: row.words)
+def loads_networks(row):
+    """Whether a check of the preset loads text encoders and weights, which takes most of its time."""
+    return agreement.has_text_encoders(presets.config_of(row.words))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.words, marks=[pytest.mark.slow] * loads_networks(row)) for row in presets.ROWS],
+)
 def test_the_memory_in_a_header(row, tmp_path, monkeypatch):
     found = stages(row.words, row.slice, tmp_path, monkeypatch)
     assert row.memory == size(max(stage["known"] for stage in found))
