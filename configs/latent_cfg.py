@@ -28,7 +28,7 @@ coco256 and imagenet256/unet train a first stage too, for 13 h of these.
     latent_cfg.py:small             v5e:1x1  0.2 GB  under a minute
     latent_cfg.py:everyday          v5e:1x1  0.2 GB  under a minute
     latent_cfg.py:full              v5e:1x1  0.2 GB  under a minute
-    latent_cfg.py:further           v5e:1x1  0.2 GB  under a minute
+    latent_cfg.py:further           v5e:1x1  0.3 GB  2.2 min
     latent_cfg.py:fast              v5e:1x1  0.2 GB  under a minute
     latent_cfg.py:coco256           v5e:2x4  6.2 GB  23 h
     latent_cfg.py:imagenet256/S     v5e:2x4  0.8 GB  4.1 h
