@@ -108,18 +108,18 @@ class DoubleBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        streams: tuple[Float[Array, "batch pixels width"], Float[Array, "batch words width"]],
-        of_image: Float[Array, "6 batch 1 width"],
+        streams: tuple[Float[Array, "batch words width"], Float[Array, "batch pixels width"]],
         of_text: Float[Array, "6 batch 1 width"],
+        of_image: Float[Array, "6 batch 1 width"],
         turn: Rotation,
         mask: Bool[Array, "batch length"] | None,
-    ) -> tuple[Float[Array, "batch pixels width"], Float[Array, "batch words width"]]:
-        """of_image, of_text: shift, scale and gate of a stream's attention, then of its feed-forward."""
+    ) -> tuple[Float[Array, "batch words width"], Float[Array, "batch pixels width"]]:
+        """streams: text and image. of_text, of_image: shift, scale and gate of attention, then of the feed-forward."""
         norm = token_norm("layer_norm", self.eps, affine=False)
-        first = (modulated(norm()(h), *m[:2]) for h, m in zip(streams, (of_image, of_text), strict=True))
+        text, x = (modulated(norm()(h), *m[:2]) for h, m in zip(streams, (of_text, of_image), strict=True))
         attend = JointAttention(self.heads, self.eps, self.dtype, self.implementation, name="attn")
-        changes, results = attend(*first, turn, mask), []
-        for h, change, m, name in zip(streams, changes, (of_image, of_text), ("ff", "ff_context"), strict=True):
+        (x, text), results = attend(x, text, turn, mask), []
+        for h, change, m, name in zip(streams, (text, x), (of_text, of_image), ("ff_context", "ff"), strict=True):
             h = h + (m[2] * change).astype(h.dtype)
             feed_forward = FeedForward(int(self.ratio * h.shape[-1]), self.dtype, name=name)
             results.append(h + (m[5] * feed_forward(modulated(norm()(h), *m[3:5]))).astype(h.dtype))
@@ -291,10 +291,9 @@ class Flux2Transformer(nn.Module):
         double, single = (
             getattr(self, name + EACH * self.scan) for name in ("transformer_blocks", "single_transformer_blocks")
         )
-        streams = self.x_embedder(x.reshape(len(x), -1, x.shape[-1])), self.context_embedder(cond["text"])
-        vectors = self.double_stream_modulation_img(c), self.double_stream_modulation_txt(c)
-        image, text = through(double, self.num_layers, streams, *vectors, *inputs)
-        tokens = jnp.concatenate([text, image], axis=1)
+        streams = self.context_embedder(cond["text"]), self.x_embedder(x.reshape(len(x), -1, x.shape[-1]))
+        vectors = self.double_stream_modulation_txt(c), self.double_stream_modulation_img(c)
+        tokens = jnp.concatenate(through(double, self.num_layers, streams, *vectors, *inputs), axis=1)
         tokens = through(single, self.num_single_layers, tokens, self.single_stream_modulation(c), *inputs)
         scale, shift = self.norm_out(c)
         return self.proj_out(modulated(self.final_norm(tokens[:, words:]), shift, scale)).reshape(*x.shape[:3], -1)

@@ -53,7 +53,7 @@ def _run_transformer(model: Any, inputs: Mapping[str, Any]) -> None:
 
     x, text = inputs["x"], inputs["text"]
     rows, columns = map(torch.arange, x.shape[2:])
-    zero, words = torch.zeros(1), torch.arange(text.shape[1])
+    zero, words = torch.arange(1), torch.arange(text.shape[1])
     model(
         x.flatten(2).transpose(1, 2),
         encoder_hidden_states=text,
