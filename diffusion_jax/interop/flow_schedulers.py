@@ -1,4 +1,4 @@
-"""The samplers of published flow models: the paths of their levels, and Heun's method on them."""
+"""The samplers of published flow models: the paths of their levels."""
 
 import itertools
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from diffusion_jax.core import solvers
 from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.core.solvers import Plan
-from diffusion_jax.core.solvers.plan import EPS, PAST, X0, Row, Step, stack, state
+from diffusion_jax.core.solvers.plan import Step
 
 
 def ramp_of(config: Mapping, high: float, low: float, steps: int) -> np.ndarray | None:
@@ -58,16 +58,3 @@ def _shifted(s: np.ndarray | float, shift: float) -> np.ndarray | float:
 def flow_euler(config: Mapping, schedule: Schedule, grid: list[Step], steps: int) -> Plan:
     solver = solvers.consistency if config["stochastic_sampling"] else solvers.euler
     return solver(schedule, len(grid), grid)
-
-
-def flow_heun(config: Mapping, schedule: Schedule, grid: list[Step], steps: int) -> Plan:
-    """Heun's method on dx / ds = v = eps - x0; the last step is Euler's.
-
-    x_1 = x + (s' - s) v;   x' = x + (s' - s) (v + v_1) / 2
-    """
-    rows, v = [], EPS - X0
-    for level, next in grid:
-        rows.append(Row(level, next, state(next), v))
-        if next.sigma > 0:
-            rows.append(Row(next, next, state(next) + (next.sigma - level.sigma) * (v - PAST[0]) / 2, v))
-    return stack(rows)

@@ -146,7 +146,7 @@ def load_pipeline(
         raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
     schedule, default_prediction = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
     prediction = prediction or default_prediction
-    if prediction == "eps" and np.isneginf(schedule.logsnr_table[-1]):
+    if prediction == "eps" and schedule(schedule.t_max).alpha == 0:
         raise ValueError(
             f"{path}: its noise schedule begins at pure noise (zero terminal SNR), where eps does not determine the "
             "image; if its network predicts v or x0, set prediction to that"

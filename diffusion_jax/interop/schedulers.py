@@ -16,7 +16,7 @@ from diffusion_jax.core.process import CLEAN, NoiseLevel
 from diffusion_jax.core.schedules import DiscreteSchedule, Schedule
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.core.solvers.plan import X0, Row, Step, Z, joined, stack, state
-from diffusion_jax.interop.flow_schedulers import flow_euler, flow_heun, flow_path, ramp_of
+from diffusion_jax.interop.flow_schedulers import flow_euler, flow_path, ramp_of
 
 # diffusers does not limit steps from pure noise
 heun, dpm_solver, plms = (
@@ -342,6 +342,6 @@ FLOW_HEUN = _reads("num_train_timesteps shift")
 FORWARD = {"invert_sigmas": (False,), "time_shift_type": ("exponential", "linear")}
 FLOWS = {  # of rectified flows: their schedule is `schedules.flow`, and their network predicts eps - x0
     "FlowMatchEulerDiscreteScheduler": Scheduler(flow_path,  flow_euler,           FLOW,  NO_TERMINAL,  FORWARD),
-    "FlowMatchHeunDiscreteScheduler":  Scheduler(flow_path,  flow_heun,            FLOW_HEUN, NO_TERMINAL),
+    "FlowMatchHeunDiscreteScheduler":  Scheduler(flow_path,  _plain(solvers.flow_heun), FLOW_HEUN, NO_TERMINAL),
 }
 # fmt: on

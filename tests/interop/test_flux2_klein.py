@@ -145,6 +145,8 @@ def test_verify_compares_every_block(klein, capsys):
 
 def test_what_is_missing_or_does_not_fit_is_one_line(klein, tmp_path):
     folder = shutil.copytree(klein[1], tmp_path / "klein")
+    with pytest.raises(ValueError, match=r"begins at pure noise .* where eps does not determine the image"):
+        load_pipeline(folder, prediction="eps")
     published = load_pipeline(folder)
     with pytest.raises(ValueError, match="copy text_encoder and tokenizer from the folder") as error:
         save_pipeline(published, tmp_path / "saved")
