@@ -29,7 +29,7 @@ SIZES = {
     "S": Size(12, 384, 6),
     "B": Size(12, 768, 12, accumulate=8),
     "L": Size(24, 1024, 16, accumulate=16, parallel="fsdp"),
-    "XL": Size(28, 1152, 16, accumulate=16, parallel="fsdp"),
+    "XL": Size(28, 1152, 16, accumulate=32, parallel="fsdp"),
 }
 
 

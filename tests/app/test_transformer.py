@@ -108,7 +108,7 @@ def test_a_lora_is_trained_exported_and_loaded(trained, tmp_path):
 EVAL = [
     "--config.eval.measures=('likelihood', 'distances')",
     "--config.eval.networks=('pixels',)",
-    *(f"--config.eval.{name}" for name in ("images=8", "reference=8", "batch_size=8", "steps=1")),
+    *(f"--config.eval.{name}" for name in ("images=20", "reference=20", "batch_size=20", "steps=1")),
 ]
 
 
