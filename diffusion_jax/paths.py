@@ -128,22 +128,6 @@ def free_space(folder: str | os.PathLike) -> float:
     return math.inf if in_bucket(folder) else shutil.disk_usage(folder).free
 
 
-def seconds_to_write(folder: str | os.PathLike, size: int) -> float:
-    """Seconds to write `size` bytes of a new file to the folder, measured. The file is removed."""
-    trial, start = at(folder) / f"trial-{secrets.token_hex(4)}", time.monotonic()
-    try:
-        if in_bucket(folder):
-            trial.write_bytes(bytes(size))
-        else:
-            with trial.open("wb") as file:
-                file.write(bytes(size))
-                file.flush()
-                os.fsync(file.fileno())
-        return time.monotonic() - start
-    finally:
-        trial.unlink(missing_ok=True)
-
-
 def try_writing(folder: str | os.PathLike) -> None:
     """Create the folder. Raises OSError if files cannot be written in it."""
     folder = at(folder)

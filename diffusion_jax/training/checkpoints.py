@@ -1,6 +1,9 @@
 """Checkpoints with Orbax: the whole training state, so that a run resumes exactly."""
 
+import os
 import pathlib
+import secrets
+import time
 from logging import getLogger
 
 import jax
@@ -82,7 +85,7 @@ class Checkpoints:
         size = disk_space(state) / (jax.process_count() if divided else 1)  # that this host writes
         if size < QUICK or not parallel.is_main():
             return
-        seconds = size / PROBE * paths.seconds_to_write(self.folder, PROBE)
+        seconds = size / PROBE * _seconds_to_write(self.folder, PROBE)
         if seconds > NOTICE:
             logging.warning(
                 "a checkpoint of %s takes about %.0f s in %s, and a spot VM ends %d s after its warning: "
@@ -245,6 +248,22 @@ class OtherConfig(ValueError):
 
 
 NOT_DAMAGE = (OtherConfig, MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)
+
+
+def _seconds_to_write(folder: Path, size: int) -> float:
+    """Seconds to write `size` bytes of a new file to the folder, measured. The file is removed."""
+    trial, start = folder / f"trial-{secrets.token_hex(4)}", time.monotonic()
+    try:
+        if paths.in_bucket(folder):
+            trial.write_bytes(bytes(size))
+        else:
+            with trial.open("wb") as file:
+                file.write(bytes(size))
+                file.flush()
+                os.fsync(file.fileno())
+        return time.monotonic() - start
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def _split(state: TrainState) -> tuple[dict, PyTree]:
