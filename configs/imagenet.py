@@ -77,6 +77,17 @@ def transformer(name: str = "B") -> ConfigDict:
     return config
 
 
+def one_call() -> ConfigDict:
+    """The same transformer for one network call, by improved MeanFlow (Geng et al. 2025b) from random weights."""
+    config = transformer()
+    config.name = "imagenet256_imf"
+    config.model.target_embedding = True
+    config.objective = common.objective("flow", weight="")
+    config.objective.update(name="improved_mean_flow", levels="even", plain=0.5, robust=0.5)
+    config.sample = common.sample(PROMPTS, solver="ddim", steps=1, guidance=1.0, num_images=4)
+    return config
+
+
 def unet() -> ConfigDict:
     """A U-Net in latents of a first stage trained here."""
     config = _photographs("imagenet256_unet")

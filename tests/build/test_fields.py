@@ -29,7 +29,17 @@ CONFIGS = {
     **{f"few_step:{p}": lambda p=p: few_step.get_config(p) for p in ("shortcut", "digits/lcm", "lora/ect", "scale")},
     **{
         f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p)
-        for p in ("small", "everyday", "full", "further", "fast", "coco256", "imagenet256", "imagenet256/unet")
+        for p in (
+            "small",
+            "everyday",
+            "full",
+            "further",
+            "fast",
+            "coco256",
+            "imagenet256",
+            "imagenet256/imf",
+            "imagenet256/unet",
+        )
     },
 }
 
