@@ -12,6 +12,7 @@ CACHE = paths.CACHE / "xla"
 CONCURRENCY = "xla_cpu_enable_concurrency_optimized_scheduler"
 DATA = "data"  # the axis of a mesh whose devices hold different examples and the same weights
 _planned: list[tuple[str, int]] = []  # backend and number of devices
+_without_kernels: list[None] = []  # as many as such contexts are open
 
 
 def configure(low_memory: bool = True) -> None:
@@ -40,6 +41,21 @@ def is_undivided() -> bool:
     with contextlib.suppress(NameError):  # no such axis
         return jax.lax.axis_size(DATA) > 0
     return (_planned[-1][1] if _planned else jax.local_device_count()) == 1
+
+
+def has_kernels() -> bool:
+    """Whether networks may choose kernels, which have no forward derivative."""
+    return not _without_kernels
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """In this context networks choose operations that have a forward derivative."""
+    _without_kernels.append(None)
+    try:
+        yield
+    finally:
+        _without_kernels.pop()
 
 
 @contextlib.contextmanager

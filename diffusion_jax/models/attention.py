@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from diffusion_jax.compilation import backend, is_undivided
+from diffusion_jax.compilation import backend, has_kernels, is_undivided
 from diffusion_jax.models import fused
 from diffusion_jax.models.layers import Dense, GroupNorm, PointwiseConv, kernel_init, zeros_init
 from diffusion_jax.models.token_layers import Rotation, rotate
@@ -51,8 +51,10 @@ def attention(
         return _whole(q, k, v, mask)
     if implementation == "blocks":
         return _in_blocks(q, k, v, mask)
-    if implementation in KERNELS:
-        return KERNELS[implementation](q, k, v, *(() if mask is None else (mask,)))
+    if implementation == "cudnn":
+        return fused.cudnn(q, k, v, mask)
+    if implementation == "flash":
+        return fused.flash(q, k, v, mask)
     raise ValueError(f"attention_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
 
 
@@ -64,15 +66,15 @@ def _best_implementation(q, k) -> str:
         images, queries, heads, _ = q.shape
         keys = k.shape[1]
         scores = images * heads * queries * keys
-        if scores >= ON_CHIP and keys >= 1024 and is_undivided():
+        if scores >= ON_CHIP and keys >= 1024 and is_undivided() and has_kernels():
             return "flash"
         return "blocks" if scores >= LARGE else "xla"
-    fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     is_here = jax.default_backend() == "gpu"  # to count for a GPU elsewhere needs no cuDNN
-    return "cudnn" if on == "gpu" and fused and is_here else "xla"
+    return "cudnn" if on == "gpu" and fits and is_here and has_kernels() else "xla"
 
 
-def _whole(q, k, v, mask=None):
+def _whole(q, k, v, mask):
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
@@ -115,12 +117,6 @@ def _group_in_blocks(q, k, v, mask, blocks):
 
 def _largest_divisor(number, limit):
     return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(limit, 1))
-
-
-KERNELS = {
-    "cudnn": fused.with_derivatives(fused.cudnn, _whole),
-    "flash": fused.with_derivatives(fused.flash, _whole),
-}
 
 
 class Attention(nn.Module):

@@ -1,27 +1,19 @@
 """Attention in one kernel, which keeps the scores in the processor: cuDNN's on GPU, JAX's Pallas kernel on TPU.
 
-The arguments are those of `attention.attention`. The kernels come with a gradient of their own, but not with a forward
-derivative, which some methods of training for few steps need.
+The arguments are those of `attention.attention`. The kernels have a gradient, and no forward derivative.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import linear_call
 from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
 
 LANES = 128  # numbers in a row of a TPU's registers
-TILES = (
-    512,
-    384,
-    256,
-    128,
-)  # tokens at a time in the Pallas kernel; its own default, 128, makes 16 times as many steps
+TILES = (512, 384, 256, 128)  # tokens at a time in the Pallas kernel, whose own choice is 128: 16 times as many steps
 
 
-def cudnn(q, k, v, mask=None):
+def cudnn(q, k, v, mask):
     """cuDNN's kernel. It wants a mask whole, and then sequences of even length."""
     queries = q.shape[1]
     if mask is not None:
@@ -30,7 +22,7 @@ def cudnn(q, k, v, mask=None):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :queries]
 
 
-def flash(q, k, v, mask=None):
+def flash(q, k, v, mask):
     """The Pallas kernel (Dao et al. 2022). Sequences, and heads wider than 128, are padded to multiples of 128."""
     queries, width = q.shape[1], q.shape[-1]
     if mask is None and k.shape[1] % LANES:
@@ -53,27 +45,3 @@ def _tiles(queries, keys):
     """Tiles of queries and of keys: of the forward pass, of the gradient of keys and values, of that of queries."""
     q, k = (next(tile for tile in TILES if count % tile == 0) for count in (queries, keys))
     return BlockSizes(q, k, k, 1, *(q, k, k, q), *(k, k, q))
-
-
-def with_derivatives(kernel: Callable, plain: Callable) -> Callable:
-    """A kernel with its own gradient, and the forward derivative of `plain`, which is the same function."""
-
-    @jax.custom_jvp
-    def attend(q, k, v, *mask):
-        return kernel(q, k, v, *mask)
-
-    @attend.defjvp
-    def jvp(primals, tangents):
-        inputs, mask = primals[:3], primals[3:]
-        out, pullback = jax.vjp(lambda *inputs: kernel(*inputs, *mask), *inputs)
-
-        def forward(kept, changes):
-            _, inputs, mask = kept
-            return jax.jvp(lambda *inputs: plain(*inputs, *mask), inputs, changes)[1]
-
-        def backward(kept, change):
-            return kept[0](change)
-
-        return out, linear_call(forward, backward, (pullback, inputs, mask), tangents[:3])
-
-    return attend

@@ -28,6 +28,7 @@ c b' / b - c' / 2 = -b^2 (c / b^2)' / 2: errors shrink where c / b^2 falls with 
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.compilation import without_kernels
 from diffusion_jax.core.parameterization import NAMED
 from diffusion_jax.core.process import add_noise, expand
 from diffusion_jax.objectives.flow_map import MIN_STEP, Maps, Method, Path, State, Target, Times
@@ -195,7 +196,8 @@ def _derivative_target(path: Path, maps: Maps, u: Times, to: Times) -> Target:
     def student_from(start: Times) -> tuple[State, State]:
         return maps.student_and_output(path.state_on_line(u, start), start, to)
 
-    _, change, out = jax.jvp(student_from, (u,), (jnp.ones_like(u),), has_aux=True)
+    with without_kernels():
+        _, change, out = jax.jvp(student_from, (u,), (jnp.ones_like(u),), has_aux=True)
     return _corrected_target(path, maps, u, to, out, change, moving=u)
 
 
@@ -205,9 +207,10 @@ def lagrangian() -> Method:
     def method(path: Path, maps: Maps) -> Target:
         u, to = _random_step(path)
         to, x = jnp.maximum(to, MIN_STEP), path.at(u)
-        state, change, out = jax.jvp(
-            lambda end: maps.student_and_output(x, u, end), (to,), (jnp.ones_like(to),), has_aux=True
-        )
+        with without_kernels():
+            state, change, out = jax.jvp(
+                lambda end: maps.student_and_output(x, u, end), (to,), (jnp.ones_like(to),), has_aux=True
+            )
         ends = maps.parameterization.predict(state, maps.output(state, to, to), path.level(to))
         _, flow = jax.jvp(lambda end: add_noise(*ends, path.level(end)), (to,), (jnp.ones_like(to),))
         return _corrected_target(path, maps, u, to, out, flow - change, moving=to)
