@@ -1,4 +1,4 @@
-"""Parts of transformers over patches of an image: patches, positions, rotation, norms, modulation.
+"""Parts of transformers: patches of an image, positions, rotation, norms, feed-forward, modulation.
 
 Tokens are (batch, length, channels). An image is cut into patches row by row. Parameters are float32; `dtype` is the
 type of the large multiplications. Norms, modulation and rotation are float32.
@@ -115,6 +115,25 @@ def rotate(
     axis = -1 if pairs == "adjacent" else -2
     a, b = (jnp.take(halves, i, axis=axis) for i in range(2))
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=axis).reshape(x.shape).astype(x.dtype)
+
+
+class GatedFeedForward(nn.Module):
+    """down(silu(gate x) · up x), without biases (SwiGLU, Shazeer 2020).
+
+    width: of the values between.
+    maps: names of gate, up and down.
+    """
+
+    width: int
+    maps: tuple[str, str, str]
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
+        project = functools.partial(Dense, dtype=self.dtype, use_bias=False)
+        gate, up, down = self.maps
+        h = nn.silu(project(self.width, name=gate)(x)) * project(self.width, name=up)(x)
+        return project(x.shape[-1], name=down)(h)
 
 
 class PatchEmbed(nn.Module):

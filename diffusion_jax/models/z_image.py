@@ -20,6 +20,7 @@ from diffusion_jax.models.layers import Dense, sinusoidal_embedding, zeros_init
 from diffusion_jax.models.stacking import EACH, through
 from diffusion_jax.models.token_layers import (
     WAVES,
+    GatedFeedForward,
     Rotation,
     embedding_init,
     grid_positions,
@@ -44,19 +45,6 @@ class TimeEmbedding(nn.Module):
         return Dense(self.width, name="mlp_2")(
             nn.silu(Dense(TIME_HIDDEN, name="mlp_0")(sinusoidal_embedding(t, WAVES)))
         )
-
-
-class FeedForward(nn.Module):
-    """w2(silu(w1 x) · w3 x)."""
-
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
-        channels = x.shape[-1]
-        project = functools.partial(Dense, dtype=self.dtype, use_bias=False)
-        gate, value = (project(int(channels / 3 * 8), name=name)(x) for name in ("w1", "w3"))
-        return project(channels, name="w2")(nn.silu(gate) * value)
 
 
 class Block(nn.Module):
@@ -91,7 +79,8 @@ class Block(nn.Module):
         )
         h = attend(norm(name="attention_norm1")(x) * scale1, None, mask, turn)
         x = x + (gate1 * norm(name="attention_norm2")(h)).astype(x.dtype)
-        h = FeedForward(self.dtype, name="feed_forward")(norm(name="ffn_norm1")(x) * scale2)
+        feed_forward = GatedFeedForward(int(x.shape[-1] / 3 * 8), ("w1", "w3", "w2"), self.dtype, name="feed_forward")
+        h = feed_forward(norm(name="ffn_norm1")(x) * scale2)
         return x + (gate2 * norm(name="ffn_norm2")(h)).astype(x.dtype)
 
     def _vectors(self, c, width):

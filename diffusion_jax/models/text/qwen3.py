@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from diffusion_jax.models.layers import Dense
-from diffusion_jax.models.token_layers import Rotation, rotate, rotation, token_norm
+from diffusion_jax.models.token_layers import GatedFeedForward, Rotation, rotate, rotation, token_norm
 
 
 class SelfAttention(nn.Module):
@@ -46,24 +46,11 @@ class SelfAttention(nn.Module):
         return project(x.shape[-1], name="o_proj")(attended.reshape(*x.shape[:2], -1))
 
 
-class FeedForward(nn.Module):
-    """down(silu(gate x) · up x)."""
-
-    width: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch length channels"]:
-        project = functools.partial(Dense, dtype=self.dtype, use_bias=False)
-        gate, up = (project(self.width, name=f"{name}_proj")(x) for name in ("gate", "up"))
-        return project(x.shape[-1], name="down_proj")(nn.silu(gate) * up)
-
-
 class Layer(nn.Module):
     """Attention, then feed-forward, each of the normalized tokens and with its residual in float32."""
 
     attention: Callable[..., SelfAttention]
-    feed_forward: Callable[..., FeedForward]
+    feed_forward: Callable[..., GatedFeedForward]
     norm: Callable[..., nn.Module]
 
     @nn.compact
@@ -115,9 +102,9 @@ class Qwen3Encoder(nn.Module):
             self.dtype,
         )
         turn = rotation(np.arange(ids.shape[1], dtype=np.float64)[:, None], (self.head_dim,), self.rope_theta)
-        layer = functools.partial(
-            Layer, attend, functools.partial(FeedForward, self.intermediate_size, self.dtype), norm
-        )
+        maps = ("gate_proj", "up_proj", "down_proj")
+        feed_forward = functools.partial(GatedFeedForward, self.intermediate_size, maps, self.dtype)
+        layer = functools.partial(Layer, attend, feed_forward, norm)
         states = [nn.Embed(self.vocab_size, self.hidden_size, name="embed_tokens")(ids).astype(jnp.float32)]
         for i in range(self.num_hidden_layers if self.outputs is None else max(self.outputs)):
             states.append(layer(name=f"layers_{i}")(states[-1], mask, turn))
@@ -137,7 +124,7 @@ class Qwen3Encoder(nn.Module):
     def _check_fields(self) -> None:
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act: expected 'silu', got {self.hidden_act!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads = {self.num_key_value_heads}, got "
                 f"{self.num_attention_heads}"
