@@ -78,6 +78,7 @@ class DiffusionModel(NamedTuple):
     adapter: says which of the variables are trained.
     published_solvers: name -> (steps, strength, size) -> Plan, the solvers published with the model.
     published_times: name -> (steps, size) -> times, the spacings published with the model, for any solver.
+    has_guidance: whether guidance of one scale is built in, so that the model must not be guided again.
     held_back: images -> whether the model's safety checker holds each of them back.
     """
 
@@ -91,6 +92,7 @@ class DiffusionModel(NamedTuple):
     adapter: Adapter = WHOLE
     published_solvers: Mapping[str, Callable] = MappingProxyType({})
     published_times: Mapping[str, Callable] = MappingProxyType({})
+    has_guidance: bool = False
     held_back: Callable[[UInt8[np.ndarray, "batch height width 3"]], Bool[np.ndarray, "batch"]] = none_held_back
 
     @property

@@ -71,4 +71,4 @@ def _export_published(config: ConfigDict, workdir: Path, folder: Path) -> None:
         return
     published = build.model.published(config)
     denoiser = published.denoiser._replace(params=trained)
-    save_pipeline(published.with_denoiser(denoiser), folder, build.model.DTYPES[config.dtype])
+    save_pipeline(published.with_denoiser(denoiser), folder, build.model.DTYPES[config.dtype], config.checkpoint)

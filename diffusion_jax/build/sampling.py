@@ -44,9 +44,9 @@ def plan_and_guidance(
     negative: the condition of the negative prompt, or None.
     """
     if has_guidance(config, model) and config.sample.guidance != 1:
+        scale = "" if model.has_guidance else f" {config.objective.scale:g}"
         raise ValueError(
-            f"this model has guidance {config.objective.scale:g} built in: set sample.guidance to 1, got "
-            f"{config.sample.guidance:g}"
+            f"this model has guidance{scale} built in: set sample.guidance to 1, got {config.sample.guidance:g}"
         )
     table, rule = plan(config, model, strength), guidance(config, negative)
     guided(lambda x, level, cond: None, rule, model.conditioning.null, model.codec.limit)
@@ -56,7 +56,8 @@ def plan_and_guidance(
 
 def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
     """Whether the model has guidance of one scale built in, because it was distilled from a guided teacher."""
-    return "objective" in config and config.objective.scale != 1 and not model.network.takes_scale
+    own = "objective" in config and config.objective.scale != 1 and not model.network.takes_scale
+    return own or model.has_guidance
 
 
 def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:

@@ -127,6 +127,8 @@ def _clip_half(config: Mapping) -> Mapping:
 def _qwen3(config: Mapping) -> Mapping:
     """With rope_theta, which newer versions of transformers write into rope_parameters."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters: expected an object, got {rope!r}")
     if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ValueError(f"rope_type: expected 'default', got {kind!r}")
     if config.get("use_sliding_window"):

@@ -29,7 +29,8 @@ class Component(NamedTuple):
     weights: name of the file of weights, without its ending.
     build: (config.json, its path) -> (module, shapes of its variables). Raises ValueError for an unsupported config.
     tensors: (tensors, module) -> the tensors under the names of the module's own variables (`names.torch_name`).
-    save: (module, variables, folder, dtype), writes config.json and weights.
+    save: (module, variables, folder, dtype), writes config.json and weights. None for a text encoder that is loaded in
+      part, without the layers that nothing reads.
     depth: how deep inside the network `verify` compares submodules.
     inputs: module -> random inputs of it by name, for `verify`. "x", "t", "ids" and "mask" are arguments of its
       `apply`, the others its condition.
@@ -42,7 +43,7 @@ class Component(NamedTuple):
     weights: str
     build: Callable[[Config, str | Path], tuple[Any, PyTree]]
     tensors: Callable[[Tensors, Any], Tensors]
-    save: Callable[..., None]
+    save: Callable[..., None] | None
     depth: int
     inputs: Callable[[Any], dict[str, Array]]
     run: Callable[[Any, Mapping[str, Any]], Any]
@@ -118,8 +119,10 @@ class Family(NamedTuple):
     index: module of the denoiser -> model_index.json without the parts.
     fits: (denoiser, autoencoder) -> what is wrong with them together, "" if nothing.
     scheduler_changes: fields of scheduler_config.json that diffusers overrides when it loads such a pipeline.
+    is_flow: whether its scheduler must be that of a rectified flow.
     levels: (cells of an image that the denoiser sees, steps) -> what a pipeline of flow gives to its scheduler, see
       `schedulers.published_plan`.
+    has_guidance: model_index.json -> whether guidance is built in, because the model was distilled with it.
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
     single_file: None if there is no such layout.
     lora: names in files of low-rank updates.
@@ -140,7 +143,9 @@ class Family(NamedTuple):
     classes: Callable[[Any], int] = lambda denoiser: 0
     fits: Callable[[Any, Any], str] = lambda denoiser, autoencoder: ""
     scheduler_changes: Config = MappingProxyType({})
+    is_flow: bool = False
     levels: Callable[[int, int], Config] = lambda cells, steps: {}
+    has_guidance: Callable[[Config], bool] = lambda index: False
     safety_checker: Callable[[Path, bool], Any] | None = None
     single_file: SingleFile | None = None
     lora: LoraNames = LoraNames()

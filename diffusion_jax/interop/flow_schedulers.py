@@ -44,6 +44,11 @@ def flow_path(config: Mapping, schedule: Schedule, steps: int) -> list[Step]:
         raise ValueError(f"sigmas: expected {steps} of them, one for each step, got {len(s)}")
     s = _shifted(s, shift)
     if config["shift_terminal"]:
+        if not 0 < config["shift_terminal"] < 1 or steps < 2:
+            raise ValueError(
+                "shift_terminal: expected a level between 0 and 1, and at least 2 steps, got "
+                f"{config['shift_terminal']!r} and {steps}"
+            )
         s = 1 - (1 - s) * (1 - config["shift_terminal"]) / (1 - s[-1])
     ramp = ramp_of(config, s[0], s[-1], steps)
     s = np.append(s if ramp is None else ramp, 0.0)

@@ -29,7 +29,7 @@ from diffusion_jax.interop.encoders import without_last_layers
 from diffusion_jax.interop.family import Description, Family
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.safety import SafetyChecker
-from diffusion_jax.interop.schedulers import is_flow, with_defaults
+from diffusion_jax.interop.schedulers import FLOWS, is_flow, with_defaults
 from diffusion_jax.interop.single_file import read_checkpoint
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
@@ -144,13 +144,12 @@ def load_pipeline(
         networks[family.denoiser] = _scanned(networks[family.denoiser], family)
     if path.is_file() and family.single_file.ask and not (prediction or "prediction_type" in scheduler):
         raise ValueError(f"{path}: {family.name} in one file does not say what it predicts; {family.single_file.ask}")
-    schedule, default_prediction = schedule_of(scheduler, path / "scheduler" / "scheduler_config.json")
-    prediction = prediction or default_prediction
-    if prediction == "eps" and schedule(schedule.t_max).alpha == 0:
-        raise ValueError(
-            f"{path}: its noise schedule begins at pure noise (zero terminal SNR), where eps does not determine the "
-            "image; if its network predicts v or x0, set prediction to that"
-        )
+    source = path / "scheduler" / "scheduler_config.json"
+    schedule, stated = schedule_of(scheduler, source)
+    if family.is_flow and stated != "flow":
+        known = " or ".join(FLOWS)
+        raise ValueError(f"{source}: {family.name} needs {known}, got {scheduler.get('_class_name')}")
+    prediction = _prediction(path, schedule, stated, prediction)
     folders = [paths.at(tokenizers or path) / folder for name, folder in family.tokenizers.items() if name in networks]
     return PublishedPipeline(
         family=family,
@@ -165,6 +164,20 @@ def load_pipeline(
         index=index,
         safety_checker=_safety_checker(path, family, allow_pickle) if safety_checker else None,
     )
+
+
+def _prediction(path: Path, schedule: Schedule, stated: str, asked: str | None) -> str:
+    """What the network predicts: `asked`, or what scheduler_config.json states. Raises ValueError where it cannot."""
+    if stated == "flow":
+        if asked:
+            raise ValueError(f"{path}: its network predicts flow, by its scheduler: leave out prediction={asked!r}")
+        return stated
+    if (asked or stated) == "eps" and schedule(schedule.t_max).alpha == 0:
+        raise ValueError(
+            f"{path}: its noise schedule begins at pure noise (zero terminal SNR), where eps does not determine the "
+            "image; if its network predicts v or x0, set prediction to that"
+        )
+    return asked or stated
 
 
 def described(name: str, dtype: DTypeLike = jnp.float32) -> PublishedPipeline | None:
@@ -213,21 +226,46 @@ def _safety_checker(path: Path, family: Family, allow_pickle: bool) -> SafetyChe
         raise FileNotFoundError(f"{error}; without it, set safety_checker=False") from None
 
 
-def save_pipeline(pipeline: PublishedPipeline, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
-    """Write a folder that `load_pipeline` and diffusers read. dtype: of the stored tensors."""
+def save_pipeline(
+    pipeline: PublishedPipeline,
+    folder: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    source: str | Path | None = None,
+) -> None:
+    """Write a folder that `load_pipeline` and diffusers read.
+
+    dtype: of the stored tensors.
+    source: the folder that the pipeline was loaded from. Text encoders that are loaded in part (`Component.save`) are
+      copied from it with their tokenizers.
+    Raises ValueError for such a text encoder without a source.
+    """
     folder, family = paths.at(folder), pipeline.family
+    copied = [name for name in pipeline.parts if family.parts[name].save is None]
+    if copied and source is None:
+        raise ValueError(
+            f"{folder}: {family.name} loads only a part of its {', '.join(copied)}: give the folder that it was loaded "
+            "from as `source`, to copy the whole from it"
+        )
     fixed = family.index(pipeline.denoiser.module)
     index = {"_class_name": fixed["_class_name"], **pipeline.index} | {
         name: value for name, value in fixed.items() if name != "_class_name"
     }
+    if copied:
+        source = paths.fetched(source, LEVELS)
+        entries = read_json(source / "model_index.json")
+        for name in (*copied, *(family.tokenizers[name] for name in copied)):
+            paths.copy_into(folder / name, source / name)
+            index[name] = entries[name]
     for name, part in pipeline.parts.items():
         component = family.parts[name]
-        component.save(*part, folder / name, dtype)
-        index[name] = [component.library, component.class_name(part.module)]
+        if name not in index:
+            component.save(*part, folder / name, dtype)
+            index[name] = [component.library, component.class_name(part.module)]
     folders = [tokenizer for encoder, tokenizer in family.tokenizers.items() if encoder in pipeline.parts]
     for name, tokenizer in zip(folders, pipeline.tokenizers, strict=bool(pipeline.tokenizers)):
-        save_tokenizer(tokenizer, folder / name)
-        index[name] = ["transformers", tokenizer_class(tokenizer)]
+        if name not in index:
+            save_tokenizer(tokenizer, folder / name)
+            index[name] = ["transformers", tokenizer_class(tokenizer)]
     scheduler = scheduler_config(pipeline.scheduler, pipeline.schedule, pipeline.prediction)
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -308,6 +346,9 @@ def schedule_of(config: Mapping, source: str | Path) -> tuple[Schedule, str]:
     try:
         config = with_defaults(config)
         if is_flow(config):
+            for field in ("num_train_timesteps", "shift"):
+                if not config[field] > 0:
+                    raise ValueError(f"{field}: expected a number above 0, got {config[field]!r}")
             return schedules.flow(unit=config["num_train_timesteps"]), "flow"
         kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
         start, end = config.get("beta_start"), config.get("beta_end")

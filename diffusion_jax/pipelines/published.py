@@ -91,6 +91,7 @@ def _without_condition(
         size=size,
         published_solvers={"published": sampler(published)},
         published_times={"published": functools.partial(published_times, published)},
+        has_guidance=published.family.has_guidance(published.index),
         held_back=published.safety_checker.flagged if published.safety_checker else none_held_back,
     )
 
@@ -147,7 +148,9 @@ def _check(published: PublishedPipeline) -> None:
     family, classes = published.family, _classes(published)
     if family.prompt is None and not classes:
         raise ValueError(f"{family.name} needs more than a prompt: it can be loaded and saved, not sampled from")
-    if len(published.tokenizers) != len(published.text_encoders) or not (classes or published.tokenizers):
+    if missing := [name for name in family.tokenizers if name not in published.parts]:
+        raise ValueError(f"{family.name} reads prompts by its {', '.join(missing)}, and it was loaded without")
+    if len(published.tokenizers) != len(published.text_encoders):
         raise ValueError(
             f"expected a tokenizer for each of {len(published.text_encoders)} text encoders, got "
             f"{len(published.tokenizers)}; name a folder that has them as `tokenizers`"
@@ -244,11 +247,17 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         of_records=lambda records: of_captions(list(records["caption"])),
         of_prompts=of_prompts,
         null=null,
-        words={word: n for tokenizer in published.tokenizers for word, n in learned_words(tokenizer).items()},
+        words=_words(published),
         for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sizes else current,
         tokenizers=lambda: dict(zip(published.family.tokenizers, published.tokenizers, strict=False)),
         sizes=prompt.sizes,
     )
+
+
+def _words(published: PublishedPipeline) -> dict[str, int]:
+    """Learned words, and how many tokens each has. Other families have added tokens, such as <think>, without any."""
+    tokenizers = published.tokenizers if published.family.embeddings else ()
+    return {word: count for tokenizer in tokenizers for word, count in learned_words(tokenizer).items()}
 
 
 def _names(id2label: Mapping[str, str]) -> dict[str, int]:

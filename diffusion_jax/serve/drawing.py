@@ -79,7 +79,11 @@ def filled(pictures: Sequence[Picture], size: int) -> list[Picture]:
 
 
 def usable_solvers(config: ConfigDict, model: DiffusionModel) -> tuple[str, ...]:
-    """The names of the solvers that this model can be sampled with. A consistency model has only its own."""
+    """The names of the solvers that this model can be sampled with. A consistency model has only its own.
+
+    Raises ValueError for a config.sample that cannot be used with this model.
+    """
+    build.sampling.plan_and_guidance(config, model)
     if build.sampling.is_consistency(config):
         return (*model.published_solvers, config.sample.solver)
 

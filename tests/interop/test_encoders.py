@@ -179,6 +179,7 @@ def test_half_precision(tmp_path):
         ("Qwen3Model", {"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
         ("Qwen3Model", {"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads = 3, got 4"),
         ("Qwen3Model", {"rope_scaling": {"type": "yarn"}}, "rope_type: expected 'default', got 'yarn'"),
+        ("Qwen3Model", {"rope_parameters": "yarn"}, "rope_parameters: expected an object, got 'yarn'"),
         ("Qwen3Model", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
         ("Qwen3Model", {"head_dim": 4}, "misshapen"),
     ],

@@ -95,6 +95,7 @@ def test_every_field_is_known():
         ({"invert_sigmas": True}, "invert_sigmas=True, and only False is supported"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting: the shift depends on the size of the image, set mu"),
         ({"time_shift_type": "even"}, "time_shift_type='even', and only 'exponential' or 'linear' is supported"),
+        ({"shift_terminal": 3.0}, "shift_terminal: expected a level between 0 and 1, .*, got 3.0 and 10"),
         ({"sigmas": [1.0, 0.5]}, "sigmas: expected 10 of them, one for each step, got 2"),
     ],
 )
@@ -104,9 +105,23 @@ def test_what_is_not_supported_is_refused(changes, message):
         published_plan(config, schedule_of(config, "test")[0], 10)
 
 
-def test_a_field_of_another_type_is_refused():
-    with pytest.raises(ValueError, match="shift: expected a number, got 'large'"):
-        schedule_of({"_class_name": EULER, "shift": "large"}, "test")
+def test_one_step_cannot_be_stretched():
+    config = {"_class_name": EULER, "shift_terminal": 0.1}
+    with pytest.raises(ValueError, match=r"at least 2 steps, got 0\.1 and 1"):
+        published_plan(config, schedule_of(config, "test")[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shift": "large"}, "shift: expected a number, got 'large'"),
+        ({"shift": 0}, "shift: expected a number above 0, got 0"),
+        ({"num_train_timesteps": -1000}, "num_train_timesteps: expected a number above 0, got -1000"),
+    ],
+)
+def test_a_field_of_another_type_or_range_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_of({"_class_name": EULER, **changes}, "test")
 
 
 def test_a_config_is_saved_as_it_is():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import stable_diffusion
+from diffusion_jax import build
 from diffusion_jax.interop import load_pipeline, save_pipeline, verify
 from diffusion_jax.interop.families import flux2_klein
 from diffusion_jax.interop.pipeline import schedule_of
@@ -127,6 +129,7 @@ def test_another_size_has_another_shift(klein):
     model = from_published(load_pipeline(klein[1]), SIZE)
     plans = [model.published_solvers["published"](4, 1.0, size) for size in (SIZE, (64, 64))]
     assert plans[1].level.sigma[1] > plans[0].level.sigma[1]
+    assert not model.conditioning.words, "<think> is no learned word"
     with pytest.raises(ValueError, match="multiples of 4 pixels, got 18 and 16"):
         model.resized((18, 16))
 
@@ -143,12 +146,51 @@ def test_verify_compares_every_block(klein, capsys):
     assert max(compared.values()) < 2e-5
 
 
+def test_a_saved_pipeline_has_the_whole_text_encoder(klein, tmp_path):
+    """As after fine-tuning: what was changed is written, the text encoder and the tokenizer are those it came with."""
+    diffusers, folder = pytest.importorskip("diffusers"), klein[1]
+    published = load_pipeline(folder)
+    changed = jax.tree.map(lambda leaf: leaf + 0.5, published.denoiser.params)
+    published = published.with_denoiser(published.denoiser._replace(params=changed))
+    save_pipeline(published, tmp_path / "saved", source=folder)
+    back = load_pipeline(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, back.denoiser.params, changed)
+    assert back.index == published.index and back.scheduler == published.scheduler
+    read = diffusers.Flux2KleinPipeline.from_pretrained(tmp_path / "saved")
+    for ours, whole in zip(read.text_encoder.parameters(), klein[0].text_encoder.parameters(), strict=True):
+        np.testing.assert_array_equal(ours.detach(), whole.detach())
+    assert read.tokenizer.chat_template == CHAT
+
+
+@pytest.mark.parametrize("is_distilled", [False, True])
+def test_guidance_is_refused_where_it_is_built_in(is_distilled, klein, tmp_path):
+    folder = shutil.copytree(klein[1], tmp_path / "klein")
+    write_json(folder / "model_index.json", read_json(folder / "model_index.json") | {"is_distilled": is_distilled})
+    config = stable_diffusion.get_config()
+    model = from_published(load_pipeline(folder), SIZE)
+    if not is_distilled:
+        assert build.sampling.plan_and_guidance(config, model)[1].scale == config.sample.guidance
+        return
+    with pytest.raises(ValueError, match=r"guidance built in: set sample.guidance to 1, got 7\.5"):
+        build.sampling.plan_and_guidance(config, model)
+    config.sample.guidance = 1.0
+    assert build.sampling.plan_and_guidance(config, model)[1].scale == 1
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_another_prediction_or_scheduler_is_refused(prediction, klein, tmp_path):
+    folder = shutil.copytree(klein[1], tmp_path / "klein")
+    with pytest.raises(ValueError, match=f"its network predicts flow, .*: leave out prediction='{prediction}'"):
+        load_pipeline(folder, prediction=prediction)
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler"})
+    with pytest.raises(ValueError, match=r"FLUX\.2 klein needs FlowMatchEuler.* or .*, got DDIMScheduler"):
+        load_pipeline(folder)
+
+
 def test_what_is_missing_or_does_not_fit_is_one_line(klein, tmp_path):
     folder = shutil.copytree(klein[1], tmp_path / "klein")
-    with pytest.raises(ValueError, match=r"begins at pure noise .* where eps does not determine the image"):
-        load_pipeline(folder, prediction="eps")
     published = load_pipeline(folder)
-    with pytest.raises(ValueError, match="copy text_encoder and tokenizer from the folder") as error:
+    with pytest.raises(ValueError, match="loads only a part of its text_encoder: give the folder") as error:
         save_pipeline(published, tmp_path / "saved")
     assert "\n" not in str(error.value)
     wider = published.denoiser._replace(module=published.denoiser.module.clone(in_channels=16))
@@ -159,6 +201,9 @@ def test_what_is_missing_or_does_not_fit_is_one_line(klein, tmp_path):
     with pytest.raises(ValueError, match=r"text_encoder/config.json: expected Qwen3 with at least 27 layers"):
         load_pipeline(folder)
     write_json(folder / "text_encoder" / "config.json", config)
+    without = published._replace(parts={name: published.parts[name] for name in ("transformer", "vae")}, tokenizers=())
+    with pytest.raises(ValueError, match=r"FLUX\.2 klein reads prompts by its text_encoder, and it was loaded without"):
+        from_published(without)
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ValueError, match="expected a tokenizer for each of 1 text encoders, got 0"):
         from_published(load_pipeline(folder))

@@ -33,13 +33,6 @@ def _used(tensors: Tensors, encoder: Qwen3Encoder) -> Tensors:
     return encoders.part_of(named, whole, encoders.shapes_of(encoder))
 
 
-def _refuse_to_save(encoder: Qwen3Encoder, variables: PyTree, folder: Path, dtype: Any) -> None:
-    raise ValueError(
-        f"{folder}: FLUX.2 klein loads only the layers of its text encoder that it reads, so it cannot save it: save "
-        "the pipeline without that part, and copy text_encoder and tokenizer from the folder that it was loaded from"
-    )
-
-
 def _latent_inputs(transformer: Flux2Transformer) -> dict[str, Array]:
     rng = np.random.default_rng(0)
     shapes = {"x": (1, 4, 6, transformer.in_channels), "text": (1, TOKENS, transformer.joint_attention_dim)}
@@ -99,7 +92,7 @@ FAMILY = Family(
         "text_encoder": TEXT_ENCODER._replace(
             build=_encoder_of,
             tensors=_used,
-            save=_refuse_to_save,
+            save=None,
             depth=2,
             inputs=_text_inputs,
             run=lambda model, inputs: model(inputs["ids"].long(), attention_mask=inputs["mask"]),
@@ -118,5 +111,7 @@ FAMILY = Family(
     ),
     index=lambda transformer: {"_class_name": "Flux2KleinPipeline"},
     fits=_fits,
+    is_flow=True,
     levels=_levels,
+    has_guidance=lambda index: index.get("is_distilled", False) is True,
 )
