@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import os
+import re
 import signal
 
 import numpy as np
@@ -341,6 +342,20 @@ def test_sizes_that_the_model_cannot_draw_are_one_clear_error():
         loaded.config.serve.sizes = tuple(sizes)
         with pytest.raises(ValueError, match=rf"^config\.serve\.sizes: {expected}"):
             loading.facts(loaded)
+
+
+@pytest.mark.parametrize(
+    ("load", "changes", "message"),
+    [
+        (tiny.load, {"cfg_pp": True, "solver": "dpmpp_2m"}, "CFG++ needs a solver of one row a step"),
+        (tiny.load_student, {"guidance": 3.0}, "guidance 2 built in: set sample.guidance to 1, got 3"),
+    ],
+)
+def test_settings_that_no_picture_can_be_drawn_with_are_one_clear_error(load, changes, message):
+    loaded = load()
+    loaded.config.sample.update(changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loading.facts(loaded)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path):
