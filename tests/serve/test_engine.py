@@ -347,7 +347,7 @@ def test_sizes_that_the_model_cannot_draw_are_one_clear_error():
 @pytest.mark.parametrize(
     ("load", "changes", "message"),
     [
-        (tiny.load, {"cfg_pp": True, "solver": "dpmpp_2m"}, "CFG++ needs a solver of one row a step"),
+        (tiny.load, {"cfg_pp": True, "guidance": 2.0}, "the scale of CFG++ must be in [0, 1], got 2.0"),
         (tiny.load_student, {"guidance": 3.0}, "guidance 2 built in: set sample.guidance to 1, got 3"),
     ],
 )
