@@ -51,16 +51,16 @@ from configs import common, emoji, few_step, imagenet
 def get_config(preset: str = "small") -> ConfigDict:
     """preset: one of the list above."""
     presets = {
-        **{f"imagenet256/{size}": functools.partial(imagenet.transformer, size) for size in imagenet.SIZES},
-        "imagenet256": imagenet.transformer,
-        "imagenet256/imf": imagenet.one_call,
-        "imagenet256/unet": imagenet.unet,
         "small": emoji.small,
         "everyday": emoji.everyday,
         "full": emoji.full,
         "further": emoji.further,
         "fast": _fast,
         "coco256": _coco256,
+        "imagenet256": imagenet.transformer,
+        **{f"imagenet256/{size}": functools.partial(imagenet.transformer, size) for size in imagenet.SIZES},
+        "imagenet256/imf": imagenet.one_call,
+        "imagenet256/unet": imagenet.unet,
     }
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of latent_cfg; known: {', '.join(presets)}")

@@ -66,18 +66,21 @@ def with_defaults(config: Mapping) -> dict:
     """The content of a scheduler_config.json, with what its class uses for noise levels that the file leaves out.
 
     Another class must name its beta_schedule: it may have no betas.
-    Raises ValueError for a field of another type than its default value.
+    Raises ValueError for a field of another type than its default value, and for another class without one.
     """
     name = config.get("_class_name")
+    _check_type("_class_name", config.get("_class_name", ""), "")
     if is_flow(config):
         config = {**FLOW_FIELDS, **config}
-    for field, default in (DEFAULTS | BETAS | FLOW_FIELDS | {"_class_name": ""}).items():
+    for field, default in (DEFAULTS | BETAS | FLOW_FIELDS).items():
         _check_type(field, config.get(field, default), default)
     for field, default in OPTIONAL.items():
         if config.get(field) is not None:
             _check_type(field, config[field], default)
     if name in SCHEDULERS:
         return {"beta_schedule": "linear", **BETAS, **SCHEDULERS[name].defaults, **config}
+    if name not in FLOWS and config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        raise ValueError(f"expected a beta_schedule, or a known _class_name; {name} is unknown")
     return {**BETAS, **config}
 
 

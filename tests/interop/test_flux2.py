@@ -141,7 +141,10 @@ def test_klein_has_its_published_size():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "FluxTransformer2DModel"}, "expected one of .*, Flux2Transformer2DModel, got FluxTransformer"),
+        (
+            {"_class_name": "FluxTransformer2DModel"},
+            "expected one of .*Flux2Transformer2DModel, .*, got FluxTransformer",
+        ),
         ({"axes_dims_rope": (10, 10)}, "axes_dims_rope must be four widths that add up to attention_head_dim = 20"),
         ({"patch_size": 2}, "expected patch_size 1 and at least one block of each kind, got patch_size 2"),
         ({"pooled_projection_dim": 768}, "pooled_projection_dim=768 is not supported"),

@@ -138,7 +138,7 @@ def test_schedules_are_those_of_the_peer(config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "None is unknown"),
+        ({"_class_name": "FlowMatchLCMScheduler", "shift": 3.0}, "FlowMatchLCMScheduler is unknown"),
         ({"beta_schedule": "sigmoid"}, "'sigmoid' is unknown"),
         ({"beta_schedule": "linear", "prediction_type": "flow"}, "'flow' is unknown"),
         ({"beta_schedule": "linear", "beta_end": 2.0}, "betas must be one row of values inside"),
