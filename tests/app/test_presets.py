@@ -66,7 +66,12 @@ def test_the_other_presets_fit(words, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_the_arithmetic_is_the_compilers_for_every_preset(platform):
+@pytest.mark.parametrize(
+    "words",
+    [("digits.py", "transformer.py", "latent_cfg.py:imagenet256/S"), pytest.param((), marks=pytest.mark.documents)],
+    ids=["some presets", "all presets"],
+)
+def test_the_arithmetic_is_the_compilers(words, platform):
     """Bytes of the arguments of a step on eight devices, under both strategies."""
     if platform == "tpu" and not TPU_COMPILER:
         pytest.skip(
@@ -74,10 +79,10 @@ def test_the_arithmetic_is_the_compilers_for_every_preset(platform):
         )
     path = os.pathsep.join(filter(None, (TPU_COMPILER * (platform == "tpu"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": device_flags(8), "PYTHONPATH": path}
-    command = [sys.executable, "-m", "tests.app.argument_bytes", platform]
+    command = [sys.executable, "-m", "tests.app.argument_bytes", platform, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {words for words, *_ in found} == {row.words for row in presets.ROWS}
-    for words, strategy, counted, compiled in found:
-        assert counted == pytest.approx(compiled, rel=0.03), (words, strategy)
+    assert {preset for preset, *_ in found} == set(words or [row.words for row in presets.ROWS])
+    for preset, strategy, counted, compiled in found:
+        assert counted == pytest.approx(compiled, rel=0.03), (preset, strategy)
