@@ -265,7 +265,7 @@ DISAGREEING = {
         "--config.data.path=METADATA",
         "--mode=train",
     ],
-    "got 10, and CLASSES-": [DIGITS, "--config.data.path=CLASSES", "--mode=train", "--prompt=3"],
+    "the model has 10 classes and CLASSES-": [DIGITS, "--config.data.path=CLASSES", "--mode=train", "--prompt=3"],
     "sample.image LONG: 1000000x1 pixels, expected sides of at most 32 to 1": [
         DIGITS,
         "--config.sample.image=LONG",
