@@ -255,15 +255,15 @@ def in_one_chunk(
 
 
 def chats(
-    texts: Sequence[str], tokenizers: Sequence[Tokenizer], thinking: bool, warn: bool = True
+    texts: Sequence[str], tokenizers: Sequence[Tokenizer], warn: bool = True
 ) -> list[tuple[Int[np.ndarray, "batch 1 _"], Float[np.ndarray, "batch 1 _"]]]:
-    """Token ids of texts, each as what a user says to Qwen3, with the beginning of the answer; weight 0 is padding.
+    """Token ids of texts, each as what a user says to Qwen3, with an answer that begins without thoughts; weight 0 is
+    padding.
 
-    thinking: whether the answer may begin with thoughts; otherwise it begins with none.
     warn: whether to warn of texts that are cut.
     """
-    end = "" if thinking else "<think>\n\n</think>\n\n"
-    chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{end}" for text in texts]
+    start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    chats = [f"{start}{text}{end}" for text in texts]
     of_each = [tokenize(chats, tokenizer, tokenizer.padding["length"], warn) for tokenizer in tokenizers]
     return [(ids[:, None], mask[:, None].astype(np.float32)) for ids, mask in of_each]
 

@@ -22,6 +22,7 @@ from diffusion_jax.models.token_layers import (
     Modulation,
     Rotation,
     grid_positions,
+    joint_mask,
     modulated,
     rotate,
     rotation,
@@ -285,9 +286,10 @@ class Flux2Transformer(nn.Module):
         Raises ValueError for fields that contradict each other, and for a missing or unknown condition.
         """
         self._check(x, cond)
-        grid, words = x.shape[1:3], cond["text"].shape[1]
+        grid, words, mask = x.shape[1:3], cond["text"].shape[1], cond.get("mask")
         c = self.time_guidance_embed(jnp.broadcast_to(t, x.shape[:1]), cond)
-        inputs = self._turn(grid, words), _joint_mask(cond.get("mask"), grid)
+        mask = None if mask is None else joint_mask(mask, words + grid[0] * grid[1])
+        inputs = self._turn(grid, words), mask
         double, single = (
             getattr(self, name + EACH * self.scan) for name in ("transformer_blocks", "single_transformer_blocks")
         )
@@ -342,8 +344,3 @@ class Flux2Transformer(nn.Module):
                 f"Flux2Transformer: expected {self.in_channels} input channels and a text of width "
                 f"{self.joint_attention_dim}, got {widths[0]} and {widths[1]}"
             )
-
-
-def _joint_mask(mask: Bool[Array, "batch words"] | None, grid: tuple[int, int]) -> Bool[Array, "batch length"] | None:
-    """The mask of a text, extended by the tokens of the image, which may all be attended to."""
-    return mask if mask is None else jnp.pad(mask, [(0, 0), (0, grid[0] * grid[1])], constant_values=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from diffusion_jax.models.layers import TARGET_WAVES, Dense, TimestepEmbedding, sinusoidal_embedding, zeros_init
 
@@ -75,6 +75,14 @@ def sincos_positions(
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
     waves = [wave(np.outer(place, frequencies)) for place in (columns, rows) for wave in (np.sin, np.cos)]
     return np.concatenate(waves, axis=-1).astype(np.float32)
+
+
+def joint_mask(mask: Bool[Array, "batch words"], length: int) -> Bool[Array, "batch {length}"]:
+    """The mask of a text, extended by the tokens of the image that follow it, which may all be attended to.
+
+    length: of text and image together.
+    """
+    return jnp.pad(mask, [(0, 0), (0, length - mask.shape[1])], constant_values=True)
 
 
 class Rotation(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key, Num
+from jaxtyping import Array, Float, Key, Num
 
 from diffusion_jax.models.attention import ACTIVATIONS
 from diffusion_jax.models.conditions import check_condition
@@ -23,6 +23,7 @@ from diffusion_jax.models.token_layers import (
     Rotation,
     grid_positions,
     image_of,
+    joint_mask,
     modulated,
     rotation,
     token_norm,
@@ -205,7 +206,7 @@ class Transformer(nn.Module):
         inputs = Inputs(
             condition={"own": condition, "block": c, "shared": c}[self.modulation],
             turn=self._turn(grid, texts),
-            mask=_joint_mask(cond["mask"], tokens.shape[1]) if self.text == "joint" and "mask" in cond else None,
+            mask=joint_mask(cond["mask"], tokens.shape[1]) if self.text == "joint" and "mask" in cond else None,
             text=cond["text"] if self.text == "cross" else None,
             text_mask=cond.get("mask") if self.text == "cross" else None,
             keys=keys,
@@ -318,8 +319,3 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"Transformer: expected a text of width {self.cross_attention_dim}, got shape {cond['text'].shape}"
             )
-
-
-def _joint_mask(mask: Bool[Array, "batch texts"], length: int) -> Bool[Array, "batch length"]:
-    """The mask of a text, extended by the tokens of the image, which may all be attended to."""
-    return jnp.pad(mask, [(0, 0), (0, length - mask.shape[1])], constant_values=True)

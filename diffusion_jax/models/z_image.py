@@ -259,7 +259,7 @@ class ZImageTransformer(nn.Module):
         if mask is None:
             return words, words.shape[1], None
         count, places = mask.sum(axis=1), jnp.arange(words.shape[1])
-        filled = -(-count // GROUP) * GROUP
+        filled = _up(count)
         words = jnp.where((places < count[:, None])[..., None], words, self.cap_pad_token.astype(words.dtype))
         return words, filled, places < filled[:, None]
 
@@ -317,7 +317,7 @@ class ZImageTransformer(nn.Module):
             )
 
 
-def _up(count: int) -> int:
+def _up(count: Array | int) -> Array | int:
     """count, rounded up to a multiple of GROUP."""
     return -(-count // GROUP) * GROUP
 

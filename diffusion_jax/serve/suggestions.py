@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from diffusion_jax.build import shipped
-from diffusion_jax.data.captions import STYLE_SUFFIXES, everyday_words
+from diffusion_jax.data.captions import STYLE_SUFFIXES, everyday_words, with_article
 from diffusion_jax.data.colours import COLOURS
 from diffusion_jax.data.concepts import concept_lists
 
@@ -26,7 +26,7 @@ def vocabulary(config: ConfigDict, words: Iterable[str]) -> dict[str, tuple[str,
         concepts = [name for given in data.concepts or ("everyday",) for name in lists.get(given, (given,))]
         names = (first_word.get(name, (name,))[0] for name in concepts)
         styles = tuple(suffixes[0] for suffixes in STYLE_SUFFIXES.values())
-        grounds = tuple(f"on a{'n' if colour[0] in 'aeiou' else ''} {colour} background" for colour in COLOURS)
+        grounds = tuple(f"on {with_article(colour)} background" for colour in COLOURS)
         others = {"colours": tuple(COLOURS), "styles": styles, "grounds": grounds}
     elif condition.get("kind") == "class" and condition.num_classes <= CLASSES:
         names = map(str, range(condition.num_classes))

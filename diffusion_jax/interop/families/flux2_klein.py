@@ -106,8 +106,8 @@ FAMILY = Family(
     tokenizers={"text_encoder": "tokenizer"},
     prompt=Prompt(
         embed=_embed,
-        tokens=functools.partial(chats, thinking=False),
-        captions=functools.partial(chats, thinking=False, warn=False),
+        tokens=chats,
+        captions=functools.partial(chats, warn=False),
     ),
     index=lambda transformer: {"_class_name": "Flux2KleinPipeline"},
     fits=_fits,
