@@ -12,6 +12,7 @@ import pytest
 from absl.testing import flagsaver
 
 import main
+from diffusion_jax import parallel
 
 ROOT = Path(main.__file__).parent
 
@@ -21,6 +22,7 @@ def run(monkeypatch, *arguments, cwd=ROOT) -> int:
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    monkeypatch.setattr(parallel, "SMALL", parallel.SMALL)  # which configurations of tests set
     cache = jax.config.jax_compilation_cache_dir
     try:
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:

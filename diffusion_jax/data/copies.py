@@ -40,19 +40,24 @@ class Copies:
         """The copy of a shard. Waits until it is there. If nobody announced it, the next shard is copied too."""
         file = self._folder / str(number)
         if not file.exists():
-            if number not in self._announced:
-                self.announce([n for n in (number, number + 1) if n < len(self._sizes)])
-            self._request(number).result()
+            if number in self._announced:
+                copying = self._request(number)
+            else:
+                copying, *_ = self.announce([n for n in (number, number + 1) if n < len(self._sizes)])
+            copying.result()
         return file
 
-    def announce(self, numbers: Iterable[int]) -> None:
-        """Make the copies of these shards, in this order, in the background. They are the last to be removed."""
+    def announce(self, numbers: Iterable[int]) -> list[Future]:
+        """Make the copies of these shards, in this order, in the background. They are the last to be removed.
+
+        Returns a future of each.
+        """
         numbers = list(numbers)
         self._announced = frozenset(numbers)
         for number in numbers:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self._folder / str(number))
-            self._request(number)
+        return [self._request(number) for number in numbers]
 
     def _request(self, number: int) -> Future:
         with self._lock:
