@@ -5,7 +5,7 @@
     $LORA --mode=sample --prompt "…"
     $LORA --mode=export                    # runs/lora/export/lora.safetensors, for diffusers and others too
 
-Later, or with somebody else's file: --config=configs/stable_diffusion.py --config.loras="('FILE@0.8',)".
+Later, or with somebody else's file: --config=configs/published.py --config.loras="('FILE@0.8',)".
 The weights of the checkpoint do not change and stay in config.dtype. Only the updates have gradients, optimizer state
 and average. This was tried on a small model (docs/results.md), not yet on a published one.
 
@@ -16,14 +16,14 @@ What a run costs, by --mode=check: what a chip holds without activations, and th
 
 from ml_collections import ConfigDict
 
-from configs import common, stable_diffusion
+from configs import common, published
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The fields of configs/stable_diffusion.py, and config.lora with the rank of the updates and the updated maps, by
+    """The fields of configs/published.py, and config.lora with the rank of the updates and the updated maps, by
     default all attention.
     """
-    config = stable_diffusion.get_config(arg)
+    config = published.get_config(arg)
     config.name = "lora"
     config.lora = common.lora()
     config.optimizer = common.optimizer(1e-4, warmup=50)

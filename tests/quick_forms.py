@@ -73,7 +73,7 @@ QUICK = {  # what is added to a command
     r"python main\.py .*configs/latent_cfg\.py": (
         f"{TWO_STEPS} {THREE_LEVELS} {SCENES} {EVAL} --config.eval.concepts=2 --config.eval.cases=2"
     ),
-    r"python main\.py .*configs/(stable_diffusion|lora)\.py": (
+    r"python main\.py .*configs/(published|lora)\.py": (
         f"{TWO_STEPS} --config.sample.height=64 --config.sample.width=64"
     ),
 }

@@ -18,7 +18,7 @@ from diffusion_jax.objectives.levels import uniform_weight
 from diffusion_jax.pipelines import text_to_image
 from diffusion_jax.training.loop import Task, fit
 from tests.documents import example
-from tests.test_stable_diffusion import checkpoint, vocabulary  # noqa: F401  (fixtures)
+from tests.test_published import checkpoint, vocabulary  # noqa: F401  (fixtures)
 from tests.training import linear
 
 

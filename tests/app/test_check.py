@@ -13,7 +13,8 @@ import jax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from configs import cifar10, common, digits, latent_cfg, stable_diffusion, transformer
+from configs import cifar10, common, digits, latent_cfg, transformer
+from configs import published as published_config
 from diffusion_jax import build, chips, messages, parallel, paths
 from diffusion_jax.app import account, check, estimate, planned, programs
 from diffusion_jax.app.estimate import Place
@@ -39,7 +40,7 @@ def checked(config, workdir, topology="", **options):
 
 
 def published(name, **fields):
-    return changed(stable_diffusion.get_config(), checkpoint=name, **fields)
+    return changed(published_config.get_config(), checkpoint=name, **fields)
 
 
 def tiny(**fields):

@@ -191,7 +191,7 @@ def dit(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["stable_diffusion", "lora"])
+@pytest.mark.parametrize("config", ["published", "lora"])
 def test_a_published_dit_is_trained_exported_and_loaded(config, dit, tmp_path):
     """Its blocks compiled once; whole, and by low-rank updates."""
     flags = [

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import autoencoder, cifar10, digits, few_step, latent_cfg, lora, stable_diffusion, transformer
+from configs import autoencoder, cifar10, digits, few_step, latent_cfg, lora, published, stable_diffusion, transformer
 from diffusion_jax import build
 from diffusion_jax.build import fields
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ CONFIGS = {
     "transformer": transformer.get_config,
     "autoencoder": autoencoder.get_config,
     "lora": lora.get_config,
-    "stable_diffusion": stable_diffusion.get_config,
+    "published": published.get_config,
     **{f"few_step:{p}": lambda p=p: few_step.get_config(p) for p in ("shortcut", "digits/lcm", "lora/ect", "scale")},
     **{
         f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p)
@@ -42,6 +42,10 @@ CONFIGS = {
         )
     },
 }
+
+
+def test_the_earlier_name_of_published_is_it():
+    assert stable_diffusion.get_config is published.get_config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

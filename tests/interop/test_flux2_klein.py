@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import stable_diffusion
+from configs import published
 from diffusion_jax import build
 from diffusion_jax.interop import load_pipeline, save_pipeline, verify
 from diffusion_jax.interop.families import flux2_klein
@@ -166,7 +166,7 @@ def test_a_saved_pipeline_has_the_whole_text_encoder(klein, tmp_path):
 def test_guidance_is_refused_where_it_is_built_in(is_distilled, klein, tmp_path):
     folder = shutil.copytree(klein[1], tmp_path / "klein")
     write_json(folder / "model_index.json", read_json(folder / "model_index.json") | {"is_distilled": is_distilled})
-    config = stable_diffusion.get_config()
+    config = published.get_config()
     model = from_published(load_pipeline(folder), SIZE)
     if not is_distilled:
         assert build.sampling.plan_and_guidance(config, model)[1].scale == config.sample.guidance

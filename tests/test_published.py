@@ -1,4 +1,4 @@
-"""configs/stable_diffusion.py and configs/lora.py, as their users meet them: on a checkpoint of tiny networks."""
+"""configs/published.py and configs/lora.py, as their users meet them: on a checkpoint of tiny networks."""
 
 import itertools
 import re
@@ -280,7 +280,7 @@ BAD = {
     "unknown dtype 'float8'; known: bfloat16, float32": ["--config.dtype=float8"],
     "steps must be in 1..1000": ["--config.sample.steps=1001"],
     "prediction: expected one of eps, v, x0, got 'w'": ["--config.prediction=w"],
-    "no presets, got 'xl'": ["--config=configs/stable_diffusion.py:xl"],
+    "no presets, got 'xl'": ["--config=configs/published.py:xl"],
 }
 
 
