@@ -122,7 +122,8 @@ class Family(NamedTuple):
     is_flow: whether its scheduler must be that of a rectified flow.
     levels: (cells of an image that the denoiser sees, steps) -> what a pipeline of flow gives to its scheduler, see
       `schedulers.published_plan`.
-    has_guidance: model_index.json -> whether guidance is built in, because the model was distilled with it.
+    has_guidance: (model_index.json, scheduler_config.json) -> whether guidance is built in, because the model was
+      distilled with it.
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
     single_file: None if there is no such layout.
     lora: names in files of low-rank updates.
@@ -145,7 +146,7 @@ class Family(NamedTuple):
     scheduler_changes: Config = MappingProxyType({})
     is_flow: bool = False
     levels: Callable[[int, int], Config] = lambda cells, steps: {}
-    has_guidance: Callable[[Config], bool] = lambda index: False
+    has_guidance: Callable[[Config, Config], bool] = lambda index, scheduler: False
     safety_checker: Callable[[Path, bool], Any] | None = None
     single_file: SingleFile | None = None
     lora: LoraNames = LoraNames()

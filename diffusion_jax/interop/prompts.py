@@ -254,20 +254,6 @@ def in_one_chunk(
     return [of_one(tokenizer) for tokenizer in tokenizers]
 
 
-def chats(
-    texts: Sequence[str], tokenizers: Sequence[Tokenizer], warn: bool = True
-) -> list[tuple[Int[np.ndarray, "batch 1 _"], Float[np.ndarray, "batch 1 _"]]]:
-    """Token ids of texts, each as what a user says to Qwen3, with an answer that begins without thoughts; weight 0 is
-    padding.
-
-    warn: whether to warn of texts that are cut.
-    """
-    start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    chats = [f"{start}{text}{end}" for text in texts]
-    of_each = [tokenize(chats, tokenizer, tokenizer.padding["length"], warn) for tokenizer in tokenizers]
-    return [(ids[:, None], mask[:, None].astype(np.float32)) for ids, mask in of_each]
-
-
 def chunked(
     prompts: Sequence[str], tokenizer: Tokenizer, at_least: int = 1
 ) -> tuple[Int[np.ndarray, "batch chunks length"], Float[np.ndarray, "batch chunks length"]]:

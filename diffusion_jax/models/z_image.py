@@ -225,8 +225,8 @@ class ZImageTransformer(nn.Module):
             mask = jnp.pad(mask, [(0, 0), (image.shape[1], 0)], constant_values=True)
         turn = Rotation(*(_joined(*tables) for tables in zip(of_image, of_text, strict=True)))
         tokens = self._through("layers", self.n_layers, tokens, c, turn, mask)
-        out = self.all_final_layer(tokens[:, : grid[0] * grid[1]], c)
-        return -image_of(out, grid, size)
+        out = self.all_final_layer(tokens, c)
+        return -image_of(out[:, : grid[0] * grid[1]], grid, size)
 
     def example_inputs(self) -> tuple[Array, Array, dict[str, Array]]:
         """The smallest valid (x, t, cond), all zeros, for `init` and for shape inference."""

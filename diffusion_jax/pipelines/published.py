@@ -91,7 +91,7 @@ def _without_condition(
         size=size,
         published_solvers={"published": sampler(published)},
         published_times={"published": functools.partial(published_times, published)},
-        has_guidance=published.family.has_guidance(published.index),
+        has_guidance=published.family.has_guidance(published.index, published.scheduler),
         held_back=published.safety_checker.flagged if published.safety_checker else none_held_back,
     )
 

@@ -4,7 +4,14 @@ A new family is a card in a file of its own, listed in FAMILIES, and what it nee
 card that recognises a folder or a file describes it.
 """
 
-from diffusion_jax.interop.families import dit, flux2_klein, stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
+from diffusion_jax.interop.families import (
+    dit,
+    flux2_klein,
+    stable_diffusion_1,
+    stable_diffusion_2,
+    stable_diffusion_xl,
+    z_image,
+)
 from diffusion_jax.interop.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -14,4 +21,5 @@ FAMILIES: tuple[Family, ...] = (
     stable_diffusion_1.FAMILY,
     dit.FAMILY,
     flux2_klein.FAMILY,
+    z_image.FAMILY,
 )

@@ -1,36 +1,17 @@
 """FLUX.2 klein: prompts in Qwen3's chat form, a transformer of flow on the latents of FLUX.2's autoencoder."""
 
-import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from diffusion_jax.interop import encoders
-from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, TOKENS, TRANSFORMER
-from diffusion_jax.interop.family import Config, Family, Prompt, Tensors
-from diffusion_jax.interop.prompts import chats
+from diffusion_jax.interop.components import AUTOENCODER, TOKENS, TRANSFORMER
+from diffusion_jax.interop.families import chat
+from diffusion_jax.interop.family import Config, Family
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.flux2 import Flux2Transformer
-from diffusion_jax.models.text.qwen3 import Qwen3Encoder
-
-STATES = (9, 18, 27)  # of Qwen3, joined on channels: the text
-
-
-def _encoder_of(config: Config, source: str | Path) -> tuple[Qwen3Encoder, PyTree]:
-    encoder, _ = encoders.text_encoder_of(config, source)
-    if not isinstance(encoder, Qwen3Encoder) or encoder.num_hidden_layers < STATES[-1]:
-        raise ValueError(f"{source}: expected Qwen3 with at least {STATES[-1]} layers")
-    encoder = encoder.clone(outputs=STATES)
-    return encoder, encoders.shapes_of(encoder)
-
-
-def _used(tensors: Tensors, encoder: Qwen3Encoder) -> Tensors:
-    named, whole = encoders.canonical(tensors, encoder), encoders.shapes_of(encoder.clone(outputs=None))
-    return encoders.part_of(named, whole, encoders.shapes_of(encoder))
 
 
 def _latent_inputs(transformer: Flux2Transformer) -> dict[str, Array]:
@@ -54,15 +35,6 @@ def _run_transformer(model: Any, inputs: Mapping[str, Any]) -> None:
         img_ids=torch.cartesian_prod(zero, rows, columns, zero),
         txt_ids=torch.cartesian_prod(zero, zero, zero, words),
     )
-
-
-def _text_inputs(encoder: Qwen3Encoder) -> dict[str, Array]:
-    ids = np.random.default_rng(0).integers(encoder.vocab_size, size=(1, TOKENS))
-    return {"ids": jnp.asarray(ids), "mask": jnp.arange(TOKENS)[None] < TOKENS - 3}
-
-
-def _embed(encoder: Qwen3Encoder, variables: PyTree, ids: Array, weights: Array) -> tuple[None, Array]:
-    return None, encoder.apply(variables, ids, weights.reshape(ids.shape) > 0)
 
 
 def _levels(cells: int, steps: int) -> Config:
@@ -89,29 +61,17 @@ FAMILY = Family(
     source="black-forest-labs/flux2",
     recognises=lambda index, configs: index.get("_class_name") == "Flux2KleinPipeline",
     parts={
-        "text_encoder": TEXT_ENCODER._replace(
-            build=_encoder_of,
-            tensors=_used,
-            save=None,
-            depth=2,
-            inputs=_text_inputs,
-            run=lambda model, inputs: model(inputs["ids"].long(), attention_mask=inputs["mask"]),
-            qualified=lambda path: path,
-        ),
+        "text_encoder": chat.reader(states=(9, 18, 27)),
         "transformer": TRANSFORMER._replace(inputs=_latent_inputs, run=_run_transformer),
         "vae": AUTOENCODER,
     },
     denoiser="transformer",
     autoencoder="vae",
     tokenizers={"text_encoder": "tokenizer"},
-    prompt=Prompt(
-        embed=_embed,
-        tokens=chats,
-        captions=functools.partial(chats, warn=False),
-    ),
+    prompt=chat.prompt(answer="<think>\n\n</think>\n\n", masked=False),  # without thoughts
     index=lambda transformer: {"_class_name": "Flux2KleinPipeline"},
     fits=_fits,
     is_flow=True,
     levels=_levels,
-    has_guidance=lambda index: index.get("is_distilled", False) is True,
+    has_guidance=lambda index, scheduler: index.get("is_distilled", False) is True,
 )
