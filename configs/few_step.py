@@ -8,6 +8,7 @@ digits/METHOD for the digits of configs/digits.py, from a run of that config (--
 lora/METHOD and digits/lora/METHOD train low-rank updates of the teacher alone, a small file, by the methods marked *:
   guidance *   one call for each step instead of two; samples with any solver
   scale        the same, and sample.guidance stays free: the scale is an input of the network
+  imf_scale    imf likewise, without a teacher: the student learns guidance from itself
   distillation two steps of the teacher become one; repeat with half of --config.objective.segments and the student as
                --config.teacher
   lcm *        consistency distillation with guidance in the teacher
@@ -43,18 +44,21 @@ METHODS = {  # -> objective, solver
     "shortcut": ({"name": "shortcut", "plain": 0.5}, "ddim"),
     "mean_flow": ({"name": "mean_flow", "plain": 0.5, "robust": 0.5}, "ddim"),
     "imf": ({"name": "improved_mean_flow", "plain": 0.5, "robust": 0.5}, "ddim"),
+    "imf_scale": ({"name": "improved_mean_flow", "plain": 0.5, "robust": 0.5}, "ddim"),
     "scm": ({"name": "continuous_consistency", "robust": 0.5}, "consistency"),
     "lsd": ({"name": "lagrangian", "plain": 0.5}, "ddim"),
 }
 METHODS |= {
     f"taught_{name}": (objective | {"taught": True}, solver)
     for name, (objective, solver) in METHODS.items()
-    if objective["name"] in build.objective.PATH_METHODS
+    if objective["name"] in build.objective.PATH_METHODS and name != "imf_scale"
 }
 ALL_MAPS = r"to_(q|k|v|out_0)|proj_(in|out)|net_(0/proj|2)|conv[12]|conv_shortcut|time_emb_proj"
-FREE_SCALE, MOST = "scale", 8.0  # of guidance in its training
+FREE_SCALES, MOST = ("scale", "imf_scale"), 8.0  # of guidance in their training
 OF_ORDINARY = [
-    name for name in METHODS if METHODS[name][0]["name"] in build.objective.CLEAN_TARGET_METHODS and name != FREE_SCALE
+    name
+    for name in METHODS
+    if METHODS[name][0]["name"] in build.objective.CLEAN_TARGET_METHODS and name not in FREE_SCALES
 ]
 STEPS = 4  # of sampling
 
@@ -83,12 +87,14 @@ def get_config(preset: str = "shortcut") -> ConfigDict:
     config.objective.update(objective | {"levels": "", "weight": ""})  # those of the method
     if of_digits and method in ("ect", "taught_ect"):
         config.objective.shrinks = 4.0  # so that each gap has a hundred steps
-    if method == FREE_SCALE:
+    if method in FREE_SCALES:
         config.model.time_cond_proj_dim = 64
-        config.objective.update(scale=MOST, drop=0.0)
+        config.objective.scale = MOST
     elif build.objective.learns_from_teacher(config.objective):
-        config.objective.update(scale=scale, drop=0.0)
+        config.objective.scale = scale
         config.sample.guidance = 1.0
+    if build.objective.learns_from_teacher(config.objective):
+        config.objective.drop = 0.0
     if solver:
         config.sample.update(solver=solver, steps=STEPS)
     if of_lora:

@@ -78,13 +78,18 @@ def transformer(name: str = "B") -> ConfigDict:
 
 
 def one_call() -> ConfigDict:
-    """The same transformer for one network call, by improved MeanFlow (Geng et al. 2025b) from random weights."""
+    """The same transformer for one network call, by improved MeanFlow (Geng et al. 2025b) from random weights.
+
+    Guidance is learned from itself, and sample.guidance and sample.guidance_interval are inputs of the network; their
+    values are those of the authors' code for their B/2.
+    """
     config = transformer()
     config.name = "imagenet256_imf"
-    config.model.target_embedding = True
+    config.model.update(target_embedding=True, interval_embedding=True, time_cond_proj_dim=256)
     config.objective = common.objective("flow", weight="")
-    config.objective.update(name="improved_mean_flow", levels="even", plain=0.5, robust=0.5)
-    config.sample = common.sample(PROMPTS, solver="ddim", steps=1, guidance=1.0, num_images=4)
+    config.objective.update(name="improved_mean_flow", levels="even", plain=0.5, robust=0.5, scale=8.0)
+    config.sample = common.sample(PROMPTS, solver="ddim", steps=1, guidance=7.5, num_images=4)
+    config.sample.guidance_interval = (0.667, 1.857)  # u from 0.4 to 0.65
     return config
 
 

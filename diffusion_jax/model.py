@@ -35,6 +35,7 @@ class Network(NamedTuple):
     known_channels: channels of cond["known"], the known part of the image, for an inpainting network; see `inpaint`.
     flow_map: whether it takes the end of a step as cond["to"]; see `core.denoiser`.
     takes_scale: whether it takes the guidance scale as cond["guidance"], because guidance is built in.
+    takes_interval: whether it takes the levels with guidance as cond["interval"], in the unit of cond["to"].
     step: height and width of x should be multiples of it, so that the network can halve them as often as it does.
     cell: height and width of x must be multiples of it: the side of a transformer's patches.
     """
@@ -44,6 +45,7 @@ class Network(NamedTuple):
     known_channels: int = 0
     flow_map: bool = False
     takes_scale: bool = False
+    takes_interval: bool = False
     step: int = 1
     cell: int = 1
 
@@ -60,6 +62,7 @@ def network_of(module: Any, init: Callable[[Key[Array, ""]], PyTree] | None = No
         known_channels=module.known_channels,
         flow_map=module.target_embedding,
         takes_scale=module.reads["guidance"],
+        takes_interval=module.reads.get("interval", False),
         step=module.step,
         cell=module.cell,
     )

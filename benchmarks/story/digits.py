@@ -153,7 +153,7 @@ def _of_gan(config: ConfigDict, seconds: float, workdir: Path) -> Report:
 def ladder(runs: Runs, axes: plt.Axes) -> None:
     """Each method of few steps at 1 to 8 network calls, its teacher, the models of `seeds`, at more."""
     reports_of: dict[str, dict[int, list[Report]]] = {}
-    methods = [name for name in few_step.METHODS if name not in ("guidance", few_step.FREE_SCALE)]
+    methods = [name for name in few_step.METHODS if name not in ("guidance", *few_step.FREE_SCALES)]
     for seed in range(1 if runs.small else SEEDS):
         teacher = f"seeds/{seed}"
         runs.measured(teacher, _config(runs.small, seed))

@@ -54,6 +54,7 @@ NETWORK: dict[str, Check] = {
     "projection_class_embeddings_input_dim": optional(whole(1)),
     "time_cond_proj_dim": optional(whole(2)),
     "target_embedding": flag,
+    "interval_embedding": flag,
     "time_smoothing": number(0),
     "sample_size": optional(levels(whole(1))),
     "patch_size": whole(1),

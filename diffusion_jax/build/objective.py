@@ -62,11 +62,13 @@ PATH_METHODS = (
     "improved_mean_flow",
     "continuous_consistency",
 )  # these follow a path
+GUIDED_BY_THEMSELVES = ("mean_flow", "improved_mean_flow")  # without a teacher, with objective.scale
 DISTILLATIONS = {
     "distillation": lambda section: few_step_methods.distillation(section.segments),
     "consistency_distillation": lambda section: few_step_methods.consistency_distillation(section.segments),
     "guidance_distillation": lambda section: few_step_methods.guidance_distillation(),
 }
+SCALED = (*DISTILLATIONS, *GUIDED_BY_THEMSELVES)  # these may learn guidance
 EMPHASIS = {  # method -> levels and weight by default; for one call, even levels are better than lognormal ones
     **{name: ("lognormal_scm", "relative") for name in FLOW_MAPS},
     "consistency_training": ("lognormal_ect", "inverse_noise"),
@@ -103,7 +105,7 @@ def objective(
     if method is None and model.network.takes_scale:
         raise ValueError(
             "objective.name=denoising trains a network without an input for the guidance scale: set "
-            f"model.time_cond_proj_dim=None, or objective.name to one of {', '.join(DISTILLATIONS)}"
+            f"model.time_cond_proj_dim=None, or objective.name to one of {', '.join(SCALED)}"
         )
     loss = _flow_map(section, model, steps, method(section), teacher) if method else _denoising(section, model)
     params, frozen_params = model.adapter.split((start or model.network.init)(key), key)
@@ -150,24 +152,47 @@ def _flow_map(
             "objective.taught is for the methods that follow a path from noise to data: "
             f"{', '.join(PATH_METHODS)}; got {section.name}"
         )
-    is_taught = learns_from_teacher(section)
-    if is_taught and model.network.takes_scale and section.scale <= 1:
+    guide = _guide(section, model, teacher)
+    if learns_from_teacher(section) and teacher is None:
+        raise ValueError(f"objective.name={section.name} learns from a trained model: set config.teacher to its folder")
+    if teacher is not None:
+        check_teacher(teacher, model)
+    chosen = emphasis(section.name, section.levels, section.weight)
+    return flow_map.flow_map(model, method, steps, section.drop, section.plain, section.robust, guide, chosen)
+
+
+def _guide(
+    section: ConfigDict, model: DiffusionModel, teacher: DiffusionModel | None
+) -> flow_map.Teacher | flow_map.OwnGuidance | None:
+    """Where the guidance that is built in comes from."""
+    is_taught, is_guided = learns_from_teacher(section), section.scale != 1 or model.network.takes_scale
+    if is_guided and not is_taught and section.name not in GUIDED_BY_THEMSELVES:
+        raise ValueError(
+            "objective.scale and model.time_cond_proj_dim are for what is learned from a guided teacher: set "
+            f"objective.taught=True, or objective.name to one of {', '.join(SCALED)}; got {section.name}"
+        )
+    if model.network.takes_scale and section.scale <= 1:
         raise ValueError(
             "a network with model.time_cond_proj_dim learns the guidance scales from 1 to objective.scale: set "
             f"objective.scale to more than 1, got {section.scale:g}"
         )
-    if is_taught and teacher is None:
-        raise ValueError(f"objective.name={section.name} learns from a trained model: set config.teacher to its folder")
-    if not is_taught and (section.scale != 1 or model.network.takes_scale):
+    if model.network.takes_interval and is_taught:
         raise ValueError(
-            "objective.scale and model.time_cond_proj_dim are for what is learned from a guided teacher: set "
-            f"objective.taught=True, or objective.name to one of {', '.join(DISTILLATIONS)}; got {section.name}"
+            f"model.interval_embedding is for {' and '.join(GUIDED_BY_THEMSELVES)} without a teacher: set it to False"
         )
-    if teacher is not None:
-        check_teacher(teacher, model)
-    guide = flow_map.Teacher(teacher, section.scale, section.taught) if is_taught else None
-    chosen = emphasis(section.name, section.levels, section.weight)
-    return flow_map.flow_map(model, method, steps, section.drop, section.plain, section.robust, guide, chosen)
+    if is_taught:
+        return flow_map.Teacher(teacher, section.scale, section.taught)
+    if not is_guided:
+        return None
+    for unfit, field, value in (
+        (not model.conditioning.null, "config.condition.kind", "class or text, as guidance needs a condition"),
+        (section.scale <= 0, "objective.scale", "more than 0"),
+        (not section.plain, "objective.plain", "more than 0, for the student's own velocity"),
+        (not section.drop, "objective.drop", "more than 0, for its velocity without the condition"),
+    ):
+        if unfit:
+            raise ValueError(f"{section.name} with guidance learned from itself: set {field} to {value}")
+    return flow_map.OwnGuidance(section.scale)
 
 
 def _autoencoding(section: ConfigDict, model: AutoencoderKL, key: Key[Array, ""]) -> tuple[Callable, PyTree, dict]:

@@ -191,7 +191,7 @@ OBJECTIVE = {
     ),
     "drop": Field(0.1, number(0, 1), "Probability of training without the condition, for guidance."),
     "segments": Field(16, whole(1, 1000), "Distillation: steps of the student, each as two of its teacher."),
-    "scale": Field(1.0, number(0), "Of the teacher's guidance, built in; the most, if model.time_cond_proj_dim."),
+    "scale": Field(1.0, number(0), "Of the guidance that is built in; the most, if model.time_cond_proj_dim."),
     "taught": Field(False, flag, "Few steps from data: follow the teacher's way, guided, instead of the straight one."),
     "warm_up": Field(0.5, number(0, 1), "continuous_consistency: part of training until the derivative is all in."),
     "shrinks": Field(8.0, number(0, 30), "consistency_training, soflow: how often the gap of the target is halved."),

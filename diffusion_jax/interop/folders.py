@@ -80,6 +80,7 @@ FOREIGN = {
         "freq_shift",
         "time_cond_proj_dim",
         "target_embedding",
+        "interval_embedding",
     },
     "Transformer": set(),
     "Flux2Transformer2DModel": {"sample_size"},

@@ -185,13 +185,14 @@ class LabelEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """The vector that modulates the blocks: time, class, target of a flow map and guidance scale.
+    """The vector that modulates the blocks: time, class, target of a flow map, guidance scale and interval.
 
     classes: None for a network without classes.
     freq_shift: of the waves of the time, see `sinusoidal_embedding`.
     smoothing: of their derivative, likewise.
     target: whether cond["to"] is read. Its part starts at zero.
     guidance_width: of the waves of cond["guidance"]; None for a network without.
+    interval: whether cond["interval"] is read. Its part starts at zero.
     """
 
     width: int
@@ -200,6 +201,7 @@ class ConditionEmbedding(nn.Module):
     smoothing: float = 0.0
     target: bool = False
     guidance_width: int | None = None
+    interval: bool = False
 
     @nn.compact
     def __call__(self, t: Num[Array, "batch"], cond: Mapping[str, Array]) -> Float[Array, "batch {self.width}"]:
@@ -210,6 +212,9 @@ class ConditionEmbedding(nn.Module):
         c = TimestepEmbedding(self.width, name="timestep_embedder")(waves(t, smoothing=self.smoothing), guidance)
         if self.target:
             c += TimestepEmbedding(self.width, zeros_init, name="to_embedding")(waves(TARGET_WAVES * cond["to"]))
+        if self.interval:
+            ends = jnp.concatenate([waves(TARGET_WAVES * end) for end in cond["interval"].T], axis=-1)
+            c += TimestepEmbedding(self.width, zeros_init, name="interval_embedding")(ends)
         if self.classes is not None:
             c += LabelEmbedding(self.classes, self.width, name="class_embedder")(cond["label"])
         return c

@@ -39,7 +39,7 @@ CHOICES = {  # of the fields that are names
     "rope_pairs": PAIRS,
     "text": (None, "cross", "joint"),
 }
-VECTORS = ("label", "to", "guidance")  # the leaves of a condition that become one vector
+VECTORS = ("label", "to", "guidance", "interval")  # the leaves of a condition that become one vector
 
 
 class Transformer(nn.Module):
@@ -75,6 +75,7 @@ class Transformer(nn.Module):
     cross_attention_dim: width of the text, either way.
     freq_shift: of the waves of the time, see `sinusoidal_embedding`.
     time_cond_proj_dim, target_embedding, time_smoothing: as of `models.unet.UNet`.
+    interval_embedding: whether the network takes the interval of its built-in guidance as input.
     dtype: of the large multiplications. Parameters, norms, softmax, modulation and output are float32.
     remat: recompute blocks in the backward pass instead of storing their activations.
     scan: compile one block for all. Their variables are then stacked (`models.stacking`).
@@ -112,6 +113,7 @@ class Transformer(nn.Module):
     freq_shift: float | int = 0
     time_cond_proj_dim: int | None = None
     target_embedding: bool = False
+    interval_embedding: bool = False
     time_smoothing: float = 50.0
     dtype: DTypeLike = jnp.float32
     remat: bool = False
@@ -146,6 +148,7 @@ class Transformer(nn.Module):
             "label": self.num_embeds_ada_norm is not None,
             "to": self.target_embedding,
             "guidance": self.time_cond_proj_dim is not None,
+            "interval": self.interval_embedding,
         }
 
     def setup(self):
@@ -159,6 +162,7 @@ class Transformer(nn.Module):
             self.time_smoothing,
             self.target_embedding,
             self.time_cond_proj_dim,
+            self.interval_embedding,
         )
         if not own:
             self.emb = embed()
@@ -191,6 +195,7 @@ class Transformer(nn.Module):
           label () int: the class.
           to () float: the time of the target, of target_embedding.
           guidance () float: the guidance scale, of time_cond_proj_dim.
+          interval (2,) float: the times, in the unit of `to`, between which there is guidance, of interval_embedding.
         keys: (B,), one for each image. They turn dropout on. The result of an image does not depend on its batch.
         Raises ValueError for fields that contradict each other, for a missing or unknown condition, and for an image
         that cannot be cut into patches.
@@ -265,6 +270,8 @@ class Transformer(nn.Module):
             cond["to"] = jnp.zeros((1,))
         if self.time_cond_proj_dim is not None:
             cond["guidance"] = jnp.ones((1,))
+        if self.interval_embedding:
+            cond["interval"] = jnp.zeros((1, 2))
         return jnp.zeros((1, self.patch_size, self.patch_size, self.in_channels)), jnp.zeros((1,)), cond
 
     def _base_grid(self) -> tuple[int, int] | None:
@@ -303,6 +310,8 @@ class Transformer(nn.Module):
             raise ValueError("Transformer: positions='learned' needs sample_size, the size of its table")
         if self.text is not None and self.cross_attention_dim is None:
             raise ValueError(f"Transformer: text={self.text!r} needs cross_attention_dim, the width of the text")
+        if self.interval_embedding and self.time_cond_proj_dim is None:
+            raise ValueError("Transformer: interval_embedding needs time_cond_proj_dim, for the guidance scale")
         if self.num_layers < 1:
             raise ValueError(f"Transformer: num_layers must be at least 1, got {self.num_layers}")
 

@@ -158,8 +158,8 @@ def improved_mean_flow() -> Method:
 
     def method(path: Path, maps: Maps) -> Target:
         u, to = _random_step(path)
-        x, level, slope = path.at(u), path.level(u), path.slope(u)
-        own = maps.parameterization.predict(x, maps.output(x, u, u), level)
+        slope = path.slope(u)
+        own = maps.own(path.at(u), u)
         target = _derivative_target(path._replace(ends=lambda u: own), maps, u, to)
         a, b = maps.coefficients(u, to)
         gain = a * _reach(path, u, to, moving=u) / b

@@ -87,15 +87,17 @@ class Maps(NamedTuple):
     """The student and the teacher, as maps from the state x at u to the state at `to`.
 
     output: (x, u, to) -> the student's output. Its weights have no gradient.
+    own: (x, u) -> the student's (x0, eps) where a step has no length.
     parameterization: the meaning of the output.
     coefficients: (u, to) -> (a, b) of the state that the student predicts, a x + b output.
     teacher: (x, u, to) -> the state that the teacher predicts.
     """
 
     output: Step
+    own: Callable[[State, Times], Prediction]
     parameterization: Parameterization
     coefficients: Callable[[Times, Times], tuple[Times, Times]]
-    teacher: Step
+    teacher: Step | None = None
 
     def student_and_output(self, x: State, u: Times, to: Times) -> tuple[State, State]:
         """The state that the student predicts, and the output that leads there."""
@@ -135,6 +137,22 @@ class Teacher(NamedTuple):
     defines_path: bool = False
 
 
+class OwnGuidance(NamedTuple):
+    """Guidance that the student learns from itself: the path is guided by the student's own predictions where a step
+    has no length.
+
+        (x0, eps) + (1 - 1 / w) (student(x | c, w) - student(x | no condition, 1))
+
+    Where training ends, the student follows w times the conditional velocity and 1 - w times the other one (MeanFlow,
+    Geng et al. 2025, eq. 19; with w and the interval as inputs of the network, iMF, Geng et al. 2025b).
+
+    scale: w. A network that takes it as input is trained with scales from 1 to this, log-uniform, and one that takes an
+      interval with all intervals of sigma / (alpha + sigma) that begin below 1/2 and end above.
+    """
+
+    scale: float
+
+
 class Emphasis(NamedTuple):
     """Which levels training draws, and how much the errors at each of them count.
 
@@ -169,7 +187,7 @@ def flow_map(
     drop: float = 0.1,
     plain: float = 0.0,
     robust: float = 0.0,
-    teacher: Teacher | None = None,
+    teacher: Teacher | OwnGuidance | None = None,
     emphasis: Emphasis = EVEN,
 ) -> Callable:
     """The loss of a method, E weight |target - output|^2 / (|target - output|^2 + c)^robust.
@@ -181,19 +199,13 @@ def flow_map(
     plain: part of the examples with plain regression, where the target level is the level itself.
     robust: in [0, 1]. How much less large errors count: 0.5 for continuous_consistency, and also for mean_flow, whose
       eq. 22 has 1.
-    teacher: for the methods of distillation and those that follow its path.
+    teacher: for the methods of distillation and those that follow its path. OwnGuidance is for mean_flow and
+      improved_mean_flow, with examples of `plain`.
     emphasis: the levels that are drawn, and the weight of each, a factor of the loss's weight.
 
     The loss takes params, frozen, batch and keys as that of `denoising.denoising`.
     """
-    schedule = model.useful_schedule
-    level = level_function(schedule)
-
-    def time_of(ratio: Times) -> Times:
-        return schedule.fraction_of(schedule.t_of_logsnr(-2 * jnp.log(ratio)))
-
-    def levels_at(keys: Key[Array, "batch"]) -> Times:
-        return schedule.fraction_of(schedule.t_of_logsnr(emphasis.levels(schedule, keys).logsnr))
+    level = level_function(model.useful_schedule)
 
     def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: Key[Array, "batch"]) -> tuple[Float[Array, ""], dict]:
         split = jax.vmap(lambda key: jax.random.split(key, 6))(keys).T
@@ -201,29 +213,49 @@ def flow_map(
         x0, eps = data_and_noise(model, frozen, batch, x0_keys, eps_keys)
         cond = model.conditioning.embed(frozen["conditioning"], batch["cond"])
         student_cond = drop_condition(cond, frozen["null_cond"], drop, drop_keys)
-        scale = teacher.scale if teacher else 1.0
-        if model.network.takes_scale:
-            scale = jax.vmap(lambda key: jax.random.uniform(key, minval=1.0, maxval=scale))(scale_keys)
-            student_cond = student_cond | {"guidance": scale}
-        output = _student(model, level, frozen["rest"], student_cond)
-        predict = _predictions(teacher.model, level, frozen, cond, scale) if teacher else None
-        path = Path(x0, eps, lambda u: (x0, eps), level, time_of, levels_at, path_keys, progress=frozen["step"] / total)
-        if teacher and teacher.defines_path:
-            path = path._replace(ends=lambda u: predict(add_noise(x0, eps, level(u)), u, u))
+        is_plain = jax.vmap(lambda key: jax.random.bernoulli(key, plain))(plain_keys)
+        inputs = _guidance_inputs(model, teacher, is_plain, scale_keys)
+        output, fixed = _student(model, level, frozen["rest"]), jax.lax.stop_gradient(params)
+        path = _straight(x0, eps, model.useful_schedule, emphasis.levels, path_keys, frozen["step"] / total)
+
+        def predict(x: State, u: Times, cond: PyTree) -> Prediction:
+            return model.parameterization.predict(x, output(fixed, cond, x, u, u), level(u))
+
         maps = Maps(
-            output=functools.partial(output, jax.lax.stop_gradient(params)),
+            output=functools.partial(output, fixed, student_cond | inputs),
+            own=functools.partial(predict, cond=student_cond | inputs),
             parameterization=model.parameterization,
             coefficients=lambda u, to: model.parameterization.step(level(u), level(to)),
-            teacher=lambda x, u, to: add_noise(*predict(x, u, to), level(to)),
         )
+        if isinstance(teacher, Teacher):
+            path, maps = _taught(path, maps, teacher, frozen, cond, inputs.get("guidance", teacher.scale))
+        if isinstance(teacher, OwnGuidance):
+            null = drop_condition(cond, frozen["null_cond"], 1.0, drop_keys)
+            scale = inputs.get("guidance", jnp.full(len(keys), teacher.scale))
+            followed = drop_condition({"scale": scale}, {"scale": 1.0}, drop, drop_keys)["scale"]
+            path, maps = _guided_by_itself(path, maps, predict, (student_cond, null), inputs, followed)
         target = method(path, maps)
         if plain:
-            target = _with_regression(target, path, maps, plain, plain_keys)
+            target = _with_regression(target, path, maps, is_plain)
         target = jax.lax.stop_gradient(target)
-        out = output(params, path.at(target.u), target.u, target.to)
+        out = output(params, student_cond | inputs, path.at(target.u), target.u, target.to)
         return _weighted_error(target, out, emphasis.weight(level(target.u), model.parameterization), robust)
 
     return loss
+
+
+def _straight(
+    x0: State, eps: State, schedule: Schedule, levels: Levels, keys: Key[Array, "batch"], progress: Float[Array, ""]
+) -> Path:
+    """The path along straight lines from data to noise."""
+
+    def time_of(ratio: Times) -> Times:
+        return schedule.fraction_of(schedule.t_of_logsnr(-2 * jnp.log(ratio)))
+
+    def levels_at(keys: Key[Array, "batch"]) -> Times:
+        return schedule.fraction_of(schedule.t_of_logsnr(levels(schedule, keys).logsnr))
+
+    return Path(x0, eps, lambda u: (x0, eps), level_function(schedule), time_of, levels_at, keys, progress)
 
 
 def _weighted_error(target: Target, out: State, weight: Times, robust: float) -> tuple[Float[Array, ""], dict]:
@@ -233,12 +265,10 @@ def _weighted_error(target: Target, out: State, weight: Times, robust: float) ->
     return jnp.mean(weight * error), {"mse": jnp.mean(error)}
 
 
-def _student(
-    model: DiffusionModel, level: Callable[[Times], NoiseLevel], frozen_params: PyTree, cond: PyTree
-) -> Callable:
-    """(params, x, u, to) -> the output of the network."""
+def _student(model: DiffusionModel, level: Callable[[Times], NoiseLevel], frozen_params: PyTree) -> Callable:
+    """(params, cond, x, u, to) -> the output of the network."""
 
-    def output(params: PyTree, x: State, u: Times, to: Times) -> State:
+    def output(params: PyTree, cond: PyTree, x: State, u: Times, to: Times) -> State:
         inputs, t = model.parameterization.inputs(x, level(u))
         target = {"to": target_time(level(to))} if model.network.flow_map else {}
         return model.network.apply(model.adapter.join(params, frozen_params), inputs, t, cond | target)
@@ -246,17 +276,76 @@ def _student(
     return output
 
 
-def _predictions(
-    teacher: DiffusionModel, level: Callable[[Times], NoiseLevel], frozen: PyTree, cond: PyTree, scale: ArrayLike
-) -> Callable[[State, Times, Times], Prediction]:
-    """(x, u, to) -> the prediction of the guided teacher."""
-    denoise = guided(teacher.denoiser(frozen["teacher"]), Guidance(scale), frozen["null_cond"])
-    return lambda x, u, to: denoise(x, level(u), cond, to=level(to))
+def _guidance_inputs(
+    model: DiffusionModel, teacher: Teacher | OwnGuidance | None, is_plain: Array, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """The random scale and interval of guidance that the network takes as input. Plain regression has no interval."""
+    if not model.network.takes_scale:
+        return {}
+    part = jax.vmap(jax.random.uniform)(keys)
+    if isinstance(teacher, Teacher):
+        return {"guidance": 1 + part * (teacher.scale - 1)}
+    inputs = {"guidance": teacher.scale**part}
+    if model.network.takes_interval:
+        fold = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (2,), maxval=0.5))
+        sigma = jnp.where(is_plain[:, None], jnp.array([0.0, 1.0]), fold(keys) + jnp.array([0.0, 0.5]))
+        inputs["interval"] = target_time(NoiseLevel(0.0, 1 - sigma, sigma))
+    return inputs
 
 
-def _with_regression(target: Target, path: Path, maps: Maps, plain: float, keys: Key[Array, "batch"]) -> Target:
-    """The target, with plain regression for each example with the probability `plain`."""
-    mask = jax.vmap(lambda key: jax.random.bernoulli(key, plain))(keys)
+def _taught(
+    path: Path, maps: Maps, teacher: Teacher, frozen: PyTree, cond: PyTree, scale: ArrayLike
+) -> tuple[Path, Maps]:
+    """The path and the maps with a teacher's predictions."""
+    denoise = guided(teacher.model.denoiser(frozen["teacher"]), Guidance(scale), frozen["null_cond"])
+
+    def predict(x: State, u: Times, to: Times) -> Prediction:
+        return denoise(x, path.level(u), cond, to=path.level(to))
+
+    if teacher.defines_path:
+        state = path.at
+        path = path._replace(ends=lambda u: predict(state(u), u, u))
+    return path, maps._replace(teacher=lambda x, u, to: add_noise(*predict(x, u, to), path.level(to)))
+
+
+def _guided_by_itself(
+    path: Path,
+    maps: Maps,
+    predict: Callable[[State, Times, PyTree], Prediction],
+    conds: tuple[PyTree, PyTree],
+    inputs: dict[str, Array],
+    scale: Times,
+) -> tuple[Path, Maps]:
+    """The path of `OwnGuidance`, and the maps whose `own` predicts its guided ends.
+
+    predict: (x, u, cond) -> the student's (x0, eps) where a step has no length.
+    conds: the condition, and no condition.
+    inputs: of `_guidance_inputs`.
+    scale: of each example, 1 without condition.
+    """
+    cond, null = conds
+
+    def scale_at(u: Times) -> Times:
+        if "interval" not in inputs:
+            return scale
+        time, (low, high) = target_time(path.level(u)), inputs["interval"].T
+        return jnp.where((low <= time) & (time <= high), scale, 1.0)
+
+    def own(x: State, u: Times, cond: PyTree, scale: Times) -> Prediction:
+        everywhere = jnp.tile(jnp.array([0.0, 1000.0]), (len(x), 1))
+        given = {"guidance": scale, "interval": everywhere}
+        return predict(x, u, cond | {name: given[name] for name in inputs})
+
+    def ends(u: Times) -> Prediction:
+        x, w = path.at(u), scale_at(u)
+        pairs = Prediction(*path.ends(u)), own(x, u, cond, w), own(x, u, null, jnp.ones_like(w))
+        return jax.tree.map(lambda plain, c, none: plain + expand(1 - 1 / w, x) * (c - none), *pairs)
+
+    return path._replace(ends=ends), maps._replace(own=lambda x, u: own(x, u, cond, scale_at(u)))
+
+
+def _with_regression(target: Target, path: Path, maps: Maps, is_plain: Array) -> Target:
+    """The target, with plain regression for some of the examples."""
     u = jnp.maximum(path.draw(3), MIN_STEP)
     regression = Target(u, u, maps.parameterization.target(*path.ends(u), path.level(u)), jnp.ones_like(u))
-    return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, regression)
+    return jax.tree.map(lambda a, b: jnp.where(is_plain.reshape(-1, *[1] * (a.ndim - 1)), b, a), target, regression)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax import parallel
 from diffusion_jax.codec import Images
+from diffusion_jax.core.denoiser import target_time
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.process import NoiseLevel
 from diffusion_jax.core.sampling import CHUNK, Known, initial_noise, sample
@@ -92,12 +93,17 @@ def solve(
 
 
 def with_guidance_scale(model: DiffusionModel, cond: PyTree, guidance: Guidance) -> tuple[PyTree, Guidance]:
-    """Move the guidance scale into the condition, for a network that takes it as input instead of being guided."""
+    """Move the guidance scale, and the interval, into the condition, for a network that takes them as input instead of
+    being guided.
+    """
     if not model.network.takes_scale:
         return cond, guidance
     count = len(jax.tree.leaves(cond)[0])
-    scale = jnp.broadcast_to(jnp.asarray(guidance.scale, jnp.float32), (count,))
-    return cond | {"guidance": scale}, Guidance()
+    inputs = {"guidance": jnp.broadcast_to(jnp.asarray(guidance.scale, jnp.float32), (count,))}
+    if model.network.takes_interval:
+        ends = NoiseLevel(0.0, 1.0, jnp.asarray(guidance.interval or (0.0, jnp.inf)))
+        inputs["interval"] = jnp.tile(target_time(ends), (count, 1))
+    return cond | inputs, Guidance()
 
 
 def check_guidance(guidance: Guidance, plan: Plan) -> None:

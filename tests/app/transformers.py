@@ -23,9 +23,9 @@ def get_config(preset="plain"):
     config.sample.update(prompts=("3", "7"), num_images=2, steps=3)
     config.model.scan = preset != "single"
     if preset == "flow_map":
-        config.model.target_embedding = True
-        config.objective.update(name="improved_mean_flow", plain=0.5, weight="", levels="")
-        config.sample.update(solver="ddim", steps=2, guidance=1.0)
+        config.model.update(target_embedding=True, time_cond_proj_dim=16, interval_embedding=True)
+        config.objective.update(name="improved_mean_flow", plain=0.5, weight="", levels="", scale=4.0)
+        config.sample.update(solver="ddim", steps=2, guidance=3.0, guidance_interval=(0.1, 9.0))
     if preset == "lora":
         config.lora = common.lora()
     return config

@@ -26,7 +26,9 @@ CONFIGS = {
     "autoencoder": autoencoder.get_config,
     "lora": lora.get_config,
     "published": published.get_config,
-    **{f"few_step:{p}": lambda p=p: few_step.get_config(p) for p in ("shortcut", "digits/lcm", "lora/ect", "scale")},
+    **{
+        f"few_step:{p}": lambda p=p: few_step.get_config(p) for p in ("shortcut", "digits/lcm", "lora/ect", "imf_scale")
+    },
     **{
         f"latent_cfg:{p}": lambda p=p: latent_cfg.get_config(p)
         for p in (
@@ -205,6 +207,19 @@ DISAGREEING = {
     "learns the guidance scales from 1 to objective.scale: set objective.scale to more than 1, got 0.5": [
         "--config=configs/few_step.py:digits/scale",
         "--config.objective.scale=0.5",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "improved_mean_flow with guidance learned from itself: set objective.drop to more than 0": [
+        "--config=configs/few_step.py:digits/imf_scale",
+        "--config.objective.drop=0",
+        "--config.teacher=",
+        "--mode=train",
+    ],
+    "improved_mean_flow with guidance learned from itself: set config.condition.kind to class or text": [
+        "--config=configs/few_step.py:digits/imf_scale",
+        "--config.condition.kind=none",
+        "--config.model.num_class_embeds=None",
         "--config.teacher=",
         "--mode=train",
     ],

@@ -232,7 +232,7 @@ def test_our_own_kinds_survive_a_round_trip(tmp_path):
         **{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": (8, 4)},
         **{"text": "joint", "cross_attention_dim": 6, "modulation": "shared", "norm": "rms_norm"},
         **{"norm_elementwise_affine": True, "qk_norm": "rms_norm", "positions": None, "axes_dims_rope": (2, 4, 2)},
-        **{"target_embedding": True, "scan": True},
+        **{"target_embedding": True, "time_cond_proj_dim": 4, "interval_embedding": True, "scan": True},
     )
     part = filled(ours, *ours.example_inputs(), dtype=np.float32)
     save_transformer(*part, tmp_path)

@@ -28,6 +28,7 @@ JOINT = SMALL.clone(
     positions=None,
     axes_dims_rope=(2, 4, 2),
     time_cond_proj_dim=4,
+    interval_embedding=True,
 )
 KINDS = {"classes": CLASSES, "cross": CROSS, "joint": JOINT}
 every_kind = pytest.mark.parametrize("network", KINDS.values(), ids=KINDS)
@@ -52,6 +53,7 @@ def inputs(network, size=(8, 8), batch=2):
         "label": jnp.array([1, 5]),
         "to": jnp.array([0.0, 400.0]),
         "guidance": jnp.array([1.0, 4.0]),
+        "interval": jnp.array([[0.0, 1000.0], [200.0, 700.0]]),
     }
     read = {name for name, is_read in network.reads.items() if is_read}
     read |= {"mask"} if "text" in read else set()

@@ -124,6 +124,15 @@ def made_model(name, wrong=0.0, of_steps=False, bump=waves):
     return model(student, True), model(teacher, False)
 
 
+def made_maps(output, says, level):
+    """Of a student with this output."""
+
+    def own(x, u):
+        return says.predict(x, output(x, u, u), level(u))
+
+    return flow_map.Maps(output, own, says, lambda u, to: says.step(level(u), level(to)))
+
+
 def gradients(name, method, batch=32768, step=99):
     """d loss / d params, and its standard error: at the exact map, and where params is 1."""
     # what the Lagrangian method learns at the end of a step is what the student says there
@@ -206,7 +215,7 @@ def linear_effect(name, method, other_end, by_end=False, size=400):
         def output(x, u, to):  # no error of the velocity itself, which plain regression teaches
             return jnp.where(u == to, 0.0, error(to if by_end else u))[:, None] + 0 * x
 
-        maps = flow_map.Maps(output, says, lambda u, to: says.step(level(u), level(to)), None)
+        maps = made_maps(output, says, level)
         return METHODS[method][0](path, maps)
 
     one, ramp = target_of(jnp.ones_like), target_of(lambda u: u)
@@ -272,7 +281,7 @@ def test_consistency_training_has_the_gap_and_the_weight_of_its_paper(name):
         asked.append(u)
         return zero
 
-    maps = flow_map.Maps(output, says, lambda u, to: says.step(level(u), level(to)), None)
+    maps = made_maps(output, says, level)
     time_of = lambda ratio: schedule.fraction_of(schedule.t_of_logsnr(-2 * jnp.log(ratio)))  # noqa: E731
     keys = jax.random.split(jax.random.key(0), 40)
     for halvings in (0, 1, 4, 8):
@@ -350,7 +359,7 @@ def test_the_target_of_improved_mean_flow_is_that_of_its_paper():
     def student(z, t, r):
         return jnp.sin(2 * z[:, ::-1]) * jnp.cos(3 * t)[:, None] + (r**2)[:, None] * z
 
-    maps = flow_map.Maps(student, says, lambda u, to: says.step(level(u), level(to)), None)
+    maps = made_maps(student, says, level)
     path = flow_map.Path(
         x0,
         eps,
