@@ -98,7 +98,8 @@ def _diffusers_outputs(component, network, folder, inputs):
     def recorder(block):
         def hook(module, arguments, out):
             out = out if isinstance(out, torch.Tensor) else out[0]
-            outputs[block] = out.float().numpy()
+            if isinstance(out, torch.Tensor):  # not a list of images, as whole networks of Z-Image return
+                outputs[block] = out.float().numpy()
 
         return hook
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.interop.test_flux2 import SMALL as KLEIN_FIELDS
+from tests.interop.test_flux2_autoencoder import SMALL as FLUX2
 from tests.interop.test_folders import AUTOENCODER
 from tests.interop.test_tokenizers import qwen_folder
 from tests.interop.test_z_image import NAME as Z_IMAGE
@@ -12,6 +14,7 @@ CHAT = (  # what Qwen3's own template makes of one message
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 )
 SIZE = (16, 24)
+DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
 FLUX1 = AUTOENCODER | {  # but for the widths as published
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -44,17 +47,28 @@ def qwen3(layers, byte_pairs, folder):
     return encoder, transformers.Qwen2TokenizerFast.from_pretrained(tokens)
 
 
+def klein_pipeline(peer, autoencoder, byte_pairs, folder):
+    """diffusers' pipeline of FLUX.2 klein, saved in folder / "pipeline". autoencoder: config -> the network."""
+    diffusers = pytest.importorskip("diffusers")
+    encoder, tokenizer = qwen3(28, byte_pairs, folder)
+    transformer = peer.make("Flux2Transformer2DModel", KLEIN_FIELDS | {"in_channels": 12, "joint_attention_dim": 24})
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    return saved(diffusers.Flux2KleinPipeline(scheduler, autoencoder(FLUX2), encoder, tokenizer, transformer), folder)
+
+
 def z_image_pipeline(peer, byte_pairs, folder):
-    """diffusers' pipeline, saved in folder / "pipeline"."""
+    """diffusers' pipeline of Z-Image, saved in folder / "pipeline"."""
     diffusers = pytest.importorskip("diffusers")
     encoder, tokenizer = qwen3(3, byte_pairs, folder)
-    pipeline = diffusers.ZImagePipeline(
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
-        peer.make("AutoencoderKL", FLUX1),
-        encoder.model,
-        tokenizer,
+    transformer, autoencoder = (
         peer.make(Z_IMAGE, Z_IMAGE_FIELDS | {"cap_feat_dim": 8}),
+        peer.make("AutoencoderKL", FLUX1),
     )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return saved(diffusers.ZImagePipeline(scheduler, autoencoder, encoder.model, tokenizer, transformer), folder)
+
+
+def saved(pipeline, folder):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "pipeline")
     return pipeline

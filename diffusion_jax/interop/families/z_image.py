@@ -31,7 +31,7 @@ def _recognises(index: Config, configs: Mapping[str, Config]) -> bool:
 def _latent_inputs(transformer: ZImageTransformer) -> dict[str, Array]:
     rng, side = np.random.default_rng(0), transformer.cell
     shapes = {"x": (1, 4 * side, 6 * side, transformer.in_channels), "text": (1, TOKENS, transformer.cap_feat_dim)}
-    return {"t": jnp.array([500.0])} | {
+    return {"t": jnp.array([984.375])} | {  # for the network 15.625: waves of large times have fewer exact digits
         name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()
     }
 
@@ -66,7 +66,7 @@ FAMILY = Family(
     recognises=_recognises,
     parts={
         "text_encoder": chat.reader(states=(-2,)),
-        "transformer": TRANSFORMER._replace(inputs=_latent_inputs, run=_run_transformer),
+        "transformer": TRANSFORMER._replace(depth=2, inputs=_latent_inputs, run=_run_transformer),
         "vae": AUTOENCODER,
     },
     denoiser="transformer",
