@@ -10,7 +10,10 @@ which --config.tokenizers=FOLDER gives the tokenizers of its family. Inpainting 
 --config.sample.image and --config.sample.mask.
 
 The prompts of DiT are classes, by number or name, and it is fine-tuned on data with labels. --config.scan compiles one
-of its blocks for all.
+of its blocks for all. The files of its authors, and of SiT, hold the transformer alone (docs/transformers.md):
+
+    DIT="--config.checkpoint=DiT-XL-2-256x256.pt --config.allow_pickle=True --config.vae=FOLDER"
+    python main.py --config=configs/published.py $DIT --config.prediction=eps --mode=sample --prompt "207"
 
 --config.loras="('FILE@0.8', …)" adds files of LoRA, LoCon, DoRA, LoHa and LoKr to the weights, with these factors.
 --config.embeddings="('FILE', 'FILE@WORD', …)" adds the learned words of textual inversion, which prompts use by name:

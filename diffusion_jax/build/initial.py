@@ -10,7 +10,8 @@ from diffusion_jax.build import shipped
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.models.growing import grown
 
-NEW_EMBEDDINGS = ("to_embedding", "cond_proj")  # modules that a student may have and its teacher may lack
+# modules that a student may have and its teacher may lack
+NEW_EMBEDDINGS = ("to_embedding", "cond_proj", "interval_embedding")
 
 
 def initial(folder: str, load: Callable[[Any], tuple[Any, PyTree]], params: PyTree) -> PyTree:
@@ -42,7 +43,7 @@ def _check_shapes(folder: str, weights: PyTree, params: PyTree) -> PyTree:
 def from_teacher(teacher: DiffusionModel, params: PyTree) -> PyTree:
     """The weights of a teacher for its student.
 
-    A student may have more embeddings, of the target and of the guidance scale. These start at zero.
+    A student may have more embeddings, of the target and of the guidance scale and interval. These start at zero.
 
     params: the random weights of the student.
     Raises ValueError for a teacher of another network.

@@ -143,6 +143,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
         config.allow_pickle,
         config.safety_checker and not training,
         config.scan,
+        config.vae or None,
     )
     for file in config.loras:
         pipeline = merge_lora(pipeline, *_file_and_scale(file), config.allow_pickle)

@@ -67,9 +67,10 @@ PUBLISHED = {
         text,
         "Compute type of a checkpoint's networks: float32, or bfloat16 for TPU and GPU.",
     ),
-    "prediction": Field("", text, "eps, v or x0, if the checkpoint does not contain it."),
+    "prediction": Field("", text, "eps, v or x0, if the checkpoint does not contain it; flow for SiT."),
     "tokenizers": Field("", text, "A folder with tokenizers, for a checkpoint of one file."),
-    "allow_pickle": Field(False, flag, "Also read .bin and .ckpt files. Only tensors are read from them."),
+    "vae": Field("", text, "A folder with an autoencoder, for a checkpoint of one file that has none."),
+    "allow_pickle": Field(False, flag, "Also read .bin, .ckpt and .pt files. Only tensors are read from them."),
     "safety_checker": Field(True, flag, "Hold back images that the checkpoint's safety checker flags, if it has one."),
     "loras": Field((), each(text), "Files that are added to the weights, each FILE or FILE@SCALE."),
     "embeddings": Field(

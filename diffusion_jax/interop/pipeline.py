@@ -120,15 +120,17 @@ def load_pipeline(
     allow_pickle: bool = False,
     safety_checker: bool = True,
     scan: bool = False,
+    vae: str | Path | None = None,
 ) -> PublishedPipeline:
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
 
     dtype: of all variables.
-    prediction: override it with "eps", "v" or "x0". Needed for a single file that does not say it.
+    prediction: override it with "eps", "v" or "x0". Needed for a single file that does not say it; "flow" for SiT.
     tokenizers: the folder of a pipeline with the tokenizers for a single file.
     allow_pickle: see `read_file`.
     safety_checker: load that of a folder whose model_index.json names one.
     scan: compile one block of the denoiser for all, see `models.transformer.Transformer`.
+    vae: the folder of the autoencoder for a single file that has none.
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = paths.fetched(path, LEVELS)
@@ -137,9 +139,11 @@ def load_pipeline(
             f"{path}: no such file or folder: name a folder that diffusers saved, or a .safetensors file; a name on a "
             "hub is not looked up"
         )
-    if prediction not in (None, *PREDICTIONS.values()):
-        raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())}, got {prediction!r}")
-    family, networks, scheduler, index = _read(path, allow_pickle)
+    if prediction not in (None, *PREDICTIONS.values(), "flow"):
+        raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())} or flow, got {prediction!r}")
+    family, networks, scheduler, index = _read(path, allow_pickle, prediction, vae)
+    if family.autoencoder not in networks:
+        raise ValueError(f"{path} has no autoencoder: name the folder of one as `vae`")
     if scan:
         networks[family.denoiser] = _scanned(networks[family.denoiser], family)
     if path.is_file() and family.single_file.ask and not (prediction or "prediction_type" in scheduler):
@@ -169,9 +173,11 @@ def load_pipeline(
 def _prediction(path: Path, schedule: Schedule, stated: str, asked: str | None) -> str:
     """What the network predicts: `asked`, or what scheduler_config.json states. Raises ValueError where it cannot."""
     if stated == "flow":
-        if asked:
+        if asked not in (None, "flow"):
             raise ValueError(f"{path}: its network predicts flow, by its scheduler: leave out prediction={asked!r}")
         return stated
+    if asked == "flow":
+        raise ValueError(f"{path}: its noise schedule is not that of a flow: leave out prediction='flow'")
     if (asked or stated) == "eps" and schedule(schedule.t_max).alpha == 0:
         raise ValueError(
             f"{path}: its noise schedule begins at pure noise (zero terminal SNR), where eps does not determine the "
@@ -283,14 +289,16 @@ def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family,
     return _read(paths.fetched(path, LEVELS), allow_pickle)[:2]
 
 
-def _read(path: Path, allow_pickle: bool) -> tuple[Family, dict[str, Network], Mapping, dict]:
+def _read(
+    path: Path, allow_pickle: bool, prediction: str | None = None, vae: str | Path | None = None
+) -> tuple[Family, dict[str, Network], Mapping, dict]:
     """The family and the networks of a folder or file, scheduler_config.json, and model_index.json without the parts.
 
-    A file has no model_index.json.
+    A file has no model_index.json. Other arguments as of `load_pipeline`.
     """
     if path.is_file():
-        family, parts, scheduler = read_checkpoint(path, allow_pickle)
-        index, sources = {}, dict.fromkeys(parts, str(path))
+        family, parts, scheduler, sources = read_checkpoint(path, allow_pickle, prediction, vae)
+        index = {}
     else:
         family, configs = _family_and_configs(path)
         scheduler = read_json(path / "scheduler" / "scheduler_config.json")

@@ -43,7 +43,7 @@ def published_plan(config: Mapping, schedule: Schedule, steps: int, strength: fl
             f"the model's own scheduler is a {name}, which is not supported: choose a solver by its name; known "
             f"schedulers: {', '.join([*SCHEDULERS, *FLOWS])}"
         )
-    most = schedule.num_steps or config.get("num_train_timesteps", 1000)
+    most = schedule.num_steps or max(config.get("num_train_timesteps", 1000), 1000)  # of a flow, only a unit of time
     if not 1 <= steps <= most:
         raise ValueError(f"steps must be in 1..{most}, the schedule's number of steps, got {steps}")
     if not 0 <= strength <= 1:

@@ -20,6 +20,7 @@ FAMILIES: tuple[Family, ...] = (
     stable_diffusion_2.FAMILY,
     stable_diffusion_1.FAMILY,
     dit.FAMILY,
+    dit.SIT,
     flux2_klein.FAMILY,
     z_image.FAMILY,
 )
