@@ -133,7 +133,9 @@ def run_all(file: str) -> None:
             if status := subprocess.run([sys.executable, *words[1:]]).returncode:
                 sys.exit(status)
             continue
-        importlib.import_module("diffusion_jax.app.command")
+        command = importlib.import_module("diffusion_jax.app.command")
+        for module in command.MODES.values():
+            importlib.import_module(module)
         child = os.fork()
         if not child:
             sys.argv = words[1:]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_jax.build.agreement import check_condition
+from diffusion_jax.build.records import check_condition
 from diffusion_jax.codec import identity
 from diffusion_jax.conditioning import unconditional
 from diffusion_jax.core import parameterization, schedules, solvers

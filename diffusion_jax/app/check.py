@@ -16,7 +16,7 @@ from diffusion_jax.app import account, estimate, first_stage, planned, sample, t
 from diffusion_jax.app.estimate import Options, Place
 from diffusion_jax.app.planned import Stage
 from diffusion_jax.app.workdir import make_writable
-from diffusion_jax.build import agreement, encoders, weights
+from diffusion_jax.build import agreement, encoders, records, weights
 from diffusion_jax.data.sources import Source
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path
@@ -185,9 +185,9 @@ def _conditions_here(
         yield lambda: _raise(first_stage.NOT_NAMED)
     if source is not None:
         for stage in stages:
-            yield functools.partial(agreement.check_records, stage.train, source)
+            yield functools.partial(records.check_records, stage.train, source)
         if model:
-            yield lambda: agreement.check_condition(model.conditioning.null, source)
+            yield lambda: records.check_condition(model.conditioning.null, source)
             yield lambda: build.data.by_size(config, source, model)
 
 

@@ -4,6 +4,7 @@ diffusion_jax --config=configs/latent_cfg.py --mode=train
 diffusion_jax --config=configs/latent_cfg.py --mode=sample --prompt "a red apple; a kitty"
 """
 
+import importlib
 import logging as std_logging
 import sys
 import traceback
@@ -14,24 +15,22 @@ import jax
 from absl import app, flags, logging
 from ml_collections import FrozenConfigDict, config_flags
 
-from diffusion_jax import chips, hosts, paths, serve
-from diffusion_jax.app import check, evaluate, export, sample, train
-from diffusion_jax.app.estimate import Options
+from diffusion_jax import chips, hosts, paths
 from diffusion_jax.build import fields, shipped
 from diffusion_jax.build.flags import parse_flags
 from diffusion_jax.compilation import configure
 from diffusion_jax.messages import first_line, one_line
-from diffusion_jax.training.loop import Diverged, Stopped
+from diffusion_jax.training.endings import Diverged, Stopped
 from diffusion_jax.training.tracing import wanted
 
 INTERRUPTED = 130
-MODES = {
-    "train": train.run,
-    "sample": sample.run,
-    "eval": evaluate.run,
-    "export": export.run,
-    "serve": serve.run,
-    "check": lambda config, workdir: check.run(config, workdir, _check_options()),
+MODES = {  # the module of each; only that of the mode is imported, because the libraries of all modes take seconds
+    "train": "diffusion_jax.app.train",
+    "sample": "diffusion_jax.app.sample",
+    "eval": "diffusion_jax.app.evaluate",
+    "export": "diffusion_jax.app.export",
+    "serve": "diffusion_jax.serve",
+    "check": "diffusion_jax.app.check",
 }
 OF_SEVERAL_HOSTS = ("train", "eval")
 
@@ -84,12 +83,17 @@ def main(_: list[str]) -> int:
     fields.check(config)
     configure(low_memory=_MODE.value != "train")
     _connect(_MODE.value)
-    status = MODES[_MODE.value](FrozenConfigDict(config), paths.at(_WORKDIR.value or default_workdir), **options) or 0
+    if _MODE.value == "check":
+        options["options"] = _check_options()
+    run_mode = importlib.import_module(MODES[_MODE.value]).run
+    status = run_mode(FrozenConfigDict(config), paths.at(_WORKDIR.value or default_workdir), **options) or 0
     hosts.finish(status)
     return status
 
 
-def _check_options() -> Options:
+def _check_options() -> tuple:
+    from diffusion_jax.app.estimate import Options  # imported late, see MODES
+
     return Options(
         _TOPOLOGY.value,
         _HOURS.value,

@@ -13,17 +13,18 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel, pictures
 from diffusion_jax.app import sample
-from diffusion_jax.build.agreement import check_condition, condition_kind
+from diffusion_jax.build.agreement import condition_kind
+from diffusion_jax.build.records import check_condition
 from diffusion_jax.data.crops import crop
 from diffusion_jax.data.folders import DECODER
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
 from diffusion_jax.evaluation import comparison
-from diffusion_jax.evaluation.batches import good_records
 from diffusion_jax.evaluation.comparison import MIN_PICTURES, Collected, Reference
 from diffusion_jax.evaluation.distances import nearest
 from diffusion_jax.evaluation.networks import FeatureNetwork, feature_network
 from diffusion_jax.evaluation.reconstruction import first_stage
+from diffusion_jax.evaluation.records import good_records
 from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel
 from diffusion_jax.paths import Path

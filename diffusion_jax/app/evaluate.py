@@ -13,7 +13,8 @@ from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.distances import distances
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.build import weights
-from diffusion_jax.build.agreement import check_condition, condition_kind
+from diffusion_jax.build.agreement import condition_kind
+from diffusion_jax.build.records import check_condition
 from diffusion_jax.data import sources
 from diffusion_jax.data.crops import crop
 from diffusion_jax.evaluation import report as report_page

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import build, hosts, parallel, paths, pictures
 from diffusion_jax.app.workdir import wait_for
-from diffusion_jax.build.agreement import check_records
 from diffusion_jax.build.initial import initial
+from diffusion_jax.build.records import check_records
 from diffusion_jax.codec import check_size
 from diffusion_jax.data.loader import Tally, one_epoch
 from diffusion_jax.data.sources import Source

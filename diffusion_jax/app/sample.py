@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel, paths, pictures
-from diffusion_jax.app import first_stage
 from diffusion_jax.app.workdir import make_writable
 from diffusion_jax.build import weights
 from diffusion_jax.core.guidance import Guidance
@@ -66,6 +65,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     folder = workdir / "samples"
     if not build.model.has_denoiser(config):
+        from diffusion_jax.app import first_stage  # imported late: training takes large libraries
+
         reconstructions = first_stage.reconstruct_held_out(config, workdir)
         make_writable(folder)
         pictures.save(folder / "grid.png", reconstructions, {"weights": str(workdir)})
@@ -153,7 +154,7 @@ def generate(request: Request, model: DiffusionModel, batch_size: int, progress:
             prompt_indices, seeds = np.array(batch).T
             cond = jax.tree.map(lambda leaf: leaf[prompt_indices], request.cond)  # noqa: B023
             keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
-            images = np.asarray(to_uint8(_images(request, model, cond, keys, show if progress else None)))
+            images = to_uint8(np.asarray(_images(request, model, cond, keys, show if progress else None)))
             for (prompt, seed), image, held_back in zip(batch[:count], images, model.held_back(images), strict=False):
                 if held_back:
                     logging.warning(HELD_BACK, request.prompts[prompt], seed)

@@ -16,7 +16,7 @@ from diffusion_jax import conditioning as conditionings
 from diffusion_jax.app import first_stage, sample
 from diffusion_jax.app.caching import built
 from diffusion_jax.app.workdir import locked
-from diffusion_jax.build import agreement, encoders, weights
+from diffusion_jax.build import agreement, encoders, records, weights
 from diffusion_jax.build.initial import from_teacher, initial
 from diffusion_jax.data.buckets import in_turn, shares
 from diffusion_jax.data.cache import Cache, first_version
@@ -60,9 +60,9 @@ def _train_denoiser(config: ConfigDict, workdir: Path, traces: Wanted) -> None:
         snapshot_request = sample.request(config, model, config.sample.prompts)
         optimizer = build.objective.optimizer(config.optimizer, config.train.steps)
         source = build.data.source(config, "train", max(model.size))
-        agreement.check_condition(model.conditioning.null, source)
-        agreement.check_records(config.train, source)
-        agreement.tell_cut_captions(model.conditioning, source)
+        records.check_condition(model.conditioning.null, source)
+        records.check_records(config.train, source)
+        records.tell_cut_captions(model.conditioning, source)
         by_size = build.data.by_size(config, source, model)
         loss, params, frozen = objective(config, as_in_step(model, has_several_captions(source)))
     check_resumed(workdir, params)

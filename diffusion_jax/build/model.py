@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -32,6 +31,7 @@ from diffusion_jax.interop.pipeline import described
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.models import adapters
 from diffusion_jax.models.adapters import Adapter
+from diffusion_jax.models.applied import shapes_of
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.transformer import Transformer
 from diffusion_jax.models.unet import UNet
@@ -84,7 +84,7 @@ def diffusion_model(
         check_updated(module, config.teacher)
     return DiffusionModel(
         network=untrained,
-        params=jax.eval_shape(untrained.init, jax.random.key(0)),
+        params=shapes_of(module),
         schedule=schedule(config),
         parameterization=_parameterization(config),
         codec=codec,
@@ -221,8 +221,7 @@ def _untrained_codec(config: ConfigDict) -> Codec:
     def untrained() -> Codec:
         folder = config.autoencoder.checkpoint
         module = autoencoder_of(*read_config(shipped.find(folder)))[0] if folder else autoencoder(config)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), module.example_image())
-        return codecs.autoencoder_kl(module, shapes, config.sample.tile)
+        return codecs.autoencoder_kl(module, shapes_of(module), config.sample.tile)
 
     return choose({"identity": codecs.identity, "kl": untrained}, config.autoencoder.kind, "autoencoder kind")()
 

@@ -7,11 +7,10 @@ from absl import logging
 from jaxtyping import PyTree
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from diffusion_jax import build, parallel, paths
 from diffusion_jax import codec as codecs
-from diffusion_jax import parallel
 from diffusion_jax.build import encoders, fields, shipped
 from diffusion_jax.build.agreement import has_text_encoders
-from diffusion_jax.build.data import cache_folder
 from diffusion_jax.build.model import conditioning, diffusion_model, has_denoiser
 from diffusion_jax.codec import Codec
 from diffusion_jax.conditioning import Conditioning
@@ -22,7 +21,6 @@ from diffusion_jax.interop.tensors import read_json
 from diffusion_jax.model import DiffusionModel, network_of
 from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
-from diffusion_jax.training.checkpoints import Checkpoints
 
 LORA = "lora.safetensors"
 SHARED = ("length", "pooled", "join", "null", "dtype")  # fields of a condition beside its encoders
@@ -32,6 +30,19 @@ MODEL = ("model", "autoencoder", "condition", "schedule", "objective")  # the se
 def first_stage_folder(workdir: Path) -> Path:
     """The folder of a run's first stage."""
     return workdir / "autoencoder"
+
+
+def _checkpoints(workdir: Path):
+    """The `Checkpoints` of a run, to read."""
+    from diffusion_jax.training.checkpoints import Checkpoints  # imported late: Orbax takes half a second
+
+    return Checkpoints(workdir / "checkpoints")
+
+
+def _latest_step(workdir: Path) -> int | None:
+    """The step of a run's newest checkpoint, or None."""
+    local = not paths.in_bucket(workdir)
+    return None if local and not (workdir / "checkpoints").exists() else _checkpoints(workdir).latest_step()
 
 
 def trained_codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
@@ -48,7 +59,7 @@ def trained_codec(config: ConfigDict, workdir: Path, untrained: Codec) -> Codec:
 
 def resolved(config: ConfigDict, workdir: Path) -> ConfigDict:
     """The config of the model that `load` finds. Without a checkpoint it is that of the folder config.weights."""
-    if not config.get("weights") or Checkpoints(workdir / "checkpoints").latest_step() is not None:
+    if not config.get("weights") or _latest_step(workdir) is not None:
         return config
     file = shipped.find(config.weights) / "config.json"
     if not file.exists():
@@ -131,7 +142,7 @@ def model_of_run(config: ConfigDict, workdir: Path, training: bool = False) -> t
     if not has_text_encoders(config):
         return config, diffusion_model(config, training=training)
     config = _with_pinned_encoders(config, workdir)
-    texts = cache_folder(config.data, workdir) / "texts"
+    texts = build.data.cache_folder(config.data, workdir) / "texts"
     return config, diffusion_model(config, training=training, condition=conditioning(config, texts))
 
 
@@ -140,7 +151,7 @@ def _with_pinned_encoders(config: ConfigDict, workdir: Path) -> ConfigDict:
     if (workdir / "config.json").exists():
         saved = load_config(workdir)
         of_run = saved.condition if has_text_encoders(saved) else None
-    if of_run is not None and Checkpoints(workdir / "checkpoints").latest_step() is not None:
+    if of_run is not None and _latest_step(workdir) is not None:
         encoders.check_same(config.condition, of_run, str(workdir))
     config = ConfigDict(config)
     config.condition.encoders = encoders.pinned(config.condition, of_run)
@@ -156,13 +167,12 @@ def load(
     teacher: as in `load_model`.
     Raises FileNotFoundError without weights, and ValueError for a checkpoint of another config.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step = checkpoints.latest_step()
+    step = _latest_step(workdir)
     if step is not None:
         params = model.adapter.join(trained(config, workdir, model), updated(config, model, teacher).params)
         params = parallel.local(params, config.train.parallel)
         codec = trained_codec(config, workdir, model.codec)
-        return model._replace(params=params, codec=codec), f"{checkpoints.folder}, step {step}, averaged"
+        return model._replace(params=params, codec=codec), f"{_checkpoints(workdir).folder}, step {step}, averaged"
     if "checkpoint" in config:
         return model._replace(params=parallel.local(model.params, config.train.parallel)), config.checkpoint
     folder = shipped.find(config.weights)
@@ -178,7 +188,9 @@ def load(
         if (folder / "vae").exists():
             codec = codecs.autoencoder_kl(*load_autoencoder(folder / "vae"), config.sample.tile)
         return model._replace(network=network_of(module), params=params, codec=codec), config.weights
-    raise FileNotFoundError(f"no checkpoint in {checkpoints.folder}: run --mode=train first, or give its --workdir")
+    raise FileNotFoundError(
+        f"no checkpoint in {paths.absolute(workdir / 'checkpoints')}: run --mode=train first, or give its --workdir"
+    )
 
 
 def updated(config: ConfigDict, model: DiffusionModel, teacher: DiffusionModel | None = None) -> DiffusionModel:
@@ -203,7 +215,7 @@ def trained(config: ConfigDict, workdir: Path, model: DiffusionModel) -> PyTree:
     if has_text_encoders(config):
         encoders.check_same(config.condition, load_config(workdir).condition, str(workdir))
     like, _ = jax.eval_shape(model.adapter.split, model.params, jax.random.key(0))
-    return Checkpoints(workdir / "checkpoints").restore_ema(like)
+    return _checkpoints(workdir).restore_ema(like)
 
 
 def averaged(

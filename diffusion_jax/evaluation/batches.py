@@ -1,4 +1,4 @@
-"""Run functions of batches over any number of items, and read the good records of a source."""
+"""Run functions of batches over any number of items."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -8,10 +8,6 @@ from jaxtyping import PyTree
 
 from diffusion_jax import parallel
 from diffusion_jax.data.batching import filled_batches
-from diffusion_jax.data.loader import Reader
-from diffusion_jax.data.order import one_pass
-from diffusion_jax.data.sources import Source
-from diffusion_jax.data.transforms import Record, Transform
 
 BATCH = 64
 
@@ -50,12 +46,3 @@ def map_over_hosts(
             .swapaxes(0, 1)
             .reshape(-1, *results[0].shape)[: len(part)]
         )
-
-
-def good_records(source: Source, transform: Transform, seed: int) -> Iterator[tuple[int, Record]]:
-    """The records of a source that can be read, with their indices, in an order shuffled by the seed."""
-    reader, rng = Reader(source, transform), np.random.default_rng(seed)
-    in_blocks = any(part.blocks for part in source.parts)
-    order = one_pass(source.parts, seed) if in_blocks else rng.permutation(len(source))
-    records = ((int(index), reader(int(index), rng)) for index in order)
-    return ((index, record) for index, record in records if record is not None)

@@ -14,7 +14,8 @@ from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.data.loader import stack
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import Record, Transform
-from diffusion_jax.evaluation.batches import good_records, map_over_hosts
+from diffusion_jax.evaluation.batches import map_over_hosts
+from diffusion_jax.evaluation.records import good_records
 from diffusion_jax.evaluation.summary import summary
 from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel

@@ -21,6 +21,7 @@ from diffusion_jax.interop.folders import module_and_shapes, read_config
 from diffusion_jax.interop.names import from_torch, to_torch, torch_names
 from diffusion_jax.interop.tensors import find_tensors, read_tensors, shards, write_file, write_json
 from diffusion_jax.interop.tokenizers import ALL_FILES, FILES, load_tokenizer
+from diffusion_jax.models.applied import shapes_of
 from diffusion_jax.models.text.bert import BertEncoder
 from diffusion_jax.models.text.clip import OLD_EOS, ClipTextEncoder
 from diffusion_jax.models.text.embedding import Encoder, embedding
@@ -199,18 +200,13 @@ def text_encoder_of(config: Mapping, source: str | Path) -> tuple[Encoder, PyTre
         raise ValueError(f"{source}: {error}") from None
     known_fields = {field.name for field in dataclasses.fields(published.module)} - RUNTIME_FIELDS
     fields = {**published.defaults, **{field: config[field] for field in known_fields & config.keys()}}
-    return module_and_shapes(published.module, fields, source, lambda encoder: encoder.example_inputs())
+    return module_and_shapes(published.module, fields, source)
 
 
 def part_of(tensors: Tensors, whole: PyTree, part: PyTree) -> dict[str, np.ndarray]:
     """The tensors without those that only the whole encoder has. whole, part: variables or their shapes."""
     unused = torch_names(whole) - torch_names(part)
     return {name: tensor for name, tensor in tensors.items() if name not in unused}
-
-
-def shapes_of(encoder: Encoder) -> PyTree:
-    """The shapes of an encoder's variables."""
-    return jax.eval_shape(encoder.init, jax.random.key(0), *encoder.example_inputs())
 
 
 def canonical(tensors: Tensors, encoder: Encoder) -> dict[str, np.ndarray]:
@@ -289,10 +285,11 @@ def text_encoder(
     tokenizer = load_tokenizer(tokenizer_folder, length)
     _check_tokenizer(tokenizer, module, f"{tokenizer_folder}: not the tokenizer of {folder}")
     length = tokenizer.padding["length"]
-    apply, tokenize_prompts = embedding(module, skipped, has_norm), tokenize
+    # compiled, so that a single prompt is traced only here
+    apply, tokenize_prompts = jax.jit(embedding(module, skipped, has_norm)), tokenize
     if isinstance(module, ClipTextEncoder):
         tokenize_prompts = _tokenize_with_full_mask
-    ids = jnp.zeros((1, length), jnp.int32)
+    ids = np.zeros((1, length), np.int32)
     tokens = jax.eval_shape(apply, params, ids, ids == 0).tokens
     return TextEncoder(
         tokenize=functools.partial(tokenize_prompts, tokenizer=tokenizer, length=length),

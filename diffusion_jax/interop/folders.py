@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -15,6 +14,7 @@ from diffusion_jax import paths
 from diffusion_jax.interop.names import from_torch, modern, to_torch
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
 from diffusion_jax.messages import first_line
+from diffusion_jax.models.applied import shapes_of
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.flux2 import Flux2Transformer
 from diffusion_jax.models.transformer import Transformer
@@ -172,7 +172,7 @@ def unet_of(config: Mapping, source: str | Path) -> tuple[UNet, PyTree]:
         raise ValueError(
             f"{source}: without blocks that read text, mid_block_type 'UNetMidBlock2D' is supported only in UNet2DModel"
         )
-    return module_and_shapes(UNet, fields, source, lambda unet: unet.example_inputs())
+    return module_and_shapes(UNet, fields, source)
 
 
 def transformer_of(config: Mapping, source: str | Path, scan: bool = False) -> tuple[AnyTransformer, PyTree]:
@@ -188,9 +188,7 @@ def transformer_of(config: Mapping, source: str | Path, scan: bool = False) -> t
     fields = _fields(TRANSFORMERS[name], config, source)
     if name in DIT and transformer_class(Transformer(**fields)) != DIT[0]:
         raise ValueError(f"{source}: a {DIT[0]} has classes, and norms without learned scales")
-    return module_and_shapes(
-        TRANSFORMERS[name], fields | {"scan": scan}, source, lambda module: module.example_inputs()
-    )
+    return module_and_shapes(TRANSFORMERS[name], fields | {"scan": scan}, source)
 
 
 def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, PyTree]:
@@ -213,7 +211,7 @@ def autoencoder_of(config: Mapping, source: str | Path) -> tuple[AutoencoderKL, 
         value = fields.get(field, 1.0)
         if not (is_optional and value is None) and not (isinstance(value, int | float) and math.isfinite(value)):
             raise ValueError(f"{source}: {field}: expected a finite number, got {value!r}")
-    return module_and_shapes(AutoencoderKL, fields, source, lambda autoencoder: (autoencoder.example_image(),))
+    return module_and_shapes(AutoencoderKL, fields, source)
 
 
 def save_unet(unet: UNet, variables: PyTree, folder: str | Path, dtype: DTypeLike = jnp.float32) -> None:
@@ -269,15 +267,14 @@ def read_config(folder: str | Path) -> tuple[dict, Path]:
     return read_json(path), path
 
 
-def module_and_shapes(module: type, fields: Mapping, source: str | Path, inputs: Callable):
+def module_and_shapes(module: type, fields: Mapping, source: str | Path):
     """The module with these fields, and the shapes of its variables.
 
     source: file of the fields, for the ValueError if no network can be built from them.
-    inputs: module -> arguments of its `init`.
     """
     try:
         instance = module(**fields)
-        return instance, jax.eval_shape(instance.init, jax.random.key(0), *inputs(instance))
+        return instance, shapes_of(instance)
     except Exception as error:  # a config can be wrong in any way
         raise ValueError(f"{source}: no network can be built from it: {first_line(error)}") from None
 

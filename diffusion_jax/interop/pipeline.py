@@ -217,8 +217,7 @@ def _scanned(network: Network, family: Family) -> Network:
     if not hasattr(network.module, "scan"):
         raise ValueError(f"scan: the blocks of {family.name} are not all equal, set it to False")
     module = network.module.clone(scan=True)
-    like = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())
-    return network._replace(module=module, like=like)
+    return network._replace(module=module, like=shapes_of(module))
 
 
 def _safety_checker(path: Path, family: Family, allow_pickle: bool) -> SafetyChecker | None:

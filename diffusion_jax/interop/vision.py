@@ -75,7 +75,7 @@ def load_image_encoder(folder: str | Path, allow_pickle: bool = False) -> Loaded
             for name, tensor in tensors.items()
             if name.startswith(heads) and not name.endswith(".position_ids")
         }
-    encoder, like = module_and_shapes(ImageEncoder, fields, source, lambda encoder: encoder.example_inputs())
+    encoder, like = module_and_shapes(ImageEncoder, fields, source)
     family = "DINOv2" if name == DINO else "CLIP"
     preprocessor = paths.at(folder) / "preprocessor_config.json"
     preprocessing = read_json(preprocessor) if preprocessor.exists() else {}

@@ -1,8 +1,10 @@
-"""A Flax module as the function `apply` that training and sampling call."""
+"""A Flax module as the function `apply` that training and sampling call, and the shapes of its variables."""
 
+import functools
 from dataclasses import dataclass
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, PyTree
 
 
@@ -17,3 +19,9 @@ class Applied:
 
     def __call__(self, params: PyTree, x: Array, *inputs: PyTree) -> Array:
         return self.module.apply(params, x, *inputs)[..., : x.shape[-1]]
+
+
+@functools.lru_cache(maxsize=32)
+def shapes_of(module: nn.Module) -> PyTree:
+    """The shapes of a module's variables, traced once for all equal modules. The module has `example_inputs`."""
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *module.example_inputs()))

@@ -194,6 +194,10 @@ class AutoencoderKL(nn.Module):
         """The smallest valid input of `init`, all zeros."""
         return jnp.zeros((1, self.factor, self.factor, self.in_channels))
 
+    def example_inputs(self) -> tuple[Array]:
+        """The arguments of `init`."""
+        return (self.example_image(),)
+
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """Reconstruct x from the mean of its latent. Uses every parameter, so `init` calls it."""
         if self.patch_size:

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Key, Num
 
 from diffusion_jax.models.convolution import Padding, convolve, convolve_repeated, multiply
 
-kernel_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+# compiled, so that it is traced once for each shape: Flax traces it at each call of a layer, to compare shapes
+kernel_init = jax.jit(nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), static_argnums=(1, 2))
 zeros_init = nn.initializers.zeros_init()
 TARGET_WAVES = 0.016  # radians for a unit of cond["to"]: the fastest wave turns 2.5 times from clean data to noise
 

@@ -17,6 +17,7 @@ from diffusion_jax import hosts, parallel, paths
 from diffusion_jax.paths import Path
 from diffusion_jax.training import averages
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.endings import Diverged, Stopped
 from diffusion_jax.training.logging import RunLog
 from diffusion_jax.training.step import TrainState, init_state, initial_key, make_train_step
 from diffusion_jax.training.times import measured
@@ -49,17 +50,6 @@ class Task(NamedTuple):
     snapshot: Callable[[PyTree], np.ndarray] | None = None
     learning_rate: optax.Schedule | None = None
     records: Callable[[], dict[str, int]] = dict
-
-
-class Stopped(BaseException):
-    """The run received SIGTERM or SIGINT. It can be resumed from its last checkpoint.
-
-    Like KeyboardInterrupt it is not an Exception, so code that handles errors of libraries does not catch it.
-    """
-
-
-class Diverged(ArithmeticError):
-    """The loss was not finite for too many steps in a row."""
 
 
 def fit(task: Task, workdir: str | Path, train, seed: int, traces: Wanted | None = None) -> PyTree:

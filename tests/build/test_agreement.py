@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, conditioning
-from diffusion_jax.build import agreement, fields
+from diffusion_jax.build import fields, records
 from diffusion_jax.data.sources import Source
 from tests.interop.test_encoders import saved, write_tokenizer
 
@@ -26,17 +26,17 @@ def test_captions_that_are_cut_are_counted_once_for_each_encoder(tmp_path, caplo
     tokenizers = build.encoders.tokenizers(section)
     assert list(tokenizers) == [str(folder) for folder in folders]
     texts = conditioning.unconditional()._replace(tokenizers=lambda: tokenizers)
-    agreement.tell_cut_captions(texts, captioned(["a b", "a b c", ("a b c d e", "a"), ""]))
+    records.tell_cut_captions(texts, captioned(["a b", "a b c", ("a b c d e", "a"), ""]))
     assert [record.getMessage() for record in caplog.records] == [
         f"2 of 4 sampled captions are longer than 4 tokens of {folders[0]}, and are cut",
         f"1 of 4 sampled captions are longer than 6 tokens of {folders[1]}, and are cut",
     ]
     caplog.clear()
-    agreement.tell_cut_captions(texts, captioned(["a b"] * 3))
-    agreement.tell_cut_captions(texts, Source("a", 1, lambda index: {}))
-    agreement.tell_cut_captions(conditioning.unconditional(), captioned(["a b c d e f"]))
+    records.tell_cut_captions(texts, captioned(["a b"] * 3))
+    records.tell_cut_captions(texts, Source("a", 1, lambda index: {}))
+    records.tell_cut_captions(conditioning.unconditional(), captioned(["a b c d e f"]))
     assert not caplog.records
-    agreement.tell_cut_captions(texts, captioned(["a b"] * 3000 + ["a b c d e"] * 2000))
+    records.tell_cut_captions(texts, captioned(["a b"] * 3000 + ["a b c d e"] * 2000))
     assert "400 of 1000 sampled captions" in caplog.text
 
 

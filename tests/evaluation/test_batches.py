@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax.data.order import Part
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import BadRecord
-from diffusion_jax.evaluation import batches
+from diffusion_jax.evaluation import batches, records
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 17])
@@ -26,7 +26,7 @@ def test_some_records_of_many_shards_are_from_few_of_them():
         return {"label": index}
 
     source = Source("shards", 1000, read, parts=(Part(1000, blocks=[10] * 100),))
-    found = list(batches.good_records(source, lambda record, rng: record, seed=1))
+    found = list(records.good_records(source, lambda record, rng: record, seed=1))
     assert sorted(index for index, _ in found) == sorted({*range(1000)} - {7})
     assert all(record["label"] == index for index, record in found)
     first = [index for index, _ in found[:30]]

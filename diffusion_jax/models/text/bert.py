@@ -11,6 +11,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from diffusion_jax.models.layers import kernel_init
+
+Dense = functools.partial(nn.Dense, kernel_init=kernel_init)
+Embed = functools.partial(nn.Embed, embedding_init=kernel_init)
+
 
 class Embeddings(nn.Module):
     """Word + position + segment (all 0) embeddings, normalized."""
@@ -26,9 +31,9 @@ class Embeddings(nn.Module):
         length = ids.shape[1]
         if length > self.max_position_embeddings:
             raise ValueError(f"this text encoder reads at most {self.max_position_embeddings} tokens, got {length}")
-        words = nn.Embed(self.vocab_size, self.hidden_size, name="word_embeddings")(ids)
-        positions = nn.Embed(self.max_position_embeddings, self.hidden_size, name="position_embeddings")
-        segments = nn.Embed(self.type_vocab_size, self.hidden_size, name="token_type_embeddings")
+        words = Embed(self.vocab_size, self.hidden_size, name="word_embeddings")(ids)
+        positions = Embed(self.max_position_embeddings, self.hidden_size, name="position_embeddings")
+        segments = Embed(self.type_vocab_size, self.hidden_size, name="token_type_embeddings")
         x = words + positions(jnp.arange(length)) + segments(jnp.zeros_like(ids))
         return nn.LayerNorm(self.layer_norm_eps, dtype=jnp.float32, name="LayerNorm")(x)
 
@@ -44,7 +49,7 @@ class SelfAttention(nn.Module):
         self, x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
         heads = (*x.shape[:2], self.num_attention_heads, -1)
-        project = functools.partial(nn.Dense, x.shape[-1], dtype=self.dtype)
+        project = functools.partial(Dense, x.shape[-1], dtype=self.dtype)
         query, key, value = (project(name=name)(x).reshape(heads) for name in ("query", "key", "value"))
         mask = mask[:, None, None, :]
         attended = nn.dot_product_attention(query, key, value, mask=mask, force_fp32_for_softmax=True)
@@ -61,7 +66,7 @@ class AddNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length hidden"], residual: Float[Array, "batch length width"]
     ) -> Float[Array, "batch length width"]:
-        x = nn.Dense(residual.shape[-1], dtype=self.dtype, name="dense")(x)
+        x = Dense(residual.shape[-1], dtype=self.dtype, name="dense")(x)
         return nn.LayerNorm(self.layer_norm_eps, dtype=jnp.float32, name="LayerNorm")(residual + x)
 
 
@@ -88,7 +93,7 @@ class Intermediate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length hidden"]:
-        return nn.gelu(nn.Dense(self.intermediate_size, dtype=self.dtype, name="dense")(x), approximate=False)
+        return nn.gelu(Dense(self.intermediate_size, dtype=self.dtype, name="dense")(x), approximate=False)
 
 
 class Layer(nn.Module):
