@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.denoiser import Denoise, as_pytree, check_levels, check_rows
 from diffusion_jax.core.process import NoiseLevel, Prediction, add_noise
+from diffusion_jax.core.randomness import in_one_pass
 from diffusion_jax.core.solvers import HISTORY, Plan
 
 CHUNK = 10  # rows of a plan in one call of the compiled program
@@ -48,21 +49,25 @@ class Rows(NamedTuple):
     plan: the rows, `plan.past` in the slots of `State.past`.
     index: (R,) position of each row in the whole plan.
     active: (R,) False for padding.
+    is_used: (R,) whether a later row uses the d of this one.
     """
 
     plan: Plan
     index: Array
     active: Array
+    is_used: Array
 
     @classmethod
-    def from_plan(cls, plan: Plan, start: int, size: int) -> "Rows":
-        """Rows start..start+size of the plan, in float32."""
-        index = np.arange(start, start + size)
-        active = index < plan.num_rows
-        clipped = np.minimum(index, plan.num_rows - 1)
+    def from_plan(cls, plan: Plan, size: int) -> "Rows":
+        """All rows of the plan, in float32, and padding up to `size` rows."""
+        index, count = np.arange(size), plan.num_rows
+        active = index < count
+        clipped = np.minimum(index, count - 1)
         rows = jax.tree.map(lambda c: np.asarray(c[clipped], np.float32), plan._replace(initial=None))
-        past = np.zeros((size, 1 + HISTORY), np.float32)
+        past, is_used = np.zeros((size, 1 + HISTORY), np.float32), np.zeros(size, bool)
         np.put_along_axis(past, (index[:, None] - np.arange(1, 1 + HISTORY)) % (1 + HISTORY), rows.past, axis=1)
+        for back in range(1, 1 + HISTORY):
+            is_used[: max(count - back, 0)] |= plan.past[back:, back - 1] != 0
         rows = rows._replace(
             x0=np.where(active, rows.x0, 0),
             eps=np.where(active, rows.eps, 1),
@@ -70,7 +75,13 @@ class Rows(NamedTuple):
             past=np.where(active[:, None], past, 0),
             initial=np.float32(plan.initial),
         )
-        return cls(rows, index, active)
+        return cls(rows, index, active, is_used)
+
+    def part(self, start: int, size: int) -> "Rows":
+        """Rows start..start+size of these."""
+        columns = self._replace(plan=self.plan._replace(initial=None))
+        part = jax.tree.map(lambda column: column[start : start + size], columns)
+        return part._replace(plan=part.plan._replace(initial=self.plan.initial))
 
     def predict(self, denoise: Denoise, x: Array, x0: Array, cond: PyTree) -> Prediction:
         """The prediction of one row, in the dtype of x. x0: the last one."""
@@ -82,13 +93,14 @@ class Rows(NamedTuple):
         return jax.lax.cond(self.active, active, lambda: Prediction(x0, x))
 
 
+@functools.partial(jax.jit, static_argnames="shape")
 def initial_noise(keys: Key[Array, "batch"], shape: tuple[int, ...], level: NoiseLevel) -> Float[Array, "batch *shape"]:
     """Noise to start a plan from: (B, *shape), with the standard deviation of x_t for data of unit variance.
 
     keys: (B,), one for each image.
     level: the plan's first level, `plan.start`.
     """
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(in_one_pass(keys))
     return noise * jnp.sqrt(jnp.square(level.alpha) + jnp.square(level.sigma))
 
 
@@ -111,14 +123,19 @@ def advance(
     def fresh_noise(index: Array) -> Array:
         # index 0 is the initial noise
         draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + index), state.x.shape[1:]))
-        return draw(keys).astype(state.x.dtype)
+        return draw(in_one_pass(keys)).astype(state.x.dtype)
 
     def body(carry: tuple[State, Array], row: Rows) -> tuple[tuple[State, Array], None]:
         (state, x0), plan = carry, row.plan
         x0, eps = row.predict(denoise, state.x, x0, cond)
-        remembered = plan.memory[0] * x0 + plan.memory[1] * eps
-        # write before reading, so that XLA updates it in place
-        past = jax.lax.dynamic_update_index_in_dim(state.past, remembered, row.index % len(state.past), 0)
+
+        def remember() -> Array:
+            remembered = plan.memory[0] * x0 + plan.memory[1] * eps
+            return jax.lax.dynamic_update_index_in_dim(state.past, remembered, row.index % len(state.past), 0)
+
+        # written before it is read, so that XLA updates it in place
+        past = jax.lax.cond(row.is_used, remember, lambda: state.past)
+
         x = plan.x0 * x0 + plan.eps * eps + sum(plan.past[slot] * past[slot] for slot in range(len(past)))
         x = jax.lax.cond(plan.noise != 0, lambda: x + plan.noise * fresh_noise(row.index), lambda: x)
         if known is not None:
@@ -163,10 +180,11 @@ def sample(
     if known is not None:
         x = _blend(x, known, plan.start, keys, 0)
     total = plan.num_rows
-    size = total if chunk is None else chunk
+    size = chunk or max(total, 1)
+    table, denoise = Rows.from_plan(plan, -(-total // size) * size), as_pytree(denoise)
     state, x0 = _start(x), x
     for start in range(0, total, size):
-        state, x0 = advance(as_pytree(denoise), Rows.from_plan(plan, start, size), state, x0, keys, cond, known)
+        state, x0 = advance(denoise, table.part(start, size), state, x0, keys, cond, known)
         done = min(start + size, total)
         if callback is not None and callback(done, x0):
             break
@@ -189,7 +207,7 @@ def rows(plan: Plan, at_least: int = 0) -> Rows:
 
     at_least: number of rows to pad to, so that all plans of up to so many rows use the same program.
     """
-    return Rows.from_plan(plan, 0, max(plan.num_rows, at_least))
+    return Rows.from_plan(plan, max(plan.num_rows, at_least))
 
 
 def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."]) -> Known:
@@ -204,6 +222,7 @@ def keep(x0: Float[Array, "batch *shape"], mask: Float[Array, "..."]) -> Known:
     return Known(x0, jnp.asarray(mask, x0.dtype))
 
 
+@jax.jit
 def _start(x: Array) -> State:
     # computed from x, so that it is on x's device like every later state: one program serves all chunks
     return State(jnp.copy(x), jnp.broadcast_to(jnp.zeros_like(x), (1 + HISTORY, *x.shape)))
@@ -219,5 +238,5 @@ def _blend(x: Array, known: Known, level: NoiseLevel, keys: Array, rows: ArrayLi
     def draw(key: Array) -> Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, KNOWN), rows), x.shape[1:])
 
-    noise = jax.vmap(draw)(keys).astype(x.dtype)
+    noise = jax.vmap(draw)(in_one_pass(keys)).astype(x.dtype)
     return known.mask * x + (1 - known.mask) * add_noise(known.x0, noise, level)
