@@ -1,4 +1,4 @@
-r"""Published checkpoints of Stable Diffusion 1, 2 and XL, FLUX.2 klein, and DiT: sample, fine-tune, export.
+r"""Published checkpoints of Stable Diffusion 1, 2 and XL, FLUX.2 klein, Z-Image, and DiT: sample, fine-tune, export.
 
     SD="python main.py --config=configs/published.py --config.checkpoint=FOLDER"
     $SD --mode=sample --prompt "a (red:1.3) castle"
@@ -8,6 +8,11 @@ r"""Published checkpoints of Stable Diffusion 1, 2 and XL, FLUX.2 klein, and DiT
 FOLDER is what diffusers saves (model_index.json, unet/, vae/, …), or one .safetensors file in the original layout, to
 which --config.tokenizers=FOLDER gives the tokenizers of its family. Inpainting models, whose U-Net sees the mask, need
 --config.sample.image and --config.sample.mask.
+
+Guidance 1 is none. The authors of Z-Image count from 0: their 5 is --config.sample.guidance=6. Z-Image-Turbo has
+guidance built in: sample it with --config.sample.guidance=1 --config.sample.steps=8. Its folder differs from that of
+Z-Image by the scheduler alone: a shift of 3 means Turbo, unless model_index.json has "is_distilled": false. Fine-tune
+Z-Image and not Turbo, which would lose the ability to draw in few steps.
 
 The prompts of DiT are classes, by number or name, and it is fine-tuned on data with labels. --config.scan compiles one
 of its blocks for all. The files of its authors, and of SiT, hold the transformer alone (docs/transformers.md):
