@@ -45,6 +45,8 @@ def slerp(
 def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
     """Interpolate two conditions: (1 - weight) a + weight b for embeddings, "or" for masks.
 
+    At weights 0 and 1 a mask is that of a and of b, so that a morph begins and ends with the images of its prompts.
+
     a, b: leaves (B, ...) of the same shapes, floats or bool masks.
     weight: () or (B,).
     Raises ValueError for leaves of other kinds, such as class labels.
@@ -52,11 +54,11 @@ def mix(a: PyTree, b: PyTree, weight: Weight) -> PyTree:
 
     def between(a: ArrayLike, b: ArrayLike) -> Array:
         a, b = jnp.asarray(a), jnp.asarray(b)
+        w = expand(weight, a)
         if a.dtype == bool:
-            return a | b
+            return jnp.where(w == 0, a, jnp.where(w == 1, b, a | b))
         if not jnp.issubdtype(a.dtype, jnp.floating):
             raise ValueError(f"only embeddings can be mixed: expected floats or bool masks, got {a.dtype}")
-        w = expand(weight, a)
         return (1 - w) * a + w * b
 
     return jax.tree.map(between, a, b)

@@ -47,11 +47,11 @@ def test_each_image_has_its_own_weight():
 
 
 def test_prompts_mix_in_their_embeddings_and_join_their_tokens():
-    a = {"text": np.ones((2, 3, 4), np.float32), "mask": np.array([[1, 1, 0], [1, 0, 0]], bool)}
-    b = {"text": 3 * a["text"], "mask": np.array([[1, 0, 0], [1, 1, 1]], bool)}
-    mixed = mix(a, b, np.array([0.0, 0.5], np.float32))
-    np.testing.assert_allclose(mixed["text"][:, 0, 0], [1.0, 2.0])
-    assert mixed["mask"].tolist() == [[True, True, False], [True, True, True]]
+    a = {"text": np.ones((3, 3, 4), np.float32), "mask": np.array([[1, 1, 0]] * 3, bool)}
+    b = {"text": 3 * a["text"], "mask": np.array([[1, 0, 1]] * 3, bool)}
+    mixed = mix(a, b, np.array([0.0, 0.5, 1.0], np.float32))
+    np.testing.assert_allclose(mixed["text"][:, 0, 0], [1.0, 2.0, 3.0])
+    assert mixed["mask"].tolist() == [[True, True, False], [True, True, True], [True, False, True]]
 
 
 def test_there_is_nothing_between_two_classes():
