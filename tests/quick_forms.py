@@ -27,6 +27,7 @@ SKIPPED = {
     r"python main\.py .*data\.source=\S?(tar|parquet|array_record|mix):": "needs the shards; tests/data has some",
     r"python main\.py .*--mode=check .*--compile": "compiles for minutes; tests/app/test_check.py compiles a small one",
     r"python main\.py .*--mode=serve": "serves until it is stopped; tests/serve does so",
+    r"python main\.py .*checkpoint=(DiT|SiT)-XL": "needs the file; tests/interop/test_original_dit.py has a small one",
     r"curl": "needs the server",
     r"xprof|python -m mkdocs serve": "serves until it is stopped",
     r"python -m mkdocs build": "tests/test_site.py builds the site",
@@ -35,7 +36,8 @@ SKIPPED = {
     ),
 }
 NEEDED = {
-    r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step|latency)": "diffusers",
+    r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step)": "diffusers",
+    r"benchmarks\.(latency|transformer)": "diffusers",
     r"benchmarks\.(solver_error|guidance|story)": "matplotlib",
     r"benchmarks\.tpu": "libtpu",
     r"benchmarks\.input": "torch",

@@ -8,6 +8,9 @@
     python -m benchmarks.story gan            # coverage, against a GAN of as many weights, in as many seconds
     python -m benchmarks.story ladder         # methods of few steps, beside their teacher: digits, three seeds
     python -m benchmarks.story fast           # the student of the demo at few network calls, beside the demo weights
+    python -m benchmarks.story networks       # the U-Net beside transformers of as many FLOPs, parameters, minutes:
+                                              # digits, three seeds
+    python -m benchmarks.story emoji_networks    # the same of 64 x 64 emoji in latents
 
 Each trains and measures what it needs in runs/story, where a second call finds it again; prints a table in Markdown,
 and draws docs/story_TABLE.png. Distances are Frechet distances over those of as many held-out pictures; +- is the
@@ -22,7 +25,7 @@ import matplotlib.pyplot as plt
 from absl import logging
 
 from benchmarks import quick
-from benchmarks.story import digits, emoji
+from benchmarks.story import digits, emoji, networks
 from benchmarks.story.runs import Runs
 from diffusion_jax.compilation import configure
 
@@ -35,6 +38,8 @@ TABLES: dict[str, Callable[[Runs, plt.Axes], None]] = {
     "gan": digits.gan,
     "ladder": digits.ladder,
     "fast": emoji.fast,
+    "networks": networks.of_digits,
+    "emoji_networks": networks.of_emoji,
 }
 
 

@@ -39,7 +39,7 @@ LADDER = (1, 2, 4, 8)  # network calls
 TEACHER = {"ddim": (*LADDER, 50), "dpmpp_2m": (20,)}  # solver -> steps, of the teacher in `ladder`
 
 
-def _config(small: bool, seed: int = 0, networks: tuple[str, ...] = NETWORKS) -> ConfigDict:
+def digits_config(small: bool, seed: int = 0, networks: tuple[str, ...] = NETWORKS) -> ConfigDict:
     """Class-conditional digits without guidance, measured against half of the training data."""
     config = digits.get_config()
     config.seed = seed
@@ -62,7 +62,7 @@ def objectives(runs: Runs, axes: plt.Axes) -> None:
         for weight in ("uniform", "min_snr"):
             reports = []
             for seed in seeds:
-                config = _config(runs.small, seed)
+                config = digits_config(runs.small, seed)
                 config.schedule.name = schedule
                 config.objective.update(prediction=prediction, weight=weight)
                 if prediction == "edm":
@@ -87,7 +87,7 @@ def seeds(runs: Runs, axes: plt.Axes) -> None:
     rows, count = [], 2 if runs.small else 10
     reports = []
     for seed in range(count):
-        config = _config(runs.small, seed)
+        config = digits_config(runs.small, seed)
         reports.append(runs.measured(f"seeds/{seed}", config))
     for network in config.eval.networks:
         values = [ratio(report, network)[0] for report in reports]
@@ -101,11 +101,11 @@ def seeds(runs: Runs, axes: plt.Axes) -> None:
 def solvers(runs: Runs, axes: plt.Axes) -> None:
     """Solver and number of network calls, of the first model of `seeds`."""
     rows, network = [], "pixels"
-    runs.measured("seeds/0", _config(runs.small))
+    runs.measured("seeds/0", digits_config(runs.small))
     for solver, all_steps in SOLVERS.items():
         line = []
         for steps in all_steps[:1] if runs.small else all_steps:
-            config = _config(runs.small)
+            config = digits_config(runs.small)
             config.sample.update(solver=solver, steps=steps)
             report = runs.measured(f"solvers/{solver}_{steps}", config, of="seeds/0")
             calls = CALLS.get(solver, lambda steps: steps)(steps)
@@ -122,7 +122,7 @@ def gan(runs: Runs, axes: plt.Axes) -> None:
     """Diffusion and a GAN of as many weights, trained as many seconds and more."""
     reports_of: dict[str, list[Report]] = {}
     for seed in range(1 if runs.small else SEEDS):
-        config = _config(runs.small, seed)
+        config = digits_config(runs.small, seed)
         reports_of.setdefault("diffusion", []).append(runs.measured(f"seeds/{seed}", config))
         seconds = runs.seconds_per_step(f"gan/timed_{seed}", config, 2 if runs.small else 100) * config.train.steps
         for times in LONGER[:1] if runs.small else LONGER:
@@ -156,10 +156,10 @@ def ladder(runs: Runs, axes: plt.Axes) -> None:
     methods = [name for name in few_step.METHODS if name not in ("guidance", *few_step.FREE_SCALES)]
     for seed in range(1 if runs.small else SEEDS):
         teacher = f"seeds/{seed}"
-        runs.measured(teacher, _config(runs.small, seed))
+        runs.measured(teacher, digits_config(runs.small, seed))
         for solver, calls in {"ddim": (1,)}.items() if runs.small else TEACHER.items():
             for steps in calls:
-                config = _config(runs.small, seed, networks=NETWORKS[:1])
+                config = digits_config(runs.small, seed, networks=NETWORKS[:1])
                 config.sample.update(solver=solver, steps=steps)
                 report = runs.measured(f"ladder/{solver}_{steps}_{seed}", config, of=teacher)
                 reports_of.setdefault(f"teacher, {solver}", {}).setdefault(steps, []).append(report)
@@ -192,7 +192,7 @@ def ladder(runs: Runs, axes: plt.Axes) -> None:
 
 def _student(runs: Runs, seed: int, method: str, teacher: str, stages: int) -> ConfigDict:
     """A student of digits that learns without guidance, as long as its teacher in all stages together."""
-    config, changed = _config(runs.small, seed, networks=NETWORKS[:1]), few_step.get_config(f"digits/{method}")
+    config, changed = digits_config(runs.small, seed, networks=NETWORKS[:1]), few_step.get_config(f"digits/{method}")
     config.teacher = str(runs.folder / teacher)
     config.model.target_embedding = changed.model.target_embedding
     config.objective = changed.objective

@@ -19,7 +19,7 @@ CALLS = (1, 2, 4)  # of the student
 TRAINING = 300  # seconds of training in `latents`
 
 
-def _config(small: bool, preset: str = "full") -> ConfigDict:
+def demo_config(small: bool, preset: str = "full") -> ConfigDict:
     """The demo weights, or their student, `fast`."""
     config = latent_cfg.get_config(preset)
     config.sample.batch_size = 64
@@ -41,7 +41,7 @@ def guidance(runs: Runs, axes: plt.Axes) -> None:
     ]
     configs = {}
     for label, changed in plain if runs.small else plain + special:
-        configs[label] = _config(runs.small)
+        configs[label] = demo_config(runs.small)
         configs[label].eval.measures = ("distances",)
         configs[label].sample.update(changed)
     reports = _of_demo("guidance", "guidance", configs, runs)
@@ -58,10 +58,10 @@ def fast(runs: Runs, axes: plt.Axes) -> None:
     """The student of the demo weights at few network calls, and the demo weights at more."""
     configs = {}
     for steps in CALLS[:1] if runs.small else CALLS:
-        configs[f"fast, {steps}"] = _config(runs.small, "fast")
+        configs[f"fast, {steps}"] = demo_config(runs.small, "fast")
         configs[f"fast, {steps}"].sample.steps = steps
     for solver, steps in (("dpmpp_2m", 4), ("dpmpp_2m", 20), ("ddim", 50)):
-        config = configs[f"demo, {solver}, {steps} with guidance"] = _config(runs.small)
+        config = configs[f"demo, {solver}, {steps} with guidance"] = demo_config(runs.small)
         config.sample.update(solver=solver, steps=1 if runs.small else steps)
     reports = _of_demo("fast", "model, steps", configs, runs)
     if not runs.small:
@@ -95,7 +95,7 @@ def latents(runs: Runs, axes: plt.Axes) -> None:
     """The denoiser of latents and the same network on pixels, trained as many seconds."""
     rows = []
     for label, pixels in (("latents", False), ("pixels", True)):
-        config = _config(runs.small, "small")
+        config = demo_config(runs.small, "small")
         config.weights = ""
         config.eval.update(measures=("distances",), images=150)
         if pixels:

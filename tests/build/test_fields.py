@@ -23,6 +23,7 @@ CONFIGS = {
     "digits": digits.get_config,
     "cifar10": cifar10.get_config,
     "transformer": transformer.get_config,
+    "transformer:emoji": lambda: transformer.get_config("emoji/parameters"),
     "autoencoder": autoencoder.get_config,
     "lora": lora.get_config,
     "published": published.get_config,
