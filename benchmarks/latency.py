@@ -33,7 +33,7 @@ def our_picture(folder: str, size: int, calls: int) -> Callable[[], object]:
     cond, keys = model.conditioning.of_prompts([PROMPT]), jax.random.split(jax.random.key(0), 1)
     guided = calls == GUIDED
     plan = (solvers.dpmpp_2m if guided else solvers.consistency)(model.useful_schedule, calls)
-    return lambda: np.asarray(to_uint8(text_to_image(model, cond, keys, plan, SCALE if guided else 1.0)))
+    return lambda: to_uint8(np.asarray(text_to_image(model, cond, keys, plan, SCALE if guided else 1.0)))
 
 
 def diffusers_picture(folder: str, size: int, calls: int) -> Callable[[], object]:

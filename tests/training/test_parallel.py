@@ -241,3 +241,10 @@ def test_devices_are_in_the_order_of_their_hosts():
     """A slice of 4 x 2 chips whose numbers run along rows, of two hosts that hold 2 x 2 each."""
     chips = [SimpleNamespace(id=i, process_index=i % 4 // 2) for i in range(8)]
     assert [chip.id for chip in parallel._by_host(chips)] == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def test_arrays_that_are_there_are_not_placed_again(monkeypatch):
+    tree = parallel.whole({"host": np.ones(3), "device": jnp.zeros(2)})
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("placed again"))
+    again = parallel.whole(tree)
+    assert all(again[name] is tree[name] for name in tree)
