@@ -52,6 +52,15 @@ KINDS = {  # as JAX names them in `Device.device_kind`
 }
 
 
+def of_host(kind: str, count: int) -> int:
+    """How many of `count` chips one host has: eight GPUs, and of TPUs four, or eight v5e or v6e that are all.
+
+    kind: a name in `CHIPS`.
+    """
+    eight = not kind.startswith("v") or (kind in ("v5e", "v6e") and count <= 8)
+    return min(count, 8 if eight else 4)
+
+
 def of_kind(device_kind: str) -> Chip | None:
     """The chip that JAX calls `device_kind`. None if it is not in the table, such as a CPU."""
     return CHIPS[KINDS[device_kind]] if device_kind in KINDS else None

@@ -121,7 +121,7 @@ def _scale_and_shift(model: AutoencoderKL, variables: PyTree) -> dict[str, Array
     statistics = variables["params"]["bn"]
     values = statistics["running_mean"], statistics["running_var"]
     is_known = not any(isinstance(value, jax.ShapeDtypeStruct) for value in values)
-    return of_channels(*values) if is_known else jax.eval_shape(of_channels, *values)
+    return of_channels(*map(jnp.asarray, values)) if is_known else jax.eval_shape(of_channels, *values)
 
 
 def _encode_images(model: AutoencoderKL, params: PyTree, images: Images) -> Array:

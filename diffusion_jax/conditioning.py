@@ -30,6 +30,8 @@ class Conditioning(NamedTuple):
     words: learned words that prompts may use (textual inversion), and how many vectors each has.
     for_size: (conditioning, (height, width)) -> the conditioning for images of this size; most do not depend on it.
     tokenizers: () -> the tokenizers of captions, which cut long ones, by name.
+    weights: variables of the text encoders, or their shapes, which `of_prompts` takes to a device.
+    release: () -> None. Frees the memory of that device. The next prompt takes the weights there again.
     sizes: the leaf of cond with original size, corner of the crop and size of each image, (B, 6) float32, see
       `data.crops.crop`. "" if the network does not read them. Training keeps it where it drops the condition.
     """
@@ -43,6 +45,8 @@ class Conditioning(NamedTuple):
     words: Mapping[str, int] = MappingProxyType({})
     for_size: Callable[["Conditioning", tuple[int, int]], "Conditioning"] = lambda conditioning, size: conditioning
     tokenizers: Callable[[], Mapping[str, Tokenizer]] = dict
+    weights: PyTree = ()
+    release: Callable[[], None] = lambda: None
     sizes: str = ""
 
     def with_sizes(self, cond: PyTree, cropped: Record) -> PyTree:

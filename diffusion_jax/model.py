@@ -126,6 +126,17 @@ class DiffusionModel(NamedTuple):
         check_size(size, self.codec.factor * self.network.cell)
         return self._replace(size=size, conditioning=self.conditioning.for_size(self.conditioning, size))
 
+    def turns(self, devices: int = 1, padded: bool = False) -> dict[str, int]:
+        """Bytes of weights that each of a host's devices holds, of the networks in the order in which sampling uses
+        them.
+
+        devices: how many divide text encoders and denoiser, see `parallel.local`.
+        padded: as in `parallel.bytes_held`.
+        """
+        turns = {"text encoders": self.conditioning.weights, "denoiser": self.params, "autoencoder": self.codec.params}
+        names = {name: "pmap" if name == "autoencoder" else f"fsdp={devices}" for name in turns}
+        return {name: parallel.bytes_held(part, names[name], devices, padded) for name, part in turns.items()}
+
     def placed(self) -> "DiffusionModel":
         """The model with its weights on this host's devices, so that they are copied once for many batches."""
         params, decoder = parallel.whole((self.params, self.codec.params))

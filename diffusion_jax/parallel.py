@@ -25,6 +25,7 @@ from diffusion_jax import chips
 from diffusion_jax.compilation import DATA
 from diffusion_jax.gathering import SHARDS, WHOLE, gathering
 from diffusion_jax.messages import first_line
+from diffusion_jax.stored import Stored, loaded
 
 SMALL = 1 << 14  # elements; to gather a smaller array costs more than to hold it
 WITHOUT_TPU = {  # the environment in which the TPU compiler starts on any machine
@@ -296,6 +297,12 @@ def machine() -> Machine:
     return Machine(device.device_kind, num_devices(), stats.get("bytes_limit", host_memory()))
 
 
+def memory_of_device() -> float:
+    """Bytes that each of this host's devices has; CPUs share the host's."""
+    of_device, host = machine().memory, host_memory()
+    return host / jax.local_device_count() if of_device == host else of_device
+
+
 def host_memory() -> float:
     """Bytes of this host's memory."""
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -345,11 +352,19 @@ def sampling_shapes(weights: PyTree, batch: PyTree, name: str, devices: list) ->
 
 
 def local(tree: PyTree, name: str) -> PyTree:
-    """Weights as this host alone samples with them: divided over its devices if the strategy `name` divides them."""
+    """Weights as this host alone samples with them: divided over its devices if the strategy `name` divides them.
+
+    Stored weights that are not divided stay stored.
+    """
     if name == "pmap" or jax.local_device_count() == 1:
-        return jax.tree.map(jnp.asarray, tree)
-    mesh = Mesh(np.array(jax.local_devices()), (SHARDS,))
-    return jax.device_put(tree, jax.tree.map(functools.partial(_division, mesh), tree))
+        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Stored) else jnp.asarray(leaf), tree)
+    sharding = functools.partial(_division, Mesh(np.array(jax.local_devices()), (SHARDS,)))
+    tree = loaded(tree, lambda array: _copied(array, sharding(array)))
+    return jax.device_put(tree, jax.tree.map(sharding, tree))
+
+
+def _copied(array: np.ndarray, place: Any) -> Array:
+    return jax.device_put(array, place, may_alias=False).block_until_ready()
 
 
 def copier() -> Callable[[np.ndarray], Array]:
@@ -358,7 +373,7 @@ def copier() -> Callable[[np.ndarray], Array]:
 
     def copy(array: np.ndarray) -> Array:
         with jax.default_device(device):
-            return jax.device_put(array, may_alias=False).block_until_ready()
+            return _copied(array, None)
 
     return copy
 
@@ -376,7 +391,7 @@ def spread(tree: PyTree, batch: int) -> PyTree:
 def whole(tree: PyTree, batch: int = 0) -> PyTree:
     """Copy a pytree to every device that `spread` uses for such a batch.
 
-    Data that is already there is not moved, and neither is what `local` divided.
+    Data that is already there is not moved, and neither is what `local` divided. Stored weights are read.
     batch: 0 for any batch that the devices can share.
     """
     placement = _placements(batch)[1]
@@ -388,7 +403,7 @@ def whole(tree: PyTree, batch: int = 0) -> PyTree:
         is_there = sharding == placement and getattr(leaf, "committed", False)
         return leaf if is_divided or is_there else jax.device_put(leaf, placement)
 
-    return jax.tree.map(placed, tree)
+    return jax.tree.map(placed, loaded(tree, lambda array: _copied(array, placement)))
 
 
 def _placements(batch: int) -> tuple[Sharding, Sharding]:

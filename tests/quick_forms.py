@@ -37,7 +37,7 @@ SKIPPED = {
 }
 NEEDED = {
     r"benchmarks\.(parity|solver_overhead|solvers_vs_peer|stable_diffusion|train_step)": "diffusers",
-    r"benchmarks\.(latency|transformer)": "diffusers",
+    r"benchmarks\.(klein|latency|transformer)": "diffusers",
     r"benchmarks\.(solver_error|guidance|story)": "matplotlib",
     r"benchmarks\.tpu": "libtpu",
     r"benchmarks\.input": "torch",

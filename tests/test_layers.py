@@ -11,7 +11,7 @@ import diffusion_jax
 ROOT = Path(diffusion_jax.__file__).parent
 LAYERS = [  # from the ground up, as in docs/design.md
     ("core", "paths", "messages", "compilation", "flops", "chips"),
-    ("data", "models", "parallel", "gathering", "hosts", "pictures"),
+    ("data", "models", "parallel", "gathering", "hosts", "pictures", "stored"),
     ("interop", "model", "codec", "conditioning"),
     ("objectives", "pipelines", "training", "evaluation"),
     ("build",),

@@ -83,6 +83,25 @@ def described(stage: Stage, workdir: Path, config: ConfigDict, place: Place, opt
     return found
 
 
+def sampling(config: ConfigDict, place: Place) -> dict[str, Any]:
+    """The first way that fits a host of the place: the whole published model on each chip, its networks in turns, or
+    both with the weights divided over the host's chips. Activations are not counted, but have room.
+    """
+    model, room = build.model.described_model(config, training=False), build.sampling.ROOM
+    is_divided, is_in_turns = config.train.parallel != "pmap", config.sample.in_turns
+    for chips in [place.of_host] if is_divided else dict.fromkeys((1, place.of_host)):
+        turns = model.turns(chips, place.padded)
+        for in_turns in (False, True) if is_in_turns is None else (is_in_turns,):
+            need = max(turns.values()) if in_turns else sum(turns.values())
+            ways = [f"divided by {chips}"] * (chips > 1) + ["in turns"] * in_turns
+            fits = need <= room * place.memory
+            way = ", ".join(ways) or "fits whole"
+            found = {"way": way if fits else "does not fit", "turns": turns, "need": need}
+            if fits:
+                return found | {"memory": place.memory, "room": room}
+    return found | {"memory": place.memory, "room": room}
+
+
 def compiled(stage: Stage, config: ConfigDict, devices: list | None, options: Options) -> dict[str, Any]:
     """What the compiler says of a stage's step; of sampling, for a denoiser; and the largest batch, if asked for."""
     strategy = parallel.strategy(stage.train.parallel, devices)

@@ -57,14 +57,16 @@ def place_of(topology: str) -> Place:
         chip = chips.of_kind(machine.kind)
         name = f"{machine.count} x {machine.kind}"
         peak = chip.flops if chip else measured_flops() / machine.count
-        return Place(name, machine.count, machine.memory, peak, here=True, padded=machine.kind.startswith("TPU"))
+        padded, of_host = machine.kind.startswith("TPU"), parallel.divisible(1)
+        return Place(name, machine.count, machine.memory, peak, here=True, padded=padded, of_host=of_host)
     kind, _, shape = topology.partition(":")
     if kind not in chips.CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ValueError(
             f"--topology: expected {', '.join(chips.CHIPS)} and the shape of a slice, such as v5e:2x4; got {topology!r}"
         )
     count, chip = math.prod(int(side) for side in shape.split("x")), chips.CHIPS[kind]
-    return Place(f"{kind}-{count}", count, chip.memory, chip.flops, here=False, padded=kind.startswith("v"))
+    padded, of_host = kind.startswith("v"), chips.of_host(kind, count)
+    return Place(f"{kind}-{count}", count, chip.memory, chip.flops, here=False, padded=padded, of_host=of_host)
 
 
 def measured_flops() -> float:
@@ -94,6 +96,7 @@ def report(config: ConfigDict, workdir: Path, options: Options) -> dict[str, Any
             _tried(wrong, attempt)
         for attempt in _conditions_here(config, workdir, model, source, stages):
             _tried(absent, attempt)
+        sampling = _tried(wrong, lambda: account.sampling(config, place)) if "checkpoint" in config else None
         records = _tried(absent, lambda: account.records(config, model, source)) if source else None
         described = [account.described(stage, workdir, config, place, options) for stage in stages]
         if options.compile and not wrong:
@@ -108,6 +111,7 @@ def report(config: ConfigDict, workdir: Path, options: Options) -> dict[str, Any
         "here": place.here,
         "utilisation": options.utilisation,
         "stages": described,
+        "sampling": sampling,
         "problems": wrong + (absent if place.here else []),
         "notes": [] if place.here else absent,
         "records": records,
@@ -135,8 +139,8 @@ def model_of(config: ConfigDict, workdir: Path) -> DiffusionModel | None:
     """The model that a config trains; None if that is an autoencoder alone. Its weights may be shapes."""
     if not build.model.has_denoiser(config):
         return None
-    if _lacks_weights(config) and (described := build.model.described_model(config)):
-        return described
+    if "checkpoint" in config:
+        return build.model.described_model(config)
     return weights.model_of_run(config, workdir, training=True)[1]
 
 

@@ -20,6 +20,7 @@ class Place(NamedTuple):
     flops: of a chip at peak, FLOP/s.
     here: whether it is this machine.
     padded: whether the chips pad arrays, as TPUs do.
+    of_host: chips of one host, which samples with them.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Place(NamedTuple):
     flops: float
     here: bool
     padded: bool = False
+    of_host: int = 1
 
 
 class Options(NamedTuple):
@@ -103,6 +105,12 @@ def rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(what, how much) of a report, see `check.report`. A row with an empty second part begins a group."""
     for stage in report["stages"]:
         yield from _of_stage(stage)
+    if sampling := report["sampling"]:
+        yield f"sampling: {sampling['way']}", ""
+        for name, held in sampling["turns"].items():
+            yield f"a chip holds {name}", size(held)
+        need = f"{size(sampling['need'])} of {size(sampling['memory'])}"
+        yield "at once", f"{need}, activations on top: at most {sampling['room']:.0%} should be weights"
     yield "the run", ""
     for name, label in (("checkpoint", "a checkpoint"), ("averages", "averages for post-hoc lengths")):
         if report.get(name):
@@ -163,7 +171,12 @@ def _of_program(label: str, program: dict[str, Any], memory: float) -> Iterator[
 
 
 def verdict(report: dict[str, Any]) -> tuple[str, int]:
-    """The last line and the exit status."""
+    """The last line and the exit status, which is that of the training."""
+    line, status = _of_training(report)
+    return f"{line}; sampling: {report['sampling']['way']}" if report["sampling"] else line, status
+
+
+def _of_training(report: dict[str, Any]) -> tuple[str, int]:
     short = [text for stage in report["stages"] if (text := _excess(stage))]
     rooms = [("the host", report["host_needs"], report["host_has"])]
     if report["here"]:

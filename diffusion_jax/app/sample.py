@@ -1,12 +1,13 @@
 """--mode=sample: generate the images of config.sample, batch by batch."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Bool, Key, PyTree, UInt8
+from jaxtyping import Bool, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel, paths, pictures
@@ -21,8 +22,10 @@ from diffusion_jax.evaluation.batches import map_over_hosts
 from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel, none_held_back
 from diffusion_jax.paths import Path
+from diffusion_jax.pipelines import generate as pipeline
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
+from diffusion_jax.pipelines.text_to_image import latents_of_text
 
 CHUNK = 256  # prompts whose conditions are in memory at once
 HELD_BACK = (
@@ -75,11 +78,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     config = weights.resolved(config, workdir)
     model = build.model.diffusion_model(config, (config.sample.height, config.sample.width))
     sample_request = request(config, model, config.sample.prompts)
+    model.conditioning.release()
     model, origin = weights.load(config, workdir, model)
     logging.info("weights: %s", origin)
     make_writable(folder)
-    generated = []
-    for result in generate(sample_request, model, config.sample.batch_size, progress=True):
+    generated, in_turns = [], build.sampling.in_turns(config, model)
+    for result in generate(sample_request, model, config.sample.batch_size, in_turns, progress=True):
         if not generated:
             _clear(folder)
         texts = _texts(config, result.prompt, result.seed, origin)
@@ -135,30 +139,53 @@ def _read(decode: Callable[[str], np.ndarray], path: str, field: str) -> np.ndar
         raise ValueError(f"{field} {path}: {error}") from error
 
 
-def generate(request: Request, model: DiffusionModel, batch_size: int, progress: bool = False) -> Iterator[Generated]:
+def generate(
+    request: Request, model: DiffusionModel, batch_size: int, in_turns: bool = False, progress: bool = False
+) -> Iterator[Generated]:
     """Generate every job of the request, in batches of one size.
 
+    in_turns: keep only the network that is in use on the device. Pictures from prompts alone are then all decoded at
+      the end; other pictures need the networks anew in each batch.
     progress: show a progress bar of the steps.
     """
     jobs, plan = request.jobs, request.plan
     size = parallel.divisible(min(batch_size, len(jobs)))
-    model = model.placed()
-    total = plan.num_rows * -(-len(jobs) // size)
-    with Progress("sampling", total, "step", shown=progress) as bar:
-        for i, (count, batch) in enumerate(filled_batches(jobs, size)):
+    batches = list(filled_batches(jobs, size))
+    with Progress("sampling", plan.num_rows * len(batches), "step", shown=progress) as bar:
 
-            def show(done: int, x0: jax.Array, before: int = i * plan.num_rows) -> None:
-                jax.block_until_ready(x0)
-                bar.update(before + done - bar.done)
+        def show(i: int, done: int, x0: jax.Array) -> None:
+            jax.block_until_ready(x0)
+            bar.update(i * plan.num_rows + done - bar.done)
 
-            prompt_indices, seeds = np.array(batch).T
-            cond = jax.tree.map(lambda leaf: leaf[prompt_indices], request.cond)  # noqa: B023
-            keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
-            images = to_uint8(np.asarray(_images(request, model, cond, keys, show if progress else None)))
+        callbacks = (functools.partial(show, i) if progress else None for i in range(len(batches)))
+        inputs = (_inputs(request, batch, back) for (_, batch), back in zip(batches, callbacks, strict=True))
+        for (count, batch), drawn in zip(batches, _drawn(request, model, inputs, in_turns), strict=True):
+            images = to_uint8(np.asarray(drawn))
             for (prompt, seed), image, held_back in zip(batch[:count], images, model.held_back(images), strict=False):
                 if held_back:
                     logging.warning(HELD_BACK, request.prompts[prompt], seed)
                 yield Generated(request.prompts[prompt], seed, np.zeros_like(image) if held_back else image)
+
+
+def _inputs(request: Request, batch: Sequence[tuple[int, int]], callback: Callback) -> tuple:
+    """Condition, keys, plan, guidance and callback of a batch of jobs, as pipelines take them."""
+    prompt_indices, seeds = np.array(batch).T
+    cond = jax.tree.map(lambda leaf: leaf[prompt_indices], request.cond)
+    keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
+    return cond, keys, request.plan, request.guidance, callback
+
+
+def _drawn(request: Request, model: DiffusionModel, inputs: Iterable[tuple], in_turns: bool) -> Iterator[jax.Array]:
+    """The images of each batch, about [-1, 1]. Arguments as in `generate`."""
+    if not in_turns or request.image is not None:
+        placed = model if in_turns else model.placed()
+        yield from (_images(request, placed, *batch) for batch in inputs)
+        return
+    decoder, denoiser = model, model._replace(params=parallel.whole(model.params))
+    latents = [np.asarray(latents_of_text(denoiser, *batch)) for batch in inputs]
+    del denoiser, model  # the memory of weights that were stored
+    decoder = decoder._replace(codec=decoder.codec._replace(params=parallel.whole(decoder.codec.params)))
+    yield from (pipeline.decode(decoder, x0) for x0 in latents)
 
 
 def generate_pictures(
@@ -171,13 +198,16 @@ def generate_pictures(
 
     scale: of guidance.
     """
-    model, size = model.placed(), parallel.divisible(min(config.sample.batch_size, len(prompts)))
+    in_turns = build.sampling.in_turns(config, model)
+    model, size = model if in_turns else model.placed(), parallel.divisible(min(config.sample.batch_size, len(prompts)))
     model, config = model._replace(held_back=none_held_back), _at_scale(config, scale)
 
     def share(jobs: list[tuple[str, int]]) -> Iterator[np.ndarray]:
         sample_request = request(config, model, [prompt for prompt, _ in jobs])
         sample_request = sample_request._replace(jobs=[(i, seed) for i, (_, seed) in enumerate(jobs)])
-        for result in generate(sample_request, model, size):
+        if in_turns:
+            model.conditioning.release()
+        for result in generate(sample_request, model, size, in_turns):
             progress.update(min(jax.process_count(), len(prompts) - progress.done))
             yield result.image
 
@@ -212,14 +242,11 @@ def _at_scale(config: ConfigDict, scale: float) -> ConfigDict:
     return config
 
 
-def _images(
-    request: Request, model: DiffusionModel, cond: PyTree, keys: Key[Array, "batch"], callback: Callback
-) -> jax.Array:
-    """Generate one batch with the pipeline that the request needs."""
-    arguments = (cond, keys, request.plan, request.guidance, callback)
+def _images(request: Request, model: DiffusionModel, *arguments: Any) -> jax.Array:
+    """Generate one batch with the pipeline that the request needs. arguments: of `_inputs`."""
     if request.image is None:
         return text_to_image(model, *arguments)
-    image = np.repeat(request.image[None], len(keys), axis=0)
+    image = np.repeat(request.image[None], len(arguments[1]), axis=0)
     if request.mask is None:
         return image_to_image(model, image, *arguments)
     return inpaint(model, image, request.mask[None], *arguments)

@@ -95,16 +95,19 @@ def diffusion_model(
 
 
 def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool) -> DiffusionModel:
-    return _of_pipeline(from_published, published(config, training), config, sides, training)
+    pipeline = published(config, training, stored=not training)
+    convert = functools.partial(from_published, strategy="pmap" if training else config.train.parallel)
+    return _of_pipeline(convert, pipeline, config, sides, training)
 
 
-def described_model(config: ConfigDict) -> DiffusionModel | None:
-    """The model for training of a checkpoint with a short name, such as "sd15". None for another config.
+def described_model(config: ConfigDict, training: bool = True, sides: tuple[int, int] = (0, 0)) -> DiffusionModel:
+    """The model of a checkpoint with shapes instead of weights. The checkpoint may be a short name, such as "sd15".
 
-    Only the sizes of such a checkpoint are known, so its weights are shapes.
+    Arguments as in `diffusion_model`.
     """
-    pipeline = described(config.get("checkpoint", ""), _weights_type(config, training=True))
-    return pipeline and _of_pipeline(from_shapes, pipeline, config, (0, 0), training=True)
+    pipeline = described(config.checkpoint, _weights_type(config, training))
+    pipeline = pipeline or published(config, training, stored=True)
+    return _of_pipeline(from_shapes, pipeline, config, sides, training)
 
 
 def _weights_type(config: ConfigDict, training: bool) -> DTypeLike:
@@ -128,10 +131,11 @@ def _of_pipeline(
     return convert(pipeline, sides, dtype, config.sample.tile)._replace(adapter=adapter(config))
 
 
-def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
+def published(config: ConfigDict, training: bool = False, stored: bool = False) -> PublishedPipeline:
     """The checkpoint of a config with the LoRAs, the learned words and the layers of its text encoder that it names.
 
     training: float32 variables, unless only a LoRA is trained.
+    stored: leave them in their files until they are used.
     """
     if not config.checkpoint:
         raise ValueError("config.checkpoint is empty: name a diffusers folder or a .safetensors file")
@@ -144,6 +148,7 @@ def published(config: ConfigDict, training: bool = False) -> PublishedPipeline:
         config.safety_checker and not training,
         config.scan,
         config.vae or None,
+        stored,
     )
     for file in config.loras:
         pipeline = merge_lora(pipeline, *_file_and_scale(file), config.allow_pickle)

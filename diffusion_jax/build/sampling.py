@@ -5,6 +5,7 @@ import inspect
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from diffusion_jax import parallel
 from diffusion_jax.build.choice import choose
 from diffusion_jax.core import schedules, solvers
 from diffusion_jax.core.guidance import Guidance, guided
@@ -31,6 +32,7 @@ SOLVERS = {
         *("dpmpp_2m", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "unipc", "deis", "plms", "lms"),
     )
 }
+ROOM = 0.8  # of a device's memory for weights; the rest is for activations
 OPTIONS = ("order", "eta", "floor")  # fields of config.sample that only some solvers have
 
 
@@ -58,6 +60,16 @@ def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:
     """Whether the model has guidance of one scale built in, because it was distilled from a guided teacher."""
     own = "objective" in config and config.objective.scale != 1 and not model.network.takes_scale
     return own or model.has_guidance
+
+
+def in_turns(config: ConfigDict, model: DiffusionModel) -> bool:
+    """Whether only the network that is in use is on the device: as config.sample.in_turns says, by default if all
+    together take more than `ROOM` of its memory.
+    """
+    if config.sample.in_turns is not None:
+        return config.sample.in_turns
+    held = model.turns(1 if config.train.parallel == "pmap" else parallel.divisible(1))
+    return sum(held.values()) > ROOM * parallel.memory_of_device()
 
 
 def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:

@@ -259,6 +259,11 @@ SAMPLE = {
     "mask": Field("", text, "Path of a mask of its size, white or opaque where the image is generated."),
     "resample": Field(1, whole(1, 100), "RePaint's repeats of each step."),
     "tile": Field(0, whole(0), "Decode large images in tiles with this side in pixels; 0 for whole images."),
+    "in_turns": Field(
+        functools.partial(placeholder, bool),
+        optional(flag),
+        "Keep only the network that is in use on the device; None: if they take most of its memory (docs/scaling.md).",
+    ),
     "num_images": Field(1, whole(1, IMAGES), "Number of images for each prompt."),
     "batch_size": Field(64, whole(1), "Images generated at once."),
     "seed": Field(0, seed, "Seed of a prompt's first image; the others count up from it."),

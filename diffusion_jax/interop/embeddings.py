@@ -148,8 +148,8 @@ def _with_word(part: Part, tokenizer: Tokenizer, word: str, vectors: np.ndarray)
     def grown(keys: tuple, leaf: PyTree) -> PyTree:
         if len(keys) < 2 or keys[-2].key != TABLE:
             return leaf
-        rows = jnp.zeros((size - len(leaf), leaf.shape[-1]), leaf.dtype)
-        return jnp.concatenate([leaf, rows]).at[np.array(ids)].set(jnp.asarray(vectors, leaf.dtype))
+        rows = jnp.zeros((size - leaf.shape[0], leaf.shape[-1]), leaf.dtype)
+        return jnp.concatenate([jnp.asarray(leaf), rows]).at[np.array(ids)].set(jnp.asarray(vectors, leaf.dtype))
 
     ends = {"eos_token_id": end} if part.module.eos_token_id == OLD_EOS else {}  # the largest id no longer ends a text
     module = part.module.clone(vocab_size=size, **ends)

@@ -56,6 +56,7 @@ class Prompt(NamedTuple):
     embed: (module of a text encoder, variables, ids (B * chunks, L), weights (B, chunks, L)) -> its output, and the
       text (B, chunks * L, D). The texts of several encoders are concatenated on D.
     tokens: (prompts, tokenizers) -> for each text encoder ids and weights, each (B, chunks, L).
+    length: tokens of a prompt; 0 for as many as each text encoder has positions.
     captions: likewise of captions of records, one chunk each.
     added: (outputs of the text encoders for the first chunk, (height, width)) -> further leaves (B, ...) of the
       condition.
@@ -67,6 +68,7 @@ class Prompt(NamedTuple):
 
     embed: Callable[..., tuple[Any, Array]]
     tokens: Callable[..., Sequence[tuple[np.ndarray, np.ndarray]]] = chunked_for_each
+    length: int = 0
     captions: Callable[..., Sequence[tuple[np.ndarray, np.ndarray]]] = in_one_chunk
     added: Callable[[Sequence[Any], tuple[int, int]], dict[str, Array]] = lambda outputs, size: {}
     sizes: str = ""

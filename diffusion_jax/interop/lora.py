@@ -27,6 +27,7 @@ from diffusion_jax.interop.tensors import check_finite, read_file, write_file
 from diffusion_jax.interop.weight_updates import KINDS, Update, kind_of, rank_of, updated
 from diffusion_jax.models.stacking import layers, mapped
 from diffusion_jax.paths import Path
+from diffusion_jax.stored import Stored, on_host
 
 _NAME = r"(?:\.[^.]+)?"  # peft's name of the adapter, such as "default", which diffusers leaves out
 # What a tensor is, by the end of its name.
@@ -173,8 +174,10 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
 
     def with_updates(keys, leaf):
         path, shape = tuple(key.key for key in keys[1:]), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        is_updated = any(name_of(layer) in remaining for layer, _ in layers(path, shape))
-        return jnp.asarray(mapped(merged, path, np.asarray(leaf))) if is_updated else leaf
+        if not any(name_of(layer) in remaining for layer, _ in layers(path, shape)):
+            return leaf
+        array = mapped(merged, path, np.asarray(leaf))
+        return on_host(array) if isinstance(leaf, Stored) else jnp.asarray(array)
 
     params = jax.tree_util.tree_map_with_path(with_updates, params)
     if remaining:

@@ -8,10 +8,9 @@ scale and embedding are all called weight. Layers whose variables are stacked (`
 own.
 """
 
-import os
+import functools
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -22,10 +21,10 @@ from jaxtyping import PyTree
 from diffusion_jax import parallel
 from diffusion_jax.interop.tensors import check_finite, release
 from diffusion_jax.models.stacking import layers, mapped
+from diffusion_jax.stored import Stored, loaded
 
 # Names in which the number is part of diffusers' name and not an index.
 NUMBERED = re.compile(r"(linear|wi|proj_out)_\d+")
-LOADERS = 8  # tensors converted at the same time, at most
 # Names of attention in the oldest autoencoder and U-Net checkpoints. diffusers renames them in the same way.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -43,14 +42,21 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
     return {torch_name(path): kernel_to_torch(path, leaf) for path, leaf in _leaves(arrays)}
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dtype: DTypeLike | None = None) -> PyTree:
+def from_torch(
+    tensors: Mapping[str, np.ndarray],
+    source: str,
+    like: PyTree,
+    dtype: DTypeLike | None = None,
+    stored: bool = False,
+) -> PyTree:
     """Convert a torch state dict to Flax variables with the structure and shapes of `like`, a few tensors at a time.
 
     source: the file, for messages.
     like: arrays or shapes, e.g. `jax.eval_shape(module.init, key, *inputs)`.
     dtype: of the variables. None uses those of `like`.
-    Raises ValueError naming the first few tensors that are missing, unknown or of another shape, or one with values
-    that are not finite.
+    stored: leave the variables in the file until they are used (`diffusion_jax.stored`).
+    Raises ValueError naming the first few tensors that are missing, unknown or of another shape, or, where they are
+    read, one with values that are not finite.
     """
     tensors = modern(tensors)
     verbs = ("lacks", "has unknown", "has misshapen")
@@ -67,17 +73,17 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str, like: PyTree, dty
         check_finite(name, tensors[name], source)
         return kernel_from_torch(path, tensors[name]).astype(dtype or leaf.dtype, copy=False)
 
-    def convert(path, leaf):
-        # a copy: the tensors may be parts of a mapped file, whose memory is then released
-        array = copy(mapped(read, path, leaf))
+    def free(path, leaf):
         for layer, _ in layers(path, leaf):
             release(tensors[torch_name(layer)])
-        return array
 
-    copy = parallel.copier()
-    with ThreadPoolExecutor(min(LOADERS, os.cpu_count() or 1)) as pool:
-        leaves = list(pool.map(lambda path_and_leaf: convert(*path_and_leaf), _variables(like)))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    def in_file(path, leaf):
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        of_path = (functools.partial(f, path, shape) for f in (functools.partial(mapped, read), free))
+        return Stored(leaf.shape, np.dtype(dtype or leaf.dtype), *of_path)
+
+    tree = jax.tree.unflatten(jax.tree.structure(like), [in_file(*variable) for variable in _variables(like)])
+    return tree if stored else loaded(tree, parallel.copier())
 
 
 def torch_names(params: PyTree) -> set[str]:

@@ -121,6 +121,7 @@ def load_pipeline(
     safety_checker: bool = True,
     scan: bool = False,
     vae: str | Path | None = None,
+    stored: bool = False,
 ) -> PublishedPipeline:
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
 
@@ -131,6 +132,8 @@ def load_pipeline(
     safety_checker: load that of a folder whose model_index.json names one.
     scan: compile one block of the denoiser for all, see `models.transformer.Transformer`.
     vae: the folder of the autoencoder for a single file that has none.
+    stored: leave the weights in their files until they are used (`diffusion_jax.stored`), so that networks that do not
+      fit together can be used one after the other.
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = paths.fetched(path, LEVELS)
@@ -158,7 +161,7 @@ def load_pipeline(
     return PublishedPipeline(
         family=family,
         parts={
-            name: Part(network.module, from_torch(network.tensors, network.source, network.like, dtype))
+            name: Part(network.module, from_torch(network.tensors, network.source, network.like, dtype, stored))
             for name, network in networks.items()
         },
         tokenizers=tuple(load_tokenizer(folder) for folder in folders if tokenizers or folder.is_dir()),

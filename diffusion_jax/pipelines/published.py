@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 from tokenizers import Tokenizer
 
+from diffusion_jax import parallel
 from diffusion_jax.codec import autoencoder_kl, check_size, fingerprint
 from diffusion_jax.conditioning import Conditioning, class_labels, unconditional
 from diffusion_jax.core import sampling, solvers
@@ -23,6 +24,7 @@ from diffusion_jax.interop.prompts import learned_words
 from diffusion_jax.interop.schedulers import is_flow, published_plan
 from diffusion_jax.model import DiffusionModel, network_of, none_held_back
 from diffusion_jax.pipelines.generate import noise, with_guidance_scale
+from diffusion_jax.stored import loaded
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
@@ -32,6 +34,7 @@ def from_published(
     size: tuple[int, int] = (0, 0),
     dtype: DTypeLike = jnp.float32,
     tile: int = 0,
+    strategy: str = "pmap",
 ) -> DiffusionModel:
     """Make a model of a published pipeline.
 
@@ -39,6 +42,7 @@ def from_published(
     size: height and width of the images in pixels, the model's own by default. 0 means the model's own side.
     dtype: compute type of the networks.
     tile: see `codec.autoencoder_kl`.
+    strategy: whether this host's devices divide the text encoders, see `parallel.local`.
     Raises ValueError for a size that the autoencoder cannot generate, for a model without tokenizers, and for one that
     needs more than a prompt.
 
@@ -49,7 +53,9 @@ def from_published(
     """
     _check(published)
     model = _without_condition(published, size, dtype, tile)
-    return model._replace(conditioning=_conditioning(published, model.size, dtype))
+    texts = [part.params for part in published.text_encoders]
+    on_device = functools.cache(lambda: loaded(parallel.local(texts, strategy), parallel.copier()))
+    return model._replace(conditioning=_conditioning(published, on_device, model.size, dtype))
 
 
 def from_shapes(
@@ -59,16 +65,25 @@ def from_shapes(
 
     Arguments as in `from_published`.
     """
+    parts = {name: part._replace(params=shapes_of(part.params)) for name, part in published.parts.items()}
+    published = published._replace(parts=parts)
     model = _without_condition(published, size, dtype, tile)
-    prompt = published.family.prompt
-    encoders = published.text_encoders
-    ids = [jax.ShapeDtypeStruct((1, 1, part.module.max_position_embeddings), np.int32) for part in encoders]
+    if _classes(published):
+        return model._replace(conditioning=_conditioning(published, tuple, model.size, dtype))
+    prompt, encoders = published.family.prompt, published.text_encoders
+    lengths = [prompt.length or part.module.max_position_embeddings for part in encoders]
+    ids = [jax.ShapeDtypeStruct((1, 1, length), np.int32) for length in lengths]
     weights = [jax.ShapeDtypeStruct(leaf.shape, np.float32) for leaf in ids]
-    shapes = jax.eval_shape(_embedder(published, model.size, dtype), [part.params for part in encoders], ids, weights)
+    texts = [part.params for part in encoders]
+    shapes = jax.eval_shape(_embedder(published, model.size, dtype), texts, ids, weights)
     null = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), shapes)
-    return model._replace(
-        conditioning=Conditioning(lambda: "", lambda records: {}, lambda prompts: {}, null, sizes=prompt.sizes)
-    )
+    condition = Conditioning(lambda: "", lambda records: {}, lambda prompts: {}, null, weights=texts)
+    return model._replace(conditioning=condition._replace(sizes=prompt.sizes))
+
+
+def shapes_of(variables: PyTree) -> PyTree:
+    """The shapes of variables."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
 
 
 def _without_condition(
@@ -221,7 +236,10 @@ def _embedder(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeL
     return embed
 
 
-def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DTypeLike) -> Conditioning:
+def _conditioning(
+    published: PublishedPipeline, on_device: Callable[[], PyTree], size: tuple[int, int], dtype: DTypeLike
+) -> Conditioning:
+    """on_device: () -> the variables of the text encoders where they are used, kept by `functools.cache`."""
     if classes := _classes(published):
         return class_labels(classes, _names(published.index.get("id2label") or {}))
     prompt, embed = published.family.prompt, jax.jit(_embedder(published, size, dtype))
@@ -230,7 +248,9 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
     def embed_in_batches(tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> PyTree:
         count = len(tokens[0][0])
         batches = [np.s_[start : start + PROMPT_BATCH] for start in range(0, count, PROMPT_BATCH)]
-        conds = [embed(params, *zip(*((ids[i], weights[i]) for ids, weights in tokens), strict=True)) for i in batches]
+        conds = [
+            embed(on_device(), *zip(*((ids[i], weights[i]) for ids, weights in tokens), strict=True)) for i in batches
+        ]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *conds)
 
     def of_prompts(prompts: Sequence[str]) -> PyTree:
@@ -248,8 +268,10 @@ def _conditioning(published: PublishedPipeline, size: tuple[int, int], dtype: DT
         of_prompts=of_prompts,
         null=null,
         words=_words(published),
-        for_size=lambda current, size: _conditioning(published, size, dtype) if prompt.sizes else current,
+        for_size=lambda current, size: _conditioning(published, on_device, size, dtype) if prompt.sizes else current,
         tokenizers=lambda: dict(zip(published.family.tokenizers, published.tokenizers, strict=False)),
+        weights=params,
+        release=on_device.cache_clear,
         sizes=prompt.sizes,
     )
 

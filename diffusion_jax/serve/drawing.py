@@ -126,7 +126,10 @@ class Artist:
     """
 
     def __init__(self, config: ConfigDict, model: DiffusionModel):
-        self.config, self.model = config, model.placed()
+        self.in_turns = build.sampling.in_turns(config, model)
+        self.config, self.model = config, model if self.in_turns else model.placed()
+        if self.in_turns:
+            model.conditioning.release()
         self.plan = functools.lru_cache(PLANS)(self._plan)
         self.prompt_conditions = functools.lru_cache(PROMPTS)(self._compute_prompt_conditions)
         self.sizes: dict[tuple[int, int], DiffusionModel] = {self.model.size: self.model}
@@ -150,6 +153,8 @@ class Artist:
         conditioning = self.of_size(size).conditioning
         # in one call, so that all have the same length
         conds = conditioning.of_prompts([*prompts, negative_prompt] if negative_prompt else prompts)
+        if self.in_turns:
+            conditioning.release()
         parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], conds) for i in range(len(prompts) + 1)]
         if not negative_prompt:
             parts[-1] = jax.tree.map(lambda leaf: np.asarray(leaf)[None], repeat_texts(conditioning.null, parts[0]))

@@ -55,6 +55,7 @@ def prompt(answer: str, masked: bool) -> Prompt:
     return Prompt(
         embed=_embed,
         tokens=functools.partial(_prompts, answer=answer),
+        length=512,  # to which `load_tokenizer` fills up
         captions=functools.partial(chats, answer=answer, warn=False),
         added=lambda masks, size: {"mask": masks[0]} if masked else {},
     )

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from diffusion_jax.interop.components import AUTOENCODER, TOKENS, TRANSFORMER
-from diffusion_jax.interop.families import chat
+from diffusion_jax.interop.families import chat, sizes
 from diffusion_jax.interop.family import Config, Family
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.flux2 import Flux2Transformer
@@ -74,4 +74,5 @@ FAMILY = Family(
     is_flow=True,
     levels=_levels,
     has_guidance=lambda index, scheduler: index.get("is_distilled", False) is True,
+    sizes={"klein": sizes.KLEIN_4B},
 )

@@ -65,6 +65,32 @@ CLIP_BIG_G = CLIP_L | {
     "hidden_act": "gelu",
     "projection_dim": 1280,
 }
+QWEN3_4B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+FLUX2_AUTOENCODER = AUTOENCODER | {
+    "_class_name": "AutoencoderKLFlux2",
+    "latent_channels": 32,
+    "patch_size": (2, 2),
+    "batch_norm_eps": 1e-4,
+}
+FLUX2_KLEIN_4B = {
+    "_class_name": "Flux2Transformer2DModel",
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
 EPS, V = ({"prediction_type": name} for name in ("epsilon", "v_prediction"))
 SD15 = {"unet": UNET_1, "vae": AUTOENCODER, "text_encoder": CLIP_L, "scheduler": SCHEDULER | EPS}
 SD21 = {"unet": UNET_2, "vae": AUTOENCODER, "text_encoder": CLIP_H, "scheduler": SCHEDULER | V}
@@ -74,4 +100,10 @@ SDXL = {
     "text_encoder": CLIP_L,
     "text_encoder_2": CLIP_BIG_G,
     "scheduler": SCHEDULER | EPS,
+}
+KLEIN_4B = {
+    "transformer": FLUX2_KLEIN_4B,
+    "vae": FLUX2_AUTOENCODER,
+    "text_encoder": QWEN3_4B,
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0},
 }
