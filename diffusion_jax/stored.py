@@ -4,6 +4,7 @@ A pytree of variables may have a `Stored` in place of an array. `parallel.whole`
 devices.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,13 @@ class Stored:
 def on_host(array: np.ndarray) -> Stored:
     """An array that stays in the host's memory until a device needs it."""
     return Stored(array.shape, array.dtype, lambda: array)
+
+
+def give_back() -> None:
+    """Give the memory of arrays that are no longer used back to the system, where the allocator keeps it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
 
 
 def loaded(tree: PyTree, copy: Callable[[np.ndarray], Array]) -> PyTree:

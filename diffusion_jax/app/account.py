@@ -83,11 +83,13 @@ def described(stage: Stage, workdir: Path, config: ConfigDict, place: Place, opt
     return found
 
 
-def sampling(config: ConfigDict, place: Place) -> dict[str, Any]:
+def sampling(config: ConfigDict, model: DiffusionModel, place: Place) -> dict[str, Any]:
     """The first way that fits a host of the place: the whole published model on each chip, its networks in turns, or
     both with the weights divided over the host's chips. Activations are not counted, but have room.
+
+    model: with the weights, or their shapes, that sampling has.
     """
-    model, room = build.model.described_model(config, training=False), build.sampling.ROOM
+    room = build.sampling.ROOM
     is_divided, is_in_turns = config.train.parallel != "pmap", config.sample.in_turns
     for chips in [place.of_host] if is_divided else dict.fromkeys((1, place.of_host)):
         turns = model.turns(chips, place.padded)

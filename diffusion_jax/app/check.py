@@ -96,7 +96,7 @@ def report(config: ConfigDict, workdir: Path, options: Options) -> dict[str, Any
             _tried(wrong, attempt)
         for attempt in _conditions_here(config, workdir, model, source, stages):
             _tried(absent, attempt)
-        sampling = _tried(wrong, lambda: account.sampling(config, place)) if "checkpoint" in config else None
+        sampling = _tried(wrong, lambda: _sampling(config, place)) if "checkpoint" in config else None
         records = _tried(absent, lambda: account.records(config, model, source)) if source else None
         described = [account.described(stage, workdir, config, place, options) for stage in stages]
         if options.compile and not wrong:
@@ -142,6 +142,10 @@ def model_of(config: ConfigDict, workdir: Path) -> DiffusionModel | None:
     if "checkpoint" in config:
         return build.model.described_model(config)
     return weights.model_of_run(config, workdir, training=True)[1]
+
+
+def _sampling(config: ConfigDict, place: Place) -> dict[str, Any]:
+    return account.sampling(config, build.model.described_model(config, training=False), place)
 
 
 def _lacks_weights(config: ConfigDict) -> bool:

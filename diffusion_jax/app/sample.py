@@ -26,6 +26,7 @@ from diffusion_jax.pipelines import generate as pipeline
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
 from diffusion_jax.pipelines.generate import Callback
 from diffusion_jax.pipelines.text_to_image import latents_of_text
+from diffusion_jax.stored import give_back
 
 CHUNK = 256  # prompts whose conditions are in memory at once
 HELD_BACK = (
@@ -183,7 +184,8 @@ def _drawn(request: Request, model: DiffusionModel, inputs: Iterable[tuple], in_
         return
     decoder, denoiser = model, model._replace(params=parallel.whole(model.params))
     latents = [np.asarray(latents_of_text(denoiser, *batch)) for batch in inputs]
-    del denoiser, model  # the memory of weights that were stored
+    del denoiser, model  # with the weights that were stored
+    give_back()
     decoder = decoder._replace(codec=decoder.codec._replace(params=parallel.whole(decoder.codec.params)))
     yield from (pipeline.decode(decoder, x0) for x0 in latents)
 

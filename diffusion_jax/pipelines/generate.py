@@ -122,7 +122,7 @@ def repeat_texts(null_cond: PyTree, cond: PyTree) -> PyTree:
     return null_cond and {name: repeated(null, cond[name]) for name, null in null_cond.items()}
 
 
-def decode(model: DiffusionModel, x0: Float[Array, "batch h w c"]) -> Float[Array, "batch height width 3"]:
+def decode(model: DiffusionModel, x0: Float[Array | np.ndarray, "batch h w c"]) -> Float[Array, "batch height width 3"]:
     """The images of x0, in about [-1, 1]."""
     params = parallel.whole(model.codec.params, len(x0))
     return jax.jit(model.codec.decode)(params, parallel.spread(x0, len(x0)))

@@ -24,7 +24,7 @@ from diffusion_jax.interop.prompts import learned_words
 from diffusion_jax.interop.schedulers import is_flow, published_plan
 from diffusion_jax.model import DiffusionModel, network_of, none_held_back
 from diffusion_jax.pipelines.generate import noise, with_guidance_scale
-from diffusion_jax.stored import loaded
+from diffusion_jax.stored import give_back, loaded
 
 PROMPT_BATCH = 16  # prompts that the text encoders read at once
 
@@ -259,6 +259,10 @@ def _conditioning(
     def of_captions(captions: Sequence[str]) -> PyTree:
         return embed_in_batches(prompt.captions(captions, published.tokenizers))
 
+    def release() -> None:
+        on_device.cache_clear()
+        give_back()
+
     null = jax.tree.map(lambda leaf: leaf[0], of_captions([""]))
     if prompt.null_is_zeros(published.index):
         null |= {name: np.zeros_like(null[name]) for name in ("text", "text_embeds") if name in null}
@@ -271,7 +275,7 @@ def _conditioning(
         for_size=lambda current, size: _conditioning(published, on_device, size, dtype) if prompt.sizes else current,
         tokenizers=lambda: dict(zip(published.family.tokenizers, published.tokenizers, strict=False)),
         weights=params,
-        release=on_device.cache_clear,
+        release=release,
         sizes=prompt.sizes,
     )
 

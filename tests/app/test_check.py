@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
@@ -79,10 +81,48 @@ def test_stable_diffusion_fits_v5e_8_only_if_it_is_divided(name, whole, eighth, 
     _, line, status = checked(published(name), tmp_path, "v5e:2x4")
     assert status == 3
     assert line == (
-        f"does not fit: denoiser, {whole} GB of 16.0 GB without activations; fsdp=8 needs {eighth} GB and activations"
+        f"does not fit: denoiser, {whole} GB of 16.0 GB without activations; fsdp=8 needs {eighth} GB and activations; "
+        f"sampling: {'fits whole' if name == 'sd15' else 'in turns'}"
     )
     _, line, status = checked(published(name, train__parallel="fsdp=8"), tmp_path, "v5e:2x4")
     assert status == 0 and line.startswith(f"state fits: {eighth} GB of 16.0 GB a chip")
+
+
+@pytest.fixture(scope="module")
+def klein():
+    """Type of the weights -> FLUX.2 klein 4B, with shapes instead of weights."""
+    return functools.cache(lambda dtype: build.model.described_model(published("klein", dtype=dtype), training=False))
+
+
+@pytest.mark.parametrize(
+    "topology, fields, way, need",
+    [
+        ("v5e:1x1", {}, "in turns", 7.75),
+        ("v6e:1x1", {}, "fits whole", 14.15),
+        ("v6e:1x1", {"sample__in_turns": True}, "in turns", 7.75),
+        ("v5e:1x1", {"dtype": "float32"}, "does not fit", 15.5),
+        ("v5e:2x4", {"dtype": "float32"}, "divided by 8", 3.83),
+        ("v5e:2x4", {"train__parallel": "fsdp"}, "divided by 8", 1.91),
+    ],
+)
+def test_how_klein_is_sampled(topology, fields, way, need, klein):
+    config = FrozenConfigDict(published("klein", **{"dtype": "bfloat16"} | fields))
+    found = account.sampling(config, klein(config.dtype), check.place_of(topology))
+    assert found["way"] == way and found["need"] == pytest.approx(need * 1e9, rel=0.01)
+
+
+def test_the_sizes_of_klein_are_the_published_ones(klein):
+    turns = klein("bfloat16").turns()
+    published_bytes = 2 * np.array([27 * 100_930_816 + 388_956_160, 3_875_544_576, 84_046_115])
+    np.testing.assert_allclose(list(turns.values()), published_bytes, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind, count, of_host",
+    [("v5e", 8, 8), ("v5e", 16, 4), ("v6e", 4, 4), ("v4", 8, 4), ("h100", 16, 8), ("v5p", 1, 1)],
+)
+def test_the_chips_of_a_host(kind, count, of_host):
+    assert chips.of_host(kind, count) == of_host
 
 
 def test_the_compiler_says_the_same_of_sd15_divided(tmp_path):
