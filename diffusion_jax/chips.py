@@ -6,10 +6,24 @@ Tensor Core GPU. The last two state 1,979 TFLOPS with sparsity (H100 PCIe: 1,513
 memory is 10^9 bytes there.
 """
 
+import importlib.util
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from diffusion_jax.messages import first_line
+
+WITHOUT_TPU = {  # the environment in which the TPU compiler starts on any machine
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so several processes do no harm
+}
 
 
 class Chip(NamedTuple):
@@ -50,6 +64,22 @@ KINDS = {  # as JAX names them in `Device.device_kind`
     "NVIDIA H100 PCIe": "h100-pcie",
     "NVIDIA H200": "h200",
 }
+
+
+def tpu_slice(topology: str) -> topologies.TopologyDescription:
+    """A TPU slice such as "v5e:2x4", to compile for its chips; no TPU is needed.
+
+    Raises ModuleNotFoundError without the TPU compiler, and ValueError for a slice that does not exist.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError('to compile for a TPU takes its compiler: pip install "jax[tpu]"')
+    for name, value in WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # hosts have four by default
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise ValueError(f"there is no slice {topology}: {first_line(error)}") from error
 
 
 def of_host(kind: str, count: int) -> int:

@@ -7,7 +7,6 @@ Sampling and evaluation: this host's devices share a batch, and each holds all w
 
 import contextlib
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -17,23 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils, topologies
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, PyTree
 
 from diffusion_jax import chips
 from diffusion_jax.compilation import DATA
 from diffusion_jax.gathering import SHARDS, WHOLE, gathering
-from diffusion_jax.messages import first_line
 from diffusion_jax.stored import Stored, loaded
 
 SMALL = 1 << 14  # elements; to gather a smaller array costs more than to hold it
-WITHOUT_TPU = {  # the environment in which the TPU compiler starts on any machine
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so several processes do no harm
-}
 GROUPS = (32, 16, 8)  # devices that divide one copy, if nothing else is said: few axes are divisible by more
 
 
@@ -297,31 +289,14 @@ def machine() -> Machine:
     return Machine(device.device_kind, num_devices(), stats.get("bytes_limit", host_memory()))
 
 
-def memory_of_device() -> float:
-    """Bytes that each of this host's devices has; CPUs share the host's."""
-    of_device, host = machine().memory, host_memory()
-    return host / jax.local_device_count() if of_device == host else of_device
-
-
 def host_memory() -> float:
     """Bytes of this host's memory."""
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def slice_devices(topology: str) -> list:
-    """The chips of a TPU slice such as "v5e:2x4", to compile for them; no TPU is needed.
-
-    Raises ModuleNotFoundError without the TPU compiler, and ValueError for a slice that does not exist.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError('to compile for a TPU takes its compiler: pip install "jax[tpu]"')
-    for name, value in WITHOUT_TPU.items():
-        os.environ.setdefault(name, value)
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}  # hosts have four by default
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise ValueError(f"there is no slice {topology}: {first_line(error)}") from error
+    """The chips of a TPU slice such as "v5e:2x4". Arguments and errors as of `chips.tpu_slice`."""
+    return chips.tpu_slice(topology).devices
 
 
 def compiler(devices: list | None = None) -> str:

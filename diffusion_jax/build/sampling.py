@@ -69,7 +69,7 @@ def in_turns(config: ConfigDict, model: DiffusionModel) -> bool:
     if config.sample.in_turns is not None:
         return config.sample.in_turns
     held = model.turns(1 if config.train.parallel == "pmap" else parallel.divisible(1))
-    return sum(held.values()) > ROOM * parallel.memory_of_device()
+    return sum(held.values()) > ROOM * parallel.machine().memory
 
 
 def plan(config: ConfigDict, model: DiffusionModel, strength: float = 1.0) -> Plan:

@@ -132,8 +132,7 @@ def load_pipeline(
     safety_checker: load that of a folder whose model_index.json names one.
     scan: compile one block of the denoiser for all, see `models.transformer.Transformer`.
     vae: the folder of the autoencoder for a single file that has none.
-    stored: leave the weights in their files until they are used (`diffusion_jax.stored`), so that networks that do not
-      fit together can be used one after the other.
+    stored: leave the weights in their files until they are used (`diffusion_jax.stored`).
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
     path = paths.fetched(path, LEVELS)
@@ -195,6 +194,10 @@ def described(name: str, dtype: DTypeLike = jnp.float32) -> PublishedPipeline | 
 
     dtype: of all variables.
     """
+
+    def of_type(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
     for family in families.FAMILIES:
         if name in family.sizes:
             configs = dict(family.sizes[name])
@@ -202,17 +205,13 @@ def described(name: str, dtype: DTypeLike = jnp.float32) -> PublishedPipeline | 
             parts = {part: component.build(configs[part], name) for part, component in family.parts.items()}
             return PublishedPipeline(
                 family=family,
-                parts={part: Part(module, _of_type(shapes, dtype)) for part, (module, shapes) in parts.items()},
+                parts={part: Part(module, jax.tree.map(of_type, shapes)) for part, (module, shapes) in parts.items()},
                 tokenizers=(),
                 schedule=schedule,
                 prediction=prediction,
                 scheduler=configs["scheduler"],
             )
     return None
-
-
-def _of_type(shapes: PyTree, dtype: DTypeLike) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
 def _scanned(network: Network, family: Family) -> Network:

@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from benchmarks import random_klein
 from configs import published
-from diffusion_jax import build
+from diffusion_jax import build, parallel
 from diffusion_jax.app import sample
 from diffusion_jax.build import weights
 from diffusion_jax.interop import load_pipeline
@@ -89,7 +89,7 @@ def test_the_memory_of_the_device_decides_unless_the_config_does(klein, folder, 
         leaves = jax.tree.leaves(load_pipeline(folder, stored=True).parts[part].params)
         assert count == pytest.approx(sum(leaf.size * 4 for leaf in leaves), abs=1000)  # and scale and shift of latents
     for room, expected in ((1.2 * sum(held.values()) / 0.8, False), (sum(held.values()), True)):
-        monkeypatch.setattr(build.sampling.parallel, "memory_of_device", lambda room=room: room)
+        monkeypatch.setattr(parallel, "machine", lambda room=room: parallel.Machine("a chip", 1, room))
         assert build.sampling.in_turns(config, model) == expected
         for choice in (True, False):
             assert build.sampling.in_turns(config_of(folder, in_turns=choice), model) == choice
