@@ -195,9 +195,6 @@ def described(name: str, dtype: DTypeLike = jnp.float32) -> PublishedPipeline | 
     dtype: of all variables.
     """
 
-    def of_type(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
     for family in families.FAMILIES:
         if name in family.sizes:
             configs = dict(family.sizes[name])
@@ -205,7 +202,10 @@ def described(name: str, dtype: DTypeLike = jnp.float32) -> PublishedPipeline | 
             parts = {part: component.build(configs[part], name) for part, component in family.parts.items()}
             return PublishedPipeline(
                 family=family,
-                parts={part: Part(module, jax.tree.map(of_type, shapes)) for part, (module, shapes) in parts.items()},
+                parts={
+                    part: Part(module, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes))
+                    for part, (module, shapes) in parts.items()
+                },
                 tokenizers=(),
                 schedule=schedule,
                 prediction=prediction,

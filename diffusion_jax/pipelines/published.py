@@ -65,7 +65,7 @@ def from_shapes(
 
     Arguments as in `from_published`.
     """
-    parts = {name: part._replace(params=shapes_of(part.params)) for name, part in published.parts.items()}
+    parts = {name: part._replace(params=_as_shapes(part.params)) for name, part in published.parts.items()}
     published = published._replace(parts=parts)
     model = _without_condition(published, size, dtype, tile)
     if _classes(published):
@@ -81,8 +81,7 @@ def from_shapes(
     return model._replace(conditioning=condition._replace(sizes=prompt.sizes))
 
 
-def shapes_of(variables: PyTree) -> PyTree:
-    """The shapes of variables."""
+def _as_shapes(variables: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
 
 
