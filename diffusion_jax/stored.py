@@ -69,6 +69,8 @@ def loaded(tree: PyTree, copy: Callable[[np.ndarray], Array]) -> PyTree:
         return array
 
     leaves, structure = jax.tree.flatten(tree)
-    with ThreadPoolExecutor(min(LOADERS, os.cpu_count() or 1)) as pool:  # starts a thread only where it has work
+    if not any(isinstance(leaf, Stored) for leaf in leaves):
+        return tree
+    with ThreadPoolExecutor(min(LOADERS, os.cpu_count() or 1)) as pool:
         arrays = pool.map(load, [leaf for leaf in leaves if isinstance(leaf, Stored)])
         return structure.unflatten([next(arrays) if isinstance(leaf, Stored) else leaf for leaf in leaves])
