@@ -18,7 +18,7 @@ Presets, after a colon (`--config=configs/latent_cfg.py:full`):
   imagenet256  256 x 256 photographs of 1,000 classes, TFDS imagenet2012, by a transformer in the latents of FLUX.2's
                autoencoder (--config.autoencoder.checkpoint=FOLDER); not trained yet (docs/transformers.md)
   imagenet256/S, B (the same), L, XL    its size
-  imagenet256/imf   the same for one network call, by improved MeanFlow; not tried
+  imagenet256/imf   the same for one network call, guided, by improved MeanFlow; not tried
   imagenet256/unet  by a U-Net in the latents of a first stage of its own; not trained yet
 All presets of emoji use the trained first stage in weights/emoji/vae (docs/results.md);
 --config.autoencoder.checkpoint="" trains one from nothing.
@@ -36,7 +36,7 @@ coco256 and imagenet256/unet train a first stage too, for 13 h of these.
     latent_cfg.py:imagenet256       v5e:2x4  3.1 GB  16 h
     latent_cfg.py:imagenet256/L     v5e:2x4  1.4 GB  55 h
     latent_cfg.py:imagenet256/XL    v5e:2x4  2.0 GB  80 h
-    latent_cfg.py:imagenet256/imf   v5e:2x4  3.2 GB  31 h
+    latent_cfg.py:imagenet256/imf   v5e:2x4  3.2 GB  52 h
     latent_cfg.py:imagenet256/unet  v5e:2x4  7.5 GB  22 h
 """
 

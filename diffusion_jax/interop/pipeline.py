@@ -34,6 +34,7 @@ from diffusion_jax.interop.single_file import read_checkpoint
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
 from diffusion_jax.messages import first_line
+from diffusion_jax.models.applied import shapes_of
 from diffusion_jax.paths import Path
 
 NO_NETWORKS = ("scheduler", "feature_extractor", "safety_checker")  # further entries of model_index.json
