@@ -279,7 +279,7 @@ BAD = {
     "prompt: <lora:x:1> names a file, which prompts cannot load": ["--config.sample.negative_prompt=<lora:x:1>"],
     "unknown dtype 'float8'; known: bfloat16, float32": ["--config.dtype=float8"],
     "steps must be in 1..1000": ["--config.sample.steps=1001"],
-    "prediction: expected one of eps, v, x0, got 'w'": ["--config.prediction=w"],
+    "prediction: expected one of eps, v, x0 or flow, got 'w'": ["--config.prediction=w"],
     "no presets, got 'xl'": ["--config=configs/published.py:xl"],
 }
 

@@ -234,7 +234,7 @@ def assert_equal(one, other):
 def test_parts_come_back(family, tmp_path):
     held, originals = checkpoint(family)
     write_file(tmp_path / "model.safetensors", held)
-    found, parts, _ = read_checkpoint(tmp_path / "model.safetensors")
+    found, parts, *_ = read_checkpoint(tmp_path / "model.safetensors")
     assert found == OF_FAMILY[family]
     assert list(parts) == ["unet", "vae", "text_encoder", "text_encoder_2"][: len(originals)]
     for part, original in zip(parts.values(), originals, strict=True):
