@@ -14,6 +14,7 @@ from diffusion_jax.conditioning import Conditioning
 from diffusion_jax.core.denoiser import Denoise, denoiser
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import NOISE_ALONE, Schedule, below
+from diffusion_jax.data.references import References
 from diffusion_jax.models.adapters import WHOLE, Adapter
 from diffusion_jax.models.applied import Applied
 
@@ -83,6 +84,7 @@ class DiffusionModel(NamedTuple):
     published_times: name -> (steps, size) -> times, the spacings published with the model, for any solver.
     has_guidance: whether guidance of one scale is built in, so that the model must not be guided again.
     held_back: images -> whether the model's safety checker holds each of them back.
+    references: which reference pictures it reads beside the prompt; see `pipelines.with_references`.
     """
 
     network: Network
@@ -97,6 +99,7 @@ class DiffusionModel(NamedTuple):
     published_times: Mapping[str, Callable] = MappingProxyType({})
     has_guidance: bool = False
     held_back: Callable[[UInt8[np.ndarray, "batch height width 3"]], Bool[np.ndarray, "batch"]] = none_held_back
+    references: References = References()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -121,9 +124,14 @@ class DiffusionModel(NamedTuple):
         """The network with these variables as a denoiser."""
         return denoiser(self.network.apply, params, self.parameterization, self.network.flow_map)
 
+    @property
+    def cell(self) -> int:
+        """Height and width of an image are multiples of it, pixels."""
+        return self.codec.factor * self.network.cell
+
     def resized(self, size: tuple[int, int]) -> "DiffusionModel":
         """The model for images of another height and width, pixels. Raises ValueError for a size it cannot make."""
-        check_size(size, self.codec.factor * self.network.cell)
+        check_size(size, self.cell)
         return self._replace(size=size, conditioning=self.conditioning.for_size(self.conditioning, size))
 
     def turns(self, devices: int = 1, padded: bool = False) -> dict[str, int]:

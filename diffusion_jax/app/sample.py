@@ -23,7 +23,7 @@ from diffusion_jax.messages import Progress
 from diffusion_jax.model import DiffusionModel, none_held_back
 from diffusion_jax.paths import Path
 from diffusion_jax.pipelines import generate as pipeline
-from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image
+from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image, with_references
 from diffusion_jax.pipelines.generate import Callback
 from diffusion_jax.pipelines.text_to_image import latents_of_text
 from diffusion_jax.stored import give_back
@@ -64,8 +64,8 @@ class Generated(NamedTuple):
 def run(config: ConfigDict, workdir: Path) -> None:
     """Generate config.sample.num_images for each of config.sample.prompts into workdir/samples.
 
-    config.sample.image is the starting image, config.sample.mask its part to inpaint. A config without a denoiser
-    shows held-out images, each above its reconstruction.
+    config.sample.image is the starting image, config.sample.mask its part to inpaint. The prompts may refer to the
+    pictures config.sample.references. A config without a denoiser shows held-out images, each above its reconstruction.
     """
     folder = workdir / "samples"
     if not build.model.has_denoiser(config):
@@ -78,6 +78,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         return
     config = weights.resolved(config, workdir)
     model = build.model.diffusion_model(config, (config.sample.height, config.sample.width))
+    model = _as_large_as_reference(config, model)
     sample_request = request(config, model, config.sample.prompts)
     model.conditioning.release()
     model, origin = weights.load(config, workdir, model)
@@ -116,9 +117,24 @@ def request(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -
     # in one call, so that all have the same length
     cond = model.conditioning.of_prompts([*prompts, *([section.negative_prompt] if section.negative_prompt else [])])
     negative = jax.tree.map(lambda leaf: leaf[-1], cond) if section.negative_prompt else None
+    cond = with_references(model, cond, [picture[None] for picture in _references(config)])
     strength = section.strength if section.image and not section.mask else 1.0
     plan, guidance = build.sampling.plan_and_guidance(config, model, strength, negative)
     return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
+
+
+def _references(config: ConfigDict) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    return [_read(decode, path, "sample.references") for path in config.sample.references]
+
+
+def _as_large_as_reference(config: ConfigDict, model: DiffusionModel) -> DiffusionModel:
+    """The model for pictures of the size of the first reference, where config.sample does not name a side."""
+    sides, references = (config.sample.height, config.sample.width), model.references
+    if all(sides) or not config.sample.references:
+        return model
+    references.check(len(config.sample.references))
+    own = references.fitted(_references(config)[0], model.cell).shape
+    return model.resized((sides[0] or own[0], sides[1] or own[1]))
 
 
 def _image_and_mask(config: ConfigDict, size: tuple[int, int]) -> tuple[np.ndarray | None, np.ndarray | None]:

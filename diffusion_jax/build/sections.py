@@ -257,6 +257,7 @@ SAMPLE = {
     "image": Field("", text, "Path of a picture to start from."),
     "strength": Field(0.6, number(0, 1), "How much of the image changes."),
     "mask": Field("", text, "Path of a mask of its size, white or opaque where the image is generated."),
+    "references": Field((), each(text), "Paths of pictures that the prompts refer to, for FLUX.2 klein."),
     "resample": Field(1, whole(1, 100), "RePaint's repeats of each step."),
     "tile": Field(0, whole(0), "Decode large images in tiles with this side in pixels; 0 for whole images."),
     "in_turns": Field(

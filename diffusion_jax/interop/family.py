@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from diffusion_jax.data.references import References
 from diffusion_jax.interop.prompts import chunked_for_each, in_one_chunk
 
 Tensors = Mapping[str, np.ndarray]
@@ -124,6 +125,7 @@ class Family(NamedTuple):
     is_flow: whether its scheduler must be that of a rectified flow.
     levels: (cells of an image that the denoiser sees, steps) -> what a pipeline of flow gives to its scheduler, see
       `schedulers.published_plan`.
+    references: which reference pictures it reads beside the prompt.
     has_guidance: (model_index.json, scheduler_config.json) -> whether guidance is built in, because the model was
       distilled with it.
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
@@ -148,6 +150,7 @@ class Family(NamedTuple):
     scheduler_changes: Config = MappingProxyType({})
     is_flow: bool = False
     levels: Callable[[int, int], Config] = lambda cells, steps: {}
+    references: References = References()
     has_guidance: Callable[[Config, Config], bool] = lambda index, scheduler: False
     safety_checker: Callable[[Path, bool], Any] | None = None
     single_file: SingleFile | None = None

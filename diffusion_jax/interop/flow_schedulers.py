@@ -32,9 +32,11 @@ def flow_path(config: Mapping, schedule: Schedule, steps: int) -> list[Step]:
     shift_terminal, or on a ramp between the first and the last of these.
 
     Without `sigmas`, the even levels go from 1 to 1 / T. Unless the shift is dynamic, that end is shifted already.
+    use_dynamic_shifting None, of a class without this field, is dynamic where there is a `mu`.
     """
     T, shift = config["num_train_timesteps"], config["shift"]
     is_dynamic, mu = config["use_dynamic_shifting"], config.get("mu")
+    is_dynamic = mu is not None if is_dynamic is None else is_dynamic
     if is_dynamic and mu is None:
         raise ValueError("use_dynamic_shifting: the shift depends on the size of the image, set mu")
     if is_dynamic:

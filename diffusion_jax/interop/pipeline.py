@@ -25,6 +25,7 @@ from diffusion_jax import paths
 from diffusion_jax.core import schedules
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.interop import families
+from diffusion_jax.interop.copied import write_changed
 from diffusion_jax.interop.encoders import without_last_layers
 from diffusion_jax.interop.family import Description, Family
 from diffusion_jax.interop.names import from_torch
@@ -244,7 +245,7 @@ def save_pipeline(
 
     dtype: of the stored tensors.
     source: the folder that the pipeline was loaded from. Text encoders that are loaded in part (`Component.save`) are
-      copied from it with their tokenizers.
+      copied from it with their tokenizers. Tensors that were changed since, such as by a LoRA, are written anew.
     Raises ValueError for such a text encoder without a source.
     """
     folder, family = paths.at(folder), pipeline.family
@@ -264,6 +265,8 @@ def save_pipeline(
         for name in (*copied, *(family.tokenizers[name] for name in copied)):
             paths.copy_into(folder / name, source / name)
             index[name] = entries[name]
+        for name in copied:
+            write_changed(family.parts[name], *pipeline.parts[name], folder / name, source / name)
     for name, part in pipeline.parts.items():
         component = family.parts[name]
         if name not in index:

@@ -341,10 +341,11 @@ FLOW_FIELDS = {
 }
 NO_TERMINAL = FLOW_FIELDS | {"shift_terminal": None}
 FLOW = _reads(f"{' '.join(NO_TERMINAL)} use_karras_sigmas use_exponential_sigmas use_beta_sigmas mu sigmas")
-FLOW_HEUN = _reads("num_train_timesteps shift")
+FLOW_HEUN = _reads("num_train_timesteps shift mu sigmas")
+BY_SIZE = NO_TERMINAL | {"use_dynamic_shifting": None}  # where a pipeline gives mu
 FORWARD = {"invert_sigmas": (False,), "time_shift_type": ("exponential", "linear")}
 FLOWS = {  # of rectified flows: their schedule is `schedules.flow`, and their network predicts eps - x0
     "FlowMatchEulerDiscreteScheduler": Scheduler(flow_path,  flow_euler,           FLOW,  NO_TERMINAL,  FORWARD),
-    "FlowMatchHeunDiscreteScheduler":  Scheduler(flow_path,  _plain(solvers.flow_heun), FLOW_HEUN, NO_TERMINAL),
+    "FlowMatchHeunDiscreteScheduler":  Scheduler(flow_path,  _plain(solvers.flow_heun), FLOW_HEUN, BY_SIZE),
 }
 # fmt: on

@@ -31,8 +31,9 @@ def tensor_report(name: str, network: Network) -> list[str]:
     return [f"{name}: {kind} {tensor}" for kind, tensors in kinds for tensor in tensors]
 
 
-def block_report(component: Component, network: Network, folder: Path) -> Iterator[tuple[str, float]]:
-    """(block, largest relative difference from diffusers), in the order in which diffusers computes them.
+def block_report(component: Component, network: Network, folder: Path) -> Iterator[tuple[str, str]]:
+    """(block, largest relative difference from diffusers), in the order in which diffusers computes them. For a block
+    whose output is arranged otherwise, the two shapes.
 
     folder: of this network, for diffusers to read.
     """
@@ -40,8 +41,13 @@ def block_report(component: Component, network: Network, folder: Path) -> Iterat
     variables = from_torch(network.tensors, network.source, network.like)
     outputs = _our_outputs(network.module, variables, inputs, component.depth)
     for block, expected in _diffusers_outputs(component, network, folder, inputs).items():
-        if block in outputs and outputs[block].shape == expected.shape:  # not vectors that are arranged otherwise
-            yield block, float(np.abs(outputs[block] - expected).max() / max(np.abs(expected).max(), 1e-30))
+        if block not in outputs:
+            continue
+        own = outputs[block]
+        if own.shape == expected.shape:
+            yield block, f"{np.abs(own - expected).max() / max(np.abs(expected).max(), 1e-30):.1e}"
+        else:
+            yield block, f"not compared: the shape is {own.shape}, that of diffusers {expected.shape}"
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +71,7 @@ def main(arguments: list[str]) -> int:
         )
         if compare and not mismatches:
             for block, difference in block_report(family.parts[name], network, path / name):
-                print(f"{name}: {block:<40} {difference:.1e}")
+                print(f"{name}: {block:<40} {difference}")
     return 0 if fits else 1
 
 

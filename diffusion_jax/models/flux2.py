@@ -5,14 +5,14 @@ bias, and all blocks of a kind share the vectors that shift, scale and gate thei
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key, Num
+from jaxtyping import Array, Bool, Float, Key, Num, PyTree
 
 from diffusion_jax.models.attention import attention
 from diffusion_jax.models.conditions import check_condition
@@ -28,6 +28,8 @@ from diffusion_jax.models.token_layers import (
     rotation,
     token_norm,
 )
+
+REFERENCE_TIME = 10  # coordinate of the first reference picture, and the distance to the next one
 
 
 def swiglu(h: Float[Array, "batch length _"]) -> Float[Array, "batch length _"]:
@@ -186,7 +188,7 @@ class TimeGuidanceEmbedding(nn.Module):
     guidance: bool
 
     @nn.compact
-    def __call__(self, t: Num[Array, "batch"], cond: Mapping[str, Array]) -> Float[Array, "batch {self.width}"]:
+    def __call__(self, t: Num[Array, "batch"], cond: Mapping[str, PyTree]) -> Float[Array, "batch {self.width}"]:
         embed = functools.partial(TimestepEmbedding, self.width, bias=False)
         c = embed(name="timestep_embedder")(sinusoidal_embedding(t, self.channels))
         if self.guidance:
@@ -203,7 +205,7 @@ class Flux2Transformer(nn.Module):
     joint_attention_dim: width of the text.
     timestep_guidance_channels: of the waves of the time.
     mlp_ratio: width of the feed-forwards, in widths of tokens.
-    axes_dims_rope: channels of a head that each coordinate rotates: of the reference image (0 here), row, column, word.
+    axes_dims_rope: channels of a head that each coordinate rotates: of the reference picture, row, column, word.
     guidance_embeds: whether the network reads a guidance scale (FLUX.2-dev).
 
     Not in config.json:
@@ -272,7 +274,7 @@ class Flux2Transformer(nn.Module):
         self,
         x: Float[Array, "batch height width channels"],
         t: Num[Array, "#batch"] | Num[Array, ""],
-        cond: Mapping[str, Array] = MappingProxyType({}),
+        cond: Mapping[str, PyTree] = MappingProxyType({}),
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch height width out"]:
         """Predict eps - x0 from the noisy latents x at time t.
@@ -282,23 +284,26 @@ class Flux2Transformer(nn.Module):
           text (L, D) float, mask (L,) bool: the text; False marks padding. The mask is optional: published models
             attend to padding.
           guidance () float: the guidance scale, of guidance_embeds.
+          references, a tuple of (rows, columns, channels) float: latents of reference pictures. Optional.
         keys: not used.
         Raises ValueError for fields that contradict each other, and for a missing or unknown condition.
         """
         self._check(x, cond)
-        grid, words, mask = x.shape[1:3], cond["text"].shape[1], cond.get("mask")
+        pictures, words, mask = (x, *cond.get("references", ())), cond["text"].shape[1], cond.get("mask")
+        grids, tokens = [picture.shape[1:3] for picture in pictures], [*map(_tokens, pictures)]
         c = self.time_guidance_embed(jnp.broadcast_to(t, x.shape[:1]), cond)
-        mask = None if mask is None else joint_mask(mask, words + grid[0] * grid[1])
-        inputs = self._turn(grid, words), mask
+        image = jnp.concatenate(tokens, axis=1)
+        mask = None if mask is None else joint_mask(mask, words + image.shape[1])
+        inputs = self._turn(grids, words), mask
         double, single = (
             getattr(self, name + EACH * self.scan) for name in ("transformer_blocks", "single_transformer_blocks")
         )
-        streams = self.context_embedder(cond["text"]), self.x_embedder(x.reshape(len(x), -1, x.shape[-1]))
+        streams = self.context_embedder(cond["text"]), self.x_embedder(image)
         vectors = self.double_stream_modulation_txt(c), self.double_stream_modulation_img(c)
-        tokens = jnp.concatenate(through(double, self.num_layers, streams, *vectors, *inputs), axis=1)
-        tokens = through(single, self.num_single_layers, tokens, self.single_stream_modulation(c), *inputs)
-        scale, shift = self.norm_out(c)
-        return self.proj_out(modulated(self.final_norm(tokens[:, words:]), shift, scale)).reshape(*x.shape[:3], -1)
+        h = jnp.concatenate(through(double, self.num_layers, streams, *vectors, *inputs), axis=1)
+        h = through(single, self.num_single_layers, h, self.single_stream_modulation(c), *inputs)
+        h, (scale, shift) = h[:, words : words + tokens[0].shape[1]], self.norm_out(c)
+        return self.proj_out(modulated(self.final_norm(h), shift, scale)).reshape(*x.shape[:3], -1)
 
     def example_inputs(self) -> tuple[Array, Array, dict[str, Array]]:
         """The smallest valid (x, t, cond), all zeros, for `init` and for shape inference."""
@@ -317,12 +322,18 @@ class Flux2Transformer(nn.Module):
             self.attention_implementation,
         )
 
-    def _turn(self, grid: tuple[int, int], words: int) -> Rotation:
-        """The rotary positions of the tokens: those of a text, and those of a grid of latents."""
-        positions = np.zeros((words + grid[0] * grid[1], 4))
-        positions[:words, 3] = np.arange(words)
-        positions[words:, 1:3] = grid_positions(grid)
-        return rotation(positions, self.axes_dims_rope, self.rope_theta)
+    def _turn(self, grids: Sequence[tuple[int, int]], words: int) -> Rotation:
+        """The rotary positions of the tokens: those of a text, of the noisy latents, and of each reference picture.
+
+        grids: rows and columns of the latents, then of the pictures.
+        """
+        of_text = np.zeros((words, 4))
+        of_text[:, 3] = np.arange(words)
+        of_grids = [
+            np.pad(grid_positions(grid), ((0, 0), (1, 1)), constant_values=((0, 0), (REFERENCE_TIME * i, 0)))
+            for i, grid in enumerate(grids)
+        ]
+        return rotation(np.concatenate([of_text, *of_grids]), self.axes_dims_rope, self.rope_theta)
 
     def _check_fields(self) -> None:
         if len(self.axes_dims_rope) != 4 or sum(self.axes_dims_rope) != self.attention_head_dim:
@@ -336,11 +347,18 @@ class Flux2Transformer(nn.Module):
                 f"{self.patch_size}, num_layers {self.num_layers}, num_single_layers {self.num_single_layers}"
             )
 
-    def _check(self, x: Array, cond: Mapping[str, Array]) -> None:
-        check_condition("Flux2Transformer", self.reads, cond)
+    def _check(self, x: Array, cond: Mapping[str, PyTree]) -> None:
+        check_condition("Flux2Transformer", self.reads, cond, optional=("references",))
         widths = x.shape[-1], cond["text"].shape[-1]
         if widths != (self.in_channels, self.joint_attention_dim):
             raise ValueError(
                 f"Flux2Transformer: expected {self.in_channels} input channels and a text of width "
                 f"{self.joint_attention_dim}, got {widths[0]} and {widths[1]}"
             )
+        if any(picture.shape[-1] != self.in_channels for picture in cond.get("references", ())):
+            shapes = ", ".join(str(picture.shape) for picture in cond["references"])
+            raise ValueError(f"Flux2Transformer: expected references of {self.in_channels} channels, got {shapes}")
+
+
+def _tokens(picture: Float[Array, "batch rows columns channels"]) -> Float[Array, "batch length channels"]:
+    return picture.reshape(len(picture), -1, picture.shape[-1])

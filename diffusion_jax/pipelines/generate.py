@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax import parallel
-from diffusion_jax.codec import Images
+from diffusion_jax.codec import Codec, Images
 from diffusion_jax.core.denoiser import target_time
 from diffusion_jax.core.guidance import Guidance, guided
 from diffusion_jax.core.process import NoiseLevel
@@ -37,9 +37,14 @@ def encode(model: DiffusionModel, image: Images) -> Float[Array, "batch h w c"]:
 
     Raises ValueError for images of another size than the model's.
     """
-    (height, width), codec = model.size, model.codec
+    height, width = model.size
     if image.shape[1:3] != (height, width):
         raise ValueError(f"this model's images are {width}x{height} pixels, got {image.shape[2]}x{image.shape[1]}")
+    return encode_any(model.codec, image)
+
+
+def encode_any(codec: Codec, image: Images) -> Float[Array, "batch h w c"]:
+    """The x0 of images of any size that the codec can encode; see `encode`."""
     params = parallel.whole(codec.params, len(image))
     return jnp.asarray(codec.sample(codec.stats, codec.encode(params, image), None))
 

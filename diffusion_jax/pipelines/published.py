@@ -106,6 +106,7 @@ def _without_condition(
         published_solvers={"published": sampler(published)},
         published_times={"published": functools.partial(published_times, published)},
         has_guidance=published.family.has_guidance(published.index, published.scheduler),
+        references=published.family.references,
         held_back=published.safety_checker.flagged if published.safety_checker else none_held_back,
     )
 

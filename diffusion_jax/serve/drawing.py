@@ -20,7 +20,16 @@ from diffusion_jax.core.guidance import Guidance
 from diffusion_jax.core.process import add_noise
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines import from_noise, image_to_image, inpaint, invert, mix, text_to_image, variations
+from diffusion_jax.pipelines import (
+    from_noise,
+    image_to_image,
+    inpaint,
+    invert,
+    mix,
+    text_to_image,
+    variations,
+    with_references,
+)
 from diffusion_jax.pipelines.generate import Callback, Every, decode, encode, noise, repeat_texts
 
 PROMPTS = 256  # prompts whose conditions are kept
@@ -37,6 +46,7 @@ class Shared(NamedTuple):
     guided: whether the guidance scale is not 1.
     image, mask: whether the pictures have a starting image and a mask.
     live: whether it is a frame of the live canvas, drawn by itself.
+    references: how many reference pictures the prompts refer to.
     """
 
     task: str
@@ -49,6 +59,11 @@ class Shared(NamedTuple):
     image: bool = False
     mask: bool = False
     live: bool = False
+    references: int = 0
+
+    def is_prepared(self, own_size: tuple[int, int]) -> bool:
+        """Whether its programs are compiled at the start. own_size: of the model's images."""
+        return self.size == own_size and self.references <= (0 if self.image or self.live else 1)
 
 
 class Picture(NamedTuple):
@@ -56,6 +71,7 @@ class Picture(NamedTuple):
 
     image: (H, W, 3) uint8 of the size of `shared`, or None.
     mask: (H, W, 1), True where the image is generated, or None.
+    references: pictures that the prompt refers to, (H, W, 3) uint8.
     other_prompt: style: what the image shows, or "". morph: the prompt of the last picture, or "" for the same.
     other_seed: morph: the seed of the last picture.
     weight: in [0, 1]. morph: how far between the first and the last picture. noise: how far from image to noise.
@@ -68,6 +84,7 @@ class Picture(NamedTuple):
     seed: int
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
+    references: tuple[np.ndarray, ...] = ()
     other_prompt: str = ""
     other_seed: int = 0
     weight: float = 0.0
@@ -195,6 +212,8 @@ class Artist:
         if shared.task == "noise":
             return _noised(model, images, keys, [picture.weight for picture in pictures])
         cond, *end, negative = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(self.conditions, pictures))
+        references = zip(*(picture.references for picture in pictures), strict=True)
+        cond = with_references(model, cond, [*map(np.stack, references)])
         scales = np.array([picture.guidance for picture in pictures], np.float32)
         arguments = (cond, keys, plan, guidance._replace(scale=scales, negative=negative), Every(1, callback))
         match shared:

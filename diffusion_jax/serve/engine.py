@@ -94,7 +94,7 @@ class Job:
 
     def __init__(self, pictures: Sequence[Picture], previews: str, client: str | None = None, turn: int = 0):
         self.pictures, self.previews, self.client, self.turn = pictures, previews, client, turn
-        self.size = pictures[0].shared.size
+        self.shared = pictures[0].shared
         self.waiting = list(range(len(pictures)))  # numbers of the pictures that are in no batch yet
         self.left = len(pictures)
         self.tries = 0
@@ -111,7 +111,7 @@ class Job:
 
 
 class Lane:
-    """What the worker draws at once: one lane for pictures of the model's own size, one for others.
+    """What the worker draws at once: one lane for pictures whose programs are compiled at the start, one for others.
 
     running: (job, number of its picture) of the batch that is being drawn.
     number: of that batch.
@@ -133,7 +133,7 @@ class Engine:
     def __init__(self, load: Callable[[], Loaded], size: int):
         self.load, self.size = load, size
         self.queue: list[Job] = []
-        self.lanes = {True: Lane(), False: Lane()}  # by whether pictures have the model's own size
+        self.lanes = {True: Lane(), False: Lane()}  # by `Shared.is_prepared`, mostly: of the model's own size
         self.number = 0  # of the last batch
         self.turn = 0  # of the last request that was begun
         self.seconds = 1.0  # a batch of the own size takes, on average
@@ -262,7 +262,7 @@ class Engine:
         self._tell_positions()
 
     def _has_own_size(self, job: Job) -> bool:
-        return self.facts is None or job.size == self.facts.size
+        return self.facts is None or job.shared.is_prepared(self.facts.size)
 
     def _start(self, lane: Lane, waiting: Sequence[Job]) -> None:
         """Send the worker a batch: pictures of the first request, and of others like it."""

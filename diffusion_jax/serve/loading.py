@@ -40,6 +40,7 @@ class Facts(NamedTuple):
     size: height and width of its own images, pixels.
     sizes: of all images that it draws: its own, and those of serve.sizes.
     needs_image: whether it only inpaints.
+    references: how many reference pictures a prompt may refer to.
     tasks: that it can do; see `schema.Request`.
     guided: whether the guidance scale can be chosen.
     sampling: solver, spacing, steps and guidance, unless a request has others.
@@ -55,6 +56,7 @@ class Facts(NamedTuple):
     size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
     needs_image: bool
+    references: int
     tasks: tuple[str, ...]
     guided: bool
     solvers: tuple[str, ...]
@@ -109,6 +111,7 @@ def facts(loaded: Loaded) -> Facts:
         size=model.size,
         sizes=(model.size, *_further_sizes(model, serve.sizes)),
         needs_image=bool(model.network.known_channels),
+        references=model.references.most,
         tasks=usable_tasks(model, solvers),
         guided=not build.sampling.has_guidance(config, model) and not config.sample.cfg_pp,
         solvers=solvers,
@@ -141,7 +144,7 @@ def _further_sizes(model: DiffusionModel, texts: Sequence[str]) -> tuple[tuple[i
 
 def to_warm(model_facts: Facts, prompt: str) -> list[Picture]:
     """Pictures whose programs serve every request of the model's own size: from a prompt, an image, an image and a
-    mask; for a batch and for a live frame; with guidance and without; and the other tasks.
+    mask, or a reference picture; for a batch and for a live frame; with guidance and without; and the other tasks.
     """
     image, mask = np.zeros((*model_facts.size, 3), np.uint8), np.ones((*model_facts.size, 1), bool)
     shared = Shared(
@@ -153,6 +156,7 @@ def to_warm(model_facts: Facts, prompt: str) -> list[Picture]:
         return picture._replace(
             image=image if picture.shared.image else None,
             mask=mask if picture.shared.mask else None,
+            references=(image,) * picture.shared.references,
             other_prompt=prompt,
         )
 
@@ -162,10 +166,11 @@ def to_warm(model_facts: Facts, prompt: str) -> list[Picture]:
     kinds = []
     for live, kind_facts in {False: model_facts, True: model_facts.live or model_facts}.items():
         method = {name: kind_facts.sampling[name] for name in ("solver", "spacing")}
+        of_kind = [*inputs, {"references": 1}] if kind_facts.references and not live else inputs
         for scale in dict.fromkeys(
             (kind_facts.sampling["guidance"], 1.0) if kind_facts.guided else (kind_facts.sampling["guidance"],)
         ):
-            kinds += [warming(scale=scale, live=live, **method, **inputs_of_kind) for inputs_of_kind in inputs]
+            kinds += [warming(scale=scale, live=live, **method, **given) for given in of_kind]
     kinds.append(warming(prompt, **inputs[0]))
     others = (
         warming(task="morph"),

@@ -24,7 +24,8 @@ from diffusion_jax.serve.service import QueuedRequest, Service, problem
 
 NUMBERS = ("steps", "guidance", "strength", "seed")
 EXTRA_FIELDS = ("negative_prompt", "solver", "spacing", *NUMBERS)  # of `schema.Request`, that OpenAI's API lacks
-FIELDS = {"num_images": "n", "width": "size", "height": "size"}  # of `schema.Request` -> their names here
+# fields of `schema.Request` -> their names here
+FIELDS = {"num_images": "n", "width": "size", "height": "size", "references": "image"}
 WITHOUT_EFFECT = {  # other fields of OpenAI's API -> values that change no picture there; None: no value does
     **dict.fromkeys(("user", "safety_identifier"), None),
     "quality": ("auto", "standard"),
@@ -52,7 +53,10 @@ class Generation(BaseModel):
 
 
 class Edit(Generation):
-    """POST /v1/images/edits, as a form. image: what to change. mask: transparent where it is changed."""
+    """POST /v1/images/edits, as a form. image: what to change. mask: transparent where it is changed.
+
+    Without a mask and a strength, a model that reads reference pictures gets all images as such.
+    """
 
 
 def routes(service: Service) -> list[Route]:
@@ -94,37 +98,41 @@ def _number(name: str, value: str) -> Any:
         return value
 
 
-async def _images(service: Service, form: FormData) -> tuple[dict[str, str], list[str]]:
-    """The image of a form and its mask, in base64, and the names of files that are not used.
+async def _images(service: Service, form: FormData) -> tuple[dict[str, Any], list[str]]:
+    """The pictures of a form in base64, as fields of `schema.Request`, and the names of files that are not used.
 
     Of several images it is the first: the mask is of that one. Without a mask, the transparent part of the image is the
-    mask. Browsers send an empty file without a name for one that nobody has chosen.
+    mask. If there is none, all images are reference pictures, unless the form has a strength or the model reads none.
+    Browsers send an empty file without a name for one that nobody has chosen.
     """
-    files: dict[str, UploadFile] = {}
+    files: dict[str, list[UploadFile]] = {"image": [], "mask": []}
     unused = []
     for name, file in form.multi_items():
         if isinstance(file, UploadFile) and (file.filename or file.size):
             name = name.removesuffix("[]")
-            if name in files or name not in ("image", "mask"):
-                unused.append(name)
+            if name in files:
+                files[name].append(file)
             else:
-                files[name] = file
-    if "image" not in files:
+                unused.append(name)
+    if not files["image"]:
         raise Problem(400, "a file is needed", "image")
-    image = await files["image"].read()
-    field = "mask" if "mask" in files else "image"
-    marked = await files["mask"].read() if "mask" in files else image
+    images = [await file.read() for file in files["image"]]
+    field = "mask" if files["mask"] else "image"
+    marked = await files["mask"][0].read() if files["mask"] else images[0]
     try:
         mask = await asyncio.to_thread(uploads.mask_of_transparency, marked, service.limits.max_pixels)
     except ValueError as error:
         raise Problem(400, str(error), field) from error
     if mask is None and field == "mask":
         raise Problem(400, "expected transparency where the image is edited, got none", "mask")
-    encoded = {"image": image} | ({"mask": mask} if mask else {})
-    return {name: base64.b64encode(data).decode() for name, data in encoded.items()}, unused
+    encoded = [base64.b64encode(data).decode() for data in images]
+    if mask is None and service.facts.references and "strength" not in form:
+        return {"references": encoded}, unused
+    unused += [name for name, given in files.items() for _ in given[1:]]
+    return {"image": encoded[0]} | ({"mask": base64.b64encode(mask).decode()} if mask else {}), unused
 
 
-def _values(body: Generation, images: dict[str, str]) -> dict[str, Any]:
+def _values(body: Generation, images: dict[str, Any]) -> dict[str, Any]:
     """The request in fields of `schema.Request`."""
     extra = body.model_extra or {}
     values = {
@@ -150,7 +158,7 @@ def _ignored(body: Generation) -> list[str]:
 
 
 async def _answer(
-    service: Service, http: Http, event: str, body: Generation, images: dict[str, str], unused: list[str]
+    service: Service, http: Http, event: str, body: Generation, images: dict[str, Any], unused: list[str]
 ) -> Response:
     """The answer with the pictures. unused: names of files of the request that are not used."""
     try:

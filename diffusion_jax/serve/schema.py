@@ -23,7 +23,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 LETTERS = 10_000  # of a prompt, about as many as fit into `prompts.MAX_CHUNKS`
 SCALE, SLIDER = 1000.0, 30.0  # the largest guidance scale, and that on the page's slider
 # fields left out of a PNG's text
-NOT_IN_METADATA = {"image", "mask", "fit", "seed", "prompt", "num_images", "previews"}
+NOT_IN_METADATA = {"image", "mask", "references", "fit", "seed", "prompt", "num_images", "previews"}
 
 
 class Problem(Exception):
@@ -76,6 +76,12 @@ class Request(BaseModel):
         description="The same, of the image's size. Its light parts are drawn anew; of a mask with transparency, those "
         "that are not transparent.",
     )
+    references: list[str] = Field(
+        [],
+        title="Reference pictures",
+        description="Pictures as `image`. The prompt says what to change in them, or what to take from each. Not every "
+        "model reads them.",
+    )
     fit: Literal["crop", "stretch"] = Field(
         "crop", description="How an image of another shape gets the size: cropped at its centre, or stretched."
     )
@@ -94,6 +100,8 @@ class Request(BaseModel):
             raise ValueError(f"the task {self.task} needs an image")
         if self.task in ("style", "noise", "morph") and self.mask is not None:
             raise ValueError(f"the task {self.task} has no mask")
+        if self.task != "generate" and self.references:
+            raise ValueError(f"the task {self.task} has no reference pictures")
         return self
 
 
@@ -131,6 +139,7 @@ def of_model(facts: Facts, limits: Config, name: str = "Request") -> type[Reques
         "width": (int, side("Width", facts.size[1])),
         "height": (int, side("Height", facts.size[0])),
         "num_images": (int, changed_field("num_images", ge=1, le=limits.max_images)),
+        "references": (list[str], changed_field("references", max_length=facts.references)),
     }
     return create_model(name, __base__=Request, __doc__="Pictures to draw.", **fields)
 
@@ -160,7 +169,8 @@ def to_frame(request: Request, model_sizes: Sequence[tuple[int, int]], limits: C
             own = ", ".join(map(sizes.written, model_sizes))
             raise Problem(400, f"expected at most {limits.max_side} pixels, or a size of the model: {own}", name)
     image, mask = _image_and_mask(request, size, limits.max_pixels)
-    return sizes.Frame(size, sizes.nearest(size, model_sizes), image, mask)
+    references = tuple(_reference(text, request, size, limits.max_pixels) for text in request.references)
+    return sizes.Frame(size, sizes.nearest(size, model_sizes), image, mask, references)
 
 
 def to_pictures(request: Request, frame: sizes.Frame, live: bool = False) -> list[Picture]:
@@ -168,7 +178,7 @@ def to_pictures(request: Request, frame: sizes.Frame, live: bool = False) -> lis
 
     live: whether it is a frame of the live canvas.
     """
-    image, mask = frame.entered()
+    (image, mask), references = frame.entered(), frame.entered_references()
     shared = Shared(
         task=request.task,
         size=frame.drawn,
@@ -180,6 +190,7 @@ def to_pictures(request: Request, frame: sizes.Frame, live: bool = False) -> lis
         image=image is not None,
         mask=mask is not None,
         live=live,
+        references=len(references),
     )
     seed, other_seed = (secrets.randbelow(SEEDS) if s is None else s for s in (request.seed, request.other_seed))
     count, along = request.num_images, request.task in ("morph", "noise")
@@ -192,6 +203,7 @@ def to_pictures(request: Request, frame: sizes.Frame, live: bool = False) -> lis
             seed=seed if along else (seed + i) % SEEDS,
             image=image,
             mask=mask,
+            references=references,
             other_prompt=request.other_prompt,
             other_seed=other_seed,
             weight=i / max(count - 1, 1) if along else 0.0,
@@ -220,6 +232,15 @@ def _image_and_mask(
         raise Problem(400, str(error), field) from error
 
 
+def _reference(text: str, request: Request, size: tuple[int, int], max_pixels: int) -> np.ndarray:
+    """A reference picture, (H, W, 3) uint8 of `size`."""
+    try:
+        picture = uploads.picture(uploads.from_base64(text), max_pixels)
+        return stretched(picture, size) if request.fit == "stretch" else centred(picture, size)
+    except ValueError as error:
+        raise Problem(400, str(error), "references") from error
+
+
 def texts(request: Request, picture: Picture, weights: str) -> dict[str, str]:
     """The settings of a picture, for its PNG text chunk: fields of the request, with the picture's own seed."""
     settings = request.model_dump(exclude=NOT_IN_METADATA, exclude_none=True)
@@ -228,8 +249,9 @@ def texts(request: Request, picture: Picture, weights: str) -> dict[str, str]:
     if picture.shared.size != (request.height, request.width):
         settings["drawn"] = sizes.written(picture.shared.size)
     shared = picture.shared
-    if shared.live or shared.mask:
-        settings["made_with"] = "live canvas" if shared.live else "mask"
+    made_with = {"live canvas": shared.live, "mask": shared.mask, "references": shared.references}
+    if any(made_with.values()):
+        settings["made_with"] = next(name for name, is_so in made_with.items() if is_so)
     if request.task == "morph":
         settings["other_seed"] = picture.other_seed
     return {"prompt": request.prompt, "seed": str(picture.seed), **{k: str(v) for k, v in settings.items()}} | {

@@ -60,6 +60,9 @@ class Service:
         values: of the fields of `schema.Request`.
         live: whether it is a frame of the live canvas.
         """
+        facts = self.live_facts if live else self.facts
+        if not facts.references and isinstance(values, dict) and values.get("references"):
+            raise Problem(400, "this model reads no reference pictures: leave them out", "references")
         request = schema.checked(self.live_model if live else self.model, values)
         try:
             self.engine.check_room(client)  # before pictures are decoded
@@ -69,7 +72,8 @@ class Service:
                 raise Problem(400, "this model only inpaints: it needs an image and a mask", "mask")
             # a request that waits keeps only what its answer needs; an empty image says that there was one
             frame = frame if frame.is_resized and frame.mask is not None else frame._replace(image=None, mask=None)
-            request = request.model_copy(update={"image": request.image and "", "mask": None})
+            frame = frame._replace(references=())
+            request = request.model_copy(update={"image": request.image and "", "mask": None, "references": []})
             return QueuedRequest(request, self.engine.submit(pictures, request.previews, client), frame)
         except Full as full:
             raise Problem(429, str(full), retry=full.seconds) from full

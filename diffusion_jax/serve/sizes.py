@@ -42,12 +42,14 @@ class Frame(NamedTuple):
     size: height and width that were asked for, pixels.
     drawn: height and width that are drawn, pixels.
     image, mask: of the request, of its size, or None. Where the mask is False, the image is kept exactly.
+    references: reference pictures of the request, of its size.
     """
 
     size: tuple[int, int]
     drawn: tuple[int, int]
     image: UInt8[np.ndarray, "height width 3"] | None = None
     mask: Bool[np.ndarray, "height width 1"] | None = None
+    references: tuple[UInt8[np.ndarray, "height width 3"], ...] = ()
 
     @property
     def is_resized(self) -> bool:
@@ -70,17 +72,26 @@ class Frame(NamedTuple):
         free = [whole - part for whole, part in zip(self.drawn, self._sides(), strict=True)]
         return [(pixels // 2, pixels - pixels // 2) for pixels in free]
 
+    def _filled(self, picture: np.ndarray) -> np.ndarray:
+        """A picture of its part, its edges continued to fill the drawn size."""
+        return np.pad(picture, [*self._padding(), (0, 0)], "edge")
+
     def entered(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Image and mask as the model gets them. Their edges are continued to fill the drawn size."""
         if not self.is_resized:
             return self.image, self.mask
-        padding = [*self._padding(), (0, 0)]
-        image = None if self.image is None else np.pad(_resized(self.image, self._sides()), padding, "edge")
+        image = None if self.image is None else self._filled(_resized(self.image, self._sides()))
         if self.mask is None:
             return image, None
         # every drawn pixel that the mask touches is generated
         mask = _resized(np.float32(self.mask), self._sides(), Image.Resampling.BOX) > 0
-        return image, np.pad(mask, padding, "edge")
+        return image, self._filled(mask)
+
+    def entered_references(self) -> tuple[np.ndarray, ...]:
+        """The reference pictures as the model gets them, as `entered`."""
+        if not self.is_resized:
+            return self.references
+        return tuple(self._filled(_resized(picture, self._sides())) for picture in self.references)
 
     def left(self, image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "asked_height asked_width 3"]:
         """A drawn image as it was asked for."""

@@ -154,7 +154,7 @@ class _Link:
                 if isinstance(message, Cancel):
                     self.cancelled.add(message.number)
                 else:
-                    is_own = message.pictures[0].shared.size == self.size
+                    is_own = message.pictures[0].shared.is_prepared(self.size)
                     (self.own if is_own else self.others).put(message)
         self.own.put(None)
         self.others.put(None)

@@ -102,6 +102,15 @@ def test_another_size_has_another_shift(klein):
         model.resized((18, 16))
 
 
+@pytest.mark.parametrize("cells", [24, 4096])
+def test_heun_has_the_shift_of_the_size_too(cells):
+    def levels(name):
+        config = {"_class_name": f"FlowMatch{name}DiscreteScheduler", **DYNAMIC} | flux2_klein.FAMILY.levels(cells, 4)
+        return np.unique(published_plan(config, schedule_of(config, "test")[0], 4).level.sigma)
+
+    np.testing.assert_allclose(levels("Heun"), levels("Euler"))
+
+
 @pytest.mark.parametrize("is_distilled", [False, True])
 def test_guidance_is_refused_where_it_is_built_in(is_distilled, klein, tmp_path):
     folder = shutil.copytree(klein[1], tmp_path / "klein")

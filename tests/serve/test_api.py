@@ -378,6 +378,79 @@ def test_edits_take_the_mask_from_transparency(client):
     assert client.post("/v1/images/edits", files={"image": b"none"}, data={"prompt": "3"}).status_code == 400
 
 
+@pytest.fixture(scope="module")
+def reader():
+    """A client of a model that reads two reference pictures, and is red where the first one is."""
+    served = tiny.served(tiny.load_reading, hosts=("localhost",))
+    with served as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+def red(image):
+    levels = np.asarray(image, float)
+    return levels[..., 0].mean() - levels[..., 2].mean()
+
+
+RED, BLUE = (np.full((8, 8, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+
+
+def test_reference_pictures_change_what_is_drawn(reader):
+    (plain,), (of_red,), (of_blue,) = (
+        pictures(reader, references=[encoded(colour)] if colour is not None else []) for colour in (None, RED, BLUE)
+    )
+    assert red(of_blue) + 20 < red(plain) < red(of_red) - 20
+    assert of_red.text["made_with"] == "references" and "made_with" not in plain.text
+    (again, other) = pictures(reader, references=[encoded(RED)], num_images=2)
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(of_red))
+    assert red(other) > red(plain)
+    (two,) = pictures(reader, references=[encoded(RED), encoded(RED)])
+    assert red(two) < red(of_red) - 20, "the second picture is another input than the first"
+    # of another size than the model's, and with a picture to start from
+    assert red(pictures(reader, references=[encoded(np.tile(RED, (1, 2, 1)))], width=16)[0]) > red(plain)
+    (changed,) = pictures(reader, references=[encoded(RED)], image=encoded(SEEN), strength=0.5)
+    assert np.any(np.asarray(changed) != np.asarray(pictures(reader, image=encoded(SEEN), strength=0.5)[0]))
+
+
+def test_edits_without_a_mask_are_reference_pictures_where_the_model_reads_them(reader, client):
+    colours = [base64.b64decode(encoded(colour)) for colour in (BLUE, RED)]
+
+    def edit(to, count, **fields):
+        files = [("image[]", colour) for colour in colours[:count]]
+        data = {"prompt": "3", "size": "8x8", "steps": "4", "seed": "1"} | fields
+        answer = to.post("/v1/images/edits", files=files, data=data)
+        assert answer.status_code == 200, answer.text
+        return opened(answer.json()["data"][0]["b64_json"]), answer.json()["warnings"]
+
+    for count in 1, 2:
+        expected = pictures(reader, references=[encoded(colour) for colour in (BLUE, RED)[:count]])[0]
+        made, warnings = edit(reader, count)
+        np.testing.assert_array_equal(np.asarray(made), np.asarray(expected))
+        assert not warnings
+    # image to image: where a strength is named, and of a model without references
+    changed = pictures(reader, image=encoded(BLUE), strength=0.5)[0]
+    made, warnings = edit(reader, 2, strength="0.5")
+    np.testing.assert_array_equal(np.asarray(made), np.asarray(changed))
+    assert len(warnings) == 1 and "made_with" not in edit(client, 1)[0].text
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"references": [encoded(RED)] * 3}, "at most 2 items"),
+        ({"references": ["!"]}, "expected a picture in base64"),
+        ({"references": [encoded(SEEN)[:60]]}, "not a"),
+        ({"references": [encoded(RED)], "task": "morph"}, "the task morph has no reference pictures"),
+    ],
+)
+def test_reference_pictures_that_cannot_be_used_are_one_line(values, reason, reader, client):
+    answer = reader.post("/api/generate", json={"prompt": "3"} | values)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and reason in error["message"] and "\n" not in error["message"]
+    answer = client.post("/api/generate", json={"prompt": "3"} | values)
+    message = "references: this model reads no reference pictures: leave them out"
+    assert answer.status_code == 400 and answer.json()["error"]["message"] == message
+
+
 def strokes(invert=False):
     """The half mask as black strokes on transparency."""
     return np.dstack([np.zeros((8, 8, 3), np.uint8), half_mask(invert)])

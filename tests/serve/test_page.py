@@ -637,6 +637,31 @@ def test_the_page_of_an_inpainting_model_offers_nothing_else(browser):
         assert page.input_value("#edit-prompt") == "5"
 
 
+def test_a_picture_is_edited_with_words_where_the_model_reads_references(browser, page):
+    expect(page.locator("#tab-words")).to_be_hidden()
+    served = tiny.served(tiny.load_reading, hosts=("localhost",))
+    with served as (address, _), opened(browser, address) as page:
+        page.click("#tab-words")
+        page.click("#words .go")
+        says(page, re.compile("Open a picture first"), "words")
+        page.fill("#words-seed", "1")
+        results = []
+        for colour in "red", "blue":
+            page.set_input_files("#words .open", file_of(Image.new("RGB", (16, 8), colour)))
+            draw(page, "words", prompt="3", seed=1)
+            results.append(np.asarray(shown(page, "#words .result"), float).mean((0, 1)))
+        assert results[0][0] > results[1][0] + 20 and results[0][2] < results[1][2] - 20
+        before = painted(page, "words")
+        page.click("#words .again")
+        page.wait_for_function("before => document.querySelector('#words canvas').toDataURL() !== before", arg=before)
+        page.locator("#gallery .pictures button").first.click()
+        page.click("dialog .use")
+        says(page, "The settings of the picture are entered.", "words")
+        assert entered(page, "words", "prompt", "seed") == ["3", "1"]
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+        assert faults(axe, page) == []
+
+
 def test_the_page_of_a_consistency_model_shows_what_it_can_do(browser):
     with tiny.served(tiny.load_student, hosts=("localhost",)) as (address, _), opened(browser, address) as page:
         expect(page.locator("[role=tab]:visible")).to_have_count(5)

@@ -17,6 +17,7 @@ import uvicorn
 
 from configs import digits
 from diffusion_jax import build
+from diffusion_jax.data.references import References
 from diffusion_jax.serve import connections
 from diffusion_jax.serve.drawing import Picture, Shared
 from diffusion_jax.serve.engine import Ended, Engine, PictureDone
@@ -90,6 +91,20 @@ def load_inpainting() -> Loaded:
         return network.apply(params, x, t, {name: leaf for name, leaf in cond.items() if name != "known"}, keys)
 
     return loaded._replace(model=loaded.model._replace(network=network._replace(apply=apply, known_channels=4)))
+
+
+def load_reading() -> Loaded:
+    """The model as one that reads two reference pictures: it adds the colour of the first, and takes off the other."""
+    loaded = load()
+    without = loaded.model.network.apply
+
+    def apply(params, x, t, cond, keys=None):
+        first, *second = cond.get("references", (jnp.zeros_like(x),))
+        out = without(params, x, t, {"label": cond["label"]}, keys)
+        return out - 0.5 * first.mean((1, 2), keepdims=True) + sum(each.mean((1, 2), keepdims=True) for each in second)
+
+    network, reads = loaded.model.network._replace(apply=apply), References(most=2, area=64, side=4, ratio=8)
+    return loaded._replace(model=loaded.model._replace(network=network, references=reads))
 
 
 def load_checked() -> Loaded:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from diffusion_jax.data.references import References
 from diffusion_jax.interop.components import AUTOENCODER, TOKENS, TRANSFORMER
 from diffusion_jax.interop.families import chat, sizes
 from diffusion_jax.interop.family import Config, Family
@@ -73,6 +74,8 @@ FAMILY = Family(
     fits=_fits,
     is_flow=True,
     levels=_levels,
+    # four are the most of docs.bfl.ai (image editing); the sizes are those of `Flux2ImageProcessor` of diffusers
+    references=References(most=4, area=1024 * 1024, side=64, ratio=8),
     has_guidance=lambda index, scheduler: index.get("is_distilled", False) is True,
     sizes={"klein": sizes.KLEIN_4B},
 )

@@ -27,12 +27,13 @@ const TABS = {
   text: { names: ["prompt", "num_images", "seed"], more: ["negative_prompt", ...SAMPLING, ...SIZE], texts: { prompt: START, seed: SEED }, action: "Draw" },
   live: { names: ["prompt", "strength", "seed"], more: ["negative_prompt", ...SAMPLING], texts: { prompt: START, seed: SEED, strength: { default: 0.6, description: "How much of your painting changes." }, steps: { default: model.live_steps } } },
   edit: { names: ["prompt", "seed"], more: ["negative_prompt", "strength", ...SAMPLING], texts: { prompt: { ...START, description: "What the marked part shows." }, strength: { default: 1 }, seed: SEED }, action: "Draw the marked part" },
+  words: { names: ["prompt", "seed"], more: ["negative_prompt", ...SAMPLING], texts: { prompt: { title: "What to change", description: "Such as: make it night.", default: "" }, seed: SEED }, action: "Edit" },
   style: { names: ["other_prompt", "prompt", "strength", "seed"], more: ["negative_prompt", "steps", "guidance"], texts: { other_prompt: { title: "What the picture shows", description: "" }, prompt: { title: "In which style", description: "These words are added.", default: model.vocabulary.styles.at(2) ?? "" }, strength: { default: 0.8 }, seed: SEED }, action: "Restyle" },
   morph: { names: ["prompt", "other_prompt", "num_images", "seed", "other_seed"], more: ["negative_prompt", ...SAMPLING, ...SIZE], texts: { prompt: { ...START, title: "From", description: "" }, other_prompt: { title: "To", description: "Empty for the same.", default: model.other_prompt }, seed: { ...SEED, title: "First seed" }, other_seed: { description: "" }, num_images: { title: "Frames", description: "How many pictures from one to the other.", default: Math.min(12, properties.num_images.maximum), minimum: 2 } }, action: "Morph" },
   how: { names: ["prompt", "seed"], texts: { prompt: START, seed: SEED }, action: "Show how" },
 };
-// an inpainting model does nothing else, and a consistency model cannot be inverted
-const usable = (tab) => (tab === "edit" || !model.needs_image) && (tab !== "style" || properties.task.enum.includes(tab));
+// an inpainting model does nothing else, a consistency model cannot be inverted, and few models read reference pictures
+const usable = (tab) => (tab === "edit" || !model.needs_image) && (tab !== "style" || properties.task.enum.includes(tab)) && (tab !== "words" || model.references > 0);
 const forms = Object.fromEntries(Object.entries(TABS).map(([tab, table]) => [tab, new Form(find(`#${tab} form`), tab === "live" ? LiveRequest.properties : properties, table, model)]));
 const MODEL = `${model.name} ${model.origin}`; // settings are kept for each model
 
@@ -48,7 +49,7 @@ for (const [tab, form] of Object.entries(forms)) {
 // -- canvases ---------------------------------------------------------------------------------------------------------
 
 const paints = {};
-for (const tab of ["live", "edit", "style"]) {
+for (const tab of ["live", "edit", "words", "style"]) {
   const stay = () => paints[tab] && history.write(`${MODEL} ${tab} canvas`, paints[tab].values().image);
   paints[tab] = new Paint(find(`#${tab}`), model.size, tab === "edit", (text) => forms[tab].say(text, true), stay);
   const kept = await history.read(`${MODEL} ${tab} canvas`);
@@ -196,12 +197,12 @@ submits("edit", (values) => {
   if (!paints.edit.marked) return forms.edit.say("Mark a part of the picture with the brush first.", true);
   drawResult("edit", { ...values, ...paints.edit.values() });
 });
-find("#edit .again").onclick = () => results.edit ? paints.edit.open(source(results.edit)) : forms.edit.say("There is no result yet.", true);
+for (const tab of ["edit", "words"]) find(`#${tab} .again`).onclick = () => results[tab] ? paints[tab].open(source(results[tab])) : forms[tab].say("There is no result yet.", true);
 
-submits("style", (values) => {
-  if (!paints.style.hasPicture) return forms.style.say("Open a picture first, or send one here from the list below.", true);
-  const prompt = [values.other_prompt, values.prompt].filter(Boolean).join(", ");
-  drawResult("style", { ...values, ...paints.style.values(), prompt, task: "style" });
+const restyle = ({ other_prompt, prompt, ...values }, image) => ({ ...values, image, other_prompt, prompt: [other_prompt, prompt].filter(Boolean).join(", "), task: "style" });
+for (const [tab, request] of [["style", restyle], ["words", (values, image) => ({ ...values, references: [image] })]]) submits(tab, (values) => {
+  if (!paints[tab].hasPicture) return forms[tab].say("Open a picture first, or send one here from the list below.", true);
+  drawResult(tab, request(values, paints[tab].values().image));
 });
 
 async function drawResult(tab, values) {
@@ -290,7 +291,7 @@ for (const button of document.querySelectorAll("dialog [data-to]")) button.hidde
 
 /** Enter the settings of a picture where it was made. */
 function restore({ settings, tab }) {
-  const made = { "live canvas": "live", mask: "edit" }[settings.made_with] ?? { style: "style", morph: "morph" }[settings.task];
+  const made = { "live canvas": "live", mask: "edit", references: "words" }[settings.made_with] ?? { style: "style", morph: "morph" }[settings.task];
   const to = ["edit", "text", tab, made].findLast((each) => each && usable(each));
   const prompt = to === "style" ? (settings.prompt ?? "").replace(`${settings.other_prompt}, `, "") : settings.prompt;
   forms[to].enter({ ...settings, prompt });
