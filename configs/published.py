@@ -20,6 +20,9 @@ of its blocks for all. The files of its authors, and of SiT, hold the transforme
     DIT="--config.checkpoint=DiT-XL-2-256x256.pt --config.allow_pickle=True --config.vae=FOLDER"
     python main.py --config=configs/published.py $DIT --config.prediction=eps --mode=sample --prompt "207"
 
+--config.denoiser=FILE reads the transformer of FLUX.2 klein or Z-Image from a file of its authors or of ComfyUI, and
+the other parts from FOLDER.
+
 --config.loras="('FILE@0.8', …)" adds files of LoRA, LoCon, DoRA, LoHa and LoKr to the weights, with these factors.
 --config.embeddings="('FILE', 'FILE@WORD', …)" adds the learned words of textual inversion, which prompts use by name:
 that in the file, or the name of the file, or WORD.

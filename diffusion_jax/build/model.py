@@ -147,7 +147,7 @@ def published(config: ConfigDict, training: bool = False, stored: bool = False) 
         config.allow_pickle,
         config.safety_checker and not training,
         config.scan,
-        config.vae or None,
+        {name: place for name in ("vae", "denoiser") if (place := config[name])},
         stored,
     )
     for file in config.loras:

@@ -68,6 +68,7 @@ PUBLISHED = {
         "Compute type of a checkpoint's networks: float32, or bfloat16 for TPU and GPU.",
     ),
     "prediction": Field("", text, "eps, v or x0, if the checkpoint does not contain it; flow for SiT."),
+    "denoiser": Field("", text, "A file with a U-Net or transformer alone, in place of the checkpoint's own."),
     "tokenizers": Field("", text, "A folder with tokenizers, for a checkpoint of one file."),
     "vae": Field("", text, "A folder with an autoencoder, for a checkpoint of one file that has none."),
     "allow_pickle": Field(False, flag, "Also read .bin, .ckpt and .pt files. Only tensors are read from them."),
@@ -329,6 +330,8 @@ LORA = {
     "rank": Field(8, whole(1, 4096), "Rank of the updates."),
     "alpha": Field(8.0, positive, "The updates are alpha / rank up down."),
     "targets": Field(
-        "attn[12]/to_(q|k|v|out_0)", pattern, "A regular expression: the paths of the updated maps end in it."
+        r"(attn[12]?|attention)/(to_(q|k|v|out(_0)?|qkv_mlp_proj|add_out)|add_[qkv]_proj)",
+        pattern,
+        "A regular expression: the paths of the updated maps end in it.",
     ),
 }

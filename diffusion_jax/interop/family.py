@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from diffusion_jax.data.references import References
+from diffusion_jax.interop.originals import WHOLE, Places
 from diffusion_jax.interop.prompts import chunked_for_each, in_one_chunk
+from diffusion_jax.interop.quantized import Tensor
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, Tensor]
 Config = Mapping[str, Any]  # content of a JSON file
 
 
@@ -20,6 +22,15 @@ class Description(NamedTuple):
 
     config: Config
     tensors: Tensors
+
+
+class Network(NamedTuple):
+    """A network of a pipeline before loading: the shapes of its variables, and the tensors to load."""
+
+    module: Any
+    like: PyTree
+    tensors: Tensors
+    source: str
 
 
 class Component(NamedTuple):
@@ -94,17 +105,18 @@ class SingleFile(NamedTuple):
     ask: str = ""
 
 
-class LoraNames(NamedTuple):
-    """Names of the updated maps in files of LoRA.
+class FileNames(NamedTuple):
+    """Names of maps in files of LoRA, and in files of a denoiser alone.
 
     prefixes: beginning of the names that join the path with underscores -> the part.
     dotted: beginning of the names with dots, apart from the names of the parts themselves -> the part.
-    path: (part, path with underscores or dots, module of the denoiser) -> the path in the layout of the folder.
+    places: (part, path with underscores or dots, module of the denoiser) -> the maps in the layout of the folder.
+      Raises ValueError for a map of another model.
     """
 
     prefixes: Mapping[str, str] = MappingProxyType({})
     dotted: Mapping[str, str] = MappingProxyType({})
-    path: Callable[[str, str, Any], str] = lambda part, path, denoiser: path
+    places: Callable[[str, str, Any], Places] = lambda part, path, denoiser: {path: WHOLE}
 
 
 class Family(NamedTuple):
@@ -130,7 +142,9 @@ class Family(NamedTuple):
       distilled with it.
     safety_checker: (folder, allow_pickle) -> its safety checker; None if it has none.
     single_file: None if there is no such layout.
-    lora: names in files of low-rank updates.
+    names: those in files of low-rank updates, and of the denoiser alone.
+    sizes_of: (tensors of a denoiser, config.json of the one that it replaces) -> the fields of config.json that the
+      tensors determine. Raises ValueError for one that does not fit the other parts, and KeyError without a tensor.
     embeddings: names of tensors in files of learned words -> the text encoder that reads them.
     sizes: short name of a published checkpoint -> {part: its config.json} and its "scheduler".
     """
@@ -154,6 +168,7 @@ class Family(NamedTuple):
     has_guidance: Callable[[Config, Config], bool] = lambda index, scheduler: False
     safety_checker: Callable[[Path, bool], Any] | None = None
     single_file: SingleFile | None = None
-    lora: LoraNames = LoraNames()
+    names: FileNames = FileNames()
+    sizes_of: Callable[[Tensors, Config], Config] = lambda tensors, config: {}
     embeddings: Mapping[str, str] = MappingProxyType({})
     sizes: Mapping[str, Mapping[str, Config]] = MappingProxyType({})

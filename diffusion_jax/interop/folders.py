@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from diffusion_jax import paths
 from diffusion_jax.interop.names import from_torch, modern, to_torch
+from diffusion_jax.interop.quantized import Tensor
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_file, write_json
 from diffusion_jax.messages import first_line
 from diffusion_jax.models.applied import shapes_of
@@ -138,7 +139,7 @@ def load_transformer(
     return transformer, from_torch(transformer_tensors(tensors), source, like, dtype)
 
 
-def transformer_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def transformer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the table of fixed positions, which some files of DiT have."""
     return {name: tensor for name, tensor in tensors.items() if name != "pos_embed.pos_embed"}
 

@@ -1,13 +1,15 @@
 """Updates of published models in files of LoRA and its relatives, applied to their weights.
 
 `weight_updates` has the formulas: LoRA, LoCon, DoRA, LoHa, LoKr. There are two naming schemes for the updated maps.
-Kohya's and LyCORIS' files join the path with underscores, and use the path of the original code for SDXL. Files of
-diffusers, peft, ComfyUI and OneTrainer (OMI) use dots, the last two with the path of the original code:
+Kohya's and LyCORIS' files join the path with underscores, and use the path of the original code for SDXL, FLUX.2 and
+Z-Image. Files of diffusers, peft, ComfyUI and OneTrainer (OMI) use dots, the last two with the path of the original
+code, where one map may be several of ours (`originals`):
 
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, ….lora_up.weight, ….alpha
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
     diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight, ….lora_B.weight
     unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight, ….lora_up.weight, ….alpha
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight, ….lora_B.weight
 """
 
 import re
@@ -21,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax.interop.adapter_config import Settings, read_settings
+from diffusion_jax.interop.family import FileNames
 from diffusion_jax.interop.names import kernel_from_torch, kernel_to_torch, torch_name
 from diffusion_jax.interop.pipeline import PublishedPipeline
 from diffusion_jax.interop.tensors import check_finite, read_file, write_file
@@ -85,7 +88,7 @@ def load_lora(
     settings that are not supported.
     """
     roles_by_place: dict[tuple[str, str], dict] = {}
-    names = {}  # place -> path with dots, where the file has dots
+    maps = {}  # place -> path with dots, where the file has dots, and its rows in the map of the file
     settings = read_settings(path, pipeline.family.denoiser if pipeline else denoiser)
     tensors = read_file(path, allow_pickle)
     if not tensors:
@@ -94,16 +97,21 @@ def load_lora(
     for name, tensor in tensors.items():
         check_finite(name, tensor, path)
         head, role = _role(path, name)
-        part, target = _place(head, pipeline, denoiser)
-        place = part, target.replace(".", "_")
-        roles = roles_by_place.setdefault(place, {})
-        if role in roles:
-            raise ValueError(f"{path}: {part} {target} has two tensors of {role}, such as those of two adapters")
-        roles[role], names[place] = tensor, target
+        try:
+            part, places = _places(head, pipeline, denoiser)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name} {error}") from None
+        for target, rows in places.items():
+            place = part, target.replace(".", "_")
+            roles = roles_by_place.setdefault(place, {})
+            if role in roles:
+                raise ValueError(f"{path}: {part} {target} has two tensors of {role}, such as those of two adapters")
+            roles[role], maps[place] = tensor, (target, rows)
     parts: dict[str, dict[str, Update]] = {}
     for (part, target), roles in roles_by_place.items():
+        name, rows = maps[part, target]
         try:
-            update = _update(roles, names[part, target], settings.get(part))
+            update = _update(roles, name, settings.get(part))._replace(rows=rows)
         except ValueError as error:
             raise ValueError(f"{path}: {part} {target} {error}") from None
         parts.setdefault(part, {})[target] = update
@@ -156,36 +164,39 @@ def merge(params: PyTree, updates: Mapping[str, Update], scale: float, source: s
 
     source: the file, for messages.
     """
-    remaining = dict(updates)
 
     def name_of(path):
         return torch_name(path).removesuffix(".weight").replace(".", "_") if path[-1] == "kernel" else ""
 
+    def names_in(path, leaf):
+        return {name_of(layer) for layer, _ in layers(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))}
+
     def merged(path, leaf):
         target = name_of(path)
-        if target not in remaining:
+        if target not in updates:
             return leaf
         weight = kernel_to_torch(path, leaf.astype(np.float32))
         try:
-            weight = updated(weight, remaining.pop(target), scale)
+            weight = updated(weight, updates[target], scale)
         except ValueError as error:
             raise ValueError(f"{source}: the update of {target} {error}") from None
         return kernel_from_torch(path, weight).astype(leaf.dtype)
 
     def with_updates(keys, leaf):
-        path, shape = tuple(key.key for key in keys[1:]), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        if not any(name_of(layer) in remaining for layer, _ in layers(path, shape)):
+        path = tuple(key.key for key in keys[1:])
+        if updates.keys().isdisjoint(names_in(path, leaf)):
             return leaf
         array = mapped(merged, path, np.asarray(leaf))
         return on_host(array) if isinstance(leaf, Stored) else jnp.asarray(array)
 
-    params = jax.tree_util.tree_map_with_path(with_updates, params)
-    if remaining:
+    known = (names_in(tuple(key.key for key in keys[1:]), leaf) for keys, leaf in tree_leaves(params))
+    unknown = updates.keys() - set().union(*known)
+    if unknown:
         raise ValueError(
-            f"{source}: {len(remaining)} updates of maps that the network does not have, such as {min(remaining)}; "
+            f"{source}: {len(unknown)} updates of maps that the network does not have, such as {min(unknown)}; "
             "it was made for another model, or names the maps in an unknown way"
         )
-    return params
+    return jax.tree_util.tree_map_with_path(with_updates, params)
 
 
 def _refuse_others(path, tensors):
@@ -233,21 +244,17 @@ def _number(alpha):
     return float(alpha.reshape(()))
 
 
-def _place(name, pipeline, denoiser):
-    """(part, path) of the map `name` in a file; the path has dots if the name has."""
-    parts, prefixes, dotted = {denoiser: None}, {}, {}
+def _places(name, pipeline, denoiser):
+    """(part, our maps with their rows) of the map `name` in a file; the paths have dots if the name has."""
+    parts, names = {denoiser: None}, FileNames()
     if pipeline is not None:
-        family = pipeline.family
-        parts, denoiser = family.parts, family.denoiser
-        prefixes, dotted = family.lora.prefixes, family.lora.dotted
+        parts, denoiser, names = pipeline.family.parts, pipeline.family.denoiser, pipeline.family.names
     name = re.sub(r"base_model\.model\.|\.processor", "", name)
-    begins = {f"{prefix}_": part for prefix, part in prefixes.items()}
-    begins |= {f"{prefix}.": part for prefix, part in dotted.items()}
-    begins |= {f"{part}.": part for part in (*prefixes.values(), *parts)}
+    begins = {f"{prefix}_": part for prefix, part in names.prefixes.items()}
+    begins |= {f"{prefix}.": part for prefix, part in names.dotted.items()}
+    begins |= {f"{part}.": part for part in (*names.prefixes.values(), *parts)}
     begin = max(filter(name.startswith, begins), key=len, default="")
     part, path = begins.get(begin, denoiser), name.removeprefix(begin)
-    if pipeline is not None:
-        path = family.lora.path(part, path, pipeline.denoiser.module)
-    path = re.sub(r"\.to_out$", ".to_out.0", path)  # older files omit the index
-    path = re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path)
-    return part, parts[part].qualified(path) if parts.get(part) else path
+    places = names.places(part, path, pipeline and pipeline.denoiser.module)
+    qualified = parts[part].qualified if parts.get(part) else str
+    return part, {qualified(place): rows for place, rows in places.items()}

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from diffusion_jax import parallel
+from diffusion_jax.interop.quantized import Scaled, Tensor
 from diffusion_jax.interop.tensors import check_finite, release
 from diffusion_jax.models.stacking import layers, mapped
 from diffusion_jax.stored import Stored, loaded
@@ -43,7 +44,7 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def from_torch(
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     source: str,
     like: PyTree,
     dtype: DTypeLike | None = None,
@@ -70,12 +71,14 @@ def from_torch(
 
     def read(path, leaf):
         name = torch_name(path)
-        check_finite(name, tensors[name], source)
-        return kernel_from_torch(path, tensors[name]).astype(dtype or leaf.dtype, copy=False)
+        tensor = np.asarray(tensors[name])
+        check_finite(name, tensor, source)
+        return kernel_from_torch(path, tensor).astype(dtype or leaf.dtype, copy=False)
 
     def free(path, leaf):
         for layer, _ in layers(path, leaf):
-            release(tensors[torch_name(layer)])
+            tensor = tensors[torch_name(layer)]
+            release(tensor.weight if isinstance(tensor, Scaled) else tensor)
 
     def in_file(path, leaf):
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -99,7 +102,7 @@ class Differences(NamedTuple):
     misshapen: list[str]
 
 
-def differences(tensors: Mapping[str, np.ndarray], like: PyTree) -> Differences:
+def differences(tensors: Mapping[str, Tensor], like: PyTree) -> Differences:
     """Compare a torch state dict with the structure and shapes of Flax variables."""
     shapes = {torch_name(path): _shape_in_torch(path, leaf.shape) for path, leaf in _leaves(like)}
     return Differences(
@@ -113,7 +116,7 @@ def differences(tensors: Mapping[str, np.ndarray], like: PyTree) -> Differences:
     )
 
 
-def modern(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def modern(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with current names: the oldest checkpoints use other names for attention."""
     return {_modern(name): tensor for name, tensor in tensors.items()}
 

@@ -27,11 +27,11 @@ from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.interop import families
 from diffusion_jax.interop.copied import write_changed
 from diffusion_jax.interop.encoders import without_last_layers
-from diffusion_jax.interop.family import Description, Family
+from diffusion_jax.interop.family import Description, Family, Network
 from diffusion_jax.interop.names import from_torch
 from diffusion_jax.interop.safety import SafetyChecker
 from diffusion_jax.interop.schedulers import FLOWS, is_flow, with_defaults
-from diffusion_jax.interop.single_file import read_checkpoint
+from diffusion_jax.interop.single_file import read_checkpoint, read_denoiser
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
 from diffusion_jax.messages import first_line
@@ -48,15 +48,6 @@ class Part(NamedTuple):
 
     module: Any
     params: PyTree
-
-
-class Network(NamedTuple):
-    """A network of a pipeline before loading: the shapes of its variables, and the tensors to load."""
-
-    module: Any
-    like: PyTree
-    tensors: Mapping[str, np.ndarray]
-    source: str
 
 
 class PublishedPipeline(NamedTuple):
@@ -122,7 +113,7 @@ def load_pipeline(
     allow_pickle: bool = False,
     safety_checker: bool = True,
     scan: bool = False,
-    vae: str | Path | None = None,
+    parts: Mapping[str, str | Path] = MappingProxyType({}),
     stored: bool = False,
 ) -> PublishedPipeline:
     """A pipeline from a diffusers folder or from a .safetensors file in the original layout.
@@ -133,7 +124,8 @@ def load_pipeline(
     allow_pickle: see `read_file`.
     safety_checker: load that of a folder whose model_index.json names one.
     scan: compile one block of the denoiser for all, see `models.transformer.Transformer`.
-    vae: the folder of the autoencoder for a single file that has none.
+    parts: places of networks that the checkpoint has not. "vae": the folder of the autoencoder, for a single file
+      without one. "denoiser": a file with the denoiser alone, which is read instead of that of a folder.
     stored: leave the weights in their files until they are used (`diffusion_jax.stored`).
     Raises FileNotFoundError for missing files and ValueError for unsupported or malformed ones, naming the file.
     """
@@ -145,7 +137,7 @@ def load_pipeline(
         )
     if prediction not in (None, *PREDICTIONS.values(), "flow"):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS.values())} or flow, got {prediction!r}")
-    family, networks, scheduler, index = _read(path, allow_pickle, prediction, vae)
+    family, networks, scheduler, index = _read(path, allow_pickle, prediction, parts)
     if family.autoencoder not in networks:
         raise ValueError(f"{path} has no autoencoder: name the folder of one as `vae`")
     if scan:
@@ -295,14 +287,17 @@ def read_networks(path: str | Path, allow_pickle: bool = False) -> tuple[Family,
 
 
 def _read(
-    path: Path, allow_pickle: bool, prediction: str | None = None, vae: str | Path | None = None
+    path: Path, allow_pickle: bool, prediction: str | None = None, others: Mapping = MappingProxyType({})
 ) -> tuple[Family, dict[str, Network], Mapping, dict]:
-    """The family and the networks of a folder or file, scheduler_config.json, and model_index.json without the parts.
-
-    A file has no model_index.json. Other arguments as of `load_pipeline`.
+    """The family and the networks of a folder or file, scheduler_config.json, and model_index.json without the parts,
+    which a file lacks. Arguments as of `load_pipeline`, others: its `parts`.
     """
+    if unknown := others.keys() - {"vae", "denoiser"}:
+        raise ValueError(f"parts: expected vae or denoiser, got {', '.join(sorted(unknown))}")
     if path.is_file():
-        family, parts, scheduler, sources = read_checkpoint(path, allow_pickle, prediction, vae)
+        if "denoiser" in others:
+            raise ValueError(f"denoiser={str(others['denoiser'])!r} replaces that of a folder, and {path} is a file")
+        family, parts, scheduler, sources = read_checkpoint(path, allow_pickle, prediction, others.get("vae"))
         index = {}
     else:
         family, configs = _family_and_configs(path)
@@ -311,8 +306,12 @@ def _read(
         index = {name: value for name, value in entries.items() if not isinstance(value, list)}
         parts, sources = {}, {}
         for name, config in configs.items():
-            tensors, sources[name] = read_tensors(path / name, family.parts[name].weights, allow_pickle)
-            parts[name] = Description(config, tensors)
+            if "denoiser" in others and name == family.denoiser:
+                sources[name] = str(others["denoiser"])
+                parts[name] = read_denoiser(sources[name], family, config, path / name / "config.json", allow_pickle)
+            else:
+                tensors, sources[name] = read_tensors(path / name, family.parts[name].weights, allow_pickle)
+                parts[name] = Description(config, tensors)
     networks = {}
     for name, (config, tensors) in parts.items():
         component = family.parts[name]

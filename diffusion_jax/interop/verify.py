@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from diffusion_jax import paths
-from diffusion_jax.interop.family import Component
+from diffusion_jax.interop.family import Component, Network
 from diffusion_jax.interop.names import differences, from_torch, torch_name
-from diffusion_jax.interop.pipeline import LEVELS, Network, read_networks
+from diffusion_jax.interop.pipeline import LEVELS, read_networks
 
 PEER_PACKAGES = ("torch", "diffusers", "transformers")
 

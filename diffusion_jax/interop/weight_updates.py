@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.interop.originals import WHOLE, Rows
+
 Factors = Mapping[str, np.ndarray]
 
 
@@ -51,6 +53,7 @@ class Update(NamedTuple):
     rank: of its factors, or that of the settings for an update that has no low rank.
     rank_stabilized: divide alpha by sqrt(rank) instead of by rank.
     magnitude: of DoRA, one number for each output, or one for each input; None without.
+    rows: those of D and of the magnitude that the map has, where the file has one update of several maps.
     """
 
     kind: str
@@ -59,6 +62,7 @@ class Update(NamedTuple):
     rank: int | None
     rank_stabilized: bool = False
     magnitude: np.ndarray | None = None
+    rows: Rows = WHOLE
 
     @property
     def scale(self) -> float:
@@ -105,6 +109,7 @@ def updated(weight: np.ndarray, update: Update, strength: float) -> np.ndarray:
     except ValueError:
         shapes = ", ".join(f"{name} {factor.shape}" for name, factor in factors.items())
         raise ValueError(f"needs factors of one rank, got {shapes}") from None
+    change = update.rows.of(change)
     shape = change.shape
     while len(shape) > 2 and shape[-1] == 1:  # a linear map may be stored as a 1x1 convolution, and vice versa
         shape = shape[:-1]
@@ -113,7 +118,12 @@ def updated(weight: np.ndarray, update: Update, strength: float) -> np.ndarray:
     direction = weight + strength * update.scale * change.reshape(weight.shape)
     if update.magnitude is None:
         return direction
-    magnitude = np.asarray(_like(update.magnitude, weight.shape), np.float32)
+    whole = (len(weight) * update.rows.count // len(update.rows.parts), *weight.shape[1:])
+    magnitude = np.asarray(_like(update.magnitude, whole), np.float32)
+    if len(magnitude) > 1:
+        magnitude = update.rows.of(magnitude)
+    elif whole != weight.shape:
+        raise ValueError("has a magnitude for each input of several maps together, which is not supported")
     axes = tuple(axis for axis, length in enumerate(magnitude.shape) if length == 1)
     norm = np.sqrt(np.sum(direction**2, axes, keepdims=True))
     return magnitude * direction / np.maximum(norm, np.finfo(np.float32).tiny)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key, PyTree
 
 from diffusion_jax.models.stacking import is_stacked
 
-ATTENTION = r"attn[12]/to_(q|k|v|out_0)"
+ATTENTION = r"(attn[12]?|attention)/(to_(q|k|v|out(_0)?|qkv_mlp_proj|add_out)|add_[qkv]_proj)"
 
 
 def init(variables: PyTree, rank: int, key: Key[Array, ""], targets: str = ATTENTION) -> PyTree:

@@ -2,7 +2,7 @@
 
 from diffusion_jax.interop import folders
 from diffusion_jax.interop.components import AUTOENCODER, TEXT_ENCODER, UNET
-from diffusion_jax.interop.family import Description, Family, LoraNames, Prompt, SingleFile
+from diffusion_jax.interop.family import Description, Family, FileNames, Prompt, SingleFile
 from diffusion_jax.interop.prompts import emphasised
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "prediction_type": "v_prediction"}
@@ -34,5 +34,5 @@ FAMILY = Family(
     prompt=Prompt(embed=emphasised(lambda output: output.penultimate), null_is_zeros=lambda index: True),
     index=lambda painter: {"_class_name": "PaintersPipeline"},
     single_file=SingleFile(read, SCHEDULER),
-    lora=LoraNames(prefixes={"painted": "painter"}),
+    names=FileNames(prefixes={"painted": "painter"}),
 )

@@ -96,7 +96,7 @@ def saved(weights, folder, kind):
 @pytest.mark.parametrize("prediction", ["eps", "flow"])
 def test_the_denoiser_is_the_original(weights, vae, tmp_path, prediction, kind):
     path = saved(weights, tmp_path, kind)
-    published = load_pipeline(path, prediction=prediction, allow_pickle=kind == "pt", vae=vae)
+    published = load_pipeline(path, prediction=prediction, allow_pickle=kind == "pt", parts={"vae": vae})
     assert published.family.name == {"eps": "DiT", "flow": "SiT"}[prediction]
     model = from_published(published)
     rng = np.random.default_rng(1)
@@ -111,7 +111,7 @@ def test_the_denoiser_is_the_original(weights, vae, tmp_path, prediction, kind):
 
 
 def test_sit_samples_by_even_steps_and_survives_an_export(weights, vae, tmp_path):
-    published = load_pipeline(saved(weights, tmp_path, "safetensors"), prediction="flow", vae=vae, scan=True)
+    published = load_pipeline(saved(weights, tmp_path, "safetensors"), prediction="flow", parts={"vae": vae}, scan=True)
     model = from_published(published)
     plan = model.published_solvers["published"](4)
     np.testing.assert_allclose(plan.level.sigma, [1, 0.75, 0.5, 0.25], rtol=1e-6)
@@ -130,11 +130,11 @@ def test_sit_samples_by_even_steps_and_survives_an_export(weights, vae, tmp_path
 def test_what_a_file_does_not_say_is_asked_for(weights, vae, tmp_path):
     path = saved(weights, tmp_path, "safetensors")
     with pytest.raises(ValueError, match="set prediction to eps for DiT, and to flow for SiT"):
-        load_pipeline(path, vae=vae)
+        load_pipeline(path, parts={"vae": vae})
     with pytest.raises(ValueError, match="has no autoencoder: name the folder of one as `vae`"):
         load_pipeline(path, prediction="eps")
     with pytest.raises(ValueError, match="is a pickle"):
-        load_pipeline(saved(weights, tmp_path, "pt"), prediction="eps", vae=vae)
+        load_pipeline(saved(weights, tmp_path, "pt"), prediction="eps", parts={"vae": vae})
     moved = weights | {"pos_embed": weights["pos_embed"].roll(1, dims=1)}
     with pytest.raises(ValueError, match="pos_embed has other positions"):
-        load_pipeline(saved(moved, tmp_path, "safetensors"), prediction="eps", vae=vae)
+        load_pipeline(saved(moved, tmp_path, "safetensors"), prediction="eps", parts={"vae": vae})

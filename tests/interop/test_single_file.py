@@ -16,7 +16,7 @@ from diffusion_jax.interop.families.latent_diffusion import unet_name
 from diffusion_jax.interop.folders import autoencoder_of, unet_of
 from diffusion_jax.interop.names import from_torch, to_torch
 from diffusion_jax.interop.pipeline import schedule_of
-from diffusion_jax.interop.single_file import read_checkpoint
+from diffusion_jax.interop.single_file import read_checkpoint, read_denoiser
 from diffusion_jax.interop.tensors import write_file
 
 UNET = {"_class_name": "UNet2DConditionModel", "layers_per_block": 2, "block_out_channels": [32, 64]}
@@ -420,6 +420,25 @@ def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         read_checkpoint(tmp_path / "x.safetensors")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "", "unet."])
+def test_a_unet_alone(prefix, tmp_path):
+    """In a file of ComfyUI, or by the names of diffusers."""
+    held, originals = checkpoint("sd1")
+    config, start = read_parts(held, tmp_path)["unet"].config, "model.diffusion_model."
+    alone = {prefix + name.removeprefix(start): tensor for name, tensor in held.items() if name.startswith(start)}
+    if prefix == "unet.":
+        alone = {prefix + name: tensor for name, tensor in originals[0].items()}
+    write_file(tmp_path / "x.safetensors", alone)
+    found = read_denoiser(tmp_path / "x.safetensors", stable_diffusion_1.FAMILY, config, "config.json")
+    assert found.config == config
+    assert_equal(found.tensors, originals[0])
+
+
+def read_parts(held, folder):
+    write_file(folder / "whole.safetensors", held)
+    return read_checkpoint(folder / "whole.safetensors").parts
 
 
 def test_the_refiner_in_one_file(tmp_path):

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from diffusion_jax.data.references import References
 from diffusion_jax.interop.components import AUTOENCODER, TOKENS, TRANSFORMER
-from diffusion_jax.interop.families import chat, sizes
+from diffusion_jax.interop.families import chat, flux2_names, sizes
 from diffusion_jax.interop.family import Config, Family
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.flux2 import Flux2Transformer
@@ -76,6 +76,8 @@ FAMILY = Family(
     levels=_levels,
     # four are the most of docs.bfl.ai (image editing); the sizes are those of `Flux2ImageProcessor` of diffusers
     references=References(most=4, area=1024 * 1024, side=64, ratio=8),
+    names=flux2_names.NAMES,
+    sizes_of=flux2_names.sizes_of,
     has_guidance=lambda index, scheduler: index.get("is_distilled", False) is True,
     sizes={"klein": sizes.KLEIN_4B},
 )

@@ -13,7 +13,8 @@ import numpy as np
 
 from diffusion_jax.interop.encoders import qualified
 from diffusion_jax.interop.families.statements import stated
-from diffusion_jax.interop.family import Config, Description, LoraNames, Tensors
+from diffusion_jax.interop.family import Config, Description, FileNames, Tensors
+from diffusion_jax.interop.originals import WHOLE, length_of
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.unet import UNet
 
@@ -208,7 +209,9 @@ def _unet(tensors, sample_size):
     downsamplers = [int(name.split(".")[1]) for name in tensors if re.match(r"input_blocks\.\d+\.0\.op\.", name)]
     layers = min(downsamplers) - 1
     tensors = {unet_name(name, layers): tensor for name, tensor in tensors.items()}
-    widths = [len(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(_count(tensors, "down_blocks."))]
+    widths = [
+        len(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(length_of(tensors, "down_blocks."))
+    ]
     down, up = ([_depths(tensors, f"{side}_blocks.{i}.") for i in range(len(widths))] for side in ("down", "up"))
     linear = has_linear_maps(tensors)
     added = tensors.get("add_embedding.linear_1.weight")
@@ -242,7 +245,7 @@ def _middle_and_depths(tensors, down, up):
     down, up: depths of the levels, in the order of the blocks. SSD-1B and Segmind-Vega have one residual block in the
     middle, and other depths upwards than downwards. The smallest distilled networks (KOALA, BK-SDM) have no middle.
     """
-    resnets, middle = _count(tensors, "mid_block.resnets."), _depths(tensors, "mid_block.")
+    resnets, middle = length_of(tensors, "mid_block.resnets."), _depths(tensors, "mid_block.")
     if resnets > 1 and not middle:
         raise KeyError("mid_block.attentions.0")
     depths = [*(depth or 1 for depth in down[:-1]), down[-1] or middle or 1]  # the middle has that of the last level
@@ -256,8 +259,8 @@ def _middle_and_depths(tensors, down, up):
 
 def _depths(tensors, block):
     """The number of transformer blocks in each attention of a block: one number if all have the same, 0 without any."""
-    count = _count(tensors, f"{block}attentions.")
-    depths = [_count(tensors, f"{block}attentions.{i}.transformer_blocks.") for i in range(count)]
+    count = length_of(tensors, f"{block}attentions.")
+    depths = [length_of(tensors, f"{block}attentions.{i}.transformer_blocks.") for i in range(count)]
     return depths if len(set(depths)) > 1 else max(depths, default=0)
 
 
@@ -268,7 +271,7 @@ def _first(tensors, ending):
 
 def _autoencoder(tensors, sample_size, scaling_factor):
     tensors = {_rename(name, AUTOENCODER): tensor for name, tensor in tensors.items()}
-    levels = _count(tensors, "decoder.up_blocks.")
+    levels = length_of(tensors, "decoder.up_blocks.")
     mirrored = re.compile(r"(decoder\.up_blocks\.)(\d+)")  # the original counts levels from the finest
     tensors = {
         mirrored.sub(lambda match: f"{match[1]}{levels - 1 - int(match[2])}", name): _linear(name, tensor)
@@ -280,7 +283,7 @@ def _autoencoder(tensors, sample_size, scaling_factor):
             "block_out_channels": [
                 len(tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels)
             ],
-            "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
+            "layers_per_block": length_of(tensors, "encoder.down_blocks.0.resnets."),
             "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -310,7 +313,7 @@ def open_clip(tensors: Tensors, skip: int = 0, projection: bool = True) -> Descr
     skip: last layers to drop, which the denoiser does not use.
     projection: keep that of the pooled text.
     """
-    count, renamed = _count(tensors, "transformer.resblocks."), {}
+    count, renamed = length_of(tensors, "transformer.resblocks."), {}
     skipped = tuple(f"transformer.resblocks.{count - 1 - i}." for i in range(skip))
     for name, tensor in tensors.items():
         if name.startswith(skipped) or (name == "text_projection" and not projection):
@@ -337,7 +340,7 @@ def _text_config(tensors, activation, name):
         "intermediate_size": len(tensors["text_model.encoder.layers.0.mlp.fc1.weight"]),
         "max_position_embeddings": len(tensors["text_model.embeddings.position_embedding.weight"]),
         "num_attention_heads": max(width // 64, 1),
-        "num_hidden_layers": _count(tensors, "text_model.encoder.layers."),
+        "num_hidden_layers": length_of(tensors, "text_model.encoder.layers."),
         "projection_dim": width if projection is None else len(projection),
         "vocab_size": vocabulary,
         "bos_token_id": vocabulary - 2,
@@ -357,17 +360,17 @@ def _rename(name, rules):
     return name
 
 
-def _count(tensors, prefix):
-    """The number of different name parts after `prefix`: the length of a list of modules."""
-    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
+def _places(part, path, unet):
+    """Files of kohya for SDXL and those of ComfyUI use the names of the original code; older files of diffusers omit
+    an index, and have names of their own for the attention of text encoders.
+    """
+    if part == "unet":
+        path = unet_name(path, int(np.max(unet.layers_per_block)))
+    path = re.sub(r"\.to_out$", ".to_out.0", path)
+    return {re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", path): WHOLE}
 
 
-def _lora_path(part, path, unet):
-    """Files of kohya for SDXL and those of ComfyUI use the names of the original code."""
-    return unet_name(path, int(np.max(unet.layers_per_block))) if part == "unet" else path
-
-
-LORA = LoraNames(prefixes=KOHYA, dotted=DOTTED, path=_lora_path)
+NAMES = FileNames(prefixes=KOHYA, dotted=DOTTED, places=_places)
 
 ONE_ENCODER = (  # of Stable Diffusion 1, and of 2, whose denoiser does not use the last layer
     ("text_encoder", "cond_stage_model.transformer.", clip),

@@ -29,7 +29,7 @@ FAMILY = Family(
     scheduler_changes={"clip_sample": False, "steps_offset": 1},
     safety_checker=load_safety_checker,
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}, LAYOUT.states),
-    lora=latent_diffusion.LORA,
+    names=latent_diffusion.NAMES,
     embeddings=dict.fromkeys(("emb_params", "clip_l", "text_encoders_0"), "text_encoder"),
     sizes={"sd15": sizes.SD15},
 )

@@ -60,7 +60,7 @@ FAMILY = Family(
     index=latent_diffusion.index_of("StableDiffusionXL", has_safety_checker=False),
     fits=latent_diffusion.fits,
     single_file=SingleFile(LAYOUT.read, latent_diffusion.SCHEDULER | {"prediction_type": "epsilon"}, LAYOUT.states),
-    lora=latent_diffusion.LORA,
+    names=latent_diffusion.NAMES,
     embeddings={
         **dict.fromkeys(("clip_l", "text_encoders_0"), "text_encoder"),
         **dict.fromkeys(("clip_g", "text_encoders_1"), "text_encoder_2"),

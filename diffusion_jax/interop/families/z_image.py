@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from diffusion_jax.interop.components import AUTOENCODER, TOKENS, TRANSFORMER
-from diffusion_jax.interop.families import chat
+from diffusion_jax.interop.families import chat, z_image_names
 from diffusion_jax.interop.family import Config, Family
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.z_image import ZImageTransformer
@@ -77,5 +77,7 @@ FAMILY = Family(
     fits=_fits,
     is_flow=True,
     levels=_levels,
+    names=z_image_names.NAMES,
+    sizes_of=z_image_names.sizes_of,
     has_guidance=_is_turbo,
 )
