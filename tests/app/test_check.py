@@ -117,6 +117,14 @@ def test_the_sizes_of_klein_are_the_published_ones(klein):
     np.testing.assert_allclose(list(turns.values()), published_bytes, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name, is_turbo", [("z_image", False), ("z_image_turbo", True)])
+def test_the_sizes_of_z_image_are_the_published_ones(name, is_turbo):
+    model = build.model.described_model(published(name, dtype="bfloat16"), training=False)
+    published_bytes = 2 * np.array([35 * 100_930_816 + 388_956_160, 6_154_908_736, 83_819_683])
+    np.testing.assert_allclose(list(model.turns().values()), published_bytes, rtol=1e-4)
+    assert model.has_guidance == is_turbo and model.size == (1024, 1024)
+
+
 @pytest.mark.parametrize(
     "kind, count, of_host",
     [("v5e", 8, 8), ("v5e", 16, 4), ("v6e", 4, 4), ("v4", 8, 4), ("h100", 16, 8), ("v5p", 1, 1)],

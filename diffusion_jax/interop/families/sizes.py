@@ -91,6 +91,13 @@ FLUX2_KLEIN_4B = {
     "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }
+FLUX1_AUTOENCODER = AUTOENCODER | {
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 EPS, V = ({"prediction_type": name} for name in ("epsilon", "v_prediction"))
 SD15 = {"unet": UNET_1, "vae": AUTOENCODER, "text_encoder": CLIP_L, "scheduler": SCHEDULER | EPS}
 SD21 = {"unet": UNET_2, "vae": AUTOENCODER, "text_encoder": CLIP_H, "scheduler": SCHEDULER | V}
@@ -107,3 +114,12 @@ KLEIN_4B = {
     "text_encoder": QWEN3_4B,
     "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0},
 }
+Z_IMAGE, Z_IMAGE_TURBO = (
+    {
+        "transformer": {"_class_name": "ZImageTransformer2DModel", "axes_lens": (1536, 512, 512)},
+        "vae": FLUX1_AUTOENCODER,
+        "text_encoder": QWEN3_4B,
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift},
+    }
+    for shift in (6.0, 3.0)
+)

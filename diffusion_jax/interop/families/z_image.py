@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from diffusion_jax.interop.components import AUTOENCODER, TOKENS, TRANSFORMER
-from diffusion_jax.interop.families import chat, z_image_names
+from diffusion_jax.interop.families import chat, sizes, z_image_names
 from diffusion_jax.interop.family import Config, Family
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.z_image import ZImageTransformer
@@ -80,4 +80,5 @@ FAMILY = Family(
     names=z_image_names.NAMES,
     sizes_of=z_image_names.sizes_of,
     has_guidance=_is_turbo,
+    sizes={"z_image": sizes.Z_IMAGE, "z_image_turbo": sizes.Z_IMAGE_TURBO},
 )
