@@ -32,7 +32,7 @@ import jax
 import optax
 
 from configs import digits
-from diffusion_jax.app import command, workdir
+from diffusion_jax.app import train, workdir
 from diffusion_jax.training import loop
 from tests.training import linear
 
@@ -46,13 +46,13 @@ def batches(start):
             FAULT
         yield batch
 
-def train(config, folder):
+def run(config, folder):
     with workdir.locked(folder):
         task = loop.Task("linear", loss, linear.initial(), linear.FROZEN, batches, optax.adam(0.05))
         section = linear.section(steps=STEPS, log_every=1, checkpoint_every=3)
         loop.fit(task, folder, section, config.seed)
 
-command.MODES["train"] = train
+train.run = run
 get_config = digits.get_config
 """
 
