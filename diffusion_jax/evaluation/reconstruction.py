@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from diffusion_jax import parallel
 from diffusion_jax.data.transforms import Record, to_float, to_uint8
 from diffusion_jax.evaluation.batches import mapped
 from diffusion_jax.evaluation.summary import summary
@@ -54,13 +55,13 @@ def _summaries(figures: dict[str, np.ndarray], selection: slice | np.ndarray) ->
 
 def first_stage(model: DiffusionModel) -> Callable[[Sequence[Picture]], list[Picture]]:
     """A function that encodes and decodes pictures by the first stage of a model."""
-    codec = model.codec
+    codec, weights = model.codec, parallel.whole(model.codec.params, batch=1)
 
     @jax.jit
     def decode_records(params: PyTree, stats: PyTree, records: PyTree) -> UInt8[Array, "batch height width 3"]:
         return to_uint8(codec.decode(params, codec.sample(stats, records, None)))
 
     def reconstruct(images: UInt8[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
-        return decode_records(codec.params, codec.stats, codec.encode(codec.params, images))
+        return decode_records(weights, codec.stats, codec.encode(weights, images))
 
     return lambda pictures: list(mapped(reconstruct, pictures))

@@ -1,10 +1,15 @@
 """PSNR is exact, and each style is reported by itself."""
 
+import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.evaluation.reconstruction import evaluate_reconstruction
+from diffusion_jax.codec import autoencoder_kl, identity
+from diffusion_jax.evaluation.reconstruction import evaluate_reconstruction, first_stage
 from diffusion_jax.interop.lpips import load_lpips
+from diffusion_jax.model import DiffusionModel
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.stored import on_host
 
 
 def off_by(error):
@@ -40,3 +45,15 @@ def test_lpips_is_measured_with_its_weights():
     noise = [{"image": np.random.default_rng(0).integers(100, 120, (2, 32, 32, 3), np.uint8)}]
     same, other = (evaluate_reconstruction(off_by(error), noise, load_lpips()) for error in (1e-6, 0.5))
     assert same["lpips"]["mean"] < 1e-5 < other["lpips"]["mean"]
+
+
+def test_a_first_stage_may_be_stored():
+    module = AutoencoderKL(block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, latent_channels=2)
+    variables = module.init(jax.random.key(0), module.example_image())
+    stored = jax.tree.map(lambda leaf: on_host(np.asarray(leaf)), variables)
+    pictures = [*np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)]
+    model = DiffusionModel(None, None, None, None, identity(), None, (8, 8))
+    expected, found = (
+        first_stage(model._replace(codec=autoencoder_kl(module, weights)))(pictures) for weights in (variables, stored)
+    )
+    np.testing.assert_array_equal(found, expected)
