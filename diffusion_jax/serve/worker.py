@@ -21,7 +21,7 @@ from absl import logging
 from diffusion_jax.data.transforms import to_uint8
 from diffusion_jax.messages import one_line
 from diffusion_jax.pipelines.generate import Callback, decode
-from diffusion_jax.serve.drawing import Artist, Picture, filled
+from diffusion_jax.serve.drawing import Artist, Picture, Shared, filled
 from diffusion_jax.serve.loading import Facts, Loaded, facts, to_warm
 
 Show = Callable[["Step"], bool]  # shows a step, and returns whether to stop
@@ -133,13 +133,14 @@ def _artists(loaded: Loaded) -> dict[bool, Artist]:
 class _Link:
     """The worker's end of the pipe, shared by threads.
 
+    is_own: whether pictures belong to `own`.
     own, others: batches of the model's own size, and of other sizes; None when the server is gone.
     cancelled: numbers of batches that nobody waits for.
     idle: whether no batch of the own size is being drawn.
     """
 
-    def __init__(self, connection: Connection, size: tuple[int, int]):
-        self.connection, self.size, self.lock = connection, size, threading.Lock()
+    def __init__(self, connection: Connection, is_own: Callable[[Shared], bool]):
+        self.connection, self.is_own, self.lock = connection, is_own, threading.Lock()
         self.own: queue.Queue[Batch | None] = queue.Queue()
         self.others: queue.Queue[Batch | None] = queue.Queue()
         self.cancelled: set[int] = set()
@@ -154,8 +155,7 @@ class _Link:
                 if isinstance(message, Cancel):
                     self.cancelled.add(message.number)
                 else:
-                    is_own = message.pictures[0].shared.is_prepared(self.size)
-                    (self.own if is_own else self.others).put(message)
+                    (self.own if self.is_own(message.pictures[0].shared) else self.others).put(message)
         self.own.put(None)
         self.others.put(None)
 
@@ -182,11 +182,13 @@ def _answer(
     warming: list[Picture],
     durations: Mapping[str, list[float]],
 ) -> None:
-    """Draw what the server sends. Other sizes have a thread of their own, so that nobody waits while one compiles.
+    """Draw what the server sends. Other sizes have a thread of their own, so that nobody waits while one compiles. In
+    turns they have not: two threads would hold two networks on the device.
 
     durations: seconds of JAX's events, which are added while it runs.
     """
-    link = _Link(connection, model_facts.size)
+    in_turns = any(artist.in_turns for artist in artists.values())
+    link = _Link(connection, lambda shared: in_turns or shared.is_prepared(model_facts.size))
     draw = functools.partial(_draw, artists, model_facts)
     threading.Thread(target=link.read, daemon=True).start()
     threading.Thread(target=_answer_others, args=(link, draw), daemon=True).start()

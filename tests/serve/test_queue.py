@@ -1,11 +1,17 @@
 """The order of the queue, without a worker: its messages are recorded, and its answers made up."""
 
+import collections
+import multiprocessing
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from diffusion_jax.serve import worker as workers
+from diffusion_jax.serve.drawing import Artist
 from diffusion_jax.serve.engine import CANCELLED, Ended, Engine, Full, PictureDone, Preparing, Queued
+from diffusion_jax.serve.loading import Facts
 from diffusion_jax.serve.worker import Batch, Cancel, Compiled, Drawn
 from tests.serve.tiny import picture
 
@@ -119,3 +125,23 @@ def test_a_request_knows_how_long_those_before_it_take(engine, worker):
     assert [engine.seconds_before(job) for job in jobs[1:]] == [6.0, 12.0]
     worker.finish()
     assert [engine.seconds_before(job) for job in jobs[1:]] == pytest.approx([2 * engine.seconds, 5 * engine.seconds])
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_in_turns_one_batch_is_drawn_after_the_other(in_turns, monkeypatch):
+    threads = []
+    monkeypatch.setattr(workers, "_draw", lambda *inputs: threads.append(threading.get_ident()) or [])
+    server, end = multiprocessing.Pipe()
+    for number, size in enumerate([(8, 8), (16, 16)]):
+        server.send(Batch(number, [picture(size=size)], "none"))
+    artist, facts = object.__new__(Artist), Facts._make([None] * len(Facts._fields))._replace(size=(8, 8))
+    artist.in_turns = in_turns
+    inputs = end, {False: artist}, facts, [], collections.defaultdict(list)
+    drawing = threading.Thread(target=workers._answer, args=inputs, daemon=True)
+    drawing.start()
+    for _ in range(4 if in_turns else 3):  # the thread of other sizes does not say how many programs there are
+        assert server.poll(30)
+        server.recv()
+    server.close()
+    drawing.join(10)
+    assert len(set(threads)) == (1 if in_turns else 2)
