@@ -173,7 +173,7 @@ def _agreements(
         yield functools.partial(check_division, stage.train, place.chips)
         yield functools.partial(check_resumed, account.folder_of(stage, workdir, config), stage.params)
     if model and not _lacks_weights(config):
-        yield lambda: sample.request(config, model, config.sample.prompts)
+        yield lambda: sample.check(config, model)
 
 
 def _conditions_here(

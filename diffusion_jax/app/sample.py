@@ -103,8 +103,8 @@ def _clear(folder: Path) -> None:
 
 
 def request(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -> Request:
-    """Read config.sample, with these prompts instead of its own. Raises ValueError for anything wrong with it, before
-    any network is built.
+    """Read config.sample, with these prompts instead of its own. Text encoders read the prompts, and the autoencoder
+    the reference pictures. Raises ValueError for anything wrong with it.
     """
     section, prompts = config.sample, tuple(prompts)
     jobs = [(i, section.seed + k) for i in range(len(prompts)) for k in range(section.num_images)]
@@ -121,6 +121,16 @@ def request(config: ConfigDict, model: DiffusionModel, prompts: Sequence[str]) -
     strength = section.strength if section.image and not section.mask else 1.0
     plan, guidance = build.sampling.plan_and_guidance(config, model, strength, negative)
     return Request(prompts, cond, jobs, plan, guidance, *_image_and_mask(config, model.size))
+
+
+def check(config: ConfigDict, model: DiffusionModel) -> None:
+    """Raise ValueError for anything wrong with config.sample. The model may have shapes instead of weights."""
+    model.references.check(len(config.sample.references))
+    for picture in _references(config):
+        model.references.fitted(picture, model.cell)
+    config = ConfigDict(config).copy_and_resolve_references()
+    config.sample.references = ()  # to encode them takes weights
+    request(config, model, config.sample.prompts)
 
 
 def _references(config: ConfigDict) -> list[UInt8[np.ndarray, "_ _ 3"]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
+from PIL import Image
 
 from benchmarks import random_klein
 from configs import published
@@ -106,6 +107,17 @@ def test_a_served_picture_is_the_same_in_turns(klein, folder):
         drawn.append(np.asarray(artist.draw(pictures)))
         assert on_device() == (set() if in_turns else set(MARKS))
     np.testing.assert_array_equal(*drawn)
+
+
+def test_reference_pictures_are_checked_without_weights(folder, tmp_path):
+    def check(*shape):
+        Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "a.png")
+        config = config_of(folder, prompts=("a cat",), references=(str(tmp_path / "a.png"),))
+        sample.check(config, build.model.described_model(config, sides=(SIDE, SIDE)))
+
+    check(64, 96)
+    with pytest.raises(ValueError, match="expected a reference picture of at least 64x64 pixels"):
+        check(16, 96)
 
 
 def test_stored_weights_are_those_of_the_files(folder):
