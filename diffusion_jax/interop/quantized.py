@@ -59,7 +59,7 @@ def dequantized(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) ->
     formats = _formats(tensors, header)
     for layer, settings in formats.items():
         unknown = [name for name, value in settings.items() if name not in INERT_SETTINGS and value]
-        if settings.get("format") not in FORMATS or unknown:
+        if settings.get("format") not in [*FORMATS] or unknown:
             raise ValueError(
                 f"{layer} is quantized as {json.dumps(settings)}; supported are {' and '.join(FORMATS)} with a scale"
             )

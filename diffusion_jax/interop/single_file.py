@@ -84,6 +84,8 @@ def read_denoiser(
         return Description({**config, **family.sizes_of(tensors, config)}, tensors)
     except KeyError as error:
         raise ValueError(f"{path}: expected the denoiser of {family.name}, it lacks {error}") from None
+    except (IndexError, TypeError, ZeroDivisionError) as error:  # of a tensor with too few axes, or an empty one
+        raise ValueError(f"{path}: it misshapes tensors of {family.name}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -165,6 +165,7 @@ F8 = jnp.float8_e4m3fn
     ("change", "message"),
     [
         (with_layer(LAYER, comfy_quant=marker(format="nvfp4")), f'{LAYER} is quantized as {{"format": "nvfp4"}}; supp'),
+        (with_layer(LAYER, comfy_quant=marker(format=["nvfp4"])), f'{LAYER} is quantized as {{"format": .*; supported'),
         (
             with_layer(LAYER, comfy_quant=marker(format="float8_e4m3fn", convrot=True)),
             f'{LAYER} is quantized as .*"convrot": true',
@@ -206,6 +207,11 @@ F8 = jnp.float8_e4m3fn
         (
             with_layer("guidance_in", **{"in_layer.weight": np.zeros((60, 32), np.float32)}),
             "reads a text of width 24 and a guidance scale, and that of the checkpoint's folder",
+        ),
+        (with_layer("txt_in", weight=np.zeros(60, np.float32)), "it misshapes tensors of FLUX.2 klein"),
+        (
+            with_layer("double_blocks.0.img_attn.norm", **{"query_norm.scale": np.zeros(0, np.float32)}),
+            "it misshapes tensors of FLUX.2 klein",
         ),
         (
             with_layer("img_in", weight=np.full((60, 12), np.nan, np.float32)),
