@@ -300,6 +300,8 @@ def _read(
         family, parts, scheduler, sources = read_checkpoint(path, allow_pickle, prediction, others.get("vae"))
         index = {}
     else:
+        if "vae" in others:
+            raise ValueError(f"vae={str(others['vae'])!r} is for a file without an autoencoder, and {path} is a folder")
         family, configs = _family_and_configs(path)
         scheduler = read_json(path / "scheduler" / "scheduler_config.json")
         entries = read_json(path / "model_index.json")

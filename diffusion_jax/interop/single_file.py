@@ -53,7 +53,9 @@ def read_checkpoint(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         sources = dict.fromkeys(parts, str(path))
-        if vae and family.autoencoder not in parts:
+        if vae and family.autoencoder in parts:
+            raise ValueError(f"vae={str(vae)!r} is for a file without an autoencoder, and {path} has its own")
+        if vae:
             tensors, sources[family.autoencoder] = read_tensors(vae, WEIGHTS, allow_pickle)
             parts = {**parts, family.autoencoder: Description(read_config(vae)[0], tensors)}
         return Checkpoint(family, parts, {**family.single_file.scheduler, **stated}, sources)

@@ -133,6 +133,8 @@ def test_what_a_file_does_not_say_is_asked_for(weights, vae, tmp_path):
         load_pipeline(path, parts={"vae": vae})
     with pytest.raises(ValueError, match="has no autoencoder: name the folder of one as `vae`"):
         load_pipeline(path, prediction="eps")
+    with pytest.raises(ValueError, match=r"vae='.*' is for a file without an autoencoder, and .* is a folder"):
+        load_pipeline(tmp_path, parts={"vae": vae})
     with pytest.raises(ValueError, match="is a pickle"):
         load_pipeline(saved(weights, tmp_path, "pt"), prediction="eps", parts={"vae": vae})
     moved = weights | {"pos_embed": weights["pos_embed"].roll(1, dims=1)}

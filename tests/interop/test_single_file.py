@@ -422,6 +422,12 @@ def test_what_is_no_checkpoint_is_one_line(change, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_with_an_autoencoder_takes_no_other(tmp_path):
+    write_file(tmp_path / "x.safetensors", checkpoint("sd1")[0])
+    with pytest.raises(ValueError, match=r"vae='another' is for a file without an autoencoder, and .* has its own"):
+        read_checkpoint(tmp_path / "x.safetensors", vae="another")
+
+
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "", "unet."])
 def test_a_unet_alone(prefix, tmp_path):
     """In a file of ComfyUI, or by the names of diffusers."""
