@@ -101,11 +101,13 @@ def _published_model(config: ConfigDict, sides: tuple[int, int], training: bool)
 
 
 def described_model(config: ConfigDict, training: bool = True, sides: tuple[int, int] = (0, 0)) -> DiffusionModel:
-    """The model of a checkpoint with shapes instead of weights. The checkpoint may be a short name, such as "sd15".
+    """The model of a checkpoint with shapes instead of weights. A checkpoint that is not here may be a short name, such
+    as "sd15".
 
     Arguments as in `diffusion_model`.
     """
-    pipeline = described(config.checkpoint, _weights_type(config, training))
+    is_here = paths.at(config.checkpoint).exists()
+    pipeline = None if is_here else described(config.checkpoint, _weights_type(config, training))
     pipeline = pipeline or published(config, training, stored=True)
     return _of_pipeline(from_shapes, pipeline, config, sides, training)
 

@@ -120,6 +120,13 @@ def test_reference_pictures_are_checked_without_weights(folder, tmp_path):
         check(16, 96)
 
 
+def test_a_folder_with_a_short_name_is_that_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "klein").symlink_to(folder)
+    sizes = [build.model.described_model(config_of(name), sides=(SIDE, SIDE)).turns() for name in ("klein", folder)]
+    assert sizes[0] == sizes[1]
+
+
 def test_stored_weights_are_those_of_the_files(folder):
     read, stored = (load_pipeline(folder, jnp.bfloat16, stored=stored) for stored in (False, True))
     for name, part in stored.parts.items():
