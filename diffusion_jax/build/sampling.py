@@ -50,10 +50,24 @@ def plan_and_guidance(
         raise ValueError(
             f"this model has guidance{scale} built in: set sample.guidance to 1, got {config.sample.guidance:g}"
         )
+    if model.network.takes_scale:
+        _check_input(config.sample, model)
     table, rule = plan(config, model, strength), guidance(config, negative)
     guided(lambda x, level, cond: None, rule, model.conditioning.null, model.codec.limit)
     check_guidance(rule, table)
     return table, rule
+
+
+def _check_input(section: ConfigDict, model: DiffusionModel) -> None:
+    """Raise ValueError for what guidance has and a network that takes its scale as input has not."""
+    names = ["negative_prompt", "rescale", "cfg_pp", "dynamic_threshold"]
+    for name in names if model.network.takes_interval else [*names, "guidance_interval"]:
+        value = section[name]
+        if any(value) if isinstance(value, tuple) else value:
+            raise ValueError(
+                f"sample.{name}: this model takes the guidance scale as an input and is not guided: leave it out, got "
+                f"{value!r}"
+            )
 
 
 def has_guidance(config: ConfigDict, model: DiffusionModel) -> bool:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits
+from diffusion_jax import build
 from diffusion_jax import codec as codecs
 from diffusion_jax.conditioning import class_labels
 from diffusion_jax.core import parameterization, schedules, solvers
@@ -131,3 +133,20 @@ def test_sampling_gives_scale_and_interval_to_the_network(interval, times):
     plan, x = solvers.ddim(model.schedule, 1), jnp.ones((3, 1, 1, 3))
     seen = solve(model, x, {"label": jnp.arange(3)}, keys, plan, Guidance(scale, interval=interval))[:, 0, 0]
     np.testing.assert_allclose(seen, np.stack([scale, *np.outer(times, np.ones(3))], axis=-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("negative_prompt", "3"), ("rescale", 0.5), ("guidance_interval", (0.1, 2.0)), ("cfg_pp", True)]
+)
+def test_what_only_guidance_has_is_refused(name, value):
+    config = digits.get_config()
+    model = build.model.diffusion_model(config)
+    takes_scale = model._replace(network=model.network._replace(takes_scale=True))
+    build.sampling.plan_and_guidance(config, takes_scale)
+    config.sample.update({name: value, "guidance": 1.0 if name == "cfg_pp" else 2.0, "solver": "ddim"})
+    build.sampling.plan_and_guidance(config, model)
+    with pytest.raises(ValueError, match=f"sample.{name}: this model takes the guidance scale as an input"):
+        build.sampling.plan_and_guidance(config, takes_scale)
+    if name == "guidance_interval":
+        takes_both = takes_scale._replace(network=takes_scale.network._replace(takes_interval=True))
+        build.sampling.plan_and_guidance(config, takes_both)
