@@ -15,32 +15,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
 from diffusion_jax import paths
-from diffusion_jax.core import schedules
 from diffusion_jax.core.schedules import Schedule
 from diffusion_jax.interop import families
 from diffusion_jax.interop.copied import write_changed
 from diffusion_jax.interop.encoders import without_last_layers
 from diffusion_jax.interop.family import Description, Family, Network
 from diffusion_jax.interop.names import from_torch
+from diffusion_jax.interop.noise_schedules import PREDICTIONS, schedule_of, scheduler_config
 from diffusion_jax.interop.safety import SafetyChecker
-from diffusion_jax.interop.schedulers import FLOWS, is_flow, with_defaults
+from diffusion_jax.interop.schedulers import FLOWS
 from diffusion_jax.interop.single_file import read_checkpoint, read_denoiser
 from diffusion_jax.interop.tensors import read_json, read_tensors, write_json
 from diffusion_jax.interop.tokenizers import load_tokenizer, save_tokenizer, tokenizer_class
-from diffusion_jax.messages import first_line
 from diffusion_jax.models.applied import shapes_of
 from diffusion_jax.paths import Path
 
 NO_NETWORKS = ("scheduler", "feature_extractor", "safety_checker")  # further entries of model_index.json
 LEVELS = 2  # of folders in a pipeline: itself, and those of its parts
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # names in diffusers and here
 
 
 class Part(NamedTuple):
@@ -344,61 +341,6 @@ def _family_and_configs(path: Path) -> tuple[Family, dict[str, dict]]:
     if others:
         logging.warning("%s: %s, which is not supported and not used", path / "model_index.json", ", ".join(others))
     return family, {name: configs[name] for name in family.parts if name in configs}
-
-
-def schedule_of(config: Mapping, source: str | Path) -> tuple[Schedule, str]:
-    """The noise schedule and the prediction ("eps", "v", "x0" or "flow") of the content of a scheduler_config.json.
-
-    source: the file, for the messages. Raises ValueError for a schedule without betas or of an unknown kind, and for a
-      network whose time is not the step of the schedule.
-    """
-    if config.get("timestep_type", "discrete") != "discrete":
-        raise ValueError(
-            f"{source}: timestep_type={config['timestep_type']!r}: the network reads a time that is not the step of a "
-            "schedule, and only 'discrete' is supported"
-        )
-    try:
-        config = with_defaults(config)
-        if is_flow(config):
-            for field in ("num_train_timesteps", "shift"):
-                if not config[field] > 0:
-                    raise ValueError(f"{field}: expected a number above 0, got {config[field]!r}")
-            return schedules.flow(unit=config["num_train_timesteps"]), "flow"
-        kind, steps = config.get("beta_schedule"), config.get("num_train_timesteps", 1000)
-        start, end = config.get("beta_start"), config.get("beta_end")
-        if config.get("trained_betas") is not None:
-            schedule = schedules.from_betas(config["trained_betas"])
-        else:
-            schedule = {
-                "linear": lambda: schedules.from_betas(np.linspace(start, end, steps)),
-                "scaled_linear": lambda: schedules.from_betas(np.linspace(start**0.5, end**0.5, steps) ** 2),
-                "squaredcos_cap_v2": lambda: schedules.cosine(steps),
-            }[kind]()
-        if config.get("rescale_betas_zero_snr"):
-            schedule = schedules.zero_terminal_snr(schedule)
-        return schedule, PREDICTIONS[config.get("prediction_type", "epsilon")]
-    except KeyError as error:
-        raise ValueError(f"{source}: no noise schedule with betas and a known prediction: {error} is unknown") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: no noise schedule can be made from it: {first_line(error)}") from None
-
-
-def scheduler_config(config: Mapping, schedule: Schedule, prediction: str) -> dict:
-    """The content of a scheduler_config.json: `config`, with a table of betas if its schedule is another one."""
-    if is_flow(config):
-        return dict(config)
-    config = dict(config or {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False})
-    config["prediction_type"] = {name: diffusers_name for diffusers_name, name in PREDICTIONS.items()}[prediction]
-    schedule_fields = {"beta_schedule", "trained_betas"} & config.keys()
-    if schedule_fields and np.array_equal(schedule_of(config, "scheduler")[0].logsnr_table, schedule.logsnr_table):
-        return config
-    alphas_bar = schedule.alphas_bar
-    betas = 1 - alphas_bar / np.concatenate([[1.0], alphas_bar[:-1]])
-    return config | {
-        "num_train_timesteps": schedule.num_steps,
-        "trained_betas": np.minimum(betas, 1 - 1e-12).tolist(),
-        "rescale_betas_zero_snr": bool(np.isneginf(schedule.logsnr_table[-1])),
-    }
 
 
 def _is_used(entry):

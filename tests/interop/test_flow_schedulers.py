@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from diffusion_jax.interop.pipeline import schedule_of, scheduler_config
+from diffusion_jax.interop.noise_schedules import schedule_of, scheduler_config
 from diffusion_jax.interop.schedulers import FLOWS, published_plan
 
 diffusers = pytest.importorskip("diffusers")

@@ -11,7 +11,7 @@ from configs import published
 from diffusion_jax import build
 from diffusion_jax.interop import load_pipeline, save_pipeline
 from diffusion_jax.interop.families import flux2_klein
-from diffusion_jax.interop.pipeline import schedule_of
+from diffusion_jax.interop.noise_schedules import schedule_of
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.interop.tensors import read_json, write_json
 from diffusion_jax.pipelines import from_noise

@@ -16,7 +16,8 @@ from diffusion_jax.interop import load_pipeline, load_tokenizer, save_pipeline
 from diffusion_jax.interop import prompts as weighted
 from diffusion_jax.interop.families import stable_diffusion_1, stable_diffusion_xl
 from diffusion_jax.interop.lora import save_lora
-from diffusion_jax.interop.pipeline import Part, PublishedPipeline, schedule_of, scheduler_config
+from diffusion_jax.interop.noise_schedules import schedule_of, scheduler_config
+from diffusion_jax.interop.pipeline import Part, PublishedPipeline
 from diffusion_jax.interop.tensors import read_file, write_file, write_json
 from diffusion_jax.models import lora
 from diffusion_jax.models.autoencoder import AutoencoderKL

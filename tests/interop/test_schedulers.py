@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_jax.interop.families.latent_diffusion import SCHEDULER
-from diffusion_jax.interop.pipeline import schedule_of
+from diffusion_jax.interop.noise_schedules import schedule_of
 from diffusion_jax.interop.schedulers import SCHEDULERS, published_plan
 
 diffusers = pytest.importorskip("diffusers")

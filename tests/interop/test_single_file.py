@@ -15,7 +15,7 @@ from diffusion_jax.interop.families import stable_diffusion_1, stable_diffusion_
 from diffusion_jax.interop.families.latent_diffusion import unet_name
 from diffusion_jax.interop.folders import autoencoder_of, unet_of
 from diffusion_jax.interop.names import from_torch, to_torch
-from diffusion_jax.interop.pipeline import schedule_of
+from diffusion_jax.interop.noise_schedules import schedule_of
 from diffusion_jax.interop.single_file import read_checkpoint, read_denoiser
 from diffusion_jax.interop.tensors import write_file
 

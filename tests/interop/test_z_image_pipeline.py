@@ -9,7 +9,7 @@ from configs import published
 from diffusion_jax import build
 from diffusion_jax.interop import load_pipeline
 from diffusion_jax.interop.families import z_image
-from diffusion_jax.interop.pipeline import schedule_of
+from diffusion_jax.interop.noise_schedules import schedule_of
 from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.pipelines import from_noise
 from diffusion_jax.pipelines.published import from_published
