@@ -85,22 +85,20 @@ def described(stage: Stage, workdir: Path, config: ConfigDict, place: Place, opt
 
 def sampling(config: ConfigDict, model: DiffusionModel, place: Place) -> dict[str, Any]:
     """The first way that fits a host of the place: the whole published model on each chip, its networks in turns, or
-    both with the weights divided over the host's chips. Activations are not counted, but have room.
+    the weights divided over the host's chips, which then hold all networks. Activations are not counted, but have room.
 
     model: with the weights, or their shapes, that sampling has.
     """
-    room = build.sampling.ROOM
-    is_divided, is_in_turns = config.train.parallel != "pmap", config.sample.in_turns
-    for chips in [place.of_host] if is_divided else dict.fromkeys((1, place.of_host)):
+    room, in_turns = build.sampling.ROOM, config.sample.in_turns
+    alone = [(1, False), (1, True)] if in_turns is None else [(1, in_turns)]
+    divided = [(place.of_host, False)]
+    for chips, in_turns in divided if config.train.parallel != "pmap" else alone + divided * (place.of_host > 1):
         turns = model.turns(chips, place.padded)
-        for in_turns in (False, True) if is_in_turns is None else (is_in_turns,):
-            need = max(turns.values()) if in_turns else sum(turns.values())
-            ways = [f"divided by {chips}"] * (chips > 1) + ["in turns"] * in_turns
-            fits = need <= room * place.memory
-            way = ", ".join(ways) or "fits whole"
-            found = {"way": way if fits else "does not fit", "turns": turns, "need": need}
-            if fits:
-                return found | {"memory": place.memory, "room": room}
+        need = max(turns.values()) if in_turns else sum(turns.values())
+        if fits := need <= room * place.memory:
+            break
+    way = "in turns" if in_turns else f"divided by {chips}" if chips > 1 else "fits whole"
+    found = {"way": way if fits else "does not fit", "turns": turns, "need": need}
     return found | {"memory": place.memory, "room": room}
 
 
