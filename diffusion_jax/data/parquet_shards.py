@@ -56,12 +56,13 @@ def opened(file: Path) -> Callable[[int, int], bytes | str | None]:
 def _batches(shard: paths.Path, columns: Callable[[pa.Schema], list[str]], rows: int) -> Iterator[pa.RecordBatch]:
     """Some columns of a shard, some rows at a time."""
     try:
-        with paths.at(shard).open("rb") as file, pq.ParquetFile(file) as parquet:
+        # in this thread alone: the end of the program would wait for threads of Arrow that read from a file of Python
+        with paths.at(shard).open("rb") as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
             schema = parquet.schema_arrow
             if _picture(schema) is None:
                 found = ", ".join(f"{field.name} ({field.type})" for field in schema)
                 raise ValueError(f"{shard}: expected one column of pictures, such as image or jpg, got {found}"[:500])
-            yield from parquet.iter_batches(rows, columns=columns(schema))
+            yield from parquet.iter_batches(rows, columns=columns(schema), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{shard}: expected Parquet, got an error: {first_line(error)}") from error
 

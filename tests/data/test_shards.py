@@ -418,6 +418,49 @@ def test_shards_in_a_bucket_are_read_one_after_the_other_with_bounded_space(gcs,
     assert len(set(first)) == 4 and len({first[i] for i in range(8)}) > 1  # a window of four shards, mixed
 
 
+ENDING = """
+import sys, time
+from pathlib import Path
+from diffusion_jax import paths
+from diffusion_jax.data import parquet_shards
+
+class Slow:
+    def __init__(self, file):
+        self.file = file
+
+    def read(self, *size):
+        time.sleep(0.5)
+        return self.file.read(*size)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+class Shard(type(Path())):
+    def open(self, *mode):
+        return Slow(super().open(*mode))
+
+from threading import Thread
+paths.at = Shard
+Thread(target=parquet_shards.unpack, args=(sys.argv[1], Path(sys.argv[1] + ".copy")), daemon=True).start()
+time.sleep(0.7)  # the footer is read, the pictures are not
+"""
+
+
+def test_a_program_ends_while_a_shard_is_copied(tmp_path):
+    """Threads of Arrow that wait for a file of Python would never end."""
+    table = pa.table({"jpg": [odd.solid(7)] * 100_000, "caption": ["seven"] * 100_000})
+    pq.write_table(table, tmp_path / "0.parquet", row_group_size=1000)
+    script = [sys.executable, "-c", ENDING, str(tmp_path / "0.parquet")]
+    done = subprocess.run(script, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_million_records_cost_no_memory(tmp_path):
     script = [sys.executable, "-m", "tests.data.million", str(tmp_path)]
