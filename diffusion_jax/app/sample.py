@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, PyTree, UInt8
+from jaxtyping import Array, Bool, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from diffusion_jax import build, parallel, paths, pictures
@@ -25,7 +25,6 @@ from diffusion_jax.paths import Path
 from diffusion_jax.pipelines import generate as pipeline
 from diffusion_jax.pipelines import image_to_image, inpaint, text_to_image, with_references
 from diffusion_jax.pipelines.generate import Callback
-from diffusion_jax.pipelines.text_to_image import latents_of_text
 from diffusion_jax.stored import give_back
 
 CHUNK = 256  # prompts whose conditions are in memory at once
@@ -209,11 +208,16 @@ def _drawn(request: Request, model: DiffusionModel, inputs: Iterable[tuple], in_
         yield from (_images(request, placed, *batch) for batch in inputs)
         return
     decoder, denoiser = model, model._replace(params=parallel.whole(model.params))
-    latents = [np.asarray(latents_of_text(denoiser, *batch)) for batch in inputs]
+    latents = [np.asarray(_latents(denoiser, *batch)) for batch in inputs]
     del denoiser, model  # with the weights that were stored
     give_back()
     decoder = decoder._replace(codec=decoder.codec._replace(params=parallel.whole(decoder.codec.params)))
     yield from (pipeline.decode(decoder, x0) for x0 in latents)
+
+
+def _latents(model: DiffusionModel, cond: PyTree, keys: Key[Array, "batch"], plan: Plan, *arguments: Any) -> jax.Array:
+    """The x0 of the images of one batch. arguments: the others of `_inputs`."""
+    return pipeline.solve(model, pipeline.noise(model, keys, plan.initial), cond, keys, plan, *arguments)
 
 
 def generate_pictures(

@@ -119,6 +119,19 @@ class FileNames(NamedTuple):
     places: Callable[[str, str, Any], Places] = lambda part, path, denoiser: {path: WHOLE}
 
 
+def transformer_names(places: Callable[[str], Places]) -> FileNames:
+    """The names of ComfyUI and kohya for a denoiser in the folder transformer/.
+
+    places: path -> the maps in the layout of the folder. Raises ValueError for a map of another model.
+    """
+    prefixes = ("lora_unet", "lora_transformer", "lycoris")
+    return FileNames(
+        prefixes=dict.fromkeys(prefixes, "transformer"),
+        dotted=dict.fromkeys(("diffusion_model", "model.diffusion_model", *prefixes), "transformer"),
+        places=lambda part, path, transformer: places(path),
+    )
+
+
 class Family(NamedTuple):
     """A card: everything that the code for published models needs to know about a family.
 

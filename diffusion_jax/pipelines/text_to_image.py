@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.solvers import Plan
 from diffusion_jax.model import DiffusionModel
-from diffusion_jax.pipelines.generate import CallbackLike, GuidanceLike, decode, noise, solve
+from diffusion_jax.pipelines.generate import CallbackLike, GuidanceLike, from_noise, noise
 
 
 def text_to_image(
@@ -29,16 +29,4 @@ def text_to_image(
       stops if it returns True.
     Raises ValueError as `generate.solve` does.
     """
-    return decode(model, latents_of_text(model, cond, keys, plan, guidance, callback))
-
-
-def latents_of_text(
-    model: DiffusionModel,
-    cond: PyTree,
-    keys: Key[Array, "batch"],
-    plan: Plan,
-    guidance: GuidanceLike = 1.0,
-    callback: CallbackLike = None,
-) -> Float[Array, "batch h w c"]:
-    """The x0 of the images of `text_to_image`, which are not decoded yet."""
-    return solve(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback)
+    return from_noise(model, noise(model, keys, plan.initial), cond, keys, plan, guidance, callback)

@@ -72,7 +72,7 @@ def test_in_turns_only_the_network_in_use_is_on_the_device_and_the_pictures_are_
     whole = list(sample.generate(request, model, 2))
 
     held = []
-    for module, name in ((sample, "latents_of_text"), (sample.pipeline, "decode")):
+    for module, name in ((sample.pipeline, "solve"), (sample.pipeline, "decode")):
         original = getattr(module, name)
 
         def noted(model, *inputs, original=original):
@@ -228,16 +228,15 @@ import sys
 import jax, pathlib
 from diffusion_jax.compilation import configure
 from diffusion_jax.interop import load_pipeline
-from diffusion_jax.pipelines.generate import decode
+from diffusion_jax.pipelines.generate import decode, noise, solve
 from diffusion_jax.pipelines.published import from_published
-from diffusion_jax.pipelines.text_to_image import latents_of_text
 
 configure()
 model = from_published(load_pipeline(sys.argv[1], stored=sys.argv[2] == "True"), (16, 16))
 cond = model.conditioning.of_prompts(["a cat"])
 model.conditioning.release()
 plan, keys = model.published_solvers["published"](1, size=model.size), jax.random.split(jax.random.key(0), 1)
-jax.block_until_ready(decode(model, latents_of_text(model, cond, keys, plan)))
+jax.block_until_ready(decode(model, solve(model, noise(model, keys, plan.initial), cond, keys, plan)))
 # getrusage would count the memory of the process that started this one
 print(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """

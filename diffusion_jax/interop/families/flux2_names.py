@@ -5,9 +5,8 @@ Files of LoRA for FLUX.1 have many of the same names, and maps of other sizes.
 
 import re
 
-from diffusion_jax.interop.family import Config, FileNames, Tensors
+from diffusion_jax.interop.family import Config, Tensors, transformer_names
 from diffusion_jax.interop.originals import EXCHANGED, Places, by_table, fused, length_of
-from diffusion_jax.models.flux2 import Flux2Transformer
 
 _TIME, _DOUBLE, _SINGLE = "time_guidance_embed", "transformer_blocks.*", "single_transformer_blocks.*.attn"
 TABLE = {
@@ -50,19 +49,13 @@ _FLUX_1 = re.compile(  # maps that FLUX.2 does not have, by the names of both
 _original = by_table(TABLE)
 
 
-def _places(part: str, path: str, transformer: Flux2Transformer) -> Places:
+def _places(path: str) -> Places:
     if _FLUX_1.match(path):
         raise ValueError("belongs to a map of FLUX.1, which FLUX.2 does not have")
     return _original(path)
 
 
-NAMES = FileNames(
-    prefixes=dict.fromkeys(("lora_unet", "lora_transformer", "lycoris"), "transformer"),
-    dotted=dict.fromkeys(
-        ("diffusion_model", "model.diffusion_model", "lora_unet", "lora_transformer", "lycoris"), "transformer"
-    ),
-    places=_places,
-)
+NAMES = transformer_names(_places)
 
 
 def sizes_of(tensors: Tensors, config: Config) -> Config:

@@ -1,8 +1,7 @@
 """Names of Z-Image's transformer in files of ComfyUI, and in LoRAs for them."""
 
-from diffusion_jax.interop.family import Config, FileNames, Tensors
+from diffusion_jax.interop.family import Config, Tensors, transformer_names
 from diffusion_jax.interop.originals import Places, by_table, fused, length_of
-from diffusion_jax.models.z_image import ZImageTransformer
 
 PATCH = "2-1"  # pixels of a patch, and its frames
 TABLE: dict[str, str | Places] = {
@@ -18,20 +17,7 @@ for _block in ("noise_refiner.*", "context_refiner.*", "layers.*"):
         f"{_block}.attention.q_norm": f"{_block}.attention.norm_q",
         f"{_block}.attention.k_norm": f"{_block}.attention.norm_k",
     }
-_original = by_table(TABLE)
-
-
-def _places(part: str, path: str, transformer: ZImageTransformer) -> Places:
-    return _original(path)
-
-
-NAMES = FileNames(
-    prefixes=dict.fromkeys(("lora_unet", "lora_transformer", "lycoris"), "transformer"),
-    dotted=dict.fromkeys(
-        ("diffusion_model", "model.diffusion_model", "lora_unet", "lora_transformer", "lycoris"), "transformer"
-    ),
-    places=_places,
-)
+NAMES = transformer_names(by_table(TABLE))
 
 
 def sizes_of(tensors: Tensors, config: Config) -> Config:
