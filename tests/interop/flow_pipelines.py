@@ -72,3 +72,10 @@ def saved(pipeline, folder):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "pipeline")
     return pipeline
+
+
+def theirs_drawn(pipeline, prompts, latents, steps, **inputs):
+    """The pictures of a pipeline of diffusers with guidance 4, from the noise `latents`."""
+    height, width = SIZE
+    inputs |= {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 4.0}
+    return pipeline(prompt=prompts, latents=latents, output_type="np", **inputs).images

@@ -16,7 +16,7 @@ from diffusion_jax.interop.schedulers import published_plan
 from diffusion_jax.interop.tensors import read_json, write_json
 from diffusion_jax.pipelines import from_noise
 from diffusion_jax.pipelines.published import from_published, published_times
-from tests.interop.flow_pipelines import DYNAMIC, SIZE, klein_pipeline
+from tests.interop.flow_pipelines import DYNAMIC, SIZE, klein_pipeline, theirs_drawn
 from tests.interop.test_flux2_autoencoder import theirs  # noqa: F401  (a fixture)
 from tests.interop.test_folders import peer  # noqa: F401  (a fixture)
 from tests.interop.test_tokenizers import byte_pairs  # noqa: F401  (a fixture)
@@ -43,15 +43,7 @@ def test_whole_pictures_equal_those_of_diffusers(klein, peer):  # noqa: F811
     cond, keys = model.conditioning.of_prompts(PROMPTS), jax.random.split(jax.random.key(0), 2)
     for is_distilled, steps, guidance in ((False, 5, 4.0), (True, 4, 1.0)):
         theirs.register_to_config(is_distilled=is_distilled)
-        expected = theirs(
-            prompt=PROMPTS,
-            height=SIZE[0],
-            width=SIZE[1],
-            num_inference_steps=steps,
-            guidance_scale=4.0,
-            latents=peer.tensor(noise),
-            output_type="np",
-        ).images
+        expected = theirs_drawn(theirs, PROMPTS, peer.tensor(noise), steps)
         plan = model.published_solvers["published"](steps, size=model.size)
         np.testing.assert_allclose(theirs.scheduler.sigmas[:-1], plan.level.sigma, rtol=1e-6)
         np.testing.assert_allclose(published_times(published, steps, SIZE), plan.level.sigma)

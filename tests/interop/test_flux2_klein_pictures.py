@@ -18,7 +18,7 @@ from diffusion_jax.interop.families import flux2_klein
 from diffusion_jax.pipelines import from_noise, image_to_image, inpaint, text_to_image, with_references
 from diffusion_jax.pipelines.generate import noise as noise_of
 from diffusion_jax.pipelines.published import from_published
-from tests.interop.flow_pipelines import SIZE
+from tests.interop.flow_pipelines import SIZE, theirs_drawn
 from tests.interop.test_flux2_autoencoder import cells_of, image_of, theirs  # noqa: F401  (a fixture)
 from tests.interop.test_flux2_klein import PROMPTS, klein  # noqa: F401  (a fixture)
 from tests.interop.test_folders import peer  # noqa: F401  (a fixture)
@@ -46,16 +46,7 @@ def test_pictures_from_references_equal_those_of_diffusers(count, is_distilled, 
     pictures, noise = pictures_of(REFERENCES[:count]), np.random.default_rng(0).normal(size=(2, *model.shape))
     noise = noise.astype(np.float32)
     klein[0].register_to_config(is_distilled=is_distilled)
-    expected = klein[0](
-        image=[*map(Image.fromarray, pictures)],
-        prompt=PROMPTS,
-        height=SIZE[0],
-        width=SIZE[1],
-        num_inference_steps=3,
-        guidance_scale=4.0,
-        latents=peer.tensor(noise),
-        output_type="np",
-    ).images
+    expected = theirs_drawn(klein[0], PROMPTS, peer.tensor(noise), 3, image=[*map(Image.fromarray, pictures)])
     prompts, keys = model.conditioning.of_prompts(PROMPTS), jax.random.split(jax.random.key(0), 2)
     plan = model.published_solvers["published"](3, size=model.size)
 

@@ -10,7 +10,7 @@ from diffusion_jax.interop.lora import merge_lora, save_lora
 from diffusion_jax.models import lora
 from diffusion_jax.pipelines import from_noise
 from diffusion_jax.pipelines.published import from_published
-from tests.interop.flow_pipelines import SIZE
+from tests.interop.flow_pipelines import SIZE, theirs_drawn
 from tests.interop.original_files import (
     RANK,
     SPELLINGS,
@@ -135,18 +135,6 @@ def drawn(pipeline, noise):
     return draw
 
 
-def theirs_drawn(whole, peer, noise):  # noqa: F811
-    return whole(
-        prompt=PROMPTS,
-        height=SIZE[0],
-        width=SIZE[1],
-        num_inference_steps=2,
-        guidance_scale=4.0,
-        latents=peer.tensor(noise),
-        output_type="np",
-    ).images
-
-
 def test_a_trained_lora_draws_the_same_in_diffusers(klein, pipeline, peer, noise, drawn, tmp_path):  # noqa: F811
     """The default maps of configs/lora.py: all attention, also of the single blocks."""
     pytest.importorskip("peft")
@@ -157,7 +145,7 @@ def test_a_trained_lora_draws_the_same_in_diffusers(klein, pipeline, peer, noise
     save_lora(tmp_path / "lora.safetensors", updates, 0.5, part="transformer")
     whole.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     try:
-        expected = theirs_drawn(whole, peer, noise)
+        expected = theirs_drawn(whole, PROMPTS, peer.tensor(noise), 2)
     finally:
         whole.unload_lora_weights()
     assert np.abs(drawn(params) - expected).max() > 0.01
@@ -185,7 +173,7 @@ def test_a_lora_of_peft_draws_the_same_here(writer, klein, pipeline, peer, noise
             layers = peft.utils.get_peft_model_state_dict(whole.transformer)
             settings = _collate_lora_metadata({"transformer": whole.transformer})
             whole.save_lora_weights(tmp_path, layers, weight_name="x.safetensors", **settings)
-        expected = theirs_drawn(whole, peer, noise)
+        expected = theirs_drawn(whole, PROMPTS, peer.tensor(noise), 2)
     finally:
         whole.unload_lora_weights()
     merged = merge_lora(pipeline[0], tmp_path / "x.safetensors").denoiser.params
